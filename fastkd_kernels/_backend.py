@@ -1,0 +1,120 @@
+"""Which implementation of an op runs: chosen from the tensors' device, or forced by `backend(name)`.
+
+`cuda` is the Triton kernel or the CUDA extension, `cpu` the C++ extension, `reference` plain PyTorch. A backend that
+the caller asked for and that cannot run raises; only an automatic choice may fall back, and it says so once.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from fastkd_kernels import _triton
+
+BACKENDS = ("cuda", "cpu", "reference")
+
+Reason = str | None
+"""None where a backend can run, else the sentence that says why not."""
+
+
+@dataclass(frozen=True)
+class OpBackends:
+    """What one op needs: each callable returns None where that backend can run, else why not."""
+
+    cuda: Callable[[], Reason]
+    cpu: Callable[[], Reason]
+    interpretable: bool  # a Triton kernel, which the interpreter can run on CPU tensors
+
+    def reason(self, name: str) -> Reason:
+        if name == "reference":
+            return None
+        return self.cuda() if name == "cuda" else self.cpu()
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot run here."""
+
+
+class _Forced(threading.local):
+    name: str | None = None
+
+
+_forced = _Forced()
+_ops: dict[str, OpBackends] = {}
+_warned: set[tuple[str, str]] = set()
+
+
+def register_backends(op: str, *, cuda: Callable[[], Reason], cpu: Callable[[], Reason], interpretable: bool) -> None:
+    """Declare what `op` needs to run on each backend; every op file calls this once."""
+    _ops[op] = OpBackends(cuda=cuda, cpu=cpu, interpretable=interpretable)
+
+
+def registered_ops() -> dict[str, OpBackends]:
+    return dict(_ops)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every op of this thread on one backend.
+
+    Args:
+        name: "cuda", "cpu" or "reference".
+
+    Raises:
+        ValueError: `name` is none of these.
+        BackendUnavailableError: from the op itself, where that backend cannot run.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
+    previous = _forced.name
+    _forced.name = name
+    try:
+        yield
+    finally:
+        _forced.name = previous
+
+
+def resolve(op: str, device: torch.device) -> str:
+    """The backend on which `op` runs for tensors on `device`.
+
+    Raises:
+        BackendUnavailableError: the forced backend cannot run on this device or in this installation.
+    """
+    forced = _forced.name
+    if forced is not None:
+        return _resolve_forced(op, forced, device)
+    automatic = device.type if device.type in ("cuda", "cpu") else "reference"
+    reason = _ops[op].reason(automatic)
+    if reason is None:
+        return automatic
+    if not torch.compiler.is_compiling():
+        _warn_once(op, automatic, reason)
+    return "reference"
+
+
+def _resolve_forced(op: str, forced: str, device: torch.device) -> str:
+    if forced == "reference":
+        return forced
+    if forced == "cuda" and device.type == "cpu" and _ops[op].interpretable and _triton.interpreting:
+        return forced
+    if device.type != forced:
+        raise BackendUnavailableError(
+            f"{op}: backend {forced!r} was asked for, but the tensors are on {device}; move them to a {forced} "
+            "device or leave the backend() block"
+        )
+    reason = _ops[op].reason(forced)
+    if reason is not None:
+        raise BackendUnavailableError(f"{op}: backend {forced!r} was asked for, but {reason}")
+    return forced
+
+
+def _warn_once(op: str, name: str, reason: str) -> None:
+    if (op, name) in _warned:
+        return
+    _warned.add((op, name))
+    warnings.warn(f"{op}: using the plain PyTorch reference on {name}, because {reason}", stacklevel=4)

@@ -1,0 +1,28 @@
+"""The compiled extension, or the one sentence that says why it is not there."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+extension: ModuleType | None
+missing_reason: str | None
+
+try:
+    from fastkd_kernels import _C as extension  # type: ignore[attr-defined, no-redef]
+
+    missing_reason = None
+except ImportError as error:
+    extension = None
+    missing_reason = (
+        "the compiled extension fastkd_kernels._C could not be loaded "
+        f"({error}); rebuild it with: pip install --no-build-isolation ."
+    )
+
+
+def has_kernel(op: str, dispatch_key: str) -> bool:
+    """Whether the extension registered `fastkd_kernels::op` for `dispatch_key` ("CPU" or "CUDA")."""
+    return extension is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"fastkd_kernels::{op}", dispatch_key
+    )

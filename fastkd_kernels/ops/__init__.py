@@ -1,0 +1,1 @@
+"""One file per op: formula, reference, kernel, configuration, registration, autograd, public function."""

@@ -1,0 +1,1 @@
+"""Early-exit BERT and knowledge distillation on the fused ops of fastkd_kernels."""
