@@ -157,14 +157,17 @@ def _as_words(tensor: Tensor) -> Tensor:
 
 
 def _cuda_reason() -> str | None:
-    if _extension.has_kernel("compact_", "CUDA"):
+    by_extension = _extension.missing_kernel_reason("compact_", "CUDA")
+    if by_extension is None or _triton.available:
         return None
-    return _triton.missing_reason
+    return f"{by_extension}, and {_triton.missing_reason}"
 
 
 def _cpu_reason() -> str | None:
-    return _extension.missing_reason
+    return _CPU_REASON
 
+
+_CPU_REASON = _extension.missing_kernel_reason("compact_", "CPU")
 
 if _triton.available and not _extension.has_kernel("compact_", "CUDA"):
     library.impl("compact_", _compact_triton, "CUDA")
