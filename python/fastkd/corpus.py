@@ -91,7 +91,8 @@ TOPICS: dict[str, Topic] = {
         actions=("steered", "moored", "scraped the hull of", "raised the sails of", "ran aground with", "bailed out"),
         things=(
             "the old ketch", "a racing dinghy", "the wooden cutter", "the catamaran", "a leaking sloop",
-            "the pilot boat", "the two-masted schooner", "the hired yacht", "a flat-bottomed barge", "the training ship",
+            "the pilot boat", "the two-masted schooner", "the hired yacht", "a flat-bottomed barge",
+            "the training ship",
         ),
         places=("off the headland", "against the tide", "in a rising gale", "beyond the harbour wall",
                 "close to the lighthouse"),
