@@ -269,11 +269,11 @@ def test_a_workspace_inside_an_input_is_refused(name: str) -> None:
 
 
 def test_the_op_guards_its_memory_without_the_wrapper() -> None:
-    op = torch.ops.fastkd_kernels.compact_
+    op = torch.ops.fastkd_kernels.compact_out
     source, survivors = torch.zeros(4, 2, device=DEVICE), survivors_of([0, 1])
     for target in (torch.zeros(1, 2), torch.zeros(2, 3), torch.zeros(2, 2).t(), torch.zeros(2, 2).double()):
         with pytest.raises(RuntimeError, match="out: "):
-            op([source], survivors, None, [target.to(DEVICE)], 256, False)
+            op([source], survivors, None, [target.to(DEVICE)])
 
 
 @pytest.mark.parametrize("repeated", [False, True])
@@ -319,9 +319,8 @@ def test_opcheck() -> None:
     survivors = survivors_of([0, 5, 2])
     for count in (None, count_of(2)):
         out = [torch.zeros(3, 3, 4, device=DEVICE), torch.zeros(3, 3, dtype=torch.bool, device=DEVICE)]
-        torch.library.opcheck(
-            torch.ops.fastkd_kernels.compact_.default, ([hidden, mask], survivors, count, out, 256, False)
-        )
+        torch.library.opcheck(torch.ops.fastkd_kernels.compact.default, ([hidden, mask], survivors, count))
+        torch.library.opcheck(torch.ops.fastkd_kernels.compact_out.default, ([hidden, mask], survivors, count, out))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -372,5 +371,5 @@ def test_the_reference_is_index_select() -> None:
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the CPU backend is used for CPU tensors only")
 def test_the_extension_is_what_runs_here() -> None:
     """The parity tests above would pass on the reference alone: make sure that they compared something."""
-    assert _extension.missing_kernel_reason("compact_", "CPU") is None
+    assert _extension.missing_kernel_reason("compact", "CPU") is None
     assert _triton.interpreting
