@@ -159,12 +159,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             self._check_exits()
         hidden_states, mask = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         if leaves_early:
-            record = batch.run(self, hidden_states, mask, speed, criterion, top_n)
-            answers: dict[str, Any] = {
-                "logits": record.logits,
-                "exit_layer": record.exit_layer,
-                "uncertainty": record.uncertainty,
-            }
+            answers = self._early(hidden_states, mask, speed, criterion, top_n)
         else:
             answers = self._full(hidden_states, mask, criterion, top_n)
         loss = None if labels is None else self._loss(answers["logits"], labels)
@@ -206,6 +201,13 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
     def layer_mask(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Any:
         """`attention_mask` [B, T] or None in the form that the layers take."""
         return backbones.layer_mask(self.config.backbone, hidden_states, attention_mask)
+
+    def _early(
+        self, hidden_states: Tensor, mask: Tensor | None, speed: float, criterion: str, top_n: int | None
+    ) -> dict[str, Any]:
+        """What the first certain heads say, as fields of EarlyExitOutput."""
+        record = batch.run(self, hidden_states, mask, speed, criterion, top_n)
+        return {"logits": record.logits, "exit_layer": record.exit_layer, "uncertainty": record.uncertainty}
 
     def _full(self, hidden_states: Tensor, mask: Tensor | None, criterion: str, top_n: int | None) -> dict[str, Any]:
         """What the last head says after all layers, as fields of EarlyExitOutput."""
