@@ -472,6 +472,12 @@ def test_bad_speed(speed: Any) -> None:
         model(**random_batch(), speed=speed)
 
 
+@pytest.mark.parametrize("speed", [0.0, 0.5])
+def test_bad_label_shape(speed: float) -> None:
+    with pytest.raises(ValueError, match=r"labels: got shape \(4,\), expected \[13\]"):
+        infer(early_exit_model(), random_batch(), speed, labels=torch.zeros(4, dtype=torch.long))
+
+
 def test_untrained_exits_refuse_a_speed() -> None:
     model = early_exit_model(exits_trained=False)
     infer(model, random_batch(), 0.0)
@@ -488,6 +494,9 @@ def test_untrained_exits_refuse_a_speed() -> None:
         ({"criterion": "top_n"}, "top_n: got None"),
         ({"criterion": "top_n", "top_n": 4}, "top_n: got 4"),
         ({"input_ids": None}, "input_ids: pass exactly one"),
+        ({"input_ids": torch.ones(11, dtype=torch.long)}, r"input_ids: got shape \(11,\) of torch.int64, expected"),
+        ({"input_ids": torch.ones(13, 11)}, r"input_ids: got shape \(13, 11\) of torch.float32"),
+        ({"input_ids": torch.ones(1, 67, dtype=torch.long)}, "input_ids: got 67 tokens a row, .* at most 66; truncate"),
         ({"inputs_embeds": torch.zeros(13, 11, 32)}, "input_ids: pass exactly one"),
         ({"attention_mask": torch.ones(13, 10)}, r"attention_mask: got shape \(13, 10\), expected \(13, 11\)"),
         ({"attention_mask": torch.ones(13, 1, 11, 11)}, "attention_mask: got shape"),
@@ -571,6 +580,29 @@ def test_truncated_weights(tmp_path: Path, own: bool) -> None:
             fastkd.EarlyExitForSequenceClassification.from_pretrained(tmp_path)
 
 
+def test_truncated_pickled_weights(tmp_path: Path) -> None:
+    save_plain_checkpoint(tmp_path, "bert")
+    (tmp_path / "model.safetensors").unlink()
+    weights = tmp_path / "pytorch_model.bin"
+    torch.save(early_exit_model().backbone.state_dict(), weights)
+    assert fastkd.EarlyExitForSequenceClassification.from_pretrained(tmp_path).num_layers == LAYERS
+    content = weights.read_bytes()
+    for kept in (len(content) // 2, 10, 0):
+        weights.write_bytes(content[:kept])
+        with pytest.raises(ValueError, match=r"weights in .* are damaged or were cut off"):
+            fastkd.EarlyExitForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_weights_of_another_config(tmp_path: Path) -> None:
+    save_plain_checkpoint(tmp_path, "bert")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": 321}))
+    with pytest.raises(ValueError, match=r"word_embeddings.* has shape \(320, 32\), .* asks for \(321, 32\)"):
+        fastkd.EarlyExitForSequenceClassification.from_pretrained(tmp_path)
+    model = fastkd.EarlyExitForSequenceClassification.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    assert model.get_input_embeddings().num_embeddings == 321
+
+
 def test_incomplete_weights(tmp_path: Path) -> None:
     model = early_exit_model()
     model.save_pretrained(
@@ -596,5 +628,7 @@ def test_config_given_twice(tmp_path: Path) -> None:
     plain = save_plain_checkpoint(tmp_path, "bert")
     config = fastkd.EarlyExitConfig(CONFIGS["bert"], num_labels=3)
     assert fastkd.EarlyExitForSequenceClassification.from_pretrained(plain, config=config).config.num_labels == 3
+    with pytest.raises(TypeError, match="config: got BertConfig, expected an EarlyExitConfig"):
+        fastkd.EarlyExitForSequenceClassification.from_pretrained(plain, config=CONFIGS["bert"])
     with pytest.raises(ValueError, match="num_labels: both this and config were given"):
         fastkd.EarlyExitForSequenceClassification.from_pretrained(plain, config=config, num_labels=3)
