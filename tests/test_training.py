@@ -146,7 +146,7 @@ class _Observer(TrainerCallback):
 def test_learning_rates_and_weight_decay_of_finetune(plain: Path, tmp_path: Path) -> None:
     model, observer = load(plain, num_labels=2), _Observer()
     options = replace(options_of("finetune", epochs=1), head_learning_rate_factor=5.0, weight_decay=0.03, warmup=0.5)
-    finetune(model, rows(80), None, tmp_path / "out", options, tokenizer_of("bert"), [observer])  # type: ignore[arg-type]
+    finetune(model, rows(80), None, tmp_path / "out", options, tokenizer_of("bert"), [observer])
     trained = {name: p for name, p in model.named_parameters() if not name.startswith("heads.") or "heads.3." in name}
     placed = {id(p): group for group in observer.groups for p in group["params"]}
     assert {id(p) for p in trained.values()} == set(placed)
@@ -214,12 +214,12 @@ def test_regression(plain: Path, tmp_path: Path) -> None:
     model = load(plain, num_labels=1)
     tokenizer = tokenizer_of("bert")
     options = options_of("finetune")
-    result = finetune(model, train_rows, train_rows, tmp_path / "out", options, tokenizer)  # type: ignore[arg-type]
+    result = finetune(model, train_rows, train_rows, tmp_path / "out", options, tokenizer)
     assert result.metrics["pearson"] > 0.9
     assert result.metrics["mse"] == pytest.approx(result.metrics["loss"], rel=1e-5)
     assert model.config.problem_type == "regression"
     options = options_of("distill")
-    result = distill(model, train_rows, train_rows, tmp_path / "distilled", options, tokenizer)  # type: ignore[arg-type]
+    result = distill(model, train_rows, train_rows, tmp_path / "distilled", options, tokenizer)
     assert {f"{name}_layer_{layer}" for name in ("pearson", "mse") for layer in (1, 2, 3, 4)} <= set(result.metrics)
     losses = [entry["eval_loss"] for entry in result.log_history if "eval_loss" in entry]
     assert losses[-1] < losses[0]
@@ -232,7 +232,7 @@ def test_distill_trains_the_students_alone_and_needs_no_labels(finetuned: Path, 
     model = load(finetuned)
     before = _state(model)
     unlabelled = rows(80, labelled=False)
-    result = distill(model, unlabelled, rows(40, seed=1), tmp_path / "out", options_of("distill"), tokenizer_of("bert"))  # type: ignore[arg-type]
+    result = distill(model, unlabelled, rows(40, seed=1), tmp_path / "out", options_of("distill"), tokenizer_of("bert"))
     changed = _changed(model, before)
     students = {name for name in before if name.startswith("heads.") and not name.startswith("heads.3.")}
     # the key bias cancels in the softmax: its gradient is rounding noise, and it may or may not move
@@ -248,7 +248,7 @@ def test_distill_trains_the_students_alone_and_needs_no_labels(finetuned: Path, 
     without_labels = distill(
         load(finetuned), unlabelled, rows(40, seed=1, labelled=False), tmp_path / "blind",
         options_of("distill", max_steps=2), tokenizer_of("bert"),
-    )  # fmt: skip  # type: ignore[arg-type]
+    )  # fmt: skip
     assert set(without_labels.metrics) == {"loss"}
 
 
@@ -271,7 +271,7 @@ def test_the_distillation_schedule_is_its_own_length(finetuned: Path, tmp_path: 
     observer = _Observer()
     options = options_of("distill", epochs=2, warmup=0.0, weight_decay=0.05)
     model = load(finetuned)
-    distill(model, rows(80), None, tmp_path / "out", options, tokenizer_of("bert"), [observer])  # type: ignore[arg-type]
+    distill(model, rows(80), None, tmp_path / "out", options, tokenizer_of("bert"), [observer])
     assert [rates[0] for rates in observer.rates] == pytest.approx([2e-3 * (20 - step) / 20 for step in range(20)])
     students = {id(p) for head in model.student_heads for p in head.parameters()}
     assert {id(p) for group in observer.groups for p in group["params"]} == students
@@ -379,10 +379,10 @@ def test_nothing_half_written_is_left_when_saving_fails(
     with monkeypatch.context() as broken:
         broken.setattr(tokenizer, "save_pretrained", out_of_space)
         with pytest.raises(OSError, match="no space left"):
-            distill(load(finetuned), rows(80), None, tmp_path / "out", options, tokenizer)  # type: ignore[arg-type]
+            distill(load(finetuned), rows(80), None, tmp_path / "out", options, tokenizer)
     assert _leftovers(tmp_path) == ["out.checkpoints"]
     options = replace(options, resume=True)
-    result = distill(load(finetuned), rows(80), None, tmp_path / "out", options, tokenizer)  # type: ignore[arg-type]
+    result = distill(load(finetuned), rows(80), None, tmp_path / "out", options, tokenizer)
     assert result.steps == 2
     assert _leftovers(tmp_path) == ["out"]
 
@@ -501,19 +501,19 @@ def test_a_model_without_students(plain: Path, tmp_path: Path) -> None:
 )
 def test_option_out_of_range(option: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{option}: got {value!r}, expected"):
-        FinetuneOptions(**{option: value})  # type: ignore[arg-type]
+        FinetuneOptions(**{option: value})
 
 
 def test_distill_option_out_of_range() -> None:
     with pytest.raises(ValueError, match=r"temperature: got 0, expected a number above 0"):
         DistillOptions(temperature=0)
     with pytest.raises(ValueError, match=r"direction: got 'both', expected 'forward' or 'reverse'"):
-        DistillOptions(direction="both")  # type: ignore[arg-type]
+        DistillOptions(direction="both")
 
 
 def test_unnamed_labels_may_lack_the_last_classes(plain: Path, tmp_path: Path) -> None:
     model = load(plain, num_labels=3)
     few = Rows(datasets.Dataset.from_dict({"text_a": ["a film", "the plot"], "label": [0, 1]}), None, 2, "few rows")
     options = options_of("finetune", epochs=1)
-    finetune(model, few, None, tmp_path / "out", options, tokenizer_of("bert"))  # type: ignore[arg-type]
+    finetune(model, few, None, tmp_path / "out", options, tokenizer_of("bert"))
     assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
