@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import fastkd_kernels as fk
 from fastkd import backbones
-from fastkd.configuration import EarlyExitConfig, check_speed
+from fastkd.configuration import EarlyExitConfig, check_criterion, check_speed
 from fastkd.engines import batch
 from fastkd.heads import LinearHead, StudentHead, build_head
 from fastkd.trace import ExitTrace, record_trace
@@ -146,24 +147,23 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
 
         Raises:
             ValueError: a speed outside [0, 1]; a speed above 0 for a model whose heads were never distilled, or for
-                regression; neither or both of `input_ids` and `inputs_embeds`; a mask of another shape or whose first
-                token is masked.
+                regression; neither or both of `input_ids` and `inputs_embeds`, or more tokens than the encoder has
+                positions; a mask of another shape or whose first token is masked; another number of labels than rows.
         """
         speed = check_speed(self.config.speed if speed is None else speed)
         criterion = self.config.criterion if criterion is None else criterion
         top_n = self.config.top_n if top_n is None else top_n
+        check_criterion(criterion, top_n, self.config.num_classes)
         leaves_early = speed > 0 and not self.training
         if leaves_early:
             self._check_exits()
         hidden_states, mask = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         if leaves_early:
-            record = batch.run(self, hidden_states, mask, speed, criterion, top_n)
-            output = EarlyExitOutput(logits=record.logits, exit_layer=record.exit_layer, uncertainty=record.uncertainty)
+            answers = self._early(hidden_states, mask, speed, criterion, top_n)
         else:
-            output = self._full(hidden_states, mask, criterion, top_n)
-        if labels is not None:
-            assert output.logits is not None
-            output.loss = self._loss(output.logits, labels)
+            answers = self._full(hidden_states, mask, criterion, top_n)
+        loss = None if labels is None else self._loss(answers["logits"], labels)
+        output = EarlyExitOutput(loss=loss, **answers)
         as_tuple = not (self.config.return_dict if return_dict is None else return_dict)
         return output.to_tuple() if as_tuple else output
 
@@ -202,20 +202,28 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         """`attention_mask` [B, T] or None in the form that the layers take."""
         return backbones.layer_mask(self.config.backbone, hidden_states, attention_mask)
 
-    def _full(self, hidden_states: Tensor, mask: Tensor | None, criterion: str, top_n: int | None) -> EarlyExitOutput:
+    def _early(
+        self, hidden_states: Tensor, mask: Tensor | None, speed: float, criterion: str, top_n: int | None
+    ) -> dict[str, Any]:
+        """What the first certain heads say, as fields of EarlyExitOutput."""
+        record = batch.run(self, hidden_states, mask, speed, criterion, top_n)
+        return {"logits": record.logits, "exit_layer": record.exit_layer, "uncertainty": record.uncertainty}
+
+    def _full(self, hidden_states: Tensor, mask: Tensor | None, criterion: str, top_n: int | None) -> dict[str, Any]:
+        """What the last head says after all layers, as fields of EarlyExitOutput."""
         layer_mask = self.layer_mask(hidden_states, mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, layer_mask)
         logits = self.teacher_head(hidden_states, mask)
         if self.training:
-            return EarlyExitOutput(logits=logits)
+            return {"logits": logits}
         rows, num_labels = logits.shape
         exit_layer = torch.full((rows,), self.num_layers, dtype=torch.int32, device=logits.device)
         if num_labels == 1:
-            return EarlyExitOutput(logits=logits, exit_layer=exit_layer)
+            return {"logits": logits, "exit_layer": exit_layer}
         record = fk.ExitRecord.allocate(rows, num_labels, logits.device)
         gate = fk.exit_gate(logits.detach(), 0.0, criterion, top_n=top_n, record=record, layer=self.num_layers)
-        return EarlyExitOutput(logits=logits, exit_layer=exit_layer, uncertainty=gate.uncertainty)
+        return {"logits": logits, "exit_layer": exit_layer, "uncertainty": gate.uncertainty}
 
     def _embed(
         self,
@@ -229,6 +237,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("input_ids: pass exactly one of input_ids and inputs_embeds")
+        _check_tokens(tokens, inputs_embeds is not None, backbones.longest_input(self.config.backbone))
         mask = _checked_mask(attention_mask, tokens)
         hidden_states = self._family.embed(self.backbone, input_ids, token_type_ids, position_ids, inputs_embeds)
         return hidden_states, mask
@@ -245,6 +254,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             )
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if labels.numel() != logits.shape[0]:
+            raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected [{logits.shape[0]}], one a row")
         if self.config.num_labels == 1:
             return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype).reshape(-1))
         return F.cross_entropy(logits, labels.reshape(-1))
@@ -285,6 +296,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         options = {name: kwargs.pop(name) for name in _CONFIG_OPTIONS if name in kwargs}
         if config is None:
             config = _config_of(saved, path, added, options)
+        elif not isinstance(config, EarlyExitConfig):
+            raise TypeError(f"config: got {type(config).__name__}, expected an EarlyExitConfig")
         elif added or options:
             given = ", ".join([*added, *options])
             raise ValueError(f"{given}: both this and config were given; put it into the EarlyExitConfig instead")
@@ -296,20 +309,21 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
     @classmethod
     def _load(cls, path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any) -> Any:
         wants_info = kwargs.pop("output_loading_info", False)
+        strict = not kwargs.pop("ignore_mismatched_sizes", False)
         try:
-            loaded: Any = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
-        except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
+            loaded: Any = super().from_pretrained(
+                path, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        except (SafetensorError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
+            if type(error) is RuntimeError and "PytorchStreamReader" not in str(error):
+                raise
             raise ValueError(
                 f"pretrained_model_name_or_path: the weights in {path} are damaged or were cut off ({error}); copy or "
                 "download the checkpoint again"
             ) from error
         model, info = loaded
-        missing = sorted(info["missing_keys"])
-        if missing and not kwargs.get("ignore_mismatched_sizes"):
-            raise ValueError(
-                f"pretrained_model_name_or_path: the weights in {path} lack {len(missing)} tensors of this model, "
-                f"among them {missing[0]}; the checkpoint is incomplete or belongs to another config.json"
-            )
+        if strict:
+            _check_complete(path, info)
         return (model, info) if wants_info else model
 
 
@@ -328,7 +342,31 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "rev
 
 
 def _saved_config(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> PreTrainedConfig:
+    """The configuration beside the weights, of an encoder or of an early-exit model."""
+    folder = Path(path) / kwargs.get("subfolder", "")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"pretrained_model_name_or_path: no config.json in {folder}; expected a folder that save_pretrained wrote"
+        )
     return AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs})
+
+
+def _check_complete(path: str | os.PathLike[str] | None, info: Mapping[str, Any]) -> None:
+    """Raise ValueError where a checkpoint lacks tensors of the model or has them in other shapes."""
+    remedy = "the checkpoint is incomplete or belongs to another config.json"
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        name, found, expected = mismatched[0]
+        raise ValueError(
+            f"pretrained_model_name_or_path: {name} in {path} has shape {tuple(found)}, but the configuration asks for "
+            f"{tuple(expected)}; {remedy}"
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"pretrained_model_name_or_path: the weights in {path} lack {len(missing)} tensors of this model, among "
+            f"them {missing[0]}; {remedy}"
+        )
 
 
 def _config_of(
@@ -392,6 +430,18 @@ def _check_same_heads(saved: EarlyExitConfig, path: str | os.PathLike[str], want
         raise ValueError(
             f"exit_layers: got {wanted['exit_layers']}, but the model in {path} has heads after {saved.exit_layers}; "
             f"{remedy}"
+        )
+
+
+def _check_tokens(tokens: Tensor, embedded: bool, longest: int) -> None:
+    """Raise for input_ids that are no [B, T] integers, inputs_embeds that are no [B, T, E], or too many tokens."""
+    name, form = ("inputs_embeds", "[B, T, E] floats") if embedded else ("input_ids", "[B, T] integers")
+    if tokens.dim() != 2 + embedded or tokens.is_floating_point() != embedded:
+        raise ValueError(f"{name}: got shape {tuple(tokens.shape)} of {tokens.dtype}, expected {form}")
+    if tokens.shape[1] > longest:
+        raise ValueError(
+            f"{name}: got {tokens.shape[1]} tokens a row, but this encoder takes at most {longest}; truncate the "
+            f"texts (tokenizer(..., truncation=True, max_length={longest}))"
         )
 
 
