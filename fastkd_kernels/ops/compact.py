@@ -195,30 +195,28 @@ _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: tor
 
 def _as_words(tensor: Tensor) -> Tensor:
     """The same memory as [rows, words] integers, so that one kernel serves every dtype; copies rows that have gaps."""
-    rows = tensor.resolve_conj().resolve_neg().flatten(1) if tensor.dim() > 1 else tensor[:, None]
+    tensor = tensor.resolve_conj().resolve_neg()
+    rows = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
     if rows.shape[1] > 1 and rows.stride(1) != 1:
         rows = rows.contiguous()
     return rows.view(_WORDS[tensor.element_size()])
 
 
-def _cuda_reason() -> str | None:
+def _missing_for_cuda() -> str | None:
     by_extension = _extension.missing_kernel_reason("compact", "CUDA")
     if by_extension is None or _triton.available:
         return None
     return f"{by_extension}, and {_triton.missing_reason}"
 
 
-def _cpu_reason() -> str | None:
-    return _CPU_REASON
-
-
+_CUDA_REASON = _missing_for_cuda()
 _CPU_REASON = _extension.missing_kernel_reason("compact", "CPU")
 
 if _triton.available and not _extension.has_kernel("compact", "CUDA"):
     library.impl("compact", _compact_triton, "CUDA")
     library.impl("compact_out", _compact_out_triton, "CUDA")
 
-register_backends("compact", cuda=_cuda_reason, cpu=_cpu_reason, interpretable=True)
+register_backends("compact", cuda=lambda: _CUDA_REASON, cpu=lambda: _CPU_REASON, interpretable=True)
 
 _compact_op = torch.ops.fastkd_kernels.compact.default
 _compact_out_op = torch.ops.fastkd_kernels.compact_out.default
@@ -236,15 +234,14 @@ def _gather(
     The kernels check their input themselves, cheaper than Python could; `_explain` says what was wrong.
     """
     backend = resolve("compact", survivors.device)
-    if backend == "reference":
-        _check(tensors, survivors, count, out)
-    # the C++ kernel looks at every row number by itself
-    if backend != "cpu" and (_DEBUG or survivors.device.type == "cpu") and not torch.compiler.is_compiling():
-        _check_rows(survivors, count, tensors[0].shape[0])
-    if backend == "reference":
-        return compact_reference(tensors, survivors, count, out)
     # tensors on the CPU reach the cuda backend only where Triton interprets its kernels
     interpreted = backend == "cuda" and not survivors.is_cuda
+    if backend == "reference" or interpreted or _DEBUG:
+        _check(tensors, survivors, count, out)
+        if (_DEBUG or survivors.device.type == "cpu") and not torch.compiler.is_compiling():
+            _check_rows(survivors, count, tensors[0].shape[0])
+    if backend == "reference":
+        return compact_reference(tensors, survivors, count, out)
     launch = () if config is None else (config.threads, config.bulk)
     try:
         if out is None:
