@@ -95,6 +95,22 @@ def test_batched_equals_one_by_one(
     torch.testing.assert_close(together.uncertainty, torch.cat([output.uncertainty for output in alone]), **TOLERANCE)
 
 
+@pytest.mark.parametrize("head", ["fastbert", "linear"])
+@pytest.mark.parametrize("mask", ["none", "ones"])
+def test_unpadded_batched_equals_one_by_one(device: torch.device, head: str, mask: str) -> None:
+    model = early_exit_model(head=head).to(device)
+    batch = {**batch_on(device), "input_ids": torch.randint(5, 320, (13, 11)).to(device)}
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    speed = mixed_speed(model, batch)
+    alone = [infer(model, row_of(batch, row), speed) for row in range(13)]
+    if mask == "none":
+        del batch["attention_mask"]
+    together = infer(model, batch, speed)
+    assert len(together.exit_layer.unique()) > 2, "rows should leave at more than one layer"
+    assert torch.equal(together.exit_layer, torch.cat([output.exit_layer for output in alone]))
+    torch.testing.assert_close(together.logits, torch.cat([output.logits for output in alone]), **TOLERANCE)
+
+
 @pytest.mark.parametrize(("criterion", "top_n"), CRITERIA)
 @pytest.mark.parametrize("family", MAIN_FAMILIES)
 def test_padding_order_and_batch_mates_change_nothing(family: str, criterion: str, top_n: int | None) -> None:
