@@ -628,7 +628,8 @@ def _report_training(screen: Screen, done: Any) -> None:
 def _report_predictions(screen: Screen, summary: Any, layers: int, output: str) -> None:
     rate = summary.rows / max(summary.seconds, 1e-9)
     average = "" if summary.average_layers is None else f", {summary.average_layers:.2f} of {layers} layers on average"
-    screen.say(f"{summary.rows} rows in {summary.seconds:.1f} s ({rate:.0f} rows/s){average}")
+    rows = "1 row" if summary.rows == 1 else f"{summary.rows} rows"
+    screen.say(f"{rows} in {summary.seconds:.1f} s ({rate:.0f} rows/s){average}")
     if not summary.bad_rows:
         return
     screen.say(f"[bold red]{summary.bad_rows} rows without an answer[/]; the error column says why:")

@@ -60,7 +60,7 @@ class DemoOptions:
     epochs: float = 1.0
     distill_epochs: float = 1.0
     batch_size: int = 32
-    learning_rate: float = 6e-5
+    learning_rate: float = 1e-4
     head_factor: float = 10.0
     distill_learning_rate: float = 2e-3
     speeds: tuple[float, ...] = tuple(number / 10 for number in range(11))
@@ -69,7 +69,7 @@ class DemoOptions:
     bench_repeats: int = 3
     batch_sizes: tuple[int, ...] = (1, 8, 32)
     dtypes: tuple[str, ...] = ("fp32", "bf16")
-    shown_speed: float = 0.5
+    shown_speed: float = 0.3
     seed: int = 7
     device: str = "auto"
 
@@ -88,6 +88,7 @@ REAL = DemoOptions(
     distill_learning_rate=1e-3,
     bench_rows=512,
     bench_repeats=5,
+    shown_speed=0.5,
 )
 """For real files."""
 
