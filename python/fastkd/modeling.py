@@ -158,6 +158,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         if leaves_early:
             self._check_exits()
         hidden_states, mask = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        if labels is not None and labels.numel() != hidden_states.shape[0]:
+            raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected [{hidden_states.shape[0]}], one a row")
         if leaves_early:
             answers = self._early(hidden_states, mask, speed, criterion, top_n)
         else:
@@ -254,8 +256,6 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             )
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if labels.numel() != logits.shape[0]:
-            raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected [{logits.shape[0]}], one a row")
         if self.config.num_labels == 1:
             return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype).reshape(-1))
         return F.cross_entropy(logits, labels.reshape(-1))

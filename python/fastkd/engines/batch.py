@@ -1,7 +1,8 @@
 """Engine `batch`: the batch is compacted after every layer whose head let somebody leave.
 
-The host learns how many sequences are left after each head. On a CPU that is free; on a GPU it waits once a layer for
-the device.
+The host learns how many sequences are left after each head. On a CPU that is free. On a GPU it waits for the device
+once a layer, and once more where a shrunken batch still has padding, because transformers looks into a mask to see
+whether it is needed.
 """
 
 from __future__ import annotations
