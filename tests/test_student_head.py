@@ -254,7 +254,9 @@ def test_batch_mates_and_layouts_change_nothing(backend: str, layout: str) -> No
     hidden_states, masks = laid_out(padded, lengths, layout)
     with fk.backend(backend):
         together = fk.student_head(hidden_states, head, **masks)
-        alone = [fk.student_head(row[None, :length], head) for row, length in zip(padded, lengths.tolist(), strict=True)]
+        alone = [
+            fk.student_head(row[None, :length], head) for row, length in zip(padded, lengths.tolist(), strict=True)
+        ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=3e-6)
 
 
@@ -405,7 +407,9 @@ def test_training_gets_the_gradients_of_the_unfolded_head(layout: str) -> None:
     padded = torch.randn(2, 5, 48, device=DEVICE, requires_grad=True)
     hidden_states, masks = laid_out(padded, torch.tensor([5, 2], device=DEVICE), layout)
     wanted = [padded, *module.parameters()]
-    expected = torch.autograd.grad(student_head_reference(hidden_states, module.weights(), **masks).sum(), wanted, retain_graph=True)
+    expected = torch.autograd.grad(
+        student_head_reference(hidden_states, module.weights(), **masks).sum(), wanted, retain_graph=True
+    )
     actual = torch.autograd.grad(fk.student_head(hidden_states, module.weights(), **masks).sum(), wanted)
     for ours, theirs in zip(actual, expected, strict=True):
         assert torch.equal(ours, theirs)
@@ -489,9 +493,7 @@ CPU_ONLY = pytest.mark.skipif(DEVICE.type != "cpu", reason="checking values woul
         (ValueError, r"expected \[N_tokens, H\]", {"cu_seqlens": [0, 5, 10]}),
         pytest.param(ValueError, "lengths: got values from 0 to 5", {"lengths": [0, 5]}, marks=CPU_ONLY),
         pytest.param(ValueError, "lengths: got values from 1 to 6", {"lengths": [1, 6]}, marks=CPU_ONLY),
-        pytest.param(
-            ValueError, "row whose token 0", {"attention_mask": [[1] * 5, [0, 1, 1, 1, 1]]}, marks=CPU_ONLY
-        ),
+        pytest.param(ValueError, "row whose token 0", {"attention_mask": [[1] * 5, [0, 1, 1, 1, 1]]}, marks=CPU_ONLY),
     ],
 )
 def test_bad_masks(backend: str, error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
@@ -522,9 +524,7 @@ def test_bad_cu_seqlens(cu_seqlens: list[int]) -> None:
     ],
 )
 @pytest.mark.parametrize("needs_gradient", [False, True])
-def test_bad_head(
-    needs_gradient: bool, error: type[Exception], message: str, hidden_states: Tensor, head: Any
-) -> None:
+def test_bad_head(needs_gradient: bool, error: type[Exception], message: str, hidden_states: Tensor, head: Any) -> None:
     if isinstance(head, dict):
         [(name, wrong)] = head.items()
         weight, bias = getattr(random_head(), name)
@@ -542,3 +542,262 @@ def test_a_head_the_kernel_does_not_take() -> None:
     head, hidden_states = random_head(width=24), torch.randn(2, 5, 48, device=DEVICE)
     with fk.backend("cuda"), pytest.raises(fk.BackendUnavailableError, match="power of two"):
         fk.student_head(hidden_states, head)
+
+
+# --- the exit -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("criterion", fk.CRITERIA)
+@pytest.mark.parametrize("labels", [2, 3, 40])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exit_is_head_then_gate(backend: str, labels: int, criterion: str, per_row: bool) -> None:
+    rows, layers = 6, 3
+    row_ids = torch.randperm(2 * rows, device=DEVICE)[:rows]
+    speed = torch.rand(rows, device=DEVICE) if per_row else 0.6
+    top_n = 2 if criterion == "top_n" else None
+    ours, theirs = (fk.ExitRecord.allocate(2 * rows, labels, DEVICE) for _ in range(2))
+    head = random_head(labels=labels)
+    for layer in range(1, layers + 1):
+        hidden_states = torch.randn(rows, 5, 48, device=DEVICE)
+        hidden_states[1, 3] = torch.nan
+        with fk.backend(backend):
+            out = fk.student_head_exit(hidden_states, head, speed, criterion, row_ids, top_n, record=ours, layer=layer)
+            assert out.logits is not None
+            assert torch.equal(out.logits.nan_to_num(), fk.student_head(hidden_states, head).nan_to_num())
+        with fk.backend("reference"):
+            expected = fk.exit_gate(out.logits, speed, criterion, row_ids, top_n, record=theirs, layer=layer)
+        assert out.kept().tolist() == expected.kept().tolist()
+        assert 1 in out.kept().tolist()  # its NaN is never answered early
+        torch.testing.assert_close(out.uncertainty, expected.uncertainty, equal_nan=True, rtol=1e-5, atol=1e-6)
+        assert torch.equal(ours.exit_layer, theirs.exit_layer)
+        assert torch.equal(ours.logits, theirs.logits)
+        torch.testing.assert_close(ours.uncertainty, theirs.uncertainty, rtol=1e-5, atol=1e-6)
+        answers = ours.history[:, 0]
+        assert torch.equal(answers, theirs.history[:, 0])
+        assert torch.equal(ours.history[answers >= 0], theirs.history[answers >= 0])
+
+
+@pytest.mark.parametrize(("speed", "kept"), [(0.0, 5), (1.0, 0)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_stay_and_none_stay(backend: str, layout: str, speed: float, kept: int) -> None:
+    padded, lengths = torch.randn(5, 7, 48, device=DEVICE), torch.tensor([7, 1, 2, 7, 3], device=DEVICE)
+    hidden_states, masks = laid_out(padded, lengths, layout)
+    with fk.backend(backend):
+        out = fk.student_head_exit(hidden_states, random_head(), speed, **masks)
+    assert out.kept().tolist() == list(range(kept))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exit_of_an_empty_batch(backend: str) -> None:
+    with fk.backend(backend):
+        out = fk.student_head_exit(torch.empty(0, 5, 48, device=DEVICE), random_head(), 0.5)
+    assert out.kept().tolist() == []
+    assert out.logits is not None
+    assert out.logits.shape == (0, 3)
+
+
+@needs_triton
+def test_compaction_over_several_blocks() -> None:
+    """More rows than one block of the last program lists at a time."""
+    head = random_head(hidden=16, width=16)
+    hidden_states = torch.randn(1100, 1, 16, device=DEVICE)
+    with fk.backend("cuda"):
+        out = fk.student_head_exit(hidden_states, head, 0.7)
+    stays = (out.uncertainty > 0.7).nonzero().flatten()
+    assert 0 < len(stays) < 1100
+    assert out.kept().tolist() == stays.tolist()
+
+
+@needs_triton
+def test_more_classes_than_one_launch_takes() -> None:
+    head = random_head(labels=ops.MAX_FUSED_LABELS + 1)
+    hidden_states = torch.randn(3, 5, 48, device=DEVICE)
+    with fk.backend("cuda"):
+        logits = fk.student_head(hidden_states, head)
+    assert_accurate(logits, hidden_states, head)
+    assert not ops._one_launch(hidden_states, head, None)
+
+
+@needs_triton
+@torch.no_grad()
+def test_ticket_is_reset() -> None:
+    head, hidden_states = random_head(), torch.randn(3, 5, 48, device=DEVICE)
+    ticket = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    with fk.backend("cuda"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops._tickets, "take", lambda tensor: ticket)
+        first, second = (fk.student_head_exit(hidden_states, head, 0.6) for _ in range(2))
+    assert int(ticket) == 0
+    assert first.kept().tolist() == second.kept().tolist()
+
+
+@needs_triton
+@pytest.mark.parametrize("with_record", [False, True])
+def test_opcheck_of_the_exit(with_record: bool) -> None:
+    record = fk.ExitRecord.allocate(2, 3, DEVICE)
+    fields = (record.logits, record.uncertainty, record.exit_layer, record.history)
+    gate = (0.5, None, "entropy", None, None, *(fields if with_record else (None,) * 4), 1)
+    arguments = (*_op_arguments("lengths"), *gate)
+    torch.library.opcheck(torch.ops.fastkd_kernels.student_head_exit.default, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exit_compiles_to_one_graph(backend: str) -> None:
+    head, hidden_states = random_head(), torch.randn(4, 5, 48, device=DEVICE)
+    compiled_record, eager_record = (fk.ExitRecord.allocate(4, 3, DEVICE) for _ in range(2))
+
+    def run(hidden_states: Tensor, record: fk.ExitRecord) -> tuple[Tensor, Tensor, Tensor]:
+        out = fk.student_head_exit(hidden_states * 1, head, 0.6, record=record, layer=2)
+        assert out.logits is not None
+        return out.logits, out.uncertainty, out.count
+
+    with fk.backend(backend):
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(hidden_states, compiled_record)
+        eager = run(hidden_states, eager_record)
+    for ours, theirs in zip(compiled, eager, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(compiled_record.exit_layer, eager_record.exit_layer)
+    assert torch.equal(compiled_record.logits, eager_record.logits)
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("speed: got 1.5", {"speed": 1.5}),
+        ("criterion: got 'max'", {"criterion": "max"}),
+        ("record: got None", {"criterion": "patience"}),
+        ("top_n: got None", {"criterion": "top_n"}),
+        ("row_ids: got shape", {"row_ids": torch.arange(3)}),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_gate_arguments(backend: str, message: str, arguments: dict[str, Any]) -> None:
+    with fk.backend(backend), pytest.raises(ValueError, match=message):
+        fk.student_head_exit(torch.randn(2, 5, 48, device=DEVICE), random_head(), **{"speed": 0.5, **arguments})
+
+
+@pytest.mark.parametrize("labels", [1])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_class_cannot_exit(backend: str, labels: int) -> None:
+    with fk.backend(backend), pytest.raises(ValueError, match="at least 2"):
+        fk.student_head_exit(torch.randn(2, 5, 48, device=DEVICE), random_head(labels=labels), 0.5)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@torch.no_grad()
+def test_no_synchronisation_and_graph_replay() -> None:
+    head, hidden_states = random_head(), torch.randn(5, 7, 48, device=DEVICE)
+    expected = fk.student_head_exit(hidden_states, head, 0.6)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fk.student_head_exit(hidden_states, head, 0.6)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = fk.student_head_exit(hidden_states, head, 0.6)
+    for _ in range(3):
+        graph.replay()
+        assert captured.kept().tolist() == expected.kept().tolist()
+        assert torch.equal(captured.uncertainty, expected.uncertainty)
+
+
+# --- machine code ---------------------------------------------------------------------------------------------------
+
+_POINTERS = {torch.float32: "*fp32:16", torch.bfloat16: "*bf16:16", torch.float16: "*fp16:16"}
+_LAYOUT_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "lengths": {"lengths": "*i64:16"},
+    "mask": {"attention_mask": "*i64:16", "stride_mask_batch": "i32:16"},
+    "packed": {"cu_seqlens": "*i32:16"},
+}
+_SHARED = ("query_key", "query_bias", "mix", "mix_bias", "classifier", "classifier_bias", "scratch", "logits")
+
+
+def _specification(
+    dtype: torch.dtype, layout: str, *, hidden: int = 768, width: int = 128, labels: int = 4, heads: int = 2
+) -> KernelSpec:
+    """The logits kernel, specialised as its launcher would."""
+    config = StudentHeadConfig.heuristic(dtype, hidden, width, labels)
+    aligned = ":16" if hidden % 16 == 0 else ""
+    arguments = {
+        **dict.fromkeys(_SHARED, "*fp32:16"),
+        **dict.fromkeys(("hidden_states", "narrow_weight", "narrow_bias"), _POINTERS[dtype]),
+        **dict.fromkeys(("lengths", "attention_mask", "cu_seqlens"), None),
+        "tokens": "i32",
+        "hidden": "i32" + aligned,
+        "num_labels": "i32",
+        "stride_batch": "i32" + aligned,
+        "stride_token": "i32" + aligned,
+        "stride_mask_batch": "i32",
+        "stride_mask_token": 1,
+        "EVEN_HIDDEN": hidden % config.block_hidden == 0,
+        "WIDEN": False,
+        "HEADS": heads,
+        "WIDTH": width,
+        **config.block_sizes(),
+        **_LAYOUT_ARGUMENTS[layout],
+    }
+    return KernelSpec("fastkd_kernels.ops.student_head:_student_head_kernel", arguments, config.options())
+
+
+def _exit_specification(
+    dtype: torch.dtype, layout: str, criterion: str, *, record: bool, per_row: bool, labels: int = 4
+) -> KernelSpec:
+    logits_kernel = _specification(dtype, layout, labels=labels)
+    record_types = {
+        "record_logits": "*fp32:16",
+        "record_uncertainty": "*fp32:16",
+        "record_exit_layer": "*i32:16",
+        "record_history": "*i32:16",
+    }
+    arguments = {
+        **logits_kernel.arguments,
+        **dict.fromkeys(("survivors", "count", "ticket"), "*i32:16"),
+        "uncertainties": "*fp32:16",
+        "stays": "*i8:16",
+        "speeds": "*fp32:16" if per_row else None,
+        "row_ids": "*i64:16" if record else None,
+        **(record_types if record else dict.fromkeys(record_types, None)),
+        "speed": "fp32",
+        "top_n": "i32",
+        "layer": "i32",
+        "batch": "i32",
+        "CRITERION": fk.CRITERIA.index(criterion),
+    }
+    return KernelSpec("fastkd_kernels.ops.student_head:_student_head_exit_kernel", arguments, logits_kernel.options)
+
+
+def _specifications() -> list[KernelSpec]:
+    """Every dtype x layout, the criteria and flags taking turns so that each meets every dtype and every layout."""
+    specifications = []
+    for number, (dtype, layout) in enumerate((dtype, layout) for dtype in DTYPES for layout in LAYOUTS):
+        criterion = fk.CRITERIA[number % len(fk.CRITERIA)]
+        record = number % 2 == 0 or criterion == "patience"
+        specifications.append(_exit_specification(dtype, layout, criterion, record=record, per_row=number % 3 == 0))
+    specifications += [_specification(dtype, layout) for dtype, layout in zip(DTYPES, LAYOUTS, strict=False)]
+    specifications += [
+        _exit_specification(torch.bfloat16, "lengths", "top_n", record=True, per_row=False, labels=256),
+        _specification(torch.float32, "mask", hidden=100, labels=300),
+        _specification(torch.bfloat16, "packed", width=256, heads=4),
+    ]
+    return specifications
+
+
+@needs_triton
+def test_machine_code() -> None:
+    for cubin in compile_kernels(_specifications()):
+        cubin.assert_no_spills()
+        opcodes = cubin.opcodes()
+        arguments = cubin.spec.arguments
+        streamed = [name for name in opcodes if name.startswith("LDGSTS") and name.endswith("128")]
+        if arguments["EVEN_HIDDEN"]:
+            assert streamed, f"the hidden states are not read 16 bytes at a time: {cubin} {opcodes}"
+        if arguments["hidden_states"] != "*fp32:16" and arguments["WIDTH"] <= 128:  # type: ignore[operator]
+            assert_uses_tensor_cores(cubin, opcodes)
+
+
+def assert_uses_tensor_cores(cubin: Cubin, opcodes: Any) -> None:
+    mnemonic = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}[cubin.capability]
+    assert any(name.startswith(mnemonic) for name in opcodes), f"no {mnemonic} in {cubin}: {opcodes}"
