@@ -151,6 +151,14 @@ def test_csrc_includes_the_stable_abi_only() -> None:
             assert headers.index("stable_compat.h") < headers.index(of_torch[0]), path.name
 
 
+def test_csrc_needs_nothing_newer_than_torch_2_10() -> None:
+    """Everything else that is newer hides behind TORCH_TARGET_VERSION; this macro of torch 2.13 does not."""
+    for path in sorted((ROOT / "csrc").iterdir()):
+        assert "STABLE_TORCH_ERROR_CODE_CHECK" not in path.read_text(encoding="utf-8"), (
+            f"{path.name}: use TORCH_ERROR_CODE_CHECK, which torch 2.10 has"
+        )
+
+
 def build(stubs: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """setup.py with `stubs` in front of everything that is installed."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA_", "FASTKD_"))}
