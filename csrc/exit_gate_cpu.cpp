@@ -281,6 +281,8 @@ int32_t list_survivors(const Call& gate, int32_t* survivors) {
     survivors[kept] = static_cast<int32_t>(row);
     kept += gate.stays(row);
   }
+  // undefined by contract, but the same in every run
+  std::fill(survivors + kept, survivors + gate.rows, -1);
   return kept;
 }
 
