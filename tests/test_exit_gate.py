@@ -183,7 +183,7 @@ def test_edge_rows(backend: str, criterion: str) -> None:
 @pytest.mark.parametrize("criterion", fk.CRITERIA)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_nan_in_any_place_of_any_tile_keeps_its_row(backend: str, criterion: str) -> None:
-    for columns in (3, 70, 2500):
+    for columns in (3, 70, 4500):
         logits = make_logits(3, columns)
         logits[0, 0] = logits[1, columns // 2] = logits[2, -1] = math.nan
         with running_on(backend) as device:
@@ -268,7 +268,7 @@ def test_survivors_ascend_across_tiles_and_programs(backend: str, rows: int) -> 
 def test_the_launch_covers_both_ways_of_compacting() -> None:
     assert ExitGateConfig.heuristic(2048, 2).programs == 1
     assert ExitGateConfig.heuristic(2049, 2).programs == 5
-    assert ExitGateConfig.heuristic(3, 5001) == ExitGateConfig(1, 2048, False, 3, 8)
+    assert ExitGateConfig.heuristic(3, 5001) == ExitGateConfig(1, 4096, False, 3, 8)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -375,7 +375,7 @@ def test_backends_agree_with_the_reference(backend: str, data: st.DataObject) ->
 
 
 @pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("columns", [3, 300, 2300])
+@pytest.mark.parametrize("columns", [3, 300, 4300])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_rows_that_leave_are_written_at_their_ids(backend: str, columns: int, id_dtype: torch.dtype) -> None:
     logits = make_logits(4, columns)
@@ -697,7 +697,7 @@ def kernel_spec(criterion: str, dtype: torch.dtype, rows: int, columns: int, fla
 
 
 # one program; several with a look-back; several, and rows streamed through a tile
-LAUNCHES = ((128, 2), (4096, 48), (64, 4096))
+LAUNCHES = ((128, 2), (4096, 48), (64, 8192))
 
 
 @pytest.fixture(scope="module")
@@ -720,7 +720,7 @@ def test_no_kernel_spills(cubins: dict[tuple[str, torch.dtype, int], list[Cubin]
 
 
 @needs_triton
-@pytest.mark.parametrize("columns", [48, 4096])
+@pytest.mark.parametrize("columns", [48, 8192])
 def test_wide_rows_are_loaded_16_bytes_at_a_time(
     cubins: dict[tuple[str, torch.dtype, int], list[Cubin]], columns: int
 ) -> None:

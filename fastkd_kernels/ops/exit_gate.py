@@ -526,14 +526,15 @@ def _exit_gate_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    start = 0
-    end = rows
+    block = 0
+    blocks = tl.cdiv(rows, BLOCK_ROWS)
     kept = tl.zeros((), tl.int32)
     if scan is not None:
         # numbered in the order of their start, so that a block only ever waits for running ones
-        start = tl.atomic_add(scan, 1) * BLOCK_ROWS
-        end = tl.minimum(rows, start + BLOCK_ROWS)
-    for first_row in range(start, end, BLOCK_ROWS):
+        block = tl.atomic_add(scan, 1)
+        blocks = 1
+    for step in range(0, blocks):
+        first_row = (block + step) * BLOCK_ROWS
         stays = _gate_rows(
             first_row,
             logits,
@@ -559,14 +560,14 @@ def _exit_gate_kernel(
             BLOCK_COLUMNS,
         )
         if scan is not None:
-            kept = _survivors_before(scan + 1, first_row // BLOCK_ROWS, tl.sum(stays, 0), WINDOW)
+            kept = _survivors_before(scan + 1, block, tl.sum(stays, 0), WINDOW)
         kept = _list_survivors(survivors, first_row, stays, kept, BLOCK_ROWS)
-    if end == rows:
+    if (block + blocks) * BLOCK_ROWS >= rows:
         tl.store(count, kept)
 
 
-MAX_TILE = 2048
-"""Logits a program holds at once: 8 a thread with 8 warps, which leaves registers for every criterion."""
+MAX_COLUMNS = 4096
+"""Classes up to which a program holds whole rows: 16 logits a thread with 8 warps, the most that fits its registers."""
 
 
 @dataclass(frozen=True)
@@ -586,8 +587,8 @@ class ExitGateConfig:
         Up to four tiles one program takes in turn, which costs less than zeroing the scan state of several. The sizes
         of a tile depend on the classes alone: a batch that shrinks from layer to layer compiles nothing new.
         """
-        block_columns = min(_next_power_of_2(columns), MAX_TILE)
-        block_rows = min(MAX_TILE // block_columns, 512)
+        block_columns = min(_next_power_of_2(columns), MAX_COLUMNS)
+        block_rows = min(max(1024 // block_columns, 1), 512)
         tiles = -(-rows // block_rows)
         return cls(
             block_rows=block_rows,
@@ -754,6 +755,7 @@ def _nobody_watches() -> bool:
 
 
 def _exit_gate(
+    name: str,
     logits: Tensor,
     speed: float | Tensor,
     criterion: str,
@@ -762,22 +764,10 @@ def _exit_gate(
     record: ExitRecord | None,
     layer: int | None,
 ) -> ExitGateOutput:
-    """`exit_gate` after its checks, on the backend that is chosen."""
-    name = _backend.resolve("exit_gate", logits.device)
-    if name != "reference" and logits.dtype not in _KERNEL_DTYPES:
-        name = _backend.fall_back(
-            "exit_gate", name, f"its kernel computes in float32, and the logits are {logits.dtype}"
-        )
-    if name == "reference":
-        return exit_gate_reference(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
+    """`exit_gate` on the kernel of the backend `name`."""
     speeds = speed.to(torch.float32).contiguous() if isinstance(speed, Tensor) else None
-    arguments = (
-        logits.detach(),
-        0.0 if isinstance(speed, Tensor) else float(speed),
-        _CODES[criterion],
-        top_n or 0,
-        speeds,
-    )
+    one_speed = 0.0 if isinstance(speed, Tensor) else float(speed)
+    arguments = (logits.detach(), one_speed, _CODES[criterion], top_n or 0, speeds)
     if row_ids is not None:
         row_ids = row_ids.contiguous()
     if name == "cuda" and not torch.compiler.is_compiling():
@@ -790,6 +780,13 @@ def _exit_gate(
             *arguments, row_ids, record.logits, record.uncertainty, record.exit_layer, record.history, layer
         )
     )
+
+
+def _choose_backend(logits: Tensor) -> str:
+    name = _backend.resolve("exit_gate", logits.device)
+    if name == "reference" or logits.dtype in _KERNEL_DTYPES:
+        return name
+    return _backend.fall_back("exit_gate", name, f"its kernel computes in float32, and the logits are {logits.dtype}")
 
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -841,7 +838,10 @@ def exit_gate(
         if decided is not None:
             return ExitGateOutput(*decided)
     _check(logits, speed, criterion, row_ids, top_n, record, layer)
-    return _exit_gate(logits, speed, criterion, row_ids, top_n, record, layer)
+    name = _choose_backend(logits)
+    if name == "reference":
+        return exit_gate_reference(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
+    return _exit_gate(name, logits, speed, criterion, row_ids, top_n, record, layer)
 
 
 def _check(
