@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import threading
 from collections.abc import Callable
@@ -549,7 +550,7 @@ def test_a_head_the_kernel_does_not_take() -> None:
 
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("criterion", fk.CRITERIA)
-@pytest.mark.parametrize("labels", [2, 3, 40])
+@pytest.mark.parametrize("labels", [2, 3, 40, 300])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_exit_is_head_then_gate(backend: str, labels: int, criterion: str, per_row: bool) -> None:
     rows, layers = 6, 3
@@ -599,25 +600,16 @@ def test_exit_of_an_empty_batch(backend: str) -> None:
 
 
 @needs_triton
-def test_compaction_over_several_blocks() -> None:
-    """More rows than one block of the last program lists at a time."""
-    head = random_head(hidden=16, width=16)
-    hidden_states = torch.randn(1100, 1, 16, device=DEVICE)
+def test_more_rows_than_are_listed_in_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(StudentHeadConfig.heuristic(torch.float32, 48, 32, 3), list_rows=4)
+    monkeypatch.setattr(StudentHeadConfig, "heuristic", lambda *sizes: config)
+    head, hidden_states = random_head(), torch.randn(11, 2, 48, device=DEVICE)
     with fk.backend("cuda"):
-        out = fk.student_head_exit(hidden_states, head, 0.7)
-    stays = (out.uncertainty > 0.7).nonzero().flatten()
-    assert 0 < len(stays) < 1100
-    assert out.kept().tolist() == stays.tolist()
-
-
-@needs_triton
-def test_more_classes_than_one_launch_takes() -> None:
-    head = random_head(labels=ops.MAX_FUSED_LABELS + 1)
-    hidden_states = torch.randn(3, 5, 48, device=DEVICE)
-    with fk.backend("cuda"):
-        logits = fk.student_head(hidden_states, head)
-    assert_accurate(logits, hidden_states, head)
-    assert not ops._one_launch(hidden_states, head, None)
+        uncertainty = fk.student_head_exit(hidden_states, head, 0.0).uncertainty
+        speed = uncertainty.median()
+        out = fk.student_head_exit(hidden_states, head, speed.expand(11))
+    assert out.kept().tolist() == (uncertainty > speed).nonzero().flatten().tolist()
+    assert int(out.count) == 5
 
 
 @needs_triton
@@ -712,61 +704,57 @@ _LAYOUT_ARGUMENTS: dict[str, dict[str, Any]] = {
     "mask": {"attention_mask": "*i64:16", "stride_mask_batch": "i32:16"},
     "packed": {"cu_seqlens": "*i32:16"},
 }
-_SHARED = ("query_key", "query_bias", "mix", "mix_bias", "classifier", "classifier_bias", "scratch", "logits")
+_FLOAT32 = ("query_key", "query_bias", "mix", "mix_bias", "classifier", "classifier_bias", "scratch", "logits")
+_RECORD = {
+    "exit_logits": "*fp32:16",
+    "exit_uncertainty": "*fp32:16",
+    "exit_layer": "*i32:16",
+    "history": "*i32:16",
+    "row_ids": "*i64:16",
+}
+_GATE = {
+    "uncertainty": "*fp32:16",
+    "stays": "*i8:16",
+    **dict.fromkeys(("survivors", "count", "ticket"), "*i32:16"),
+}
 
 
 def _specification(
-    dtype: torch.dtype, layout: str, *, hidden: int = 768, width: int = 128, labels: int = 4, heads: int = 2
+    dtype: torch.dtype,
+    layout: str,
+    criterion: str | None,
+    *,
+    record: bool = False,
+    per_row: bool = False,
+    hidden: int = 768,
+    width: int = 128,
+    labels: int = 4,
+    heads: int = 2,
 ) -> KernelSpec:
-    """The logits kernel, specialised as its launcher would."""
+    """The kernel as its launcher would specialise it."""
     config = StudentHeadConfig.heuristic(dtype, hidden, width, labels)
-    aligned = ":16" if hidden % 16 == 0 else ""
+    size = "i32:16" if hidden % 16 == 0 else "i32"
     arguments = {
-        **dict.fromkeys(_SHARED, "*fp32:16"),
+        **dict.fromkeys(_FLOAT32, "*fp32:16"),
         **dict.fromkeys(("hidden_states", "narrow_weight", "narrow_bias"), _POINTERS[dtype]),
         **dict.fromkeys(("lengths", "attention_mask", "cu_seqlens"), None),
-        "tokens": "i32",
-        "hidden": "i32" + aligned,
-        "num_labels": "i32",
-        "stride_batch": "i32" + aligned,
-        "stride_token": "i32" + aligned,
-        "stride_mask_batch": "i32",
+        **dict.fromkeys(("hidden", "stride_batch", "stride_token"), size),
+        **dict.fromkeys(("tokens", "num_labels", "batch", "capacity", "layer", "top_n", "stride_mask_batch"), "i32"),
         "stride_mask_token": 1,
+        "speed": "fp32",
+        "scale": "fp32",
+        "speeds": "*fp32:16" if per_row else None,
+        **(_GATE if criterion else dict.fromkeys(_GATE, None)),
+        **(_RECORD if record else dict.fromkeys(_RECORD, None)),
+        "CRITERION": criterion,
         "EVEN_HIDDEN": hidden % config.block_hidden == 0,
         "WIDEN": False,
         "HEADS": heads,
         "WIDTH": width,
-        **config.block_sizes(),
+        **config.constants(),
         **_LAYOUT_ARGUMENTS[layout],
     }
     return KernelSpec("fastkd_kernels.ops.student_head:_student_head_kernel", arguments, config.options())
-
-
-def _exit_specification(
-    dtype: torch.dtype, layout: str, criterion: str, *, record: bool, per_row: bool, labels: int = 4
-) -> KernelSpec:
-    logits_kernel = _specification(dtype, layout, labels=labels)
-    record_types = {
-        "record_logits": "*fp32:16",
-        "record_uncertainty": "*fp32:16",
-        "record_exit_layer": "*i32:16",
-        "record_history": "*i32:16",
-    }
-    arguments = {
-        **logits_kernel.arguments,
-        **dict.fromkeys(("survivors", "count", "ticket"), "*i32:16"),
-        "uncertainties": "*fp32:16",
-        "stays": "*i8:16",
-        "speeds": "*fp32:16" if per_row else None,
-        "row_ids": "*i64:16" if record else None,
-        **(record_types if record else dict.fromkeys(record_types, None)),
-        "speed": "fp32",
-        "top_n": "i32",
-        "layer": "i32",
-        "batch": "i32",
-        "CRITERION": fk.CRITERIA.index(criterion),
-    }
-    return KernelSpec("fastkd_kernels.ops.student_head:_student_head_exit_kernel", arguments, logits_kernel.options)
 
 
 def _specifications() -> list[KernelSpec]:
@@ -775,14 +763,14 @@ def _specifications() -> list[KernelSpec]:
     for number, (dtype, layout) in enumerate((dtype, layout) for dtype in DTYPES for layout in LAYOUTS):
         criterion = fk.CRITERIA[number % len(fk.CRITERIA)]
         record = number % 2 == 0 or criterion == "patience"
-        specifications.append(_exit_specification(dtype, layout, criterion, record=record, per_row=number % 3 == 0))
-    specifications += [_specification(dtype, layout) for dtype, layout in zip(DTYPES, LAYOUTS, strict=False)]
-    specifications += [
-        _exit_specification(torch.bfloat16, "lengths", "top_n", record=True, per_row=False, labels=256),
-        _specification(torch.float32, "mask", hidden=100, labels=300),
-        _specification(torch.bfloat16, "packed", width=256, heads=4),
+        specifications.append(_specification(dtype, layout, criterion, record=record, per_row=number % 3 == 0))
+    return [
+        *specifications,
+        *(_specification(dtype, layout, None) for dtype, layout in zip(DTYPES, LAYOUTS, strict=False)),
+        _specification(torch.bfloat16, "lengths", "top_n", record=True, labels=256),
+        _specification(torch.float32, "mask", None, hidden=100, labels=300),
+        _specification(torch.bfloat16, "packed", "margin", width=256, heads=4),
     ]
-    return specifications
 
 
 @needs_triton
@@ -794,7 +782,7 @@ def test_machine_code() -> None:
         streamed = [name for name in opcodes if name.startswith("LDGSTS") and name.endswith("128")]
         if arguments["EVEN_HIDDEN"]:
             assert streamed, f"the hidden states are not read 16 bytes at a time: {cubin} {opcodes}"
-        if arguments["hidden_states"] != "*fp32:16" and arguments["WIDTH"] <= 128:  # type: ignore[operator]
+        if arguments["hidden_states"] != "*fp32:16" and arguments["WIDTH"] == 128:
             assert_uses_tensor_cores(cubin, opcodes)
 
 
