@@ -228,7 +228,7 @@ def test_predict_pipe_to_pipe(model: Path) -> None:
     header, *lines = result.stdout.splitlines()
     assert header.split("\t") == ["label", "probability", "exit_layer", "error"]
     assert [line.split("\t")[2] for line in lines] == ["1", "1"]
-    assert "2 rows" in result.stderr
+    assert "2 rows in" in result.stderr
 
 
 def test_predict_json_on_a_pipe_is_one_object_a_row(model: Path) -> None:

@@ -517,3 +517,10 @@ def test_unnamed_labels_may_lack_the_last_classes(plain: Path, tmp_path: Path) -
     options = options_of("finetune", epochs=1)
     finetune(model, few, None, tmp_path / "out", options, tokenizer_of("bert"))
     assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+
+
+def test_the_package_offers_training_without_importing_it() -> None:
+    code = "import sys, fastkd; assert 'fastkd.training' not in sys.modules; fastkd.distill, fastkd.load_folder"
+    subprocess.run([sys.executable, "-c", code], check=True, env=_environment(), timeout=240)
+    with pytest.raises(AttributeError, match="has no attribute 'finetun'"):
+        _ = fastkd.finetun

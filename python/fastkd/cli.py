@@ -331,7 +331,7 @@ def sweep(
         }
         files = steps.write_sweeps(sweeps, output)
         for name, table in sweeps.items():
-            screen.out.print(sweep_table(table, name))
+            screen.out.print(sweep_table(table, name, screen.is_narrow))
         screen.out.print(f"written: [bold]{output}[/] ({_listed([path.name for path in files])})", soft_wrap=True)
         screen.result(
             {"sweeps": {name: table.to_dicts() for name, table in sweeps.items()}, "files": [str(f) for f in files]}
@@ -453,7 +453,7 @@ def bench(
             criterion=criterion and criterion.value, top_n=top_n, repeats=repeats,
         )  # fmt: skip
         files = steps.write_benchmark(measured, output)
-        screen.out.print(benchmark_table(measured))
+        screen.out.print(benchmark_table(measured, screen.is_narrow))
         screen.out.print(f"written: [bold]{output}[/] ({_listed([path.name for path in files])})", soft_wrap=True)
         screen.result(measured.to_dict() | {"files": [str(path) for path in files]})
 
@@ -485,6 +485,7 @@ def demo(
     batch_sizes: Annotated[str | None, typer.Option(help="Measured, as in 1,8,32.")] = None,
     dtypes: Annotated[str | None, typer.Option(help="Measured: some of fp32, bf16, fp16.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of corpus, rows and weights.")] = None,
+    device: Device = "auto",
     start_over: Annotated[bool, typer.Option("--start-over", help="Forget what an earlier demo left.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -511,7 +512,7 @@ def demo(
             "checkpoint": checkpoint, "train_rows": train_rows, "max_length": max_length, "epochs": epochs,
             "distill_epochs": distill_epochs, "batch_size": batch_size, "learning_rate": learning_rate,
             "distill_learning_rate": distill_learning_rate, "bench_rows": bench_rows, "seed": seed,
-            "bench_repeats": bench_repeats,
+            "bench_repeats": bench_repeats, "device": device,
             "speeds": speeds and tuple(parse_speeds(speeds)),
             "bench_speeds": bench_speeds and tuple(parse_speeds(bench_speeds)),
             "batch_sizes": batch_sizes and tuple(_whole_numbers(batch_sizes, "--batch-sizes")),
@@ -627,7 +628,8 @@ def _report_training(screen: Screen, done: Any) -> None:
 def _report_predictions(screen: Screen, summary: Any, layers: int, output: str) -> None:
     rate = summary.rows / max(summary.seconds, 1e-9)
     average = "" if summary.average_layers is None else f", {summary.average_layers:.2f} of {layers} layers on average"
-    screen.say(f"{summary.rows} rows in {summary.seconds:.1f} s ({rate:.0f} rows/s){average}")
+    rows = "1 row" if summary.rows == 1 else f"{summary.rows} rows"
+    screen.say(f"{rows} in {summary.seconds:.1f} s ({rate:.0f} rows/s){average}")
     if not summary.bad_rows:
         return
     screen.say(f"[bold red]{summary.bad_rows} rows without an answer[/]; the error column says why:")
