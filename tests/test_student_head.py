@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -24,6 +25,9 @@ from fastkd_kernels.ops.student_head import StudentHeadConfig, StudentHeadWeight
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["padded", "lengths", "mask", "packed"]
+
+# numpy speaks up where the interpreter meets the NaN and infinity that tests put there
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 needs_triton = pytest.mark.skipif(not _triton.available, reason=str(_triton.missing_reason))
 needs_extension = pytest.mark.skipif(
@@ -134,6 +138,26 @@ def test_every_row_bucket(backend: str, dtype: torch.dtype, tokens: int) -> None
         assert_accurate(fk.student_head(hidden_states, head), hidden_states, head)
 
 
+def _tf32(x: Tensor) -> Tensor:
+    """Rounded to the ten bits of mantissa that a tensor core reads."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize(("products", "holds"), [(3, True), (1, False)])
+def test_three_tf32_products_are_as_good_as_float32(products: int, holds: bool) -> None:
+    """The interpreter multiplies in float32 whatever it is told, so what a tensor core would do is done here."""
+    head, hidden_states = random_head(768, 128), torch.randn(64, 768, device=DEVICE)
+    weight, bias = head.narrow
+    (x, x_rest), (w, w_rest) = ((_tf32(t), _tf32(t - _tf32(t))) for t in (hidden_states, weight))
+    product = x @ w.t()
+    if products == 3:
+        product = x_rest @ w.t() + x @ w_rest.t() + product
+    truth = nn.functional.linear(hidden_states.double(), weight.double(), bias.double()).tanh()
+    baseline = nn.functional.linear(hidden_states, weight, bias).tanh()
+    with nullcontext() if holds else pytest.raises(AssertionError, match="less accurate"):
+        assert_within_budget((product + bias).tanh(), truth, baseline, absolute=32 * torch.finfo(torch.float32).eps)
+
+
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[int, list[int], int, int, int, int, str]:
     tokens = draw(st.integers(1, 80))
@@ -169,7 +193,8 @@ def test_any_shape(backend: str, problem: tuple[int, list[int], int, int, int, i
 @given(masks=st.lists(st.integers(0, 2**69 - 1), min_size=1, max_size=3))
 def test_any_mask(backend: str, masks: list[int]) -> None:
     head = random_head()
-    attention_mask = torch.tensor([[True, *(mask >> bit & 1 for bit in range(69))] for mask in masks], device=DEVICE)
+    rows = [[1, *(mask >> bit & 1 for bit in range(69))] for mask in masks]
+    attention_mask = torch.tensor(rows, dtype=torch.bool, device=DEVICE)
     hidden_states = torch.randn(len(masks), 70, 48, device=DEVICE)
     hidden_states[~attention_mask] = torch.nan
     with fk.backend(backend):
@@ -550,10 +575,10 @@ def test_a_head_the_kernel_does_not_take() -> None:
 
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize("criterion", fk.CRITERIA)
-@pytest.mark.parametrize("labels", [2, 3, 40, 300])
+@pytest.mark.parametrize("labels", [2, 40, 300])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_exit_is_head_then_gate(backend: str, labels: int, criterion: str, per_row: bool) -> None:
-    rows, layers = 6, 3
+    rows, layers = 4, 2
     row_ids = torch.randperm(2 * rows, device=DEVICE)[:rows]
     speed = torch.rand(rows, device=DEVICE) if per_row else 0.6
     top_n = 2 if criterion == "top_n" else None
@@ -757,35 +782,52 @@ def _specification(
     return KernelSpec("fastkd_kernels.ops.student_head:_student_head_kernel", arguments, config.options())
 
 
-def _specifications() -> list[KernelSpec]:
+def _gated_specifications() -> list[KernelSpec]:
     """Every dtype x layout, the criteria and flags taking turns so that each meets every dtype and every layout."""
     specifications = []
     for number, (dtype, layout) in enumerate((dtype, layout) for dtype in DTYPES for layout in LAYOUTS):
         criterion = fk.CRITERIA[number % len(fk.CRITERIA)]
         record = number % 2 == 0 or criterion == "patience"
         specifications.append(_specification(dtype, layout, criterion, record=record, per_row=number % 3 == 0))
-    return [
-        *specifications,
-        *(_specification(dtype, layout, None) for dtype, layout in zip(DTYPES, LAYOUTS, strict=False)),
-        _specification(torch.bfloat16, "lengths", "top_n", record=True, labels=256),
-        _specification(torch.float32, "mask", None, hidden=100, labels=300),
-        _specification(torch.bfloat16, "packed", "margin", width=256, heads=4),
-    ]
+    return specifications
 
 
 @needs_triton
-def test_machine_code() -> None:
-    for cubin in compile_kernels(_specifications()):
+def test_machine_code_of_the_logits() -> None:
+    for cubin in compile_kernels(
+        _specification(dtype, layout, None) for dtype, layout in zip(DTYPES, LAYOUTS[1:], strict=True)
+    ):
         cubin.assert_no_spills()
-        opcodes = cubin.opcodes()
-        arguments = cubin.spec.arguments
-        streamed = [name for name in opcodes if name.startswith("LDGSTS") and name.endswith("128")]
-        if arguments["EVEN_HIDDEN"]:
-            assert streamed, f"the hidden states are not read 16 bytes at a time: {cubin} {opcodes}"
-        if arguments["hidden_states"] != "*fp32:16" and arguments["WIDTH"] == 128:
-            assert_uses_tensor_cores(cubin, opcodes)
+        assert_streams_and_multiplies(cubin)
 
 
-def assert_uses_tensor_cores(cubin: Cubin, opcodes: Any) -> None:
+@needs_triton
+def test_machine_code_with_the_gate() -> None:
+    for cubin in compile_kernels(_gated_specifications()):
+        cubin.assert_no_spills()
+        if cubin.capability == 90:
+            assert_streams_and_multiplies(cubin)
+
+
+@needs_triton
+def test_machine_code_of_other_sizes() -> None:
+    specifications = [
+        _specification(torch.bfloat16, "lengths", "top_n", record=True, labels=256),
+        _specification(torch.bfloat16, "padded", "margin", labels=5000),
+        _specification(torch.float32, "mask", None, hidden=100, labels=300),
+        _specification(torch.bfloat16, "packed", "margin", width=256, heads=4),
+        _specification(torch.float32, "packed", None, width=256, heads=4),
+        _specification(torch.float16, "padded", None, hidden=384, width=16, heads=1),
+    ]
+    for cubin in compile_kernels(specifications, [90]):
+        cubin.assert_no_spills()
+
+
+def assert_streams_and_multiplies(cubin: Cubin) -> None:
+    """Hidden states and weights go to shared memory 16 bytes at a time, and from there to the tensor cores."""
+    opcodes = cubin.opcodes()
+    copies = [name for name in opcodes if name.startswith("LDGSTS")]
+    assert copies, f"nothing is copied asynchronously: {cubin} {opcodes}"
+    assert all(name.endswith(".128") for name in copies), f"a copy of less than 16 bytes: {cubin} {opcodes}"
     mnemonic = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}[cubin.capability]
-    assert any(name.startswith(mnemonic) for name in opcodes), f"no {mnemonic} in {cubin}: {opcodes}"
+    assert any(name.startswith(mnemonic) for name in opcodes), f"no {mnemonic}: {cubin} {opcodes}"

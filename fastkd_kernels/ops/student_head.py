@@ -344,9 +344,10 @@ def _pool_sequence(
     context_vectors = query + HEADS * WIDTH
     dense = context_vectors + HEADS * WIDTH
 
-    head_index = tl.arange(0, HEADS)
-    largest = tl.full([HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
+    # all two-dimensional: Triton 3.6 fails for compute capability 10.0 on a vector reduced further
+    head_index = tl.arange(0, HEADS)[:, None]
+    largest = tl.full([HEADS, 1], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS, 1], tl.float32)
     context = tl.zeros([HEADS, WIDTH], tl.float32)
     for start in range(0, length, BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS)
@@ -377,17 +378,18 @@ def _pool_sequence(
         for head in tl.static_range(HEADS):
             is_head = head_index == head
             folded = tl.load(query + head * WIDTH + column)
-            score = tl.where(valid, tl.sum(narrow * folded[None, :], 1), float("-inf"))
-            before = tl.max(tl.where(is_head, largest, float("-inf")), 0)
-            after = tl.maximum(before, tl.max(score, 0))
+            score = tl.sum(narrow * folded[None, :], 1, keep_dims=True)
+            score = tl.where(valid[:, None], score, float("-inf"))
+            before = tl.max(tl.where(is_head, largest, float("-inf")), 0, keep_dims=True)
+            after = tl.maximum(before, tl.max(score, 0, keep_dims=True))
             weight = tl.exp(score - after)
             scale = tl.exp(before - after)
             largest = tl.where(is_head, after, largest)
-            total = tl.where(is_head, total * scale + tl.sum(weight, 0), total)
-            added = tl.sum(narrow * weight[:, None], 0)
-            context = tl.where(is_head[:, None], context * scale + added[None, :], context)
+            total = tl.where(is_head, total * scale + tl.sum(weight, 0, keep_dims=True), total)
+            added = tl.sum(narrow * weight, 0, keep_dims=True)
+            context = tl.where(is_head, context * scale + added, context)
 
-    tl.store(context_vectors + head_index[:, None] * WIDTH + column[None, :], context / total[:, None])
+    tl.store(context_vectors + head_index * WIDTH + column[None, :], context / total)
     tl.debug_barrier()
     pooled = _vector_matrix(context_vectors, mix, HEADS * WIDTH, WIDTH, BLOCK_ROWS)
     tl.store(dense + column, _tanh(pooled + tl.load(mix_bias + column)))
