@@ -326,6 +326,13 @@ def _optimizer_step(module: Module) -> None:
     torch.optim.SGD(module.parameters(), lr=0.1).step()
 
 
+def _fused_optimizer_step(module: Module) -> None:
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    # raises no version where it runs fused, as transformers.Trainer has it by default
+    torch.optim.AdamW(module.parameters(), lr=0.1, fused=True).step()
+
+
 def _load(module: Module) -> None:
     module.load_state_dict({name: 1.5 * value for name, value in module.state_dict().items()})
 
@@ -344,7 +351,17 @@ def _replace_parameter(module: Module) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [_in_place, _one_bias, _optimizer_step, _load, _there_and_back, _replace_data, _replace_parameter]
+    "change",
+    [
+        _in_place,
+        _one_bias,
+        _optimizer_step,
+        _fused_optimizer_step,
+        _load,
+        _there_and_back,
+        _replace_data,
+        _replace_parameter,
+    ],
 )
 @pytest.mark.parametrize("backend", FOLDED)
 @torch.no_grad()

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastkd_kernels import _backend, _extension, _triton
@@ -76,6 +77,8 @@ def student_head_reference(
     lengths: Tensor | None = None,
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """`student_head` unfolded, in plain PyTorch: the oracle of the tests, and what training uses."""
     if cu_seqlens is not None:
@@ -94,6 +97,7 @@ def student_head_reference(
         split(F.linear(narrow, *head.key)),
         split(F.linear(narrow, *head.value)),
         attn_mask=None if valid is None else valid[:, None, None, :],
+        dropout_p=dropout_p,
     )
     pooled = F.linear(attended.transpose(1, 2).flatten(1), *head.output)
     logits = F.linear(F.linear(pooled, *head.dense).tanh(), *head.classifier)
@@ -198,6 +202,7 @@ class _FoldCache:
     def __init__(self) -> None:
         self._entries = WeakIdKeyDictionary()
         self._lock = threading.Lock()
+        self._watches_optimizers = False
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -219,7 +224,15 @@ class _FoldCache:
                 # once per change of the weights, so that every stream may use them
                 torch.cuda.current_stream(head.query[0].device).synchronize()
             self._entries[head.query[0]] = _CacheEntry(folded, stamps, storage)
+            if any(parameter.requires_grad for parameter in parameters):
+                self._watch_optimizers()
         return folded
+
+    def _watch_optimizers(self) -> None:
+        """Forget everything at every optimizer step: a fused step changes parameters without raising their version."""
+        if not self._watches_optimizers:
+            register_optimizer_step_post_hook(lambda *_: self._entries.clear())
+            self._watches_optimizers = True
 
 
 _fold_cache = _FoldCache()
@@ -894,11 +907,14 @@ def student_head(
     lengths: Tensor | None = None,
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """Logits of FastBERT's head from token 0 of every sequence.
 
-    With gradients wanted the unfolded head runs; otherwise the folded one, whose matrices are kept until a parameter
-    changes. Writing to a parameter through `.data` goes unseen, as it does by autograd: write under `torch.no_grad()`.
+    With gradients or dropout wanted the unfolded head runs; otherwise the folded one, whose matrices are kept until a
+    parameter changes. Writing to a parameter through `.data` goes unseen, as it does by autograd: write under
+    `torch.no_grad()`.
 
     Args:
         hidden_states: [B, T, H] float32, bfloat16, float16 or float64; with `cu_seqlens` packed, [N_tokens, H].
@@ -906,6 +922,7 @@ def student_head(
         lengths: [B] int32 or int64 from 1 to T, where padding is on the right only.
         attention_mask: [B, T] of any dtype, non-zero where a token counts; token 0 of every row must.
         cu_seqlens: [B + 1] int32 or int64, sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
+        dropout_p: probability of dropping an attention weight, in training.
 
     Returns:
         [B, C], float32 (float64 for float64 inputs). What stands in padding, NaN included, changes nothing.
@@ -916,10 +933,10 @@ def student_head(
         TypeError: dtypes of hidden states and weights that differ, masks of a wrong dtype.
     """
     _check(hidden_states, head, lengths, attention_mask, cu_seqlens)
-    if _needs_unfolded(hidden_states, head):
+    if dropout_p or _needs_unfolded(hidden_states, head):
         _check_head(head)
         _check_values(hidden_states, lengths, attention_mask, cu_seqlens)
-        return student_head_reference(hidden_states, head, lengths, attention_mask, cu_seqlens)
+        return student_head_reference(hidden_states, head, lengths, attention_mask, cu_seqlens, dropout_p=dropout_p)
     if torch.compiler.is_compiling() or type(hidden_states) is not Tensor:
         return torch.ops.fastkd_kernels.student_head(
             hidden_states, _parameters(head), head.num_attention_heads, lengths, attention_mask, cu_seqlens
