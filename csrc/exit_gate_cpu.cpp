@@ -43,8 +43,8 @@ constexpr int64_t kMaxTileColumns = 256;
 // interleaved logits of one block of tiles: several, so that none is read before its stores have left the store buffer
 constexpr int64_t kBlockElements = kTileRows * kMaxTileColumns;
 constexpr int64_t kMaxBlockTiles = 16;
-// about 5 microseconds of work: less than that is not worth waking a thread for
-constexpr int64_t kElementsPerTask = 16384;
+// about 2 microseconds of work: less than that is not worth waking a thread for
+constexpr int64_t kElementsPerTask = 8192;
 
 struct Kernels {
   void (*tile)(const float* tile, int64_t columns, Criterion criterion, float scale, float* out);
@@ -281,6 +281,8 @@ int32_t list_survivors(const Call& gate, int32_t* survivors) {
     survivors[kept] = static_cast<int32_t>(row);
     kept += gate.stays(row);
   }
+  // undefined by contract, but the same in every run
+  std::fill(survivors + kept, survivors + gate.rows, -1);
   return kept;
 }
 
@@ -305,7 +307,7 @@ using Decision = std::tuple<Tensor, Tensor, Tensor>;
 Tensor allocate(int64_t size, int32_t dtype) {
   const int64_t stride = 1;
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(1, &size, &stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from fastkd import cli, demo, steps
-from fastkd.screen import wants_traceback
 from tiny_models import WORDS, early_exit_model, save_plain_checkpoint, tokenizer_of
 from typer.testing import CliRunner
+
+from fastkd import cli, demo, steps
+from fastkd.screen import wants_traceback
 
 POSITIVE, NEGATIVE = ("good", "great", "fun", "warm"), ("bad", "dull", "boring", "cold")
 PNG = b"\x89PNG\r\n\x1a\n"

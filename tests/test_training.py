@@ -14,10 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import fastkd
 import pytest
 import torch
 import training_worker
+from tiny_models import early_exit_model, random_batch, tokenizer_of
+from torch.nn import functional as F
+from training_worker import LABEL_NAMES, load, options_of, rows, save_plain, train
+from transformers import TrainerCallback
+
+import fastkd
 from fastkd.data import DataError, LengthGroupedSampler, LengthSortedBatches, Rows, load_rows, tokenize
 from fastkd.training import (
     LOG_FILE,
@@ -30,10 +35,6 @@ from fastkd.training import (
     last_checkpoint,
     self_distillation_loss,
 )
-from tiny_models import early_exit_model, random_batch, tokenizer_of
-from torch.nn import functional as F
-from training_worker import LABEL_NAMES, load, options_of, rows, save_plain, train
-from transformers import TrainerCallback
 
 WORKER = Path(training_worker.__file__)
 

@@ -174,7 +174,7 @@ def finetune(
         from fastkd import steps, training
 
         folder = steps.load_splits(data, train, dev, num_labels=num_labels)
-        model, tokenizer = steps.load_plain(checkpoint, folder, head, _layers(exit_layers))
+        model, tokenizer = steps.load_plain(checkpoint, folder, head, _layers(exit_layers), seed)
         limit = steps.set_length(model, tokenizer, max_length, default=128)
         options = training.FinetuneOptions(
             epochs=epochs, max_steps=max_steps, batch_size=batch_size, learning_rate=learning_rate,
@@ -199,7 +199,7 @@ def distill(
     epochs: Epochs = 3.0,
     max_steps: MaxSteps = None,
     batch_size: BatchSize = 32,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the heads.")] = 4e-4,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the heads.")] = 1e-3,
     temperature: Annotated[float, typer.Option(help="Softens the answers of both sides.")] = 1.0,
     direction: Annotated[str, typer.Option(help="forward: KL(teacher || student); reverse: the other.")] = "forward",
     max_length: MaxLength = None,
@@ -287,7 +287,7 @@ def sweep(
     ],
     data: Annotated[Path | None, typer.Option(help="Rows to sweep a model on: a file, or a folder of splits.")] = None,
     split: Split = "test",
-    speeds: Annotated[str, typer.Option(help="Numbers 0,0.1,0.5 or a range start:end:step.")] = DEFAULT_SPEEDS,
+    speeds: Annotated[str, typer.Option(help="Numbers 0,0.1,0.5 or a range first:last:step.")] = DEFAULT_SPEEDS,
     criterion: Criteria = None,
     top_n: TopN = None,
     seq_len: Annotated[
@@ -478,7 +478,7 @@ def demo(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of a training step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the backbone.")] = None,
     distill_learning_rate: Annotated[float | None, typer.Option(help="Of the early heads.")] = None,
-    speeds: Annotated[str | None, typer.Option(help="Of the sweep: 0,0.1,0.5 or start:end:step.")] = None,
+    speeds: Annotated[str | None, typer.Option(help="Of the sweep: 0,0.1,0.5 or first:last:step.")] = None,
     bench_speeds: Annotated[str | None, typer.Option(help="Measured in seconds.")] = None,
     bench_rows: Annotated[int | None, typer.Option(min=1, help="Rows of a measured pass.")] = None,
     bench_repeats: Annotated[int | None, typer.Option(min=1, help="Interleaved passes; their median counts.")] = None,

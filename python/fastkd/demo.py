@@ -255,7 +255,7 @@ def _train(
             record["note"] = "kept from an earlier run"
         else:
             screen.say("[bold]2[/] fine-tuning: backbone and last head learn the labels")
-            model, tokenizer = steps.load_plain(options.checkpoint, folder, "fastbert", None)
+            model, tokenizer = steps.load_plain(options.checkpoint, folder, "fastbert", None, options.seed)
             steps.set_length(model, tokenizer, options.max_length)
             chosen = training.FinetuneOptions(
                 epochs=options.epochs, learning_rate=options.learning_rate,
