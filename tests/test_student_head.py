@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -390,6 +391,22 @@ def test_folds_once_and_forgets_with_the_module() -> None:
 
 
 @torch.no_grad()
+def test_what_a_graph_captured_lives_as_long_as_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Module().to(DEVICE)
+    ops._fold_cache.get(module.weights())
+    monkeypatch.setattr(ops, "_capturing", lambda tensor: True)
+    captured = weakref.ref(ops._fold_cache.get(module.weights()))
+    monkeypatch.undo()
+    _in_place(module)
+    assert ops._fold_cache.get(module.weights()) is not captured()
+    gc.collect()
+    assert captured() is not None
+    del module
+    gc.collect()
+    assert captured() is None
+
+
+@torch.no_grad()
 def test_inference_tensors_have_no_version_and_are_not_cached() -> None:
     with torch.inference_mode():
         module = Module().to(DEVICE)
@@ -706,7 +723,10 @@ def test_exit_compiles_to_one_graph(backend: str) -> None:
     ],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_bad_gate_arguments(backend: str, message: str, arguments: dict[str, Any]) -> None:
+def test_bad_gate_arguments(
+    monkeypatch: pytest.MonkeyPatch, backend: str, message: str, arguments: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(ops, "fold", lambda head: pytest.fail("worked before checking"))
     with fk.backend(backend), pytest.raises(ValueError, match=message):
         fk.student_head_exit(torch.randn(2, 5, 48, device=DEVICE), random_head(), **{"speed": 0.5, **arguments})
 

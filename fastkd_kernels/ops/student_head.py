@@ -184,10 +184,14 @@ def fold(head: StudentHeadWeights) -> FoldedStudentHead:
 @dataclass(frozen=True)
 class _CacheEntry:
     folded: FoldedStudentHead
-    stamps: tuple[tuple[weakref.ref[Tensor], int, int], ...]  # parameter, its version, its address
-    storage: tuple[
-        torch.UntypedStorage, ...
-    ]  # keeps the folded parameters' memory, so that no later one can have its address
+    stamps: tuple[tuple[weakref.ref[Tensor], int, int], ...]
+    """Every parameter with its version and address."""
+    storage: tuple[torch.UntypedStorage, ...]
+    """Keeps the memory that was folded, so that no later one can have its address."""
+    captured: list[FoldedStudentHead]
+    """What CUDA graphs point to, kept as long as the head lives."""
+    optimizer_steps: int
+    """Steps of any optimizer up to the folding."""
 
     def is_current(self, parameters: list[Tensor], heads: int) -> bool:
         return heads == self.folded.num_attention_heads and all(
@@ -202,6 +206,7 @@ class _FoldCache:
     def __init__(self) -> None:
         self._entries = WeakIdKeyDictionary()
         self._lock = threading.Lock()
+        self._optimizer_steps = 0
         self._watches_optimizers = False
 
     def __len__(self) -> int:
@@ -210,29 +215,40 @@ class _FoldCache:
     def get(self, head: StudentHeadWeights) -> FoldedStudentHead:
         parameters = _parameters(head)
         entry = self._entries.get(head.query[0])
-        if entry is not None and entry.is_current(parameters, head.num_attention_heads):
+        if (
+            entry is not None
+            and entry.optimizer_steps == self._optimizer_steps
+            and entry.is_current(parameters, head.num_attention_heads)
+        ):
+            if _capturing(head.query[0]):
+                entry.captured.append(entry.folded)
             return entry.folded
         _check_head(head)
-        # the parameters of an inference tensor have no version; a graph being captured must fold at every replay
+        # an inference tensor has no version; and what is folded during a capture exists only once the graph is replayed
         if any(parameter.is_inference() for parameter in parameters) or _capturing(head.query[0]):
             return fold(head)
+        if any(parameter.requires_grad for parameter in parameters):
+            self._watch_optimizers()
         with self._lock, torch.inference_mode(False), torch.no_grad():
+            steps = self._optimizer_steps
             stamps = tuple((weakref.ref(p), p._version, p.data_ptr()) for p in parameters)
             storage = tuple(parameter.untyped_storage() for parameter in parameters)
             folded = fold(head)
             if head.query[0].is_cuda:
                 # once per change of the weights, so that every stream may use them
                 torch.cuda.current_stream(head.query[0].device).synchronize()
-            self._entries[head.query[0]] = _CacheEntry(folded, stamps, storage)
-            if any(parameter.requires_grad for parameter in parameters):
-                self._watch_optimizers()
+            captured = [] if entry is None else entry.captured
+            self._entries[head.query[0]] = _CacheEntry(folded, stamps, storage, captured, steps)
         return folded
 
     def _watch_optimizers(self) -> None:
-        """Forget everything at every optimizer step: a fused step changes parameters without raising their version."""
+        """Count the steps of every optimizer: a fused one changes parameters without raising their version."""
         if not self._watches_optimizers:
-            register_optimizer_step_post_hook(lambda *_: self._entries.clear())
             self._watches_optimizers = True
+            register_optimizer_step_post_hook(self._count_step)
+
+    def _count_step(self, *_: Any) -> None:
+        self._optimizer_steps += 1
 
 
 _fold_cache = _FoldCache()
@@ -828,6 +844,7 @@ def _student_head(
     _check_values(hidden_states, lengths, attention_mask, cu_seqlens)
     name = _resolve(hidden_states, head)
     if name == "reference":
+        _check_head(head)
         return student_head_reference(hidden_states, head, lengths, attention_mask, cu_seqlens)
     if _batch_and_tokens(hidden_states, cu_seqlens)[0] == 0:
         return _new_logits(hidden_states, head, cu_seqlens)
@@ -913,7 +930,7 @@ def student_head(
     """Logits of FastBERT's head from token 0 of every sequence.
 
     With gradients or dropout wanted the unfolded head runs; otherwise the folded one, whose matrices are kept until a
-    parameter changes. Writing to a parameter through `.data` goes unseen, as it does by autograd: write under
+    parameter changes. Writing into a parameter's `.data` goes unseen, as it does by autograd: write under
     `torch.no_grad()`.
 
     Args:
@@ -1122,18 +1139,19 @@ def student_head_exit(
 ) -> ExitGateOutput:
     """`student_head` followed by `exit_gate`; arguments and errors are those of both.
 
-    On a GPU head and gate are one launch, which may be captured in a CUDA graph after one call outside of it.
+    On a GPU head and gate are one launch, which may be captured in a CUDA graph after one call outside of it. The graph
+    keeps the folded weights of that time: capture it again when they have changed.
 
     Returns:
         The gate's output with `logits` [B, C] set.
     """
     _check(hidden_states, head, lengths, attention_mask, cu_seqlens)
+    _check_gate(_new_logits(hidden_states, head, cu_seqlens), speed, criterion, row_ids, top_n, record, layer)
     if not _one_launch(hidden_states, head, cu_seqlens):
         logits = student_head(hidden_states, head, lengths, attention_mask, cu_seqlens)
         decided = exit_gate(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
         return decided._replace(logits=logits)
 
-    _check_gate(_new_logits(hidden_states, head, cu_seqlens), speed, criterion, row_ids, top_n, record, layer)
     direct = not torch.compiler.is_compiling() and type(hidden_states) is Tensor
     run: Any = _student_head_exit_op if direct else torch.ops.fastkd_kernels.student_head_exit
     logits, uncertainties, survivors, count = run(
