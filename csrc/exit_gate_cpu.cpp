@@ -307,7 +307,7 @@ using Decision = std::tuple<Tensor, Tensor, Tensor>;
 Tensor allocate(int64_t size, int32_t dtype) {
   const int64_t stride = 1;
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(1, &size, &stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }

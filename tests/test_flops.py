@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import fastkd
 import pytest
 import torch
-from fastkd.flops import CONVENTIONS, FlopsShape
 from tiny_models import CONFIGS, LAYERS, early_exit_model, one_thread, random_batch  # noqa: F401  # one is a fixture
 from torch import nn
 from torch.nn import functional as F
 from transformers import BertConfig
+
+import fastkd
+from fastkd.flops import CONVENTIONS, FlopsShape
 
 BASE = BertConfig()
 

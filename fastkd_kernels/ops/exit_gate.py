@@ -226,8 +226,11 @@ def _weigh(x, maximum):
 @_jit
 def _two_largest(x):
     """The largest of each row, the largest of the others, and the first column of the largest."""
-    first, label = tl.max(x, 1, return_indices=True)
-    others = tl.where(tl.arange(0, x.shape[1])[None, :] == label[:, None], float("-inf"), x)
+    column = tl.arange(0, x.shape[1])[None, :]
+    first = tl.max(x, 1)
+    # not tl.max's own indices: of a row of NaN the interpreter has none
+    label = tl.min(tl.where(x == first[:, None], column, x.shape[1]), 1)
+    others = tl.where(column == label[:, None], float("-inf"), x)
     return first, tl.max(others, 1), label
 
 
@@ -409,6 +412,7 @@ def _patience_of(
 ):
     last = tl.load(history + 2 * ids, mask=known, other=-1)
     repeated = tl.load(history + 2 * ids + 1, mask=known, other=0)
+    tl.debug_barrier()  # several threads hold a row: all have read it before one of them writes it
     repeated = tl.where(valid & (label == last), repeated + 1, 0)
     tl.store(history + 2 * ids, tl.where(valid, label, -1), mask=known)
     tl.store(history + 2 * ids + 1, repeated, mask=known)
