@@ -273,7 +273,7 @@ def test_the_launch_covers_both_ways_of_compacting() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_programs_than_one_look_back_window(backend: str) -> None:
-    logits = make_logits(150, 1030)[torch.randperm(150)]
+    logits = make_logits(80, 1030)[torch.randperm(80)]
     with running_on(backend) as device:
         assert_consistent(fk.exit_gate(logits.to(device), 0.9), 0.9)
 
@@ -487,6 +487,12 @@ def test_bad_input_is_named(arguments: dict[str, object], error: type[Exception]
     with pytest.raises(error, match=message):
         fk.exit_gate(**{"logits": torch.zeros(4, 3), "speed": 0.5, **arguments})
     assert not RECORD.exit_layer.any(), "nothing was written"
+
+
+@needs_triton
+def test_more_rows_than_the_cuda_kernel_can_count_are_refused() -> None:
+    with running_on("cuda") as device, pytest.raises(ValueError, match="B=536870912 rows"):
+        fk.exit_gate(torch.zeros(1, 2, device=device).expand(2**29, 2), 0.5)
 
 
 @pytest.mark.parametrize(

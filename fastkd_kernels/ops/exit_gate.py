@@ -649,6 +649,8 @@ def _exit_gate_triton(
     layer: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = logits.shape
+    if rows >= 2**29:
+        raise ValueError(f"logits: got B={rows} rows, the CUDA kernel counts fewer than 2**29; split the batch")
     uncertainty = torch.empty(rows, dtype=torch.float32, device=logits.device)
     survivors = torch.empty(rows, dtype=torch.int32, device=logits.device)
     if rows == 0:
