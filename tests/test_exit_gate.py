@@ -273,7 +273,7 @@ def test_the_launch_covers_both_ways_of_compacting() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_programs_than_one_look_back_window(backend: str) -> None:
-    logits = make_logits(150, 1030)[torch.randperm(150)]
+    logits = make_logits(80, 1030)[torch.randperm(80)]
     with running_on(backend) as device:
         assert_consistent(fk.exit_gate(logits.to(device), 0.9), 0.9)
 
@@ -450,7 +450,6 @@ def wrong(message: str, error: type[Exception] = ValueError, **arguments: object
 
 
 RECORD = fk.ExitRecord.allocate(4, 3)
-WIDE_LAYERS = fk.ExitRecord(RECORD.logits, RECORD.uncertainty, torch.zeros(4, dtype=torch.int64), RECORD.history)
 RECORDED = {"record": RECORD, "layer": 1}
 
 
@@ -480,15 +479,37 @@ RECORDED = {"record": RECORD, "layer": 1}
         wrong("row_ids: got values from 1 to 4", IndexError, row_ids=torch.arange(1, 5), **RECORDED),
         wrong("row_ids: got values from -1 to 2", IndexError, row_ids=torch.arange(-1, 3), **RECORDED),
         wrong("record: got room for 2 rows", record=fk.ExitRecord.allocate(2, 3), layer=1),
-        wrong("record.logits: got shape", record=fk.ExitRecord.allocate(4, 2), layer=1),
-        wrong("record.logits: got device meta", record=fk.ExitRecord.allocate(4, 3, "meta"), layer=1),
-        wrong("record.exit_layer: got dtype torch.int64", TypeError, record=WIDE_LAYERS, layer=1),
+        wrong("record: got C=2 classes, the logits have 3", record=fk.ExitRecord.allocate(4, 2), layer=1),
+        wrong("record: got device meta", record=fk.ExitRecord.allocate(4, 3, "meta"), layer=1),
     ],
 )
 def test_bad_input_is_named(arguments: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         fk.exit_gate(**{"logits": torch.zeros(4, 3), "speed": 0.5, **arguments})
     assert not RECORD.exit_layer.any(), "nothing was written"
+
+
+@needs_triton
+def test_more_rows_than_the_cuda_kernel_can_count_are_refused() -> None:
+    with running_on("cuda") as device, pytest.raises(ValueError, match="B=536870912 rows"):
+        fk.exit_gate(torch.zeros(1, 2, device=device).expand(2**29, 2), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "error", "message"),
+    [
+        ("exit_layer", torch.zeros(4, dtype=torch.int64), TypeError, "ExitRecord.exit_layer: got dtype torch.int64"),
+        ("logits", torch.zeros(4), ValueError, "ExitRecord.logits: got shape"),
+        ("logits", torch.zeros(3, 4).t(), ValueError, "expected contiguous"),
+        ("uncertainty", torch.zeros(5), ValueError, r"ExitRecord.uncertainty: got shape \(5,\)"),
+        ("history", torch.zeros(4, 2, dtype=torch.int32, device="meta"), ValueError, "on meta, expected"),
+    ],
+)
+def test_a_record_that_does_not_fit_itself_is_refused(
+    name: str, tensor: Tensor, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        fk.ExitRecord(**{**vars(RECORD), name: tensor})
 
 
 def test_float64_takes_the_reference_and_says_so() -> None:
@@ -693,7 +714,7 @@ def kernel_spec(criterion: str, dtype: torch.dtype, rows: int, columns: int, fla
         **config.constants(),
     }
     kernel = "fastkd_kernels.ops.exit_gate:_exit_gate_kernel"
-    return KernelSpec(kernel, arguments, {"num_warps": config.num_warps})
+    return KernelSpec(kernel, arguments, config.options())
 
 
 # one program; several with a look-back; several, and rows streamed through a tile

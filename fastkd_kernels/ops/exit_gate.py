@@ -67,6 +67,24 @@ class ExitRecord:
     exit_layer: Tensor
     history: Tensor
 
+    def __post_init__(self) -> None:
+        rows, device = self.exit_layer.shape[0], self.exit_layer.device
+        expected = {
+            "logits": (torch.float32, (rows, self.logits.shape[-1])),
+            "uncertainty": (torch.float32, (rows,)),
+            "exit_layer": (torch.int32, (rows,)),
+            "history": (torch.int32, (rows, 2)),
+        }
+        for name, (dtype, shape) in expected.items():
+            tensor = getattr(self, name)
+            if tensor.dtype != dtype:
+                raise TypeError(f"ExitRecord.{name}: got dtype {tensor.dtype}, expected {dtype}")
+            if tensor.shape != shape or tensor.device != device or not tensor.is_contiguous():
+                raise ValueError(
+                    f"ExitRecord.{name}: got shape {tuple(tensor.shape)} and strides {tensor.stride()} on "
+                    f"{tensor.device}, expected contiguous {list(shape)} on {device}; ExitRecord.allocate makes that"
+                )
+
     @classmethod
     def allocate(cls, rows: int, num_labels: int, device: torch.device | str = "cpu") -> ExitRecord:
         """An empty record for `rows` sequences and `num_labels` classes."""
@@ -602,6 +620,10 @@ class ExitGateConfig:
             num_warps=min(max(block_rows * block_columns // 256, 1), 8),
         )
 
+    def options(self) -> dict[str, int]:
+        """What the compiler is told; without a limit of its own the assembler spills to fit more programs at once."""
+        return {"num_warps": self.num_warps, "maxnreg": 160}
+
     def constants(self) -> dict[str, int]:
         """The constexprs under the kernel's names."""
         return {
@@ -627,6 +649,8 @@ def _exit_gate_triton(
     layer: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = logits.shape
+    if rows >= 2**29:
+        raise ValueError(f"logits: got B={rows} rows, the CUDA kernel counts fewer than 2**29; split the batch")
     uncertainty = torch.empty(rows, dtype=torch.float32, device=logits.device)
     survivors = torch.empty(rows, dtype=torch.int32, device=logits.device)
     if rows == 0:
@@ -659,7 +683,7 @@ def _exit_gate_triton(
             _scale(name, columns, top_n),
             top_n,
             CRITERION=name,
-            num_warps=config.num_warps,
+            **config.options(),
             **config.constants(),
         )
     return uncertainty, survivors, count
@@ -900,23 +924,9 @@ def _check_speed(speed: float | Tensor, logits: Tensor) -> None:
 
 
 def _check_record(record: ExitRecord, logits: Tensor) -> None:
-    rows = record.exit_layer.shape[0]
-    expected = {
-        "logits": (torch.float32, (rows, logits.shape[1])),
-        "uncertainty": (torch.float32, (rows,)),
-        "exit_layer": (torch.int32, (rows,)),
-        "history": (torch.int32, (rows, 2)),
-    }
-    for name, (dtype, shape) in expected.items():
-        tensor = getattr(record, name)
-        _check_device(f"record.{name}", tensor, logits)
-        if tensor.dtype != dtype:
-            raise TypeError(f"record.{name}: got dtype {tensor.dtype}, expected {dtype}")
-        if tensor.shape != shape or not tensor.is_contiguous():
-            raise ValueError(
-                f"record.{name}: got shape {tuple(tensor.shape)} and strides {tensor.stride()}, "
-                f"expected contiguous {list(shape)}; ExitRecord.allocate makes such a record"
-            )
+    _check_device("record", record.exit_layer, logits)
+    if record.logits.shape[1] != logits.shape[1]:
+        raise ValueError(f"record: got C={record.logits.shape[1]} classes, the logits have {logits.shape[1]}")
 
 
 def _check_row_ids(row_ids: Tensor, logits: Tensor, record: ExitRecord | None) -> None:
