@@ -28,7 +28,6 @@ def has_kernel(op: str, dispatch_key: str) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 def missing_kernel_reason(op: str, dispatch_key: str) -> str | None:
     """Why the extension cannot run `fastkd_kernels::op` for `dispatch_key`, or None where it can."""
     if missing_reason is not None:

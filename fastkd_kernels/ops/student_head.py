@@ -820,8 +820,12 @@ def _cuda_reason() -> str | None:
     return _triton.missing_reason
 
 
+# worked out once, because torch.compile cannot trace into the dispatcher
+_CPU_REASON = _extension.missing_kernel_reason("student_head_pool", "CPU")
+
+
 def _cpu_reason() -> str | None:
-    return _extension.missing_kernel_reason("student_head_pool", "CPU")
+    return _CPU_REASON
 
 
 _backend.register_backends("student_head", cuda=_cuda_reason, cpu=_cpu_reason, interpretable=True)

@@ -82,7 +82,7 @@ def generated_defaults() -> DemoOptions:
 
 REAL = DemoOptions(
     train_rows=12_000,
-    epochs=2.0,
+    epochs=3.0,
     distill_epochs=3.0,
     learning_rate=4e-5,
     distill_learning_rate=1e-3,
