@@ -1,0 +1,136 @@
+"""Compiles Triton kernels to GPU machine code without a GPU, and reads back what the assembler made of them.
+
+The suite runs Triton's interpreter, which is chosen when a kernel is defined, so compiling happens in child
+processes; each takes a batch, because importing torch and Triton costs more than most kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+CAPABILITIES = (80, 90, 100, 120)
+
+Argument = str | int | float | bool | None
+"""A string is a run-time argument's type in Triton's own notation, with what its launcher would find out about the
+value: "*bf16:16" is a pointer divisible by 16, "i64" a plain integer. Anything else is the value of a constexpr,
+which is also what the launcher makes of an integer 1 and of None."""
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One specialisation of a kernel.
+
+    Attributes:
+        kernel: where it is defined, "package.module:name".
+        arguments: every parameter of the kernel.
+        options: of the compiler, such as num_warps.
+    """
+
+    kernel: str
+    arguments: Mapping[str, Argument]
+    options: Mapping[str, int] = field(default_factory=lambda: {"num_warps": 4})
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """Machine code of one kernel for one GPU generation; sizes in bytes a thread."""
+
+    spec: KernelSpec
+    capability: int
+    path: str
+    registers: int
+    stack: int
+    local: int
+    shared: int
+
+    def opcodes(self) -> Counter[str]:
+        """How often each instruction occurs, e.g. {"LDG.E.128": 4}; takes a third of a second."""
+        listing = _tool("cuobjdump", "-sass", self.path)
+        return Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", listing, re.MULTILINE))
+
+    def assert_no_spills(self) -> None:
+        """Spilled registers live in local memory, on the stack; without either there are none."""
+        assert (self.stack, self.local) == (0, 0), (
+            f"{self.spec} for sm_{self.capability}: {self.stack} bytes of stack and {self.local} of local memory, "
+            f"{self.registers} registers"
+        )
+
+
+def compile_kernels(specs: Iterable[KernelSpec], capabilities: Iterable[int] = CAPABILITIES) -> list[Cubin]:
+    """Every spec compiled for every compute capability, in that order.
+
+    Raises:
+        RuntimeError: a kernel does not compile; the message holds the compiler's.
+    """
+    jobs = [(spec, capability) for spec in specs for capability in capabilities]
+    workers = min(2, os.cpu_count() or 1) if len(jobs) > 8 else 1
+    with ThreadPoolExecutor(workers) as pool:
+        batches = list(pool.map(_compile_in_child, (jobs[worker::workers] for worker in range(workers))))
+    return [batches[job % workers][job // workers] for job in range(len(jobs))]
+
+
+def _compile_in_child(jobs: list[tuple[KernelSpec, int]]) -> list[Cubin]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    request = json.dumps([(asdict(spec), capability) for spec, capability in jobs])
+    child = subprocess.run([sys.executable, __file__], input=request, env=environment, capture_output=True, text=True)
+    if child.returncode != 0:
+        raise RuntimeError(f"compiling Triton kernels failed:\n{child.stderr}")
+    paths = json.loads(child.stdout.splitlines()[-1])
+    return [_inspect(spec, capability, path) for (spec, capability), path in zip(jobs, paths, strict=True)]
+
+
+def _inspect(spec: KernelSpec, capability: int, path: str) -> Cubin:
+    usage = _tool("cuobjdump", "-res-usage", path)
+    sizes = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    return Cubin(spec, capability, path, sizes["REG"], sizes["STACK"], sizes["LOCAL"], sizes["SHARED"])
+
+
+def _tool(name: str, *arguments: str) -> str:
+    import triton
+
+    binary = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(binary), *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _compile(spec: KernelSpec, capability: int) -> str:
+    """Path of the cubin, in Triton's cache."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, name = spec.kernel.split(":")
+    kernel = getattr(importlib.import_module(module), name)
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(kernel.arg_names):
+        argument = spec.arguments[parameter]
+        if not isinstance(argument, str):
+            signature[parameter] = "constexpr"
+            constants[(position,)] = argument
+            continue
+        signature[parameter], _, divisor = argument.partition(":")
+        if divisor:
+            attributes[(position,)] = [["tt.divisibility", int(divisor)]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(spec.options))
+    return str(next(path for file, path in compiled.metadata_group.items() if file.endswith(".cubin")))
+
+
+def _main() -> None:
+    jobs = json.load(sys.stdin)
+    print(json.dumps([_compile(KernelSpec(**spec), capability) for spec, capability in jobs]))
+
+
+if __name__ == "__main__":
+    _main()
