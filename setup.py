@@ -1,37 +1,198 @@
-"""Builds fastkd_kernels._C: CPU kernels always, CUDA kernels where a CUDA torch and a toolkit are found."""
+"""Builds fastkd_kernels._C: CPU kernels always, CUDA kernels where a CUDA torch and a toolkit are found.
+
+Environment variables:
+    FASTKD_SKIP_EXT=1      install the Python packages only
+    FASTKD_FORCE_CUDA=1    build the CUDA kernels even with a CPU torch; a missing toolkit is then an error
+    CUDA_HOME              the CUDA toolkit; default: that of nvcc on PATH, then /usr/local/cuda
+    TORCH_CUDA_ARCH_LIST   such as "8.0;9.0+PTX"; default: the visible GPUs, or without one DEFAULT_ARCHITECTURES
+    MAX_JOBS               how many compilers run at once
+"""
 
 from __future__ import annotations
 
-import glob
 import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-import pybind11
-import torch
 from setuptools import setup
-from torch.utils import cpp_extension
 
-STABLE_ABI_TARGET = "0x020a000000000000"  # torch 2.10
+OLDEST_TORCH = (2, 10)  # the first with TORCH_BOX and the stable parallel_for
+DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
+CXX_FLAGS = [
+    "-std=c++17",  # torch 2.13 would ask for C++20, which torch 2.10 does not need
+    "-O3",
+    "-g0",
+    "-Wall",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    # only the pragmas for vector code: the threads are those of torch, a second OpenMP runtime would fight them
+    "-fopenmp-simd",
+]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden", "-Xptxas=-warn-spills"]
+
+ROOT = Path(__file__).parent
 
 
-def extension() -> cpp_extension.CppExtension:
-    defines = [
-        ("TORCH_TARGET_VERSION", STABLE_ABI_TARGET),
-        ("FASTKD_CUDA_ARCHITECTURES", '""'),
-        ("FASTKD_BUILT_WITH_TORCH", f'"{torch.__version__}"'),
-    ]
-    ext = cpp_extension.CppExtension(
-        "fastkd_kernels._C",
-        sorted(glob.glob("csrc/*.cpp")),
-        include_dirs=[pybind11.get_include()],
-        define_macros=defines,
-        extra_compile_args={"cxx": ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fopenmp"]},
-        extra_link_args=["-fopenmp"],
+class BuildProblemError(Exception):
+    """Something the user has to change; its text says what and how."""
+
+
+def import_torch() -> ModuleType:
+    remedy = (
+        "Install the torch that you will run with, then build against it:\n"
+        "    pip install torch setuptools wheel ninja 'pybind11>=3.0'\n"
+        "    pip install --no-build-isolation .\n"
+        "FASTKD_SKIP_EXT=1 installs the Python packages without the compiled kernels."
     )
-    ext.libraries = ["torch_cpu"]
-    return ext
+    try:
+        torch = import_module("torch")
+    except ImportError as error:
+        raise BuildProblemError(
+            f"PyTorch cannot be imported by {sys.executable}, which builds this package ({error}). {remedy}"
+        ) from error
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise BuildProblemError(f"PyTorch {torch.__version__} is too old: torch>={oldest} is needed. {remedy}")
+    return torch
 
 
-setup(
-    ext_modules=[] if os.environ.get("FASTKD_SKIP_EXT") == "1" else [extension()],
-    cmdclass={"build_ext": cpp_extension.BuildExtension},
-)
+def find_cuda_home() -> Path | None:
+    """A folder with bin/nvcc and the runtime's headers; torch's own search gives up where torch has no CUDA."""
+    nvcc = shutil.which("nvcc")
+    candidates = [
+        os.environ.get("CUDA_HOME"),
+        os.environ.get("CUDA_PATH"),
+        str(Path(nvcc).resolve().parents[1]) if nvcc else None,
+        "/usr/local/cuda",
+    ]
+    for candidate in filter(None, candidates):
+        home = Path(candidate)
+        # nvcc on PATH may be a script that calls the real one elsewhere: the headers tell
+        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime.h").exists():
+            return home
+    return None
+
+
+def toolkit_version(cuda_home: Path) -> str:
+    printed = subprocess.run([cuda_home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+\.\d+)", printed)
+    return found.group(1) if found else "unknown"
+
+
+def toolkit_problem(torch: ModuleType, cuda_home: Path | None) -> str | None:
+    """Why CUDA sources cannot be compiled, or None."""
+    if cuda_home is None:
+        return (
+            "no CUDA toolkit was found (nvcc and cuda_runtime.h). Install the toolkit of your torch"
+            f"{f' (CUDA {torch.version.cuda})' if torch.version.cuda else ''}, or point CUDA_HOME at it."
+        )
+    version = toolkit_version(cuda_home)
+    if torch.version.cuda and version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return (
+            f"the CUDA toolkit at {cuda_home} is {version}, but torch {torch.__version__} was built with "
+            f"CUDA {torch.version.cuda}. Install a toolkit of that major version and point CUDA_HOME at it."
+        )
+    return None
+
+
+def choose_cuda(torch: ModuleType) -> Path | None:
+    """The toolkit to compile the CUDA kernels with, or None for a build without them."""
+    forced = os.environ.get("FASTKD_FORCE_CUDA") == "1"
+    if not forced and not torch.version.cuda:
+        return None
+    cuda_home = find_cuda_home()
+    problem = toolkit_problem(torch, cuda_home)
+    if problem is None:
+        return cuda_home
+    if forced:
+        raise BuildProblemError(f"FASTKD_FORCE_CUDA=1 asks for the CUDA kernels, but {problem}")
+    warnings.warn(f"building without the CUDA kernels: {problem}", stacklevel=1)
+    return None
+
+
+def choose_architectures(torch: ModuleType, cuda_home: Path) -> str:
+    """TORCH_CUDA_ARCH_LIST as given, or of the visible GPUs, or what this nvcc knows of the default."""
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if given:
+        return given
+    visible = range(torch.cuda.device_count())
+    architectures = sorted({torch.cuda.get_device_capability(index) for index in visible})
+    names = [f"{major}.{minor}" for major, minor in architectures]
+    if not names:
+        nvcc = [cuda_home / "bin" / "nvcc", "--list-gpu-code"]
+        known = subprocess.run(nvcc, capture_output=True, text=True).stdout.split()
+        names = [name for name in DEFAULT_ARCHITECTURES if f"sm_{name.replace('.', '')}" in known]
+    return ";".join(names) + "+PTX"
+
+
+def define_string(name: str, value: str) -> tuple[str, str]:
+    return name, f'"{value}"'
+
+
+def build_settings() -> dict[str, Any]:
+    """`ext_modules` and `cmdclass` of the extension.
+
+    Raises:
+        BuildProblemError: what is missing for it, and the remedy.
+    """
+    torch = import_torch()
+    cpp_extension = import_module("torch.utils.cpp_extension")
+    cuda_home = choose_cuda(torch)
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
+    libraries = ["torch_cpu"]
+    architectures = toolkit = ""
+    if cuda_home is not None:
+        # torch looks both up again by itself, and fails where it has no CUDA or sees no GPU
+        cpp_extension.CUDA_HOME = str(cuda_home)
+        architectures = os.environ["TORCH_CUDA_ARCH_LIST"] = choose_architectures(torch, cuda_home)
+        toolkit = toolkit_version(cuda_home)
+        sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cu"))
+        libraries += ["torch_cuda", "cudart"] if torch.version.cuda else ["cudart"]
+    extension = cpp_extension.CppExtension(
+        "fastkd_kernels._C",
+        sources,
+        include_dirs=pybind11_include(),
+        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h")],
+        define_macros=[
+            define_string("FASTKD_BUILT_WITH_TORCH", torch.__version__),
+            define_string("FASTKD_CUDA_ARCHITECTURES", architectures),
+            define_string("FASTKD_CUDA_TOOLKIT", toolkit),
+        ],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+    )
+    # CppExtension adds torch_python and c10, whose C++ symbols would tie the binary to one torch
+    extension.libraries = libraries
+    if cuda_home is not None:
+        extension.include_dirs.append(str(cuda_home / "include"))
+        extension.library_dirs += [str(cuda_home / name) for name in ("lib64", "lib") if (cuda_home / name).is_dir()]
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+
+
+def pybind11_include() -> list[str]:
+    """pybind11's own headers, ahead of torch's copy of them, which serves where the package is missing."""
+    try:
+        return [import_module("pybind11").get_include()]
+    except ImportError:
+        return []
+
+
+def main() -> None:
+    if os.environ.get("FASTKD_SKIP_EXT") == "1":
+        setup()
+        return
+    try:
+        settings = build_settings()
+    except BuildProblemError as problem:
+        sys.exit(f"fastkd_kernels: {problem}")
+    setup(**settings)
+
+
+main()

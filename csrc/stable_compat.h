@@ -1,6 +1,9 @@
 // The only torch headers that csrc/ includes: all of them LibTorch Stable ABI, so one binary serves torch >= 2.10.
 #pragma once
 
+// Set here and not by a compiler flag: under the flag torch 2.11 refuses its own copy of pybind11 to module.cpp.
+#define TORCH_TARGET_VERSION 0x020a000000000000  // torch 2.10
+
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/library.h>

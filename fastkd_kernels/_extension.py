@@ -26,3 +26,15 @@ def has_kernel(op: str, dispatch_key: str) -> bool:
     return extension is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
         f"fastkd_kernels::{op}", dispatch_key
     )
+
+
+def missing_kernel_reason(op: str, dispatch_key: str) -> str | None:
+    """Why the extension cannot run `fastkd_kernels::op` for `dispatch_key`, or None where it can."""
+    if missing_reason is not None:
+        return missing_reason
+    if has_kernel(op, dispatch_key):
+        return None
+    return (
+        f"the compiled extension has no {dispatch_key} kernel of {op}; rebuild it"
+        f"{' where nvcc is found' if dispatch_key == 'CUDA' else ''} with: pip install --no-build-isolation ."
+    )

@@ -1,0 +1,80 @@
+// What the CPU and the CUDA kernel of `compact` share: the checks of one call, and how a row of a tensor is laid out.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "stable_compat.h"
+
+namespace fastkd::compact {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Elements of one row: the product of all dimensions but the first.
+inline int64_t row_numel(const Tensor& tensor) {
+  int64_t numel = 1;
+  for (int64_t d = 1; d < tensor.dim(); ++d) numel *= tensor.size(d);
+  return numel;
+}
+
+// Whether every dimension but the first is laid out densely.
+inline bool has_dense_rows(const Tensor& tensor) {
+  int64_t expected = 1;
+  for (int64_t d = tensor.dim() - 1; d > 0; --d) {
+    if (tensor.size(d) != 1 && tensor.stride(d) != expected) return false;
+    expected *= tensor.size(d);
+  }
+  return true;
+}
+
+// Bytes from the first element to the end of the last one; 0 for an empty tensor.
+inline int64_t extent_in_bytes(const Tensor& tensor) {
+  int64_t last = 0;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) == 0) return 0;
+    last += (tensor.size(d) - 1) * tensor.stride(d);
+  }
+  return (last + 1) * static_cast<int64_t>(tensor.element_size());
+}
+
+inline bool overlap(const Tensor& one, const Tensor& other) {
+  const auto* first = static_cast<const char*>(one.const_data_ptr());
+  const auto* second = static_cast<const char*>(other.const_data_ptr());
+  return first < second + extent_in_bytes(other) && second < first + extent_in_bytes(one);
+}
+
+// The Python wrapper turns bad input into typed errors; these guard memory when the op is called directly.
+inline void check(
+    const std::vector<Tensor>& tensors,
+    const Tensor& survivors,
+    const std::optional<Tensor>& count,
+    const std::vector<Tensor>& out) {
+  STD_TORCH_CHECK(!tensors.empty(), "tensors: got none");
+  STD_TORCH_CHECK(out.size() == tensors.size(), "out: got ", out.size(), " tensors for ", tensors.size());
+  const auto index_type = survivors.scalar_type();
+  STD_TORCH_CHECK(
+      survivors.dim() == 1 && (index_type == ScalarType::Int || index_type == ScalarType::Long),
+      "survivors: expected a vector of int32 or int64");
+  const auto device = survivors.device();
+  STD_TORCH_CHECK(
+      !count || (count->numel() == 1 && count->scalar_type() == ScalarType::Int && count->device() == device),
+      "count: expected one int32 on the device of survivors");
+  for (size_t t = 0; t < tensors.size(); ++t) {
+    const Tensor& source = tensors[t];
+    const Tensor& target = out[t];
+    STD_TORCH_CHECK(source.dim() > 0 && source.size(0) == tensors[0].size(0), "tensors: first dimensions differ");
+    STD_TORCH_CHECK(source.device() == device && target.device() == device, "tensors, out: devices differ");
+    STD_TORCH_CHECK(
+        target.scalar_type() == source.scalar_type() && target.dim() == source.dim() && target.is_contiguous() &&
+            target.size(0) >= survivors.size(0),
+        "out: expected a contiguous tensor of the same dtype with room for every survivor");
+    for (int64_t d = 1; d < source.dim(); ++d) {
+      STD_TORCH_CHECK(target.size(d) == source.size(d), "out: trailing shapes differ");
+    }
+    for (const Tensor& other : tensors) STD_TORCH_CHECK(!overlap(target, other), "out: overlaps an input");
+  }
+}
+
+}  // namespace fastkd::compact

@@ -1,0 +1,106 @@
+"""What differs between the encoder families of transformers, as far as an early exit has to know.
+
+An early exit needs three things of an encoder: the hidden states before the first layer, its list of layers, and the
+attention mask in the form that the chosen attention implementation wants. The layers run through their own
+transformers `forward`, so a checkpoint computes what it computes there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask
+
+
+def _bert_embed(
+    backbone: Any,
+    input_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+) -> Tensor:
+    return backbone.embeddings(
+        input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds
+    )
+
+
+def _electra_embed(
+    backbone: Any,
+    input_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+) -> Tensor:
+    embedded = _bert_embed(backbone, input_ids, token_type_ids, position_ids, inputs_embeds)
+    # present only where the embeddings are narrower than the layers
+    project = getattr(backbone, "embeddings_project", None)
+    return embedded if project is None else project(embedded)
+
+
+def _distilbert_embed(
+    backbone: Any,
+    input_ids: Tensor | None,
+    token_type_ids: Tensor | None,
+    position_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+) -> Tensor:
+    # DistilBERT has no segments: a tokenizer that still sends token_type_ids is harmless
+    return backbone.embeddings(input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to drive one encoder family layer by layer."""
+
+    embed: Callable[..., Tensor] = _bert_embed
+    """(backbone, input_ids, token_type_ids, position_ids, inputs_embeds) -> hidden states [B, T, H]."""
+    layers: str = "encoder.layer"
+    """Where the list of layers lies inside the encoder."""
+    has_pooler: bool = True
+    """Whether the encoder takes `add_pooling_layer`; an early exit never runs the pooler."""
+
+
+_BERT = Family()
+
+FAMILIES: dict[str, Family] = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "camembert": _BERT,
+    "data2vec-text": _BERT,
+    "ernie": _BERT,
+    "electra": Family(embed=_electra_embed, has_pooler=False),
+    "distilbert": Family(embed=_distilbert_embed, layers="transformer.layer", has_pooler=False),
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a Hugging Face `model_type`.
+
+    Raises:
+        ValueError: a family that is not in `FAMILIES`.
+    """
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise ValueError(
+            f"backbone: got a checkpoint of family {model_type!r}, supported are {', '.join(sorted(FAMILIES))}; "
+            "use an encoder of one of these families"
+        )
+    return family
+
+
+def build(config: PreTrainedConfig) -> PreTrainedModel:
+    """The randomly initialised encoder of `config`, without a pooler."""
+    options: dict[str, Any] = {"add_pooling_layer": False} if family_of(config.model_type).has_pooler else {}
+    return AutoModel.from_config(config, **options)
+
+
+def layer_mask(config: PreTrainedConfig, hidden_states: Tensor, attention_mask: Tensor | None) -> Any:
+    """The mask [B, T] in the form that the layers' attention implementation wants; None where nothing is padded."""
+    if attention_mask is None:
+        return None
+    return create_bidirectional_mask(config, hidden_states, attention_mask)

@@ -1,0 +1,150 @@
+"""Configuration of an early-exit model: the backbone's own configuration plus what was added to it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from fastkd.backbones import family_of
+from fastkd_kernels import CRITERIA
+
+HEADS = ("fastbert", "linear")
+
+
+class EarlyExitConfig(PreTrainedConfig):
+    """A backbone's configuration, the layers that have a head, and how inference leaves early.
+
+    Args:
+        backbone: configuration of the Hugging Face encoder, as an object or a dictionary with its `model_type`.
+        head: "fastbert" (the mini-classifier of FastBERT, section 3.2) or "linear" (one linear layer on [CLS]).
+        exit_layers: 1-based numbers of the layers that have a head; the last layer, whose head is the teacher, is
+            always added. Default: every layer.
+        head_width: width D of a fastbert head; a multiple of `head_attention_heads`.
+        head_attention_heads: attention heads inside a fastbert head.
+        head_dropout: dropout inside the heads during training; default: the backbone's hidden dropout.
+        exits_trained: whether the heads below the last were distilled; leaving early is refused before that.
+        speed: FastBERT's speed used where `forward` gets none; 0 runs the full model.
+        criterion: the uncertainty used where `forward` gets none, see `fastkd_kernels.exit_gate`.
+        top_n: how many classes the "top_n" criterion looks at.
+        kwargs: what every Hugging Face configuration takes (`num_labels`, `id2label`, `problem_type`...).
+
+    Raises:
+        ValueError: an unsupported backbone family, a decoder, or an argument outside the values above.
+    """
+
+    model_type = "fastkd_early_exit"
+    sub_configs = {"backbone": AutoConfig}  # noqa: RUF012  # the name and form are transformers'
+    keys_to_ignore_at_inference = ["exit_layer", "uncertainty"]  # noqa: RUF012  # read by transformers.Trainer
+
+    def __init__(
+        self,
+        backbone: PreTrainedConfig | dict[str, Any] | None = None,
+        head: str = "fastbert",
+        exit_layers: Sequence[int] | None = None,
+        head_width: int = 128,
+        head_attention_heads: int = 2,
+        head_dropout: float | None = None,
+        exits_trained: bool = False,
+        speed: float = 0.0,
+        criterion: str = "entropy",
+        top_n: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.backbone = _backbone_config(backbone)
+        if head not in HEADS:
+            raise ValueError(f"head: got {head!r}, expected one of {', '.join(HEADS)}")
+        if head_width < 1 or head_width % head_attention_heads:
+            raise ValueError(
+                f"head_width: got {head_width}, expected a multiple of head_attention_heads={head_attention_heads}"
+            )
+        self.head = head
+        self.exit_layers = _checked_exit_layers(exit_layers, self.num_hidden_layers)
+        self.head_width = head_width
+        self.head_attention_heads = head_attention_heads
+        self.head_dropout = self.backbone_dropout if head_dropout is None else head_dropout
+        self.exits_trained = exits_trained
+        self.speed = check_speed(speed)
+        self.criterion = criterion
+        self.top_n = top_n
+        super().__init__(**kwargs)
+        check_criterion(criterion, top_n, self.num_classes)
+        if self.problem_type == "multi_label_classification":
+            raise ValueError(
+                "problem_type: got 'multi_label_classification'; early exit needs one answer a sentence: use "
+                "'single_label_classification', or 'regression' with num_labels=1"
+            )
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return int(self.backbone.num_hidden_layers)
+
+    @property
+    def num_classes(self) -> int:
+        """`num_labels`, which transformers types as optional."""
+        return self.num_labels or 2
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.backbone.hidden_size)
+
+    @property
+    def backbone_dropout(self) -> float:
+        # DistilBERT calls it `dropout`
+        return float(getattr(self.backbone, "hidden_dropout_prob", getattr(self.backbone, "dropout", 0.0)))
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """The backbone's configuration, where transformers looks for vocabulary and embedding sizes."""
+        return self.backbone
+
+
+def check_speed(speed: float) -> float:
+    """`speed` as a float.
+
+    Raises:
+        ValueError: not a number in [0, 1].
+    """
+    if isinstance(speed, bool) or not isinstance(speed, Real) or not 0 <= speed <= 1:
+        raise ValueError(f"speed: got {speed!r}, expected a number from 0 (never leave early) to 1 (leave at once)")
+    return float(speed)
+
+
+def check_criterion(criterion: str, top_n: int | None, num_labels: int) -> None:
+    """Raise ValueError for a criterion that no gate knows, or one that lacks its `top_n`."""
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion: got {criterion!r}, expected one of {', '.join(CRITERIA)}")
+    if criterion == "top_n" and (top_n is None or not 2 <= top_n <= num_labels):
+        raise ValueError(f"top_n: got {top_n}, criterion 'top_n' needs a whole number from 2 to {num_labels} classes")
+
+
+def _backbone_config(backbone: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
+    if backbone is None:
+        backbone = {"model_type": "bert"}  # transformers needs every configuration to have a default
+    if isinstance(backbone, dict):
+        fields = dict(backbone)
+        model_type = fields.pop("model_type", None)
+        if model_type is None:
+            raise ValueError("backbone: the dictionary has no 'model_type'; pass the encoder's whole configuration")
+        family_of(model_type)
+        own = AutoConfig.for_model(model_type, **fields)
+    else:
+        family_of(backbone.model_type)
+        own = copy.deepcopy(backbone)
+    if getattr(own, "is_decoder", False):
+        raise ValueError("backbone: got a decoder (is_decoder=True), expected an encoder that sees the whole sentence")
+    own.name_or_path = ""  # where the plain checkpoint lay on this machine is nobody's business
+    return own
+
+
+def _checked_exit_layers(exit_layers: Sequence[int] | None, num_layers: int) -> list[int]:
+    if exit_layers is None:
+        return list(range(1, num_layers + 1))
+    for layer in exit_layers:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= num_layers:
+            raise ValueError(
+                f"exit_layers: got {layer!r}, expected whole numbers from 1 to {num_layers}, the backbone's depth"
+            )
+    return sorted({*exit_layers, num_layers})

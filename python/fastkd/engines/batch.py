@@ -1,0 +1,108 @@
+"""Engine `batch`: the batch is compacted after every layer whose head let somebody leave.
+
+The host learns how many sequences are left after each head. On a CPU that is free; on a GPU it waits once a layer for
+the device.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import fastkd_kernels as fk
+
+if TYPE_CHECKING:
+    from fastkd.modeling import EarlyExitForSequenceClassification
+
+
+@torch.no_grad()
+def run(
+    model: EarlyExitForSequenceClassification,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    speed: float,
+    criterion: str,
+    top_n: int | None,
+) -> fk.ExitRecord:
+    """Answer every sequence at the first head that is certain enough.
+
+    Args:
+        model: in evaluation mode.
+        hidden_states: [B, T, H], the embedded batch.
+        attention_mask: [B, T] bool, True where a token counts, or None where nothing is padded.
+        speed, criterion, top_n: as in `fastkd_kernels.exit_gate`.
+
+    Returns:
+        The logits, uncertainty and exit layer of all B sequences.
+    """
+    record = fk.ExitRecord.allocate(hidden_states.shape[0], model.config.num_classes, hidden_states.device)
+    row_ids: Tensor | None = None
+    layer_mask = model.layer_mask(hidden_states, attention_mask)
+    heads = model.heads_by_layer
+    checksums = []
+    for number, layer in enumerate(model.layers, start=1):
+        hidden_states = layer(hidden_states, layer_mask)
+        if number not in heads:
+            continue
+        is_last = number == model.num_layers
+        decided = heads[number].decide(
+            hidden_states,
+            attention_mask,
+            0.0 if is_last else speed,
+            criterion,
+            top_n,
+            row_ids=row_ids,
+            record=record,
+            layer=number,
+        )
+        checksums.append(decided.uncertainty.sum())
+        if is_last:
+            assert decided.logits is not None
+            everyone_left = _all_rows(hidden_states) if row_ids is None else row_ids
+            record.write(everyone_left, decided.logits, decided.uncertainty, number)
+            break
+        survivors = decided.kept()
+        if survivors.shape[0] == 0:
+            break
+        if survivors.shape[0] < hidden_states.shape[0]:
+            hidden_states, attention_mask, row_ids = _compact(hidden_states, attention_mask, row_ids, survivors)
+            layer_mask = model.layer_mask(hidden_states, attention_mask)
+    _warn_about_nan(checksums)
+    return record
+
+
+def _compact(
+    hidden_states: Tensor, attention_mask: Tensor | None, row_ids: Tensor | None, survivors: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    if row_ids is None:
+        row_ids = _all_rows(hidden_states)
+    if attention_mask is None:
+        hidden_states, row_ids = fk.compact([hidden_states, row_ids], survivors)
+        return hidden_states, None, row_ids
+    attention_mask, row_ids = fk.compact([attention_mask, row_ids], survivors)
+    # on a GPU asking for the longest sequence would be one more wait
+    if attention_mask.device.type == "cpu":
+        attended = attention_mask.any(dim=0).nonzero()
+        longest = int(attended[-1]) + 1
+        hidden_states = hidden_states[:, :longest]
+        trimmed = attention_mask[:, :longest]
+        attention_mask = None if bool(trimmed.all()) else trimmed.contiguous()
+    (hidden_states,) = fk.compact([hidden_states], survivors)
+    return hidden_states, attention_mask, row_ids
+
+
+def _all_rows(hidden_states: Tensor) -> Tensor:
+    return torch.arange(hidden_states.shape[0], dtype=torch.int32, device=hidden_states.device)
+
+
+def _warn_about_nan(checksums: list[Tensor]) -> None:
+    if checksums and bool(torch.stack(checksums).isnan().any()):
+        warnings.warn(
+            "a head returned NaN logits: the sequences concerned were not answered early. The weights or the inputs "
+            "overflowed; check the checkpoint for NaN, or use bfloat16 or float32 instead of float16",
+            RuntimeWarning,
+            stacklevel=4,
+        )

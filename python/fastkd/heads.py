@@ -1,0 +1,134 @@
+"""The classifiers after each layer: FastBERT's mini-classifier, or one linear layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastkd_kernels as fk
+from fastkd.configuration import EarlyExitConfig
+
+
+class StudentHead(nn.Module):
+    """FastBERT's head (ACL 2020, section 3.2): narrow, two-head self-attention read at [CLS], dense, classifier.
+
+    Inference runs the folded op `fastkd_kernels.student_head`; wherever a gradient or dropout is wanted, the same
+    mathematics runs unfolded in plain PyTorch.
+    """
+
+    def __init__(self, config: EarlyExitConfig) -> None:
+        super().__init__()
+        width = config.head_width
+        self.num_attention_heads = config.head_attention_heads
+        self.dropout = config.head_dropout
+        self.narrow = nn.Linear(config.hidden_size, width)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.output = nn.Linear(width, width)
+        self.dense = nn.Linear(width, width)
+        self.classifier = nn.Linear(width, config.num_classes)
+
+    def weights(self) -> fk.StudentHeadWeights:
+        """The parameters in the form of `fastkd_kernels.student_head`."""
+        return fk.StudentHeadWeights(
+            narrow=(self.narrow.weight, self.narrow.bias),
+            query=(self.query.weight, self.query.bias),
+            key=(self.key.weight, self.key.bias),
+            value=(self.value.weight, self.value.bias),
+            output=(self.output.weight, self.output.bias),
+            dense=(self.dense.weight, self.dense.bias),
+            classifier=(self.classifier.weight, self.classifier.bias),
+            num_attention_heads=self.num_attention_heads,
+        )
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits [B, C] in float32 of hidden states [B, T, H]; `attention_mask` [B, T] or None (no padding)."""
+        if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(hidden_states.device.type):
+            return self._unfolded(hidden_states, attention_mask)
+        return fk.student_head(hidden_states, self.weights(), attention_mask=attention_mask)
+
+    def decide(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        speed: float,
+        criterion: str,
+        top_n: int | None,
+        *,
+        row_ids: Tensor | None,
+        record: fk.ExitRecord,
+        layer: int,
+    ) -> fk.ExitGateOutput:
+        """Logits and exit decision after `layer`, see `fastkd_kernels.student_head_exit`."""
+        return fk.student_head_exit(
+            hidden_states,
+            self.weights(),
+            speed,
+            criterion,
+            row_ids,
+            top_n,
+            attention_mask=attention_mask,
+            record=record,
+            layer=layer,
+        )
+
+    def _unfolded(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+        narrow = self.narrow(hidden_states).tanh()
+        batch, _, width = narrow.shape
+
+        def split(projected: Tensor) -> Tensor:
+            return projected.view(batch, -1, self.num_attention_heads, width // self.num_attention_heads).transpose(
+                1, 2
+            )
+
+        # the classifier reads token 0 only, so token 0 is the only query
+        attended = F.scaled_dot_product_attention(
+            split(self.query(narrow[:, :1])),
+            split(self.key(narrow)),
+            split(self.value(narrow)),
+            attn_mask=None if attention_mask is None else attention_mask.bool()[:, None, None, :],
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        pooled = self.output(attended.transpose(1, 2).reshape(batch, width))
+        return _at_least_float32(self.classifier(self.dense(pooled).tanh()))
+
+
+class LinearHead(nn.Module):
+    """One linear layer on the hidden state of [CLS]."""
+
+    def __init__(self, config: EarlyExitConfig) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(config.head_dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_classes)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits [B, C] in float32 of hidden states [B, T, H]; padding cannot touch [CLS], so the mask is unused."""
+        return _at_least_float32(self.classifier(self.dropout(hidden_states[:, 0])))
+
+    def decide(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        speed: float,
+        criterion: str,
+        top_n: int | None,
+        *,
+        row_ids: Tensor | None,
+        record: fk.ExitRecord,
+        layer: int,
+    ) -> fk.ExitGateOutput:
+        """Logits and exit decision after `layer`, see `fastkd_kernels.exit_gate`."""
+        logits = self(hidden_states)
+        decided = fk.exit_gate(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
+        return decided._replace(logits=logits)
+
+
+def build_head(config: EarlyExitConfig) -> StudentHead | LinearHead:
+    """One randomly initialised head of the kind that `config.head` names."""
+    return StudentHead(config) if config.head == "fastbert" else LinearHead(config)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,439 @@
+"""`EarlyExitForSequenceClassification`: any supported encoder with a classifier after each layer."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+import fastkd_kernels as fk
+from fastkd import backbones
+from fastkd.configuration import EarlyExitConfig, check_criterion, check_speed
+from fastkd.engines import batch
+from fastkd.heads import LinearHead, StudentHead, build_head
+from fastkd.trace import ExitTrace, record_trace
+
+
+@dataclass
+class EarlyExitOutput(SequenceClassifierOutput):
+    """A `SequenceClassifierOutput` that also says where each sequence left.
+
+    Attributes:
+        loss: [] cross-entropy (mean squared error for one label) of the answers, where labels were given.
+        logits: [B, C] float32, of the head that answered.
+        exit_layer: [B] int32, 1 after the first layer; None in training.
+        uncertainty: [B] float32 at that layer; None in training and for regression.
+    """
+
+    exit_layer: Tensor | None = None
+    uncertainty: Tensor | None = None
+
+
+class EarlyExitForSequenceClassification(PreTrainedModel):
+    """An encoder whose sentences leave at the first classifier that is certain enough (FastBERT, ACL 2020).
+
+    The encoder keeps its Hugging Face parameter names under its own prefix (`bert.`, `roberta.`...); the heads are
+    `heads.{i}`, i = 0 after the first layer. The last head is the teacher.
+    """
+
+    config: EarlyExitConfig
+    config_class = EarlyExitConfig
+    accepts_loss_kwargs = False
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # what plain checkpoints carry for their own tasks
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012  # the name and form are transformers'
+        r"pooler\.",
+        r"^cls\.",
+        r"^lm_head\.",
+        r"^classifier\.",
+        r"^pre_classifier\.",
+        r"^vocab_(transform|layer_norm|projector)\.",
+        r"^(discriminator|generator)_(predictions|lm_head)\.",
+        r"position_ids$",
+    ]
+
+    def __init__(self, config: EarlyExitConfig, *, heads_are_new: bool = False) -> None:
+        """Random weights for `config`; `heads_are_new` keeps transformers from reporting them as missing."""
+        super().__init__(config)
+        self._family = backbones.family_of(config.backbone.model_type)
+        backbone = backbones.build(config.backbone)
+        # transformers maps the keys of plain checkpoints by this prefix
+        self.base_model_prefix = backbone.base_model_prefix
+        setattr(self, self.base_model_prefix, backbone)
+        self.heads = nn.ModuleDict({str(layer - 1): build_head(config) for layer in config.exit_layers})
+        if heads_are_new:
+            self._keys_to_ignore_on_load_missing = [r"^heads\."]
+        self.post_init()
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        return getattr(self, self.base_model_prefix)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return cast(nn.ModuleList, self.backbone.get_submodule(self._family.layers))
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def exit_layers(self) -> list[int]:
+        """1-based numbers of the layers that have a head, ascending; the last one is the teacher's."""
+        return self.config.exit_layers
+
+    @property
+    def teacher_head(self) -> StudentHead | LinearHead:
+        return self.heads_by_layer[self.num_layers]
+
+    @property
+    def student_heads(self) -> list[StudentHead | LinearHead]:
+        """Every head below the last, in layer order."""
+        return list(self.heads_by_layer.values())[:-1]
+
+    @property
+    def heads_by_layer(self) -> dict[int, StudentHead | LinearHead]:
+        """The heads by the 1-based number of their layer, in layer order."""
+        return {int(name) + 1: cast("StudentHead | LinearHead", head) for name, head in self.heads.items()}
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        speed: float | None = None,
+        criterion: str | None = None,
+        top_n: int | None = None,
+        return_dict: bool | None = None,
+    ) -> EarlyExitOutput | tuple[Tensor, ...]:
+        """Classify a batch, leaving early where `speed` > 0.
+
+        Args:
+            input_ids, token_type_ids, position_ids: [B, T]; or `inputs_embeds` [B, T, E] instead of `input_ids`.
+            attention_mask: [B, T], non-zero where a token counts; padding on the right.
+            labels: [B] class numbers, or numbers for regression (one label).
+            speed: 0 (the full model; only the last head runs) to 1 (everybody leaves at the first head). Default:
+                `config.speed`. In training mode the full model runs whatever the speed.
+            criterion: see `fastkd_kernels.exit_gate`; default `config.criterion`.
+            top_n: for the "top_n" criterion; default `config.top_n`.
+            return_dict: False for a plain tuple.
+
+        Returns:
+            EarlyExitOutput. With a speed above 0 nothing in it has a gradient.
+
+        Raises:
+            ValueError: a speed outside [0, 1]; a speed above 0 for a model whose heads were never distilled, or for
+                regression; neither or both of `input_ids` and `inputs_embeds`; a mask of another shape or whose first
+                token is masked.
+        """
+        speed = check_speed(self.config.speed if speed is None else speed)
+        criterion = self.config.criterion if criterion is None else criterion
+        top_n = self.config.top_n if top_n is None else top_n
+        check_criterion(criterion, top_n, self.config.num_classes)
+        leaves_early = speed > 0 and not self.training
+        if leaves_early:
+            self._check_exits()
+        hidden_states, mask = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        if leaves_early:
+            answers = self._early(hidden_states, mask, speed, criterion, top_n)
+        else:
+            answers = self._full(hidden_states, mask, criterion, top_n)
+        loss = None if labels is None else self._loss(answers["logits"], labels)
+        output = EarlyExitOutput(loss=loss, **answers)
+        as_tuple = not (self.config.return_dict if return_dict is None else return_dict)
+        return output.to_tuple() if as_tuple else output
+
+    def all_exit_logits(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of every head in layer order, [B, K, C] float32, differentiable; `labels` are ignored."""
+        hidden_states, mask = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        layer_mask = self.layer_mask(hidden_states, mask)
+        heads = self.heads_by_layer
+        logits = []
+        for number, layer in enumerate(self.layers, start=1):
+            hidden_states = layer(hidden_states, layer_mask)
+            if number in heads:
+                logits.append(heads[number](hidden_states, mask))
+        return torch.stack(logits, dim=1)
+
+    def trace(self, batches: Iterable[Mapping[str, Tensor]]) -> ExitTrace:
+        """Run every head on every batch once, see `ExitTrace`.
+
+        Args:
+            batches: keyword arguments of `forward`, with or without `labels`; moved to the model's device.
+
+        Raises:
+            ValueError: no batches, or labels in some batches only.
+        """
+        return record_trace(self, batches)
+
+    def layer_mask(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Any:
+        """`attention_mask` [B, T] or None in the form that the layers take."""
+        return backbones.layer_mask(self.config.backbone, hidden_states, attention_mask)
+
+    def _early(
+        self, hidden_states: Tensor, mask: Tensor | None, speed: float, criterion: str, top_n: int | None
+    ) -> dict[str, Any]:
+        """What the first certain heads say, as fields of EarlyExitOutput."""
+        record = batch.run(self, hidden_states, mask, speed, criterion, top_n)
+        return {"logits": record.logits, "exit_layer": record.exit_layer, "uncertainty": record.uncertainty}
+
+    def _full(self, hidden_states: Tensor, mask: Tensor | None, criterion: str, top_n: int | None) -> dict[str, Any]:
+        """What the last head says after all layers, as fields of EarlyExitOutput."""
+        layer_mask = self.layer_mask(hidden_states, mask)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, layer_mask)
+        logits = self.teacher_head(hidden_states, mask)
+        if self.training:
+            return {"logits": logits}
+        rows, num_labels = logits.shape
+        exit_layer = torch.full((rows,), self.num_layers, dtype=torch.int32, device=logits.device)
+        if num_labels == 1:
+            return {"logits": logits, "exit_layer": exit_layer}
+        record = fk.ExitRecord.allocate(rows, num_labels, logits.device)
+        gate = fk.exit_gate(logits.detach(), 0.0, criterion, top_n=top_n, record=record, layer=self.num_layers)
+        return {"logits": logits, "exit_layer": exit_layer, "uncertainty": gate.uncertainty}
+
+    def _embed(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Hidden states before the first layer, and the mask as [B, T] bool, None where nothing is padded."""
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("input_ids: pass exactly one of input_ids and inputs_embeds")
+        mask = _checked_mask(attention_mask, tokens)
+        hidden_states = self._family.embed(self.backbone, input_ids, token_type_ids, position_ids, inputs_embeds)
+        return hidden_states, mask
+
+    def _check_exits(self) -> None:
+        if self.config.num_labels == 1:
+            raise ValueError(
+                "speed: early exit needs at least 2 classes, but this model is a regression (num_labels=1); use speed=0"
+            )
+        if not self.config.exits_trained:
+            raise ValueError(
+                "speed: got a value above 0, but the heads below the last layer were never trained, so early answers "
+                "would be random; distil them first (`fastkd distill`, or fastkd.distill), or use speed=0"
+            )
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.config.num_labels == 1:
+            return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype).reshape(-1))
+        return F.cross_entropy(logits, labels.reshape(-1))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *model_args: Any,
+        config: EarlyExitConfig | None = None,
+        head: str | None = None,
+        exit_layers: list[int] | None = None,
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        **kwargs: Any,
+    ) -> EarlyExitForSequenceClassification:
+        """Load a plain encoder checkpoint and add heads to it, or load a saved early-exit model.
+
+        Args:
+            pretrained_model_name_or_path: a folder or hub name; a checkpoint of any task of a supported family, or
+                one that `save_pretrained` of this class wrote.
+            config: used as it is; the four arguments below must then be left out.
+            head: "fastbert" (default) or "linear".
+            exit_layers: 1-based numbers of the layers that get a head; the last one always does. Default: every layer.
+            num_labels: number of classes, 1 for regression. Default: that of `id2label`, else of the checkpoint.
+            id2label: label names by class number.
+            kwargs: what `PreTrainedModel.from_pretrained` takes (`dtype`, `attn_implementation`, `device_map`...).
+
+        Raises:
+            ValueError: an unsupported family; a label set, head or exit layers that differ from those of a saved
+                early-exit model; an incomplete or damaged weights file.
+            OSError: no such folder, no config.json in it, or no weights.
+        """
+        path = pretrained_model_name_or_path
+        added = {"head": head, "exit_layers": exit_layers, "num_labels": num_labels, "id2label": id2label}
+        added = {name: value for name, value in added.items() if value is not None}
+        saved = None if path is None else _saved_config(path, kwargs)
+        options = {name: kwargs.pop(name) for name in _CONFIG_OPTIONS if name in kwargs}
+        if config is None:
+            config = _config_of(saved, path, added, options)
+        elif added or options:
+            given = ", ".join([*added, *options])
+            raise ValueError(f"{given}: both this and config were given; put it into the EarlyExitConfig instead")
+        elif isinstance(saved, EarlyExitConfig):
+            _check_same_heads(saved, path, {"num_labels": config.num_labels, "head": config.head})
+        heads_are_new = saved is not None and not isinstance(saved, EarlyExitConfig)
+        return cls._load(path, *model_args, config=config, heads_are_new=heads_are_new, **kwargs)
+
+    @classmethod
+    def _load(cls, path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any) -> Any:
+        wants_info = kwargs.pop("output_loading_info", False)
+        try:
+            loaded: Any = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
+        except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"pretrained_model_name_or_path: the weights in {path} are damaged or were cut off ({error}); copy or "
+                "download the checkpoint again"
+            ) from error
+        model, info = loaded
+        missing = sorted(info["missing_keys"])
+        if missing and not kwargs.get("ignore_mismatched_sizes"):
+            raise ValueError(
+                f"pretrained_model_name_or_path: the weights in {path} lack {len(missing)} tensors of this model, "
+                f"among them {missing[0]}; the checkpoint is incomplete or belongs to another config.json"
+            )
+        return (model, info) if wants_info else model
+
+
+_CONFIG_OPTIONS = (
+    "head_width",
+    "head_attention_heads",
+    "head_dropout",
+    "exits_trained",
+    "speed",
+    "criterion",
+    "top_n",
+    "label2id",
+    "problem_type",
+)
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+
+
+def _saved_config(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> PreTrainedConfig:
+    """The configuration beside the weights, of an encoder or of an early-exit model."""
+    folder = Path(path) / kwargs.get("subfolder", "")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"pretrained_model_name_or_path: no config.json in {folder}; expected a folder that save_pretrained wrote"
+        )
+    return AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs})
+
+
+def _config_of(
+    saved: PreTrainedConfig | None,
+    path: str | os.PathLike[str],
+    added: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> EarlyExitConfig:
+    """The configuration of the model to load: that of a saved early-exit model, or a new one around `saved`."""
+    if saved is None:
+        raise ValueError("pretrained_model_name_or_path: got None without a config; pass a folder or a config")
+    if isinstance(saved, EarlyExitConfig):
+        _check_same_heads(saved, path, added)
+        for name, value in options.items():
+            setattr(saved, name, value)
+        if "id2label" in added:
+            saved.id2label = dict(added["id2label"])
+            saved.label2id = {label: index for index, label in added["id2label"].items()}
+        return saved
+    labels = dict(_labels_of(saved, added))
+    return EarlyExitConfig(
+        backbone=saved, head=added.get("head", "fastbert"), exit_layers=added.get("exit_layers"), **labels, **options
+    )
+
+
+def _labels_of(saved: PreTrainedConfig, added: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    names = added.get("id2label")
+    count = added.get("num_labels")
+    if names is None:
+        names = saved.id2label if count in (None, saved.num_labels) else None
+    elif count is not None and len(names) != count:
+        raise ValueError(f"num_labels: got {count}, but id2label names {len(names)} classes; leave one of them out")
+    if names is None:
+        return [("num_labels", count)]
+    if sorted(names) != list(range(len(names))):
+        raise ValueError(
+            f"id2label: got the class numbers {sorted(names)}, expected 0 to {len(names) - 1} without gaps"
+        )
+    return [("id2label", dict(names)), ("label2id", {label: index for index, label in names.items()})]
+
+
+def _check_same_heads(saved: EarlyExitConfig, path: str | os.PathLike[str], wanted: Mapping[str, Any]) -> None:
+    """Raise where the heads of a saved model are not the ones asked for."""
+    remedy = "leave the argument out, or start from the plain checkpoint to get new heads"
+    if "id2label" in wanted:
+        names = {int(index): name for index, name in wanted["id2label"].items()}
+        generic = {index: f"LABEL_{index}" for index in range(saved.num_labels or 0)}
+        if names.keys() != generic.keys() or (saved.id2label != generic and names != saved.id2label):
+            raise ValueError(
+                f"id2label: got {list(names.values())}, but the model in {path} was trained with the labels "
+                f"{list((saved.id2label or {}).values())}; {remedy}"
+            )
+    if wanted.get("num_labels", saved.num_labels) != saved.num_labels:
+        raise ValueError(
+            f"num_labels: got {wanted['num_labels']}, but the model in {path} was trained with {saved.num_labels} "
+            f"classes; {remedy}"
+        )
+    if wanted.get("head", saved.head) != saved.head:
+        raise ValueError(f"head: got {wanted['head']!r}, but the model in {path} has {saved.head} heads; {remedy}")
+    if "exit_layers" in wanted and sorted({*wanted["exit_layers"], saved.num_hidden_layers}) != saved.exit_layers:
+        raise ValueError(
+            f"exit_layers: got {wanted['exit_layers']}, but the model in {path} has heads after {saved.exit_layers}; "
+            f"{remedy}"
+        )
+
+
+def _checked_mask(attention_mask: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """`attention_mask` as [B, T] bool, None where nothing is padded.
+
+    Raises:
+        ValueError: another shape than the tokens', or a row whose first token is masked.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"attention_mask: got shape {tuple(attention_mask.shape)}, expected {tuple(tokens.shape[:2])}, one value a "
+            "token"
+        )
+    mask = attention_mask.bool()
+    if torch.compiler.is_compiling():
+        return mask
+    # one read for both questions, because on a GPU it waits for the device
+    nothing_padded, first_tokens_count = torch.stack([mask.all(), mask[:, :1].all()]).tolist()
+    if not first_tokens_count:
+        raise ValueError(
+            "attention_mask: the first token of a row is masked, but the heads read it; pad on the right "
+            "(tokenizer.padding_side = 'right') and drop empty rows"
+        )
+    return None if nothing_padded else mask
+
+
+AutoConfig.register(EarlyExitConfig.model_type, EarlyExitConfig)
+AutoModelForSequenceClassification.register(EarlyExitConfig, EarlyExitForSequenceClassification)
