@@ -34,11 +34,11 @@ std::tuple<Tensor, Tensor, Tensor> universal_kd_loss_forward(
   check_layers(student, teacher);
   const int64_t layers = student.size(0), teachers = teacher.size(0);
   const int64_t batch = student.size(1), classes = student.size(2);
+  const ScalarType accumulate = accumulate_type(student, teacher);
   const Tensor student_result = gradient_like(student, student_gradient);
   const Tensor teacher_result = per_layer && teacher_gradient
-                                    ? torch::stable::new_empty(teacher, {layers, teachers, batch, classes})
+                                    ? torch::stable::new_empty(teacher, {layers, teachers, batch, classes}, accumulate)
                                     : gradient_like(teacher, teacher_gradient);
-  const ScalarType accumulate = accumulate_type(student, teacher);
   const Tensor losses = torch::stable::new_empty(student, {layers, batch}, accumulate);
   const UniversalCall call{layers_of(student),
                            layers_of(teacher),

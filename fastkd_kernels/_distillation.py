@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # the position in these tuples is the code that the kernels understand
 DIRECTIONS = ("forward", "reverse", "jsd")
@@ -171,8 +170,22 @@ def summed_over_layers(gradient: Tensor, grad_output: Tensor, factor: float) -> 
     """The teacher's gradient [N, B, C] from [M, N, B, C], which keeps the M student layers apart."""
     if grad_output.dim():
         grad_output = grad_output[:, None, :, None]
-    wide = gradient if gradient.dtype == torch.float64 else gradient.float()
-    return (wide * (grad_output * factor)).sum(0).to(gradient.dtype)
+    return (gradient * (grad_output * factor)).sum(0)
+
+
+class _DifferentiatedOnce(torch.autograd.Function):
+    """Its input, whose own gradient nobody has: a penalty on it would otherwise silently count for nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        raise RuntimeError(
+            "the gradient of a fused distillation loss cannot be differentiated again; compute the loss inside "
+            'fastkd_kernels.backend("reference") instead'
+        )
 
 
 class FusedLoss(torch.autograd.Function):
@@ -195,18 +208,25 @@ class FusedLoss(torch.autograd.Function):
         loss, *gradients = compute(*tensors, *options)
         ctx.save_for_backward(*gradients)
         ctx.scale, ctx.factor = scale, factor
-        ctx.dims, ctx.inputs = [tensor.dim() for tensor in tensors[: len(gradients)]], len(tensors)
+        ctx.differentiable = [(tensor.dim(), tensor.dtype) for tensor in tensors[: len(gradients)]]
+        ctx.inputs = len(tensors)
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         results: list[Tensor | None] = [None] * ctx.inputs
+        create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         for position, gradient in enumerate(ctx.saved_tensors):
             if not ctx.needs_input_grad[4 + position]:
                 continue
-            scale = ctx.scale if gradient.dim() == ctx.dims[position] else summed_over_layers
-            results[position] = scale(gradient, grad_output, ctx.factor)
+            dims, dtype = ctx.differentiable[position]
+            if gradient.dim() == dims:
+                result = ctx.scale(gradient, grad_output.detach(), ctx.factor)
+            else:
+                result = summed_over_layers(gradient, grad_output.detach(), ctx.factor).to(dtype)
+            if create_graph:
+                result = _DifferentiatedOnce.apply(result, torch.zeros((), requires_grad=True))
+            results[position] = result
         return None, None, None, None, *results
 
 

@@ -167,21 +167,24 @@ def arrival_counter(device: torch.device) -> Tensor:
 def _scale_kernel(
     gradient,  # [rows, C]
     out,  # [rows, C]
-    grad_output,  # one value a row, or a scalar with strides 0
+    grad_output,  # one value a row, or a scalar
     size,  # rows * C
     C,
     inner_rows,
     outer_stride,
     inner_stride,
     factor,
+    PER_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
-    row = index // C
-    scale = tl.load(
-        grad_output + row // inner_rows * outer_stride + row % inner_rows * inner_stride, mask=inside, other=0.0
-    )
+    if PER_ROW:
+        row = index // C
+        offset = row // inner_rows * outer_stride + row % inner_rows * inner_stride
+        scale = tl.load(grad_output + offset, mask=inside, other=0.0)
+    else:
+        scale = tl.load(grad_output)
     value = tl.load(gradient + index, mask=inside, other=0.0).to(tl.float32) * (scale.to(tl.float32) * factor)
     tl.store(out + index, value.to(out.dtype.element_ty), mask=inside)
 
@@ -198,6 +201,16 @@ def scaled_gradient(gradient: Tensor, grad_output: Tensor, factor: float) -> Ten
     grid = (triton.cdiv(size, block),)
     with on_device(gradient):
         _scale_kernel[grid](
-            gradient, out, grad_output, size, classes, inner_rows, outer_stride, inner_stride, factor, BLOCK=block
+            gradient,
+            out,
+            grad_output,
+            size,
+            classes,
+            inner_rows,
+            outer_stride,
+            inner_stride,
+            factor,
+            PER_ROW=grad_output.dim() > 0,
+            BLOCK=block,
         )
     return out

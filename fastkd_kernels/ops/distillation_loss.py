@@ -233,9 +233,7 @@ def _allocate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the loss and the two gradients; an unwanted gradient has no elements."""
     student, student_layers, _, _ = tensors
-    loss = student.new_empty(
-        () if reduce else student.shape[:1], dtype=_distillation.accumulate_dtype(*tensors)
-    )
+    loss = student.new_empty(() if reduce else student.shape[:1], dtype=_distillation.accumulate_dtype(*tensors))
     for_student = _distillation.gradient_like(student, student_gradient)
     return loss, for_student, _distillation.gradient_like(student_layers, layers_gradient)
 
@@ -420,7 +418,13 @@ def distillation_loss(
         "attn_temperature": attn_temperature,
     }
     universal.check_options(
-        student_layer_logits, teacher_layer_logits, universal_temperature, reduction, layer_reduction, direction, task,
+        student_layer_logits,
+        teacher_layer_logits,
+        universal_temperature,
+        reduction,
+        layer_reduction,
+        direction,
+        task,
         **universal_options,
     )
     _check(student_logits, teacher_logits, labels, student_layer_logits, temperature, task)

@@ -215,8 +215,8 @@ class KDLossConfig:
 
 
 library.define(
-    "kd_loss_forward(Tensor student, Tensor teacher, float temperature, float loss_scale, int divergence, float factor, "
-    "bool reduce, bool student_gradient, bool teacher_gradient) -> (Tensor, Tensor, Tensor)"
+    "kd_loss_forward(Tensor student, Tensor teacher, float temperature, float loss_scale, int divergence, "
+    "float factor, bool reduce, bool student_gradient, bool teacher_gradient) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -224,10 +224,10 @@ def _allocate(
     student: Tensor, teacher: Tensor, reduce: bool, student_gradient: bool, teacher_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Room for the loss and the two gradients; an unwanted gradient has no elements."""
-    loss = student.new_empty(
-        () if reduce else student.shape[:1], dtype=_distillation.accumulate_dtype(student, teacher)
-    )
-    return loss, _distillation.gradient_like(student, student_gradient), _distillation.gradient_like(teacher, teacher_gradient)
+    dtype = _distillation.accumulate_dtype(student, teacher)
+    loss = student.new_empty(() if reduce else student.shape[:1], dtype=dtype)
+    for_student = _distillation.gradient_like(student, student_gradient)
+    return loss, for_student, _distillation.gradient_like(teacher, teacher_gradient)
 
 
 @torch.library.register_fake("fastkd_kernels::kd_loss_forward", lib=library)
@@ -304,9 +304,7 @@ if _triton.available:
 # looked up once, because torch.compile cannot trace the look-up
 _CPU_REASON = _extension.missing_kernel_reason("kd_loss_forward", "CPU")
 
-_backend.register_backends(
-    "kd_loss", cuda=lambda: _triton.missing_reason, cpu=lambda: _CPU_REASON, interpretable=True
-)
+_backend.register_backends("kd_loss", cuda=lambda: _triton.missing_reason, cpu=lambda: _CPU_REASON, interpretable=True)
 
 _forward = torch.ops.fastkd_kernels.kd_loss_forward.default
 
@@ -351,9 +349,7 @@ def kd_loss(
     _check(student_logits, teacher_logits, temperature, reduction, direction, task, detach_teacher)
     name = _resolve(student_logits, teacher_logits)
     if name == "reference":
-        return kd_loss_reference(
-            student_logits, teacher_logits, temperature, reduction, t2_scale, direction, task
-        )
+        return kd_loss_reference(student_logits, teacher_logits, temperature, reduction, t2_scale, direction, task)
     batch, classes = student_logits.shape
     factor = _distillation.reduction_factor(reduction, batch, classes)
     gradients = torch.is_grad_enabled()

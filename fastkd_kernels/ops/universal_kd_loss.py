@@ -146,10 +146,7 @@ if _triton.available:
             features = kernels.finite_or_zero(logits)
         else:
             log_probs = kernels.log_softmax_rows(logits)
-            if SPACE == 1:
-                features = kernels.finite_or_zero(log_probs)
-            else:
-                features = tl.exp(log_probs)
+            features = kernels.finite_or_zero(log_probs) if SPACE == 1 else tl.exp(log_probs)
         return features
 
     @triton.jit
@@ -476,9 +473,7 @@ if _triton.available:
                 log_p = mixed * inverse_temperature - f_lse
                 log_q = s * inverse_temperature - s_lse
                 p, q, p_terms, q_terms = kernels.divergence_terms(log_p, log_q, DIVERGENCE)
-                p_gradient, q_gradient = kernels.divergence_gradients(
-                    p, q, p_terms, q_terms, p_sum, q_sum, DIVERGENCE
-                )
+                p_gradient, q_gradient = kernels.divergence_gradients(p, q, p_terms, q_terms, p_sum, q_sum, DIVERGENCE)
                 products += tl.where(masked, 0.0, f - mixed) * p_gradient
             score_gradient = gradient_scale * weights * tl.sum(products, 1)[:, None]
 
@@ -489,9 +484,7 @@ if _triton.available:
                 log_p = mixed * inverse_temperature - f_lse
                 log_q = s * inverse_temperature - s_lse
                 p, q, p_terms, q_terms = kernels.divergence_terms(log_p, log_q, DIVERGENCE)
-                p_gradient, q_gradient = kernels.divergence_gradients(
-                    p, q, p_terms, q_terms, p_sum, q_sum, DIVERGENCE
-                )
+                p_gradient, q_gradient = kernels.divergence_gradients(p, q, p_terms, q_terms, p_sum, q_sum, DIVERGENCE)
                 s_gradient = gradient_scale * q_gradient
                 f_gradient = gradient_scale * weights * p_gradient
                 if ATTENTION_GRADIENT:
@@ -571,7 +564,8 @@ def _allocate(
     dtype = _distillation.accumulate_dtype(student, teacher)
     loss = student.new_empty(() if reduce else student.shape[:2], dtype=dtype)
     if teacher_gradient and per_layer:
-        for_teacher = teacher.new_empty((student.shape[0], *teacher.shape))
+        # they cancel when they are added up, so they keep the precision in which they were computed
+        for_teacher = teacher.new_empty((student.shape[0], *teacher.shape), dtype=dtype)
     else:
         for_teacher = _distillation.gradient_like(teacher, teacher_gradient)
     return loss, _distillation.gradient_like(student, student_gradient), for_teacher
@@ -735,8 +729,21 @@ def universal_kd_loss(
     On a GPU float64 is computed by the reference, and so are calls wider than the module's docstring allows. Gradients
     of gradients are not available from the kernels and raise; `backend("reference")` has them.
     """
-    _check(student_logits, teacher_logits, temperature, reduction, layer_reduction, mix, attn_space, direction, task)
-    _checkattention_of(attn, attn_scale, attn_temperature)
+    check_options(
+        student_logits,
+        teacher_logits,
+        temperature,
+        reduction,
+        layer_reduction,
+        direction,
+        task,
+        mix=mix,
+        attn_space=attn_space,
+        attn_scale=attn_scale,
+        detach_attention=detach_attention,
+        attn=attn,
+        attn_temperature=attn_temperature,
+    )
     _distillation.check_teacher_gradient("teacher_logits", teacher_logits, detach_teacher)
     name = _resolve(student_logits, teacher_logits, mix, attn_space)
     if name == "reference":
