@@ -79,30 +79,45 @@ def divergence_terms(log_p, log_q, DIVERGENCE: tl.constexpr):
 
     Of a squared error: its gradients, the error, and 0.
     """
+    # one return: older Triton compilers go on behind a return inside a branch
     if DIVERGENCE == 3:
         # columns beyond C are -inf in both
         difference = tl.where(log_p == log_q, 0.0, log_p - log_q)
-        return 2.0 * difference, -2.0 * difference, difference * difference, difference * 0.0
-    p = tl.exp(log_p)
-    q = tl.exp(log_q)
-    if DIVERGENCE == 0:
-        return p, q, expected_log_ratio(p, log_p, log_q), p * 0.0
-    if DIVERGENCE == 1:
-        return p, q, q * 0.0, expected_log_ratio(q, log_q, log_p)
-    middle = log_middle(log_p, log_q)
-    return p, q, 0.5 * expected_log_ratio(p, log_p, middle), 0.5 * expected_log_ratio(q, log_q, middle)
+        p = 2.0 * difference
+        q = -p
+        p_terms = difference * difference
+        q_terms = tl.zeros_like(difference)
+    else:
+        p = tl.exp(log_p)
+        q = tl.exp(log_q)
+        p_terms = tl.zeros_like(p)
+        q_terms = tl.zeros_like(q)
+        if DIVERGENCE == 0:
+            p_terms = expected_log_ratio(p, log_p, log_q)
+        elif DIVERGENCE == 1:
+            q_terms = expected_log_ratio(q, log_q, log_p)
+        else:
+            middle = log_middle(log_p, log_q)
+            p_terms = 0.5 * expected_log_ratio(p, log_p, middle)
+            q_terms = 0.5 * expected_log_ratio(q, log_q, middle)
+    return p, q, p_terms, q_terms
 
 
 @triton.jit
 def divergence_gradients(p, q, p_terms, q_terms, p_total, q_total, DIVERGENCE: tl.constexpr):
     """Gradients of D with respect to the tempered logits of p and of q, from the sums of the terms over the classes."""
-    if DIVERGENCE == 3:
-        return p, q
+    p_gradient = p
+    q_gradient = q
     if DIVERGENCE == 0:
-        return p_terms - p * p_total, q - p
-    if DIVERGENCE == 1:
-        return p - q, q_terms - q * q_total
-    return p_terms - p * p_total, q_terms - q * q_total
+        p_gradient = p_terms - p * p_total
+        q_gradient = q - p
+    elif DIVERGENCE == 1:
+        p_gradient = p - q
+        q_gradient = q_terms - q * q_total
+    elif DIVERGENCE == 2:
+        p_gradient = p_terms - p * p_total
+        q_gradient = q_terms - q * q_total
+    return p_gradient, q_gradient
 
 
 @triton.jit
@@ -195,7 +210,8 @@ def scaled_gradient(gradient: Tensor, grad_output: Tensor, factor: float) -> Ten
     size, classes = gradient.numel(), gradient.shape[-1]
     if size == 0:
         return out
-    outer_stride = grad_output.stride(0) if grad_output.dim() == 2 else 0
+    # one student layer's values serve all teacher layers
+    outer_stride = grad_output.stride(0) if grad_output.dim() == 2 and grad_output.shape[0] > 1 else 0
     inner_stride, inner_rows = (grad_output.stride(-1), grad_output.shape[-1]) if grad_output.dim() else (0, 1)
     block = 1024
     grid = (triton.cdiv(size, block),)

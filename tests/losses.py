@@ -57,19 +57,52 @@ def assert_as_accurate_as_torch(
 ) -> None:
     """Value and gradients of `backend` against float64, with plain PyTorch in the tensors' dtype as the bar.
 
-    `slack` units in the last place are on top, relative to the element, and for float32 sums relative to the largest
-    element too: what a small element loses is decided by the size of the terms that cancelled in it.
+    Every element may be off by what plain PyTorch is off, plus `slack` units in its last place, plus what float32 makes
+    of the whole tensor: `slack` times the largest error of PyTorch when it is given the same numbers in float32, and
+    a few units in the last place of the largest element. float16 adds its smallest step.
     """
+    actual, actual_gradients = run(backend, loss, tensors, wanted, **options)
+    wide = tuple(tensor.double() for tensor in tensors)
+    single = tuple(tensor.float() for tensor in tensors)
+    truth, true_gradients = run("reference", loss, wide, wanted, **options)
+    plain, plain_gradients = run("reference", loss, tensors, wanted, **options)
+    fine, fine_gradients = run("reference", loss, single, wanted, **options)
+    for ours, exact, torch_result, in_float32 in zip(
+        [actual, *actual_gradients],
+        [truth, *true_gradients],
+        [plain, *plain_gradients],
+        [fine, *fine_gradients],
+        strict=True,
+    ):
+        quantum = torch.finfo(ours.dtype).smallest_normal * torch.finfo(ours.dtype).eps
+        absolute = slack * _float32_error(in_float32, exact) + quantum
+        assert_within_budget(ours, exact, torch_result, slack=slack, absolute=absolute)
+
+
+def _float32_error(in_float32: Tensor, exact: Tensor) -> float:
+    """What float32 is off by at worst, at least eight units in the last place of the largest element."""
+    finite = exact.isfinite()
+    if not finite.any():
+        return 0.0
+    off = (in_float32.double() - exact)[finite].abs().max()
+    return float(off + 8 * torch.finfo(torch.float32).eps * exact[finite].abs().max())
+
+
+def assert_parity(
+    backend: str, loss: Callable[..., Tensor], tensors: tuple[Tensor, ...], wanted: tuple[bool, ...], **options: Any
+) -> None:
+    """Value and gradients of `backend` are those of the reference, up to the rounding of the tensors' dtype."""
     actual, actual_gradients = run(backend, loss, tensors, wanted, **options)
     wide = tuple(tensor.double() for tensor in tensors)
     truth, true_gradients = run("reference", loss, wide, wanted, **options)
     plain, plain_gradients = run("reference", loss, tensors, wanted, **options)
-    eps = torch.finfo(actual.dtype).eps
-    pairs = zip([actual, *actual_gradients], [truth, *true_gradients], [plain, *plain_gradients], strict=True)
-    for ours, exact, torch_result in pairs:
-        quantum = torch.finfo(ours.dtype).smallest_normal * torch.finfo(ours.dtype).eps
-        largest = float(exact[exact.isfinite()].abs().max()) if exact.isfinite().any() else 0.0
-        assert_within_budget(ours, exact, torch_result, slack=slack, absolute=8 * slack * eps * largest + quantum)
+    exactly = tensors[0].dtype == torch.float64
+    for ours, exact, torch_result in zip(
+        [actual, *actual_gradients], [truth, *true_gradients], [plain, *plain_gradients], strict=True
+    ):
+        largest = float(exact[exact.isfinite()].abs().max()) if exact.numel() else 0.0
+        allowed = 1e-10 * largest + 1e-12 if exactly else 4 * _float32_error(torch_result, exact) + 1e-6
+        torch.testing.assert_close(ours.double().cpu(), exact, rtol=0, atol=allowed)
 
 
 def assert_equal_gradients_three_times(

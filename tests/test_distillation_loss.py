@@ -10,7 +10,14 @@ import torch
 from cubins import KernelSpec, compile_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from losses import assert_as_accurate_as_torch, assert_equal_gradients_three_times, device_of, kernel_backends, run
+from losses import (
+    assert_as_accurate_as_torch,
+    assert_equal_gradients_three_times,
+    assert_parity,
+    device_of,
+    kernel_backends,
+    run,
+)
 from torch.nn import functional as F
 
 import fastkd_kernels as fk
@@ -110,12 +117,7 @@ def test_every_option_means_the_same_to_kernel_and_reference(
         attn_space=attn_space, detach_teacher=not teacher_gradient, **options,
     )  # fmt: skip
     wanted = (True, True, teacher_gradient, teacher_gradient)
-    value, gradients = run(backend, loss, tensors, wanted)
-    expected, expected_gradients = run("reference", loss, tuple(tensor.double() for tensor in tensors), wanted)
-    tolerance = 1e-10 if dtype == torch.float64 else 5e-5
-    for ours, exact in zip([value, *gradients], [expected, *expected_gradients], strict=True):
-        largest = float(exact.abs().max()) if exact.numel() else 0.0
-        torch.testing.assert_close(ours.double().cpu(), exact, rtol=tolerance, atol=tolerance * largest + 1e-12)
+    assert_parity(backend, loss, tensors, wanted)
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])

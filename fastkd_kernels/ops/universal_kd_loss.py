@@ -781,7 +781,7 @@ def universal_kd_loss(
         reduction != "none",
         gradients and student_logits.requires_grad,
         gradients and teacher_logits.requires_grad,
-        layers > 1 and (reduction == "none" or streamed),
+        layers != 1 and (reduction == "none" or streamed),
     )
     return _distillation.fused_loss(name, _forward, _launch, factor, options, (student_logits, teacher_logits))
 
