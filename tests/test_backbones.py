@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import fastkd
 import pytest
 import torch
-from fastkd import backbones
 from tiny_models import (
     CONFIGS,
     LAYERS,
@@ -26,6 +24,9 @@ from transformers import (
     MPNetConfig,
     MPNetModel,
 )
+
+import fastkd
+from fastkd import backbones
 
 FAMILIES = sorted(CONFIGS)
 
@@ -105,6 +106,18 @@ def test_unknown_family_names_the_supported_ones(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"'mpnet'.*supported are bert, camembert.*distilbert, electra.*roberta"):
         fastkd.EarlyExitForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_longest_input_is_the_longest_that_runs(family: str) -> None:
+    longest = backbones.longest_input(CONFIGS[family])
+    model = early_exit_model(family)
+    with torch.no_grad():
+        model(torch.full((1, longest), 7))
+        with pytest.raises((IndexError, RuntimeError)):  # out of positions, or of the buffer of their numbers
+            model.backbone(torch.full((1, longest + 1), 7))
+    with pytest.raises(ValueError, match=f"got {longest + 1} tokens a row"):
+        model(torch.full((1, longest + 1), 7))
 
 
 def test_decoder_is_refused() -> None:

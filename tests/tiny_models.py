@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fastkd
 import pytest
 import torch
 import transformers
@@ -27,6 +26,8 @@ from transformers import (
     RobertaTokenizer,
     XLMRobertaConfig,
 )
+
+import fastkd
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -143,7 +144,7 @@ def clear_speed(uncertainty: Tensor, share: float = 0.5) -> float:
 
     Rounding may then move every uncertainty a little without moving anybody's exit.
     """
-    values = torch.cat([uncertainty.double().flatten(), torch.tensor([0.0, 1.0])]).unique()
+    values = torch.cat([uncertainty.double().flatten().cpu(), torch.tensor([0.0, 1.0])]).unique()
     middles = (values[1:] + values[:-1]) / 2
     target = int(share * (len(middles) - 1))
     window = slice(max(0, target - 4), target + 5)
