@@ -1,0 +1,394 @@
+"""fastkd.data: every format and label kind reads the same; every bad row is named by file, line and remedy."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from fastkd.data import (
+    DataError,
+    LengthGroupedSampler,
+    LengthSortedBatches,
+    Rows,
+    load_folder,
+    load_rows,
+    padding_collator,
+    tokenize,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+TEXTS = ['a "quoted" start', "it's, with a comma", "naïve café \u2028 one line", "plain"]
+
+
+def _write_tsv(path: Path, columns: dict[str, list[Any]]) -> None:
+    lines = ["\t".join(columns), *("\t".join(map(str, row)) for row in zip(*columns.values(), strict=True))]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_csv(path: Path, columns: dict[str, list[Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([list(columns), *zip(*columns.values(), strict=True)])
+
+
+def _write_jsonl(path: Path, columns: dict[str, list[Any]]) -> None:
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _write_parquet(path: Path, columns: dict[str, list[Any]]) -> None:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+WRITERS: dict[str, Callable[[Path, dict[str, list[Any]]], None]] = {
+    ".tsv": _write_tsv,
+    ".csv": _write_csv,
+    ".jsonl": _write_jsonl,
+    ".parquet": _write_parquet,
+}
+
+
+def _file(folder: Path, content: str | bytes, name: str = "rows.tsv") -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def _error(path: Path, **kwargs: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        load_rows(path, **kwargs)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize("is_pair", [False, True])
+def test_every_format_reads_the_same_rows(tmp_path: Path, suffix: str, is_pair: bool) -> None:
+    columns: dict[str, list[Any]] = {"label": [1, 0, 2, 1], "text_a": TEXTS}
+    if is_pair:
+        columns["text_b"] = TEXTS[::-1]
+    path = tmp_path / f"rows{suffix}"
+    WRITERS[suffix](path, columns)
+    rows = load_rows(path)
+    assert rows.dataset["text_a"][:] == TEXTS
+    assert rows.dataset["label"][:] == [1, 0, 2, 1]
+    assert rows.is_pair == is_pair
+    assert not is_pair or rows.dataset["text_b"][:] == TEXTS[::-1]
+    assert (rows.num_labels, rows.label_names, len(rows)) == (3, None, 4)
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_string_labels_are_numbered_in_sorted_order(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"rows{suffix}"
+    WRITERS[suffix](path, {"label": ["world", "sports", "business", "sports"], "text": TEXTS})
+    rows = load_rows(path)
+    assert rows.label_names == ("business", "sports", "world")
+    assert rows.dataset["label"][:] == [2, 1, 0, 1]
+
+
+def test_label_names_give_the_order_by_name_or_by_index(tmp_path: Path) -> None:
+    names = ["world", "sports", "business"]
+    by_name = _file(tmp_path, "label\ttext\nsports\ta\nworld\tb\n")
+    assert load_rows(by_name, label_names=names).dataset["label"][:] == [1, 0]
+    by_index = _file(tmp_path, "label\ttext\n1\ta\n0\tb\n")
+    assert load_rows(by_index, label_names=names).dataset["label"][:] == [1, 0]
+    # names that look like numbers are names
+    stars = _file(tmp_path, "label\ttext\n1\ta\n2\tb\n")
+    assert load_rows(stars, label_names=["1", "2"]).dataset["label"][:] == [0, 1]
+    with pytest.raises(ValueError, match="num_labels is 4 but label_names has 3"):
+        load_rows(by_name, label_names=names, num_labels=4)
+
+
+def test_regression_has_to_be_asked_for(tmp_path: Path) -> None:
+    path = _file(tmp_path, "label\ttext\n5\ta\n3.8\tb\n-1\tc\n")
+    assert load_rows(path, num_labels=1).dataset["label"][:] == pytest.approx([5.0, 3.8, -1.0])
+    assert "line 3: label '3.8'" in _error(path)
+    assert "num_labels=1" in _error(path)
+    assert "line 2: label 'nan'; expected a finite number" in _error(
+        _file(tmp_path, "label\ttext\nnan\ta\n1\tb\n"), num_labels=1
+    )
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [
+        ("label\tsentence", ("second", None)),
+        ("Label\tText", ("second", None)),
+        ("class\tpremise\thypothesis", ("second", "third")),
+        ("label\tsentence1\tsentence2", ("second", "third")),
+        ("label\tquestion\tsentence", ("second", "third")),
+        ("label\tid\ttext_a\ttext_b", ("third", "fourth")),
+    ],
+)
+def test_usual_column_names(tmp_path: Path, header: str, expected: tuple[str, str | None]) -> None:
+    fields = ["0", "second", "third", "fourth"][: header.count("\t") + 1]
+    dataset = load_rows(_file(tmp_path, f"{header}\n" + "\t".join(fields) + "\n")).dataset
+    assert (dataset["text_a"][0], dataset["text_b"][0] if "text_b" in dataset.column_names else None) == expected
+
+
+def test_columns_can_be_named(tmp_path: Path) -> None:
+    path = _file(tmp_path, "stars\ttitle\treview\n0\tone\ttwo\n1\tthree\tfour\n")
+    rows = load_rows(path, label="stars", text_a="review", text_b="title")
+    assert rows.dataset[0] == {"text_a": "two", "text_b": "one", "label": 0}
+    assert "no column 'score' (label=); the columns are stars, title, review" in _error(
+        path, label="score", text_a="title"
+    )
+    assert "no text column among stars, title, review" in _error(path)
+    assert "text_a=" in _error(path)
+    assert "no label column" in _error(path, text_a="title")
+
+
+def test_unlabelled_text(tmp_path: Path) -> None:
+    path = _file(tmp_path, "text\none\ntwo\n")
+    rows = load_rows(path, require_labels=False)
+    assert (rows.num_labels, rows.is_labelled, rows.dataset.column_names) == (None, False, ["text_a"])
+    assert "no label column" in _error(path)
+    blank = _file(tmp_path, "label\ttext\n\tone\n\ttwo\n")
+    assert not load_rows(blank, require_labels=False).is_labelled
+    half = _file(tmp_path, "label\ttext\n\tone\n1\ttwo\n")
+    assert "line 2: no label" in _error(half, require_labels=False)
+
+
+def test_line_ends_and_byte_order_mark(tmp_path: Path) -> None:
+    path = _file(tmp_path, b"\xef\xbb\xbflabel\ttext\r\n0\tone\r\n1\ttwo")
+    assert load_rows(path).dataset["text_a"][:] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("label\ttext\n0\tok\n1\ttoo\tmany\n", "line 3: 3 fields; expected 2 (label, text); complete or delete"),
+        ("label\ttext\n0\tok\n1\n", "line 3: 1 field; expected 2"),
+        ("label\ttext\n0\tok\n\n1\tok\n", "line 3: a blank line; expected 2"),
+        ("label\ttext\n0\tok\n1\t  \n", "line 3: empty text in column 'text'; expected text; fill it in"),
+        ("label\ttext\n0\tok\nx\tok\n1\tok\n", "line 3: label 'x'; expected an integer like the other labels"),
+        ("label\ttext\na\tok\nb\tok\n7\tok\n", "line 4: label '7'; expected a name like the other labels"),
+        ("label\ttext\n0\tok\n-1\tok\n", "line 3: unknown label -1; expected 0 or more"),
+        ("label\ttext\n0\tok\n\tok\n", "line 3: no label; expected a label in every row"),
+        (
+            b"label\ttext\n0\tok\n1\tcaf\xe9\n",
+            "line 3: byte 0xe9 at byte 6 of the line; expected UTF-8; convert",
+        ),
+        ("label\ttext\n1\tok\n2\tok\n", "integer labels start at 1 (1, 2); expected 0 to C-1"),
+        ("label\ttext\na\tok\na\tok\n", "every label is 'a'; expected two or more classes"),
+        ("label\ttext\n", "no rows after the header"),
+        ("label\tlabel\n0\t1\n", "line 1: repeated column names (label, label)"),
+        ("\n0\tok\n", "line 1: a blank line; expected the column names"),
+        ("", "the file is empty; expected a header and rows"),
+    ],
+)
+def test_bad_tsv(tmp_path: Path, content: str | bytes, expected: str) -> None:
+    path = _file(tmp_path, content)
+    message = _error(path)
+    assert message.startswith(str(path))
+    assert expected in message
+
+
+def test_unknown_labels_of_a_model(tmp_path: Path) -> None:
+    path = _file(tmp_path, "label\ttext\n0\tok\n3\tok\n")
+    assert "line 3: unknown label 3; expected 0 to 2" in _error(path, num_labels=3)
+    named = _file(tmp_path, "label\ttext\ngood\tok\nmeh\tok\n")
+    assert "line 3: unknown label 'meh'; expected one of bad, good" in _error(named, label_names=["bad", "good"])
+    assert "2 different labels (good, meh); expected 3" in _error(named, num_labels=3)
+
+
+def test_the_first_bad_rows_are_shown_and_all_are_counted(tmp_path: Path) -> None:
+    path = _file(tmp_path, "label\ttext\n" + "0\t\n" * 40)
+    message = _error(path)
+    assert message.count("empty text") == 5
+    assert message.endswith(f"and 35 more bad lines in {path}")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('label,text\n0,"one\ntwo"\n1,\n', "line 4: empty text"),
+        ('label,text\n0,ok\n1,"never closed\n', "line 3: broken CSV"),
+        ("label,text\n0,ok,more\n", "line 2: 3 fields"),
+        (b"label,text\n0,\xff\n", "line 2: byte 0xff at byte 3"),
+    ],
+)
+def test_bad_csv(tmp_path: Path, content: str | bytes, expected: str) -> None:
+    assert expected in _error(_file(tmp_path, content, "rows.csv"))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"label": 0, "text": "ok"}\n{"label": 1,}\n', "line 2: invalid JSON"),
+        ('{"label": 0, "text": "ok"}\n[1, 2]\n', "line 2: a JSON list; expected one JSON object"),
+        ('{"label": 0, "text": "ok"}\n{"label": 1}\n', "line 2: no value in column 'text'"),
+        ('{"label": 0, "text": 3}\n', "line 1: 3 (int) in column 'text'; expected text"),
+        ('{"label": 0, "text": "ok"}\n{"label": true, "text": "ok"}\n', "line 2: label True"),
+        ("\n", "line 1: a blank line"),
+    ],
+)
+def test_bad_jsonl(tmp_path: Path, content: str, expected: str) -> None:
+    assert expected in _error(_file(tmp_path, content, "rows.jsonl"))
+
+
+def test_bad_parquet(tmp_path: Path) -> None:
+    assert "not a readable Parquet file" in _error(_file(tmp_path, "label\ttext\n", "rows.parquet"))
+    path = tmp_path / "null.parquet"
+    _write_parquet(path, {"label": [0, 1], "text": ["ok", None]})
+    assert "row 2: no value in column 'text'" in _error(path)
+
+
+def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
+    assert "no such file or folder" in _error(tmp_path / "rows.tsv")
+    assert "unknown file type '.xlsx'" in _error(_file(tmp_path, "x", "rows.xlsx"))
+    assert "is a folder" in _error(tmp_path)
+    assert "no file for split 'train'; expected train with one of .tsv" in _error(tmp_path, split="train")
+    with pytest.raises(DataError, match="no such folder"):
+        load_folder(tmp_path / "nothing")
+
+
+def test_folder_shares_its_labels(tmp_path: Path) -> None:
+    _file(tmp_path, "label\ttext\nb\tone\na\ttwo\nc\tthree\n", "train.tsv")
+    _file(tmp_path, "label,text\nc,four\nc,five\n", "validation.csv")
+    folder = load_folder(tmp_path)
+    assert folder.label_names == ("a", "b", "c")
+    assert folder.dev is not None
+    assert folder.dev.dataset["label"][:] == [2, 2]
+    assert folder.test is None
+    _file(tmp_path, "label\ttext\nd\tsix\n", "test.tsv")
+    with pytest.raises(DataError, match=r"test\.tsv, line 2: unknown label 'd'; expected one of a, b, c"):
+        load_folder(tmp_path)
+    _file(tmp_path, "label\ttext\na\tsix\n", "dev.tsv")
+    with pytest.raises(DataError, match="2 files for split 'dev'"):
+        load_folder(tmp_path)
+
+
+def test_hub_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    stored = datasets.Dataset.from_dict({"text": ["one", "two"], "label": [1, 0]}, features=features)
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(name: str, config: str | None, split: str | None) -> Any:
+        asked.append((name, config, split))
+        return stored if split else datasets.DatasetDict({"train": stored})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = load_rows("owner/reviews", split="train", hub_config="small")
+    assert asked == [("owner/reviews", "small", "train")]
+    assert (rows.label_names, rows.num_labels, rows.dataset["label"][:]) == (("neg", "pos"), 2, [1, 0])
+    with pytest.raises(DataError, match="pass split= one of train"):
+        load_rows("owner/reviews")
+    stored = stored.map(lambda row: {"label": -1})
+    with pytest.raises(DataError, match=r"owner/reviews \(test\), row 1: no label"):
+        load_rows("owner/reviews", split="test")
+    assert not load_rows("owner/reviews", split="test", require_labels=False).is_labelled
+
+
+def test_hub_that_cannot_be_reached_is_a_data_error() -> None:
+    with pytest.raises(DataError, match="no such file or folder here; for a hub dataset check the name"):
+        load_rows("no-such-owner/no-such-dataset", split="train")
+
+
+def test_sample_and_digest(tmp_path: Path) -> None:
+    path = tmp_path / "rows.tsv"
+    _write_tsv(path, {"label": [i % 2 for i in range(50)], "text": [f"row {i}" for i in range(50)]})
+    rows = load_rows(path)
+    assert rows.sample(50) is rows
+    assert len(rows.sample(10)) == 10
+    assert rows.sample(10, seed=1).digest() == rows.sample(10, seed=1).digest()
+    assert rows.sample(10, seed=1).digest() != rows.sample(10, seed=2).digest()
+    assert rows.digest() == load_rows(path).digest()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(30))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
+        model_max_length=32, model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )  # fmt: skip
+
+
+def _rows(texts: list[str], pairs: list[str] | None = None, labels: list[int] | None = None) -> Rows:
+    columns: dict[str, Any] = {"text_a": texts}
+    columns |= {"text_b": pairs} if pairs else {}
+    columns |= {"label": labels} if labels else {}
+    return Rows(datasets.Dataset.from_dict(columns), None, 2 if labels else None, "test")
+
+
+def test_tokenize_truncates_and_leaves_padding_to_the_collator(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = _rows(["w1", "w1 w2 w3 w4 w5 w6", "w1 w2"], labels=[0, 1, 0])
+    tokens = tokenize(rows, tokenizer, max_length=6)
+    assert tokens["length"][:] == [3, 6, 4]
+    assert tokens["input_ids"][1] == [2, 5, 6, 7, 8, 3]
+    assert tokens["labels"][:] == [0, 1, 0]
+    batch = padding_collator(tokenizer)([tokens.remove_columns("length")[i] for i in (0, 2)])
+    assert batch["input_ids"].tolist() == [[2, 5, 3, 0], [2, 5, 6, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    pair = tokenize(_rows(["w1 w2 w3 w4"], ["w9"]), tokenizer, max_length=7)
+    assert pair["input_ids"][0] == [2, 5, 6, 7, 3, 13, 3]
+    assert pair["token_type_ids"][0] == [0, 0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("max_length", [2, 33])
+def test_tokenize_rejects_a_length_the_model_cannot_take(tokenizer: PreTrainedTokenizerFast, max_length: int) -> None:
+    with pytest.raises(ValueError, match=rf"max_length is {max_length}; .* 2 special tokens .* 32"):
+        tokenize(_rows(["w1"]), tokenizer, max_length)
+
+
+def test_length_sorted_batches(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = [" ".join(["w1"] * count) for count in (3, 9, 1, 7, 5)]
+    tokens = tokenize(_rows(texts, labels=[0, 1, 0, 1, 1]), tokenizer, 32)
+    batches = LengthSortedBatches(tokens, tokenizer, batch_size=2)
+    assert batches.order == [1, 3, 4, 0, 2]
+    for _ in range(2):  # may be iterated again
+        given = list(batches)
+        assert [batch["attention_mask"].sum(1).tolist() for batch in given] == [[11, 9], [7, 5], [3]]
+        assert torch.cat([batch["labels"] for batch in given]).tolist() == [1, 1, 1, 0, 0]
+    assert len(batches) == 3
+    assert set(given[0]) == {"input_ids", "token_type_ids", "attention_mask", "labels"}
+
+
+@given(st.lists(st.integers(1, 64), max_size=400), st.integers(1, 9), st.integers(0, 3), st.integers(0, 3))
+def test_length_grouped_sampler(lengths: list[int], group: int, seed: int, epoch: int) -> None:
+    sampler = LengthGroupedSampler(lengths, group, seed)
+    sampler.epoch = epoch
+    order = list(sampler)
+    assert sorted(order) == list(range(len(lengths)))
+    torch.rand(7)  # the global generator has no say
+    assert list(sampler) == order
+
+
+def test_length_grouped_sampler_groups_and_shuffles() -> None:
+    lengths = [i % 97 for i in range(3200)]
+    sampler = LengthGroupedSampler(lengths, 32, seed=0)
+    order = list(sampler)
+    groups = [[lengths[i] for i in order[start : start + 32]] for start in range(0, len(order), 32)]
+    assert sum(max(group) - min(group) for group in groups) / len(groups) < 5  # a random group spans about 90
+    means = torch.tensor([sum(group) / 32 for group in groups])
+    assert abs(torch.corrcoef(torch.stack([means, torch.arange(100.0)]))[0, 1]) < 0.3  # no drift from long to short
+    sampler.epoch = 1
+    assert list(sampler) != order
+
+
+@pytest.mark.parametrize(("name", "num_labels", "is_pair"), [("ag_news", 4, False), ("mrpc", 2, True)])
+def test_real_folders(name: str, num_labels: int, is_pair: bool) -> None:
+    root = Path(os.environ.get("FASTKD_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not (root / name).is_dir():
+        pytest.skip(f"the real dataset {name} is not on this machine; set FASTKD_DATA to the folder that has it")
+    folder = load_folder(root / name)
+    assert folder.dev is not None
+    assert folder.test is not None
+    assert (folder.num_labels, folder.train.is_pair) == (num_labels, is_pair)
+    assert min(map(len, (folder.train, folder.dev, folder.test))) > 400
