@@ -7,7 +7,10 @@ Every op has three backends: `cuda` (Triton kernels and the CUDA extension), `cp
 from fastkd_kernels._backend import BackendUnavailableError, backend
 from fastkd_kernels.ops.compact import compact
 from fastkd_kernels.ops.exit_gate import CRITERIA, ExitGateOutput, ExitRecord, exit_gate
+from fastkd_kernels.ops.layer_norm import add_layer_norm, embed_layer_norm
+from fastkd_kernels.ops.packed import compact_packed, pack, unpack
 from fastkd_kernels.ops.student_head import StudentHeadWeights, student_head, student_head_exit
+from fastkd_kernels.ops.varlen_attention import varlen_attention
 
 __version__ = "0.1.0"
 
@@ -18,9 +21,15 @@ __all__ = [
     "ExitRecord",
     "StudentHeadWeights",
     "__version__",
+    "add_layer_norm",
     "backend",
     "compact",
+    "compact_packed",
+    "embed_layer_norm",
     "exit_gate",
+    "pack",
     "student_head",
     "student_head_exit",
+    "unpack",
+    "varlen_attention",
 ]
