@@ -15,8 +15,8 @@ SYSTEM_PYTHON ?= python3
 ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(shell $(SYSTEM_PYTHON) -c 'import sys; print(sys.prefix if sys.prefix != sys.base_prefix else "")'))
 ENVIRONMENT := $(or $(ACTIVE),.venv)
 PYTHON := $(ENVIRONMENT)/bin/python
-# the stamp lives in the environment, so that switching to another one sets that one up too
-STAMP := $(ENVIRONMENT)/.fastkd-setup
+# named after the environment, so that switching to another one sets that one up too
+STAMP := build/setup$(subst /,-,$(ENVIRONMENT)).stamp
 
 # pinned, because the newest release may be one that these kernels were never built against
 TORCH := torch==2.13.0
@@ -48,6 +48,7 @@ setup: $(STAMP)
 
 # build isolation would fetch a second torch, and the constraint keeps every dependency from replacing the installed one
 $(STAMP): pyproject.toml setup.py Makefile $(wildcard csrc/*) | $(PYTHON)
+	mkdir -p build
 	$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install '$(TORCH)'
 	$(PYTHON) -c 'import torch; print("torch==" + torch.__version__)' > $@.torch
 	$(PYTHON) -m pip install -c $@.torch 'setuptools>=77' wheel ninja 'pybind11>=3.0'

@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(1024) compact_vector(const __grid_constant__ L
 template <typename Index>
 __device__ void copy_tile_in_bulk(const Launch& launch, const RowCopy& copy) {
   namespace ptx = cuda::ptx;
-  __shared__ alignas(128) char stages[kBulkStages][kBulkStageBytes];
+  alignas(128) __shared__ char stages[kBulkStages][kBulkStageBytes];
   __shared__ uint64_t landed[kBulkStages];
   if (threadIdx.x != 0) return;
   const Tile tile = locate<Index>(launch, copy, 0);

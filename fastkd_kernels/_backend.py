@@ -113,6 +113,19 @@ def _resolve_forced(op: str, forced: str, device: torch.device) -> str:
     return forced
 
 
+def fall_back(op: str, name: str, reason: str) -> str:
+    """ "reference", for a call whose shape or dtype the backend `name` does not take.
+
+    Raises:
+        BackendUnavailableError: the backend was forced.
+    """
+    if _forced.name is not None:
+        raise BackendUnavailableError(f"{op}: backend {name!r} was asked for, but {reason}")
+    if not torch.compiler.is_compiling():
+        _warn_once(op, name, reason)
+    return "reference"
+
+
 def _warn_once(op: str, name: str, reason: str) -> None:
     if (op, name) in _warned:
         return

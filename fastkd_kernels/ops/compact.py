@@ -48,7 +48,7 @@ def _gather_reference(tensor: Tensor, survivors: Tensor, count: Tensor | None) -
     # the tail of survivors is undefined: row 0 exists, and zeros keep the tail out of every gradient
     live = torch.arange(capacity, device=survivors.device) < count
     rows = tensor.index_select(0, torch.where(live, survivors, 0))
-    return torch.where(live.view(capacity, *[1] * (tensor.dim() - 1)), rows, 0)
+    return torch.where(live.view(capacity, *[1] * (tensor.dim() - 1)), rows, rows.new_zeros(()))
 
 
 if _triton.available:
@@ -70,8 +70,9 @@ if _triton.available:
         if HAS_COUNT:
             live = tl.load(count_ptr).to(tl.int64)
         row = tl.load(survivors_ptr + position).to(tl.int64)
+        inside = (position < live) & (row >= 0) & (row < rows)
         word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        mask = (word < row_words) & (position < live) & (row >= 0) & (row < rows)
+        mask = word < tl.where(inside, row_words, 0)
         words = tl.load(source_ptr + row * source_stride + word, mask=mask)
         tl.store(target_ptr + position * row_words + word, words, mask=mask)
 
@@ -123,6 +124,8 @@ def _compact_triton(
     bulk: bool = False,
 ) -> None:
     """`compact_` by one Triton launch a tensor, where the extension has no CUDA kernels."""
+    if any(_overlap(target, tensor) for target in out for tensor in tensors):
+        raise RuntimeError("out: overlaps an input")
     capacity = survivors.shape[0]
     survivors = survivors.contiguous()
     for tensor, target in zip(tensors, out, strict=True):
@@ -143,6 +146,19 @@ def _compact_triton(
                 HAS_COUNT=count is not None,
                 BLOCK=block,
             )
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    (start, stop), (other_start, other_stop) = _memory(one), _memory(other)
+    return start < other_stop and other_start < stop
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and behind the last one."""
+    if tensor.numel() == 0:
+        return tensor.data_ptr(), tensor.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
@@ -196,20 +212,28 @@ def _gather(
         views = [torch.empty((capacity, *t.shape[1:]), dtype=t.dtype, device=t.device) for t in tensors]
     else:
         views = [target if target.shape[0] == capacity else target[:capacity] for target in out]
-    if backend == "cuda" and not survivors.is_cuda:
-        _compact_triton(tensors, survivors, count, views)  # in Triton's interpreter
-        return views
+        _note_change(out)
+    # tensors on the CPU reach the cuda backend only where Triton interprets its kernels
+    write = _compact_triton if backend == "cuda" and not survivors.is_cuda else _compact_op
     try:
-        _compact_op(tensors, survivors, count, views, config.threads, config.bulk)
+        write(tensors, survivors, count, views, config.threads, config.bulk)
     except RuntimeError as error:
-        raise _as_index_error(error) from None
+        raise _typed(error) from None
     return views
 
 
-def _as_index_error(error: RuntimeError) -> Exception:
-    """The extension can only raise RuntimeError: a row number out of range becomes the IndexError that it is."""
-    message = re.search(r"survivors\[.*", str(error))
-    return IndexError(message.group()) if message else error
+def _note_change(out: Sequence[Tensor]) -> None:
+    """Tell autograd that `out` is written, so that a graph which saved it refuses to use it."""
+    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
+        torch.autograd.graph.increment_version(out)
+
+
+def _typed(error: RuntimeError) -> Exception:
+    """The extension can only raise RuntimeError("function, file:line, message"): give it the type that it deserves."""
+    message = re.sub(r"^\w+, .*?:\d+, ", "", str(error))
+    if message.startswith("survivors["):
+        return IndexError(message)
+    return ValueError(message) if message.startswith("out: overlaps") else error
 
 
 class _Compact(torch.autograd.Function):
@@ -243,7 +267,7 @@ def _scatter_add(gradient: Tensor, survivors: Tensor, count: Tensor | None, rows
     if count is not None:
         live = torch.arange(survivors.shape[0], device=survivors.device) < count
         survivors = torch.where(live, survivors, 0)
-        gradient = torch.where(live.view(-1, *[1] * (gradient.dim() - 1)), gradient, 0)
+        gradient = torch.where(live.view(-1, *[1] * (gradient.dim() - 1)), gradient, gradient.new_zeros(()))
     return total.index_add(0, survivors, gradient)
 
 

@@ -17,11 +17,17 @@ returned in ascending order with their count on the device of the logits; the ro
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastkd_kernels import _backend, _extension, _triton
+from fastkd_kernels._library import library
+from fastkd_kernels._triton import tl
 
 CRITERIA = ("entropy", "max_prob", "margin", "top_n", "patience")
 
@@ -139,8 +145,8 @@ def exit_gate_reference(
 def _patience(logits: Tensor, history: Tensor, ids: Tensor) -> Tensor:
     label = logits.float().argmax(dim=-1).int()
     last, repeated = history[ids].unbind(-1)
-    repeated = torch.where(label == last, repeated + 1, torch.zeros_like(repeated))
-    invalid = logits.isnan().any(dim=-1) | ~logits.float().amax(dim=-1).isfinite()
+    invalid = ~logits.float().amax(dim=-1).isfinite()  # amax of a row with a NaN is NaN
+    repeated = torch.where((label == last) & ~invalid, repeated + 1, torch.zeros_like(repeated))
     history.index_copy_(0, ids, torch.stack([torch.where(invalid, -1, label), repeated], dim=-1).int())
     return torch.where(invalid, torch.nan, 1 / (1 + repeated.float()))
 
@@ -154,6 +160,634 @@ def _record_leaving(
     record.exit_layer.index_copy_(
         0, ids, torch.where(leaves, torch.full_like(ids, layer).int(), record.exit_layer[ids])
     )
+
+
+if _triton.available:
+    _jit = _triton.triton.jit
+    _jit_kernel = _triton.triton.jit(do_not_specialize=["rows", "capacity", "layer", "top_n"])
+else:
+    _jit = _jit_kernel = lambda kernel: kernel
+
+
+@_jit
+def _ordered_bits(x):
+    """int32 that sort as the float32 `x` do, NaN above all."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x != x, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+
+
+@_jit
+def _from_ordered_bits(bits):
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
+
+
+@_jit
+def _load_logits(
+    row_starts,  # [ROWS] pointers to the first logit of each row
+    in_batch,  # [ROWS]
+    column,  # [COLUMNS]
+    columns,  # C
+    column_stride,
+):
+    """float32 [ROWS, COLUMNS], -inf outside the tensor"""
+    inside = in_batch[:, None] & (column < columns)[None, :]
+    pointers = row_starts[:, None] + column.to(tl.int64)[None, :] * column_stride
+    return tl.load(pointers, mask=inside, other=float("-inf")).to(tl.float32)
+
+
+@_jit
+def _weigh(x, maximum):
+    """Sums over the columns of e^y and y e^y, where y = x - maximum; NaN where the maximum is not finite."""
+    y = x - maximum[:, None]
+    weight = tl.exp(y)
+    # a weight of 0 contributes 0, also where y is -inf
+    return tl.sum(weight, 1), tl.sum(tl.where(weight == 0, 0.0, weight * y), 1)
+
+
+@_jit
+def _two_largest(x):
+    """The largest of each row, the largest of the others, and the first column of the largest."""
+    first, label = tl.max(x, 1, return_indices=True)
+    others = tl.where(tl.arange(0, x.shape[1])[None, :] == label[:, None], float("-inf"), x)
+    return first, tl.max(others, 1), label
+
+
+@_jit
+def _count_at_least(
+    bits,  # [ROWS]
+    row_starts,  # [ROWS]
+    in_batch,  # [ROWS]
+    tile,  # [ROWS, BLOCK_COLUMNS], all logits where RESIDENT
+    columns,  # C
+    column_stride,
+    RESIDENT: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """How many logits of each row have at least these ordered bits."""
+    if RESIDENT:
+        return tl.sum((_ordered_bits(tile) >= bits[:, None]).to(tl.int32), 1)
+    counted = tl.zeros_like(bits)
+    for start in range(0, columns, BLOCK_COLUMNS):
+        column = start + tl.arange(0, BLOCK_COLUMNS)
+        x = _load_logits(row_starts, in_batch, column, columns, column_stride)
+        counted += tl.sum((_ordered_bits(x) >= bits[:, None]).to(tl.int32), 1)
+    return counted
+
+
+@_jit
+def _nth_largest(
+    row_starts,  # [ROWS]
+    in_batch,  # [ROWS]
+    tile,  # [ROWS, BLOCK_COLUMNS], all logits where RESIDENT
+    columns,  # C
+    column_stride,
+    top_n,
+    RESIDENT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Ordered bits of the n-th largest logit of each row, found bit by bit: exact for every n, without sorting."""
+    bits = tl.zeros([BLOCK_ROWS], tl.int32)
+    counted = _count_at_least(bits, row_starts, in_batch, tile, columns, column_stride, RESIDENT, BLOCK_COLUMNS)
+    bits = tl.where(counted >= top_n, bits, -(2**31))
+    for step in range(31):
+        candidate = bits | (1 << (30 - step))
+        counted = _count_at_least(
+            candidate, row_starts, in_batch, tile, columns, column_stride, RESIDENT, BLOCK_COLUMNS
+        )
+        bits = tl.where(counted >= top_n, candidate, bits)
+    return bits
+
+
+@_jit
+def _keep_above(x, threshold):
+    """`x` where it is above the threshold, else -inf; and how many there are."""
+    above = _ordered_bits(x) > threshold[:, None]
+    return tl.where(above, x, float("-inf")), tl.sum(above.to(tl.int32), 1)
+
+
+@_jit
+def _merge_sums(maximum, total, weighted, x):
+    """Running maximum and sums with another block of columns: the sums are moved to the new maximum, then added to."""
+    larger = tl.maximum(maximum, tl.max(x, 1))
+    # before the first finite logit there is nothing to move, and no maximum to subtract
+    drop = tl.where(maximum == float("-inf"), 0.0, maximum - larger)
+    scale = tl.exp(drop)
+    pivot = tl.where(larger == float("-inf"), 0.0, larger)
+    block_total, block_weighted = _weigh(x, pivot)
+    return larger, total * scale + block_total, (weighted + total * drop) * scale + block_weighted
+
+
+@_jit
+def _streamed_statistics(
+    row_starts,  # [ROWS]
+    in_batch,  # [ROWS]
+    threshold,  # [ROWS] ordered bits: "top_n" looks only above
+    columns,  # C
+    column_stride,
+    CRITERION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Largest, second largest, sums, label, and how many are above the threshold; block by block of columns."""
+    first = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    second = first
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    weighted = total
+    label = tl.zeros([BLOCK_ROWS], tl.int32)
+    above = label
+    for start in range(0, columns, BLOCK_COLUMNS):
+        column = start + tl.arange(0, BLOCK_COLUMNS)
+        x = _load_logits(row_starts, in_batch, column, columns, column_stride)
+        if CRITERION == "top_n":
+            x, block_above = _keep_above(x, threshold)
+            above += block_above
+        if CRITERION == "margin" or CRITERION == "patience":
+            block_first, block_second, block_label = _two_largest(x)
+            label = tl.where(block_first > first, start + block_label, label)
+            second = tl.maximum(tl.minimum(first, block_first), tl.maximum(second, block_second))
+        first, total, weighted = _merge_sums(first, total, weighted, x)
+    return first, second, total, weighted, label, above
+
+
+@_jit
+def _resident_statistics(
+    tile,  # [ROWS, COLUMNS]
+    threshold,  # [ROWS] ordered bits: "top_n" looks only above
+    CRITERION: tl.constexpr,
+):
+    """The same of a tile that holds all columns."""
+    above = tl.zeros_like(threshold)
+    label = above
+    if CRITERION == "margin" or CRITERION == "patience":
+        first, second, label = _two_largest(tile)
+    else:
+        first = tl.max(tile, 1)
+        second = first
+    if CRITERION == "top_n":
+        tile, above = _keep_above(tile, threshold)
+    total, weighted = _weigh(tile, first)
+    return first, second, total, weighted, label, above
+
+
+@_jit
+def _statistics(
+    row_starts,  # [ROWS]
+    in_batch,  # [ROWS]
+    tile,  # [ROWS, BLOCK_COLUMNS], all logits where RESIDENT
+    columns,  # C
+    column_stride,
+    top_n,
+    CRITERION: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Largest, second largest, sums and label of each row; the total is NaN without a finite maximum or with a NaN."""
+    threshold = tl.zeros([BLOCK_ROWS], tl.int32)
+    if CRITERION == "top_n":
+        threshold = _nth_largest(
+            row_starts, in_batch, tile, columns, column_stride, top_n, RESIDENT, BLOCK_ROWS, BLOCK_COLUMNS
+        )
+    if RESIDENT:
+        first, second, total, weighted, label, above = _resident_statistics(tile, threshold, CRITERION)
+    else:
+        first, second, total, weighted, label, above = _streamed_statistics(
+            row_starts, in_batch, threshold, columns, column_stride, CRITERION, BLOCK_ROWS, BLOCK_COLUMNS
+        )
+    if CRITERION == "top_n":
+        # what the n largest have beyond those above the threshold are copies of it
+        copies = (top_n - above).to(tl.float32)
+        nth = _from_ordered_bits(threshold)
+        first = tl.maximum(first, nth)
+        y = nth - first
+        weight = tl.exp(y)
+        total += copies * weight
+        weighted += tl.where(weight == 0, 0.0, copies * weight * y)
+    total = tl.where(first == float("-inf"), float("nan"), total)
+    return first, second, total, weighted, label
+
+
+@_jit
+def _uncertainty(first, second, total, weighted, scale, CRITERION: tl.constexpr):
+    if CRITERION == "max_prob":
+        u = (1 - 1 / total) / scale
+    elif CRITERION == "margin":
+        u = 1 - (1 - tl.exp(second - first)) / total
+    else:
+        u = (tl.log(total) - weighted / total) / scale
+    # written so that a NaN passes through
+    return tl.where(u < 0, 0.0, tl.where(u > 1, 1.0, u))
+
+
+@_jit
+def _patience_of(
+    history,  # [N, 2]
+    ids,  # [ROWS]
+    known,  # [ROWS]: within the batch and the record
+    label,  # [ROWS]
+    valid,  # [ROWS]: the logits have a finite maximum and no NaN
+):
+    last = tl.load(history + 2 * ids, mask=known, other=-1)
+    repeated = tl.load(history + 2 * ids + 1, mask=known, other=0)
+    repeated = tl.where(valid & (label == last), repeated + 1, 0)
+    tl.store(history + 2 * ids, tl.where(valid, label, -1), mask=known)
+    tl.store(history + 2 * ids + 1, repeated, mask=known)
+    return tl.where(valid, 1 / (1 + repeated.to(tl.float32)), float("nan"))
+
+
+@_jit
+def _gate_rows(
+    first_row,
+    logits,  # [B, C]
+    speeds,  # [B] or None
+    row_ids,  # [B] or None
+    uncertainty,  # [B], out
+    exit_logits,  # [N, C] or None, out, as the other three
+    exit_uncertainty,  # [N]
+    exit_layer,  # [N]
+    history,  # [N, 2]
+    rows,  # B
+    columns,  # C
+    row_stride,
+    column_stride,
+    capacity,  # N
+    layer,
+    speed,
+    scale,  # by what the uncertainty is divided
+    top_n,
+    CRITERION: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Decides on rows first_row to first_row + BLOCK_ROWS; returns 1 for those that stay, [BLOCK_ROWS]."""
+    row = first_row + tl.arange(0, BLOCK_ROWS).to(tl.int64)
+    in_batch = row < rows
+    row_starts = logits + row * row_stride
+    tile = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    if RESIDENT:
+        tile = _load_logits(row_starts, in_batch, tl.arange(0, BLOCK_COLUMNS), columns, column_stride)
+    first, second, total, weighted, label = _statistics(
+        row_starts, in_batch, tile, columns, column_stride, top_n, CRITERION, RESIDENT, BLOCK_ROWS, BLOCK_COLUMNS
+    )
+    ids = row
+    if row_ids is not None:
+        ids = tl.load(row_ids + row, mask=in_batch, other=0).to(tl.int64)
+    known = in_batch & (ids >= 0) & (ids < capacity)
+    if CRITERION == "patience":
+        u = _patience_of(history, ids, known, label, total == total)
+    else:
+        u = _uncertainty(first, second, total, weighted, scale, CRITERION)
+    tl.store(uncertainty + row, u, mask=in_batch)
+
+    limit = tl.zeros([BLOCK_ROWS], tl.float32) + speed
+    if speeds is not None:
+        limit = tl.load(speeds + row, mask=in_batch, other=0.0)
+    # a NaN is not below any limit and stays; a limit of 0 keeps everybody
+    leaves = in_batch & (u <= limit) & (limit != 0)
+    if exit_logits is not None:
+        written = leaves & known
+        tl.store(exit_uncertainty + ids, u, mask=written)
+        tl.store(exit_layer + ids, tl.zeros([BLOCK_ROWS], tl.int32) + layer, mask=written)
+        answers = exit_logits + ids * columns
+        for start in range(0, columns, BLOCK_COLUMNS):
+            column = start + tl.arange(0, BLOCK_COLUMNS)
+            values = tile
+            if not RESIDENT:
+                values = _load_logits(row_starts, written, column, columns, column_stride)
+            tl.store(answers[:, None] + column[None, :], values, mask=written[:, None] & (column < columns)[None, :])
+    return (in_batch & (leaves == 0)).to(tl.int32)
+
+
+@_jit
+def _list_survivors(survivors, first_row, stays, kept, BLOCK_ROWS: tl.constexpr):
+    """Writes the rows that stay after the `kept` before them; returns how many there are now."""
+    row = first_row + tl.arange(0, BLOCK_ROWS)
+    tl.store(survivors + kept + tl.cumsum(stays, 0) - stays, row, mask=stays != 0)
+    return kept + tl.sum(stays, 0)
+
+
+@_jit
+def _survivors_before(
+    scan,  # one word a block: 0, or 4 * survivors + 1 of the block alone, + 2 of it and all before
+    block,
+    total,  # survivors of this block
+    WINDOW: tl.constexpr,
+):
+    """Survivors of all earlier blocks, by a decoupled look-back over what those have published so far."""
+    before = tl.zeros((), tl.int32)
+    if block > 0:
+        tl.atomic_xchg(scan + block, 4 * total + 1)
+    end = block  # blocks from here on are counted
+    while end > 0:
+        distance = tl.arange(0, WINDOW)
+        index = end - 1 - distance
+        words = tl.load(scan + index, mask=index >= 0, other=2, volatile=True)
+        complete = tl.min(tl.where(words & 3 == 2, distance, WINDOW), 0)
+        missing = tl.min(tl.where(words & 3 == 0, distance, WINDOW), 0)
+        if complete < missing:
+            before += tl.sum(tl.where(distance <= complete, words >> 2, 0), 0)
+            end = tl.zeros((), tl.int32)
+        elif missing == WINDOW:
+            before += tl.sum(words >> 2, 0)
+            end -= WINDOW
+    tl.atomic_xchg(scan + block, 4 * (before + total) + 2)
+    return before
+
+
+# one binary for every batch size, layer and n
+@_jit_kernel
+def _exit_gate_kernel(
+    logits,  # [B, C]
+    speeds,  # [B] float32 or None
+    row_ids,  # [B] int32 or int64, or None
+    uncertainty,  # [B] float32, out
+    survivors,  # [B] int32, out
+    count,  # [1] int32, out
+    scan,  # [1 + blocks] int32 zeros: the next block, then a word a block; None where one program does all
+    exit_logits,  # [N, C] float32 or None, out, as the other three
+    exit_uncertainty,  # [N] float32
+    exit_layer,  # [N] int32
+    history,  # [N, 2] int32
+    rows,  # B
+    columns,  # C
+    row_stride,
+    column_stride,
+    capacity,  # N
+    layer,
+    speed,
+    scale,  # by what the uncertainty is divided
+    top_n,
+    CRITERION: tl.constexpr,
+    RESIDENT: tl.constexpr,  # a tile holds all columns
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    WINDOW: tl.constexpr,
+):
+    start = 0
+    end = rows
+    kept = tl.zeros((), tl.int32)
+    if scan is not None:
+        # numbered in the order of their start, so that a block only ever waits for running ones
+        start = tl.atomic_add(scan, 1) * BLOCK_ROWS
+        end = tl.minimum(rows, start + BLOCK_ROWS)
+    for first_row in range(start, end, BLOCK_ROWS):
+        stays = _gate_rows(
+            first_row,
+            logits,
+            speeds,
+            row_ids,
+            uncertainty,
+            exit_logits,
+            exit_uncertainty,
+            exit_layer,
+            history,
+            rows,
+            columns,
+            row_stride,
+            column_stride,
+            capacity,
+            layer,
+            speed,
+            scale,
+            top_n,
+            CRITERION,
+            RESIDENT,
+            BLOCK_ROWS,
+            BLOCK_COLUMNS,
+        )
+        if scan is not None:
+            kept = _survivors_before(scan + 1, first_row // BLOCK_ROWS, tl.sum(stays, 0), WINDOW)
+        kept = _list_survivors(survivors, first_row, stays, kept, BLOCK_ROWS)
+    if end == rows:
+        tl.store(count, kept)
+
+
+MAX_TILE = 4096
+"""Logits a program holds at once: 16 a thread with 8 warps."""
+
+
+@dataclass(frozen=True)
+class ExitGateConfig:
+    """Launch configuration of the CUDA kernel."""
+
+    block_rows: int
+    block_columns: int
+    resident: bool  # a tile holds all columns of its rows
+    programs: int
+    num_warps: int
+
+    @classmethod
+    def heuristic(cls, rows: int, columns: int) -> ExitGateConfig:
+        """The analytical choice for `rows` > 0.
+
+        Up to four tiles one program takes in turn, which costs less than zeroing the scan state of several.
+        """
+        block_columns = min(_next_power_of_2(columns), MAX_TILE)
+        block_rows = min(MAX_TILE // block_columns, _next_power_of_2(rows), 1024)
+        tiles = -(-rows // block_rows)
+        return cls(
+            block_rows=block_rows,
+            block_columns=block_columns,
+            resident=columns <= block_columns,
+            programs=1 if tiles <= 4 and columns <= block_columns else tiles,
+            num_warps=min(max(block_rows * block_columns // 512, 1), 8),
+        )
+
+    def constants(self) -> dict[str, int]:
+        """The constexprs under the kernel's names."""
+        return {
+            "RESIDENT": self.resident,
+            "BLOCK_ROWS": self.block_rows,
+            "BLOCK_COLUMNS": self.block_columns,
+            "WINDOW": 64,
+        }
+
+
+def _next_power_of_2(value: int) -> int:
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def _exit_gate_triton(
+    logits: Tensor,
+    speed: float,
+    criterion: int,
+    top_n: int,
+    speeds: Tensor | None,
+    row_ids: Tensor | None = None,
+    record: ExitRecord | None = None,
+    layer: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = logits.shape
+    uncertainty = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    survivors = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    if rows == 0:
+        return uncertainty, survivors, torch.zeros(1, dtype=torch.int32, device=logits.device)
+    count = torch.empty(1, dtype=torch.int32, device=logits.device)
+    config = ExitGateConfig.heuristic(rows, columns)
+    name = CRITERIA[criterion]
+    scan = None
+    if config.programs > 1:
+        scan = torch.zeros(1 + config.programs, dtype=torch.int32, device=logits.device)
+    with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
+        _exit_gate_kernel[(config.programs,)](
+            logits,
+            speeds,
+            row_ids,
+            uncertainty,
+            survivors,
+            count,
+            scan,
+            None if record is None else record.logits,
+            None if record is None else record.uncertainty,
+            None if record is None else record.exit_layer,
+            None if record is None else record.history,
+            rows,
+            columns,
+            *logits.stride(),
+            rows if record is None else record.exit_layer.shape[0],
+            layer,
+            speed,
+            _scale(name, columns, top_n),
+            top_n,
+            CRITERION=name,
+            num_warps=config.num_warps,
+            **config.constants(),
+        )
+    return uncertainty, survivors, count
+
+
+def _scale(criterion: str, columns: int, top_n: int) -> float:
+    """By what the uncertainty is divided to lie in [0, 1]."""
+    if criterion == "max_prob":
+        return 1 - 1 / columns
+    return math.log(top_n if criterion == "top_n" else columns)
+
+
+def _cuda_reason() -> str | None:
+    return _triton.missing_reason
+
+
+def _cpu_reason() -> str | None:
+    return _extension.missing_kernel_reason("exit_gate", "CPU")
+
+
+_backend.register_backends("exit_gate", cuda=_cuda_reason, cpu=_cpu_reason, interpretable=True)
+
+library.define(
+    "exit_gate(Tensor logits, float speed, int criterion, int top_n, Tensor? speeds) -> (Tensor, Tensor, Tensor)"
+)
+library.define(
+    "exit_gate_record(Tensor logits, float speed, int criterion, int top_n, Tensor? speeds, Tensor? row_ids, "
+    "Tensor(a!) exit_logits, Tensor(b!) exit_uncertainty, Tensor(c!) exit_layer, Tensor(d!) history, int layer) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+library.impl("exit_gate", _exit_gate_triton, "CUDA")
+
+
+@torch.library.impl(library, "exit_gate_record", "CUDA")
+def _exit_gate_record_triton(
+    logits: Tensor,
+    speed: float,
+    criterion: int,
+    top_n: int,
+    speeds: Tensor | None,
+    row_ids: Tensor | None,
+    exit_logits: Tensor,
+    exit_uncertainty: Tensor,
+    exit_layer: Tensor,
+    history: Tensor,
+    layer: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    record = ExitRecord(exit_logits, exit_uncertainty, exit_layer, history)
+    return _exit_gate_triton(logits, speed, criterion, top_n, speeds, row_ids, record, layer)
+
+
+@torch.library.register_fake("fastkd_kernels::exit_gate", lib=library)
+def _exit_gate_fake(
+    logits: Tensor, speed: float, criterion: int, top_n: int, speeds: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    return (
+        logits.new_empty(rows, dtype=torch.float32),
+        logits.new_empty(rows, dtype=torch.int32),
+        logits.new_empty(1, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("fastkd_kernels::exit_gate_record", lib=library)
+def _exit_gate_record_fake(
+    logits: Tensor, speed: float, criterion: int, top_n: int, speeds: Tensor | None, *record: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _exit_gate_fake(logits, speed, criterion, top_n, speeds)
+
+
+_CODES = {name: code for code, name in enumerate(CRITERIA)}
+
+
+def _find_eager_cpu() -> Callable[[Tensor, float, int, int], tuple[Tensor, Tensor, Tensor] | None] | None:
+    """The extension's gate that skips the dispatcher, where this torch offers DLPack's C exchange interface."""
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    extension = _extension.extension
+    if extension is None or capsule is None or not extension.enable_eager_exit_gate(capsule):
+        return None
+    return extension.exit_gate
+
+
+_eager_cpu = _find_eager_cpu()
+
+
+def _nobody_watches() -> bool:
+    """Whether no backend is forced and nothing records ops, so that skipping the dispatcher goes unseen."""
+    return (
+        _backend._forced.name is None
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _exit_gate(
+    logits: Tensor,
+    speed: float | Tensor,
+    criterion: str,
+    row_ids: Tensor | None,
+    top_n: int | None,
+    record: ExitRecord | None,
+    layer: int | None,
+) -> ExitGateOutput:
+    """`exit_gate` after its checks, on the backend that is chosen."""
+    name = _backend.resolve("exit_gate", logits.device)
+    if name != "reference" and logits.dtype not in _KERNEL_DTYPES:
+        name = _backend.fall_back(
+            "exit_gate", name, f"its kernel computes in float32, and the logits are {logits.dtype}"
+        )
+    if name == "reference":
+        return exit_gate_reference(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
+    speeds = speed.to(torch.float32).contiguous() if isinstance(speed, Tensor) else None
+    arguments = (
+        logits.detach(),
+        0.0 if isinstance(speed, Tensor) else float(speed),
+        _CODES[criterion],
+        top_n or 0,
+        speeds,
+    )
+    if row_ids is not None:
+        row_ids = row_ids.contiguous()
+    if name == "cuda" and not torch.compiler.is_compiling():
+        # the dispatcher costs more than the kernel
+        return ExitGateOutput(*_exit_gate_triton(*arguments, row_ids, record, layer or 0))
+    if record is None:
+        return ExitGateOutput(*torch.ops.fastkd_kernels.exit_gate(*arguments))
+    return ExitGateOutput(
+        *torch.ops.fastkd_kernels.exit_gate_record(
+            *arguments, row_ids, record.logits, record.uncertainty, record.exit_layer, record.history, layer
+        )
+    )
+
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def exit_gate(
@@ -185,8 +819,20 @@ def exit_gate(
         ValueError: a wrong shape, an unknown criterion, a speed outside [0, 1] or NaN, a missing companion argument.
         TypeError: a wrong dtype.
     """
+    if (
+        _eager_cpu is not None
+        and type(logits) is Tensor
+        and type(speed) is float
+        and row_ids is None
+        and record is None
+        and (top_n is None or type(top_n) is int)
+        and _nobody_watches()
+    ):
+        decided = _eager_cpu(logits, speed, _CODES.get(criterion, -1), top_n or 0)
+        if decided is not None:
+            return ExitGateOutput(*decided)
     _check(logits, speed, criterion, row_ids, top_n, record, layer)
-    return exit_gate_reference(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
+    return _exit_gate(logits, speed, criterion, row_ids, top_n, record, layer)
 
 
 def _check(

@@ -19,12 +19,20 @@ needs to be kept.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import threading
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 
+from fastkd_kernels import _backend, _extension, _triton
+from fastkd_kernels._library import library
+from fastkd_kernels._triton import tl
 from fastkd_kernels.ops.exit_gate import ExitGateOutput, ExitRecord, exit_gate
 
 Affine = tuple[Tensor, Tensor]
@@ -61,40 +69,713 @@ def student_head_reference(
     """`student_head` unfolded, in plain PyTorch: the oracle of the tests, and what training uses."""
     if cu_seqlens is not None:
         hidden_states, lengths = _pad(hidden_states, cu_seqlens)
-    batch, tokens, _ = hidden_states.shape
+    valid = _valid_tokens(hidden_states.shape[1], lengths, attention_mask)
+    if valid is not None:
+        # 0 * NaN is NaN: what stands in the padding must reach neither the products nor their gradients
+        hidden_states = hidden_states.masked_fill(~valid[..., None], 0)
     narrow = F.linear(hidden_states, *head.narrow).tanh()
-    heads = head.num_attention_heads
 
     def split(projected: Tensor) -> Tensor:
-        return projected.view(batch, -1, heads, projected.shape[-1] // heads).transpose(1, 2)
+        return projected.unflatten(-1, (head.num_attention_heads, -1)).transpose(1, 2)
 
     attended = F.scaled_dot_product_attention(
         split(F.linear(narrow[:, :1], *head.query)),
         split(F.linear(narrow, *head.key)),
         split(F.linear(narrow, *head.value)),
-        attn_mask=_key_mask(tokens, lengths, attention_mask, hidden_states.device),
+        attn_mask=None if valid is None else valid[:, None, None, :],
     )
-    pooled = F.linear(attended.transpose(1, 2).reshape(batch, -1), *head.output)
+    pooled = F.linear(attended.transpose(1, 2).flatten(1), *head.output)
     logits = F.linear(F.linear(pooled, *head.dense).tanh(), *head.classifier)
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _key_mask(
-    tokens: int, lengths: Tensor | None, attention_mask: Tensor | None, device: torch.device
-) -> Tensor | None:
-    """[B, 1, 1, T] boolean, True where a key may be attended to."""
+def _valid_tokens(tokens: int, lengths: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+    """[B, T] boolean, True where a token may be attended to."""
     if attention_mask is not None:
-        return attention_mask.bool()[:, None, None, :]
+        return attention_mask != 0
     if lengths is not None:
-        return (torch.arange(tokens, device=device) < lengths[:, None])[:, None, None, :]
+        return torch.arange(tokens, device=lengths.device) < lengths[:, None]
     return None
 
 
 def _pad(packed: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Packed tokens [N, H] to [B, T, H] and lengths [B]; waits for the device to learn T."""
     lengths = cu_seqlens.diff()
+    if lengths.shape[0] == 0:
+        return packed.new_zeros(0, 1, packed.shape[1]), lengths
     padded = torch.nn.utils.rnn.pad_sequence(packed.split(lengths.tolist()), batch_first=True)
     return padded, lengths
+
+
+@dataclass(frozen=True)
+class FoldedStudentHead:
+    """A head with its projections folded, in float32 (float64 for a float64 head); matrices are stored [in, out]."""
+
+    narrow: Affine
+    """[D, H] and [D], as they are"""
+    query_key: Tensor
+    """[heads, D, D], U_j transposed"""
+    query_bias: Tensor
+    """[heads, D], e_j"""
+    mix: Tensor
+    """[heads, D, D], M_j transposed"""
+    mix_bias: Tensor
+    """[D], m"""
+    classifier: Affine
+    """[C, D] and [C]"""
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.query_key.shape[0]
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """H, D and C."""
+        return self.narrow[0].shape[1], self.narrow[0].shape[0], self.classifier[0].shape[0]
+
+
+def fold(head: StudentHeadWeights) -> FoldedStudentHead:
+    """Fold query into key and value, output and dense into one matrix a head (module docstring).
+
+    The products are formed in float64, so a folded matrix is as exact as its dtype allows.
+    """
+    heads, width = head.num_attention_heads, head.query[0].shape[0]
+    head_width = width // heads
+    (query, query_bias), (key, _), (value, value_bias), (output, output_bias), (dense, dense_bias) = (
+        (weight.detach().double(), bias.detach().double())
+        for weight, bias in (head.query, head.key, head.value, head.output, head.dense)
+    )
+    key = key.view(heads, head_width, width) * head_width**-0.5
+    query_key = query.view(heads, head_width, width).mT @ key
+    folded_query_bias = (query_bias.view(heads, 1, head_width) @ key).squeeze(1)
+    dense_output = (dense @ output).view(width, heads, head_width).permute(1, 2, 0)
+    mix = value.view(heads, head_width, width).mT @ dense_output
+    mix_bias = dense @ (output @ value_bias + output_bias) + dense_bias
+
+    accumulated = torch.float64 if head.narrow[0].dtype == torch.float64 else torch.float32
+    return FoldedStudentHead(
+        narrow=(head.narrow[0].detach().contiguous(), head.narrow[1].detach().contiguous()),
+        query_key=query_key.to(accumulated).contiguous(),
+        query_bias=folded_query_bias.to(accumulated).contiguous(),
+        mix=mix.to(accumulated).contiguous(),
+        mix_bias=mix_bias.to(accumulated).contiguous(),
+        classifier=(
+            head.classifier[0].detach().to(accumulated).contiguous(),
+            head.classifier[1].detach().to(accumulated).contiguous(),
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class _CacheEntry:
+    folded: FoldedStudentHead
+    stamps: tuple[tuple[weakref.ref[Tensor], int, int], ...]  # parameter, its version, its address
+    storage: tuple[
+        torch.UntypedStorage, ...
+    ]  # keeps the folded parameters' memory, so that no later one can have its address
+
+    def is_current(self, parameters: list[Tensor], heads: int) -> bool:
+        return heads == self.folded.num_attention_heads and all(
+            reference() is parameter and version == parameter._version and address == parameter.data_ptr()
+            for parameter, (reference, version, address) in zip(parameters, self.stamps, strict=True)
+        )
+
+
+class _FoldCache:
+    """Folded heads by their query weight, forgotten with it and rebuilt when any parameter changes."""
+
+    def __init__(self) -> None:
+        self._entries = WeakIdKeyDictionary()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, head: StudentHeadWeights) -> FoldedStudentHead:
+        parameters = _parameters(head)
+        entry = self._entries.get(head.query[0])
+        if entry is not None and entry.is_current(parameters, head.num_attention_heads):
+            return entry.folded
+        _check_head(head)
+        # the parameters of an inference tensor have no version; a graph being captured must fold at every replay
+        if any(parameter.is_inference() for parameter in parameters) or _capturing(head.query[0]):
+            return fold(head)
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            stamps = tuple((weakref.ref(p), p._version, p.data_ptr()) for p in parameters)
+            storage = tuple(parameter.untyped_storage() for parameter in parameters)
+            folded = fold(head)
+            if head.query[0].is_cuda:
+                # once per change of the weights, so that every stream may use them
+                torch.cuda.current_stream(head.query[0].device).synchronize()
+            self._entries[head.query[0]] = _CacheEntry(folded, stamps, storage)
+        return folded
+
+
+_fold_cache = _FoldCache()
+
+
+def _parameters(head: StudentHeadWeights) -> list[Tensor]:
+    return [*head.narrow, *head.query, *head.key, *head.value, *head.output, *head.dense, *head.classifier]
+
+
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+_jit = _triton.triton.jit if _triton.available else lambda kernel: kernel
+
+
+@_jit
+def _tanh(x):
+    decay = tl.exp(-2 * tl.abs(x))  # never overflows; NaN stays NaN
+    result = (1 - decay) / (1 + decay)
+    return tl.where(x < 0, -result, result)
+
+
+@_jit
+def _vector_matrix(
+    vector,  # [ROWS] float32, in global memory
+    matrix,  # [ROWS, WIDTH] float32
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    row = tl.arange(0, BLOCK_ROWS)
+    column = tl.arange(0, WIDTH)
+    total = tl.zeros([BLOCK_ROWS, WIDTH], tl.float32)
+    for start in range(0, ROWS, BLOCK_ROWS):
+        block = tl.load(matrix + (start + row)[:, None] * WIDTH + column[None, :])
+        total += tl.load(vector + start + row)[:, None] * block
+    return tl.sum(total, 0)
+
+
+@_jit
+def _narrow_tile(
+    rows,  # [BLOCK_TOKENS, 1] pointers to tokens of H features
+    valid,  # [BLOCK_TOKENS]; other tokens are not read
+    narrow_weight,  # [D, H]
+    narrow_bias,  # [D]
+    hidden,  # H
+    EVEN_HIDDEN: tl.constexpr,  # H is a multiple of BLOCK_HIDDEN
+    WIDEN: tl.constexpr,  # Triton's interpreter multiplies bfloat16 as if it were integers
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    column = tl.arange(0, WIDTH)
+    product = tl.zeros([BLOCK_TOKENS, WIDTH], tl.float32)
+    for start in range(0, hidden, BLOCK_HIDDEN):
+        feature = start + tl.arange(0, BLOCK_HIDDEN)
+        weights = narrow_weight + feature[:, None] + column[None, :] * hidden
+        if EVEN_HIDDEN:
+            x = tl.load(rows + feature[None, :], mask=valid[:, None], other=0.0)
+            w = tl.load(weights)
+        else:
+            inside = feature < hidden
+            x = tl.load(rows + feature[None, :], mask=valid[:, None] & inside[None, :], other=0.0)
+            w = tl.load(weights, mask=inside[:, None], other=0.0)
+        if WIDEN:
+            x = x.to(tl.float32)
+            w = w.to(tl.float32)
+        # three TF32 products keep the accuracy of float32 on the tensor cores; other dtypes ignore it
+        product = tl.dot(x, w, product, input_precision="tf32x3")
+    bias = tl.load(narrow_bias + column).to(tl.float32)
+    return _tanh(product + bias[None, :])
+
+
+@_jit
+def _pool_sequence(
+    sequence,  # its number, int64
+    hidden_states,  # [B, T, H], or [N_tokens, H] with cu_seqlens
+    narrow_weight,  # [D, H]
+    narrow_bias,  # [D]
+    query_key,  # [heads, D, D] float32
+    query_bias,  # [heads, D] float32
+    mix,  # [heads, D, D] float32
+    mix_bias,  # [D] float32
+    lengths,  # [B] or None
+    attention_mask,  # [B, T] or None
+    cu_seqlens,  # [B + 1] or None
+    scratch,  # [2 + 2 heads, D] float32 of this sequence: the steps hand vectors on through it
+    tokens,  # T
+    hidden,  # H
+    stride_batch,
+    stride_token,
+    stride_mask_batch,
+    stride_mask_token,
+    EVEN_HIDDEN: tl.constexpr,
+    WIDEN: tl.constexpr,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """tanh(sum_j M_j c_j + m) of one sequence, [D], left in scratch; returns its address."""
+    if cu_seqlens is not None:
+        first = tl.load(cu_seqlens + sequence)
+        length = (tl.load(cu_seqlens + sequence + 1) - first).to(tl.int32)
+        hidden_states += first.to(tl.int64) * stride_token
+    else:
+        length = tokens
+        hidden_states += sequence * stride_batch
+    if lengths is not None:
+        # a length outside 1..T must not read outside the tensor
+        length = tl.minimum(tl.maximum(tl.load(lengths + sequence).to(tl.int32), 1), tokens)
+
+    column = tl.arange(0, WIDTH)
+    query = scratch + WIDTH
+    context_vectors = query + HEADS * WIDTH
+    dense = context_vectors + HEADS * WIDTH
+
+    head_index = tl.arange(0, HEADS)
+    largest = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    context = tl.zeros([HEADS, WIDTH], tl.float32)
+    for start in range(0, length, BLOCK_TOKENS):
+        token = start + tl.arange(0, BLOCK_TOKENS)
+        valid = token < length
+        if attention_mask is not None:
+            flags = attention_mask + sequence * stride_mask_batch + token.to(tl.int64) * stride_mask_token
+            valid &= tl.load(flags, mask=valid, other=0) != 0
+        narrow = _narrow_tile(
+            hidden_states + token.to(tl.int64)[:, None] * stride_token,
+            valid,
+            narrow_weight,
+            narrow_bias,
+            hidden,
+            EVEN_HIDDEN,
+            WIDEN,
+            BLOCK_TOKENS,
+            BLOCK_HIDDEN,
+            WIDTH,
+        )
+        if start == 0:
+            tl.store(scratch + column, tl.sum(tl.where((token == 0)[:, None], narrow, 0.0), 0))
+            tl.debug_barrier()  # other threads of the program read what this one stored
+            for head in tl.static_range(HEADS):
+                folded = _vector_matrix(scratch, query_key + head * WIDTH * WIDTH, WIDTH, WIDTH, BLOCK_ROWS)
+                folded += tl.load(query_bias + head * WIDTH + column)
+                tl.store(query + head * WIDTH + column, folded)
+            tl.debug_barrier()
+        for head in tl.static_range(HEADS):
+            is_head = head_index == head
+            folded = tl.load(query + head * WIDTH + column)
+            score = tl.where(valid, tl.sum(narrow * folded[None, :], 1), float("-inf"))
+            before = tl.max(tl.where(is_head, largest, float("-inf")), 0)
+            after = tl.maximum(before, tl.max(score, 0))
+            weight = tl.exp(score - after)
+            scale = tl.exp(before - after)
+            largest = tl.where(is_head, after, largest)
+            total = tl.where(is_head, total * scale + tl.sum(weight, 0), total)
+            added = tl.sum(narrow * weight[:, None], 0)
+            context = tl.where(is_head[:, None], context * scale + added[None, :], context)
+
+    tl.store(context_vectors + head_index[:, None] * WIDTH + column[None, :], context / total[:, None])
+    tl.debug_barrier()
+    pooled = _vector_matrix(context_vectors, mix, HEADS * WIDTH, WIDTH, BLOCK_ROWS)
+    tl.store(dense + column, _tanh(pooled + tl.load(mix_bias + column)))
+    tl.debug_barrier()
+    return dense
+
+
+@_jit
+def _classify(
+    dense,  # [D] float32
+    classifier,  # [C, D] float32
+    classifier_bias,  # [C] float32
+    label,  # [BLOCK_LABELS], the classes to do
+    num_labels,  # C
+    WIDTH: tl.constexpr,
+    BLOCK_LABELS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    """Logits [BLOCK_LABELS]; 0 from C on"""
+    known = label < num_labels
+    total = tl.zeros([BLOCK_LABELS, BLOCK_WIDTH], tl.float32)
+    for start in range(0, WIDTH, BLOCK_WIDTH):
+        column = start + tl.arange(0, BLOCK_WIDTH)
+        weights = tl.load(classifier + label[:, None] * WIDTH + column[None, :], mask=known[:, None], other=0.0)
+        total += weights * tl.load(dense + column)[None, :]
+    return tl.sum(total, 1) + tl.load(classifier_bias + label, mask=known, other=0.0)
+
+
+@_jit
+def _student_head_kernel(
+    hidden_states,  # [B, T, H], or [N_tokens, H] with cu_seqlens
+    narrow_weight,  # [D, H]
+    narrow_bias,  # [D]
+    query_key,  # [heads, D, D] float32
+    query_bias,  # [heads, D] float32
+    mix,  # [heads, D, D] float32
+    mix_bias,  # [D] float32
+    classifier,  # [C, D] float32
+    classifier_bias,  # [C] float32
+    lengths,  # [B] or None
+    attention_mask,  # [B, T] or None
+    cu_seqlens,  # [B + 1] or None
+    scratch,  # [B, 2 + 2 heads, D] float32
+    logits,  # [B, C] float32, out
+    tokens,  # T
+    hidden,  # H
+    num_labels,  # C
+    stride_batch,
+    stride_token,
+    stride_mask_batch,
+    stride_mask_token,
+    EVEN_HIDDEN: tl.constexpr,  # H is a multiple of BLOCK_HIDDEN
+    WIDEN: tl.constexpr,  # Triton's interpreter multiplies bfloat16 as if it were integers
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,  # D
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_LABELS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    sequence = tl.program_id(0).to(tl.int64)
+    dense = _pool_sequence(
+        sequence,
+        hidden_states,
+        narrow_weight,
+        narrow_bias,
+        query_key,
+        query_bias,
+        mix,
+        mix_bias,
+        lengths,
+        attention_mask,
+        cu_seqlens,
+        scratch + sequence * ((2 + 2 * HEADS) * WIDTH),
+        tokens,
+        hidden,
+        stride_batch,
+        stride_token,
+        stride_mask_batch,
+        stride_mask_token,
+        EVEN_HIDDEN,
+        WIDEN,
+        HEADS,
+        WIDTH,
+        BLOCK_TOKENS,
+        BLOCK_HIDDEN,
+        BLOCK_ROWS,
+    )
+    for start in range(0, num_labels, BLOCK_LABELS):
+        label = start + tl.arange(0, BLOCK_LABELS)
+        values = _classify(dense, classifier, classifier_bias, label, num_labels, WIDTH, BLOCK_LABELS, BLOCK_WIDTH)
+        tl.store(logits + sequence * num_labels + label, values, mask=label < num_labels)
+
+
+@dataclass(frozen=True)
+class StudentHeadConfig:
+    """Launch configuration of the CUDA kernel; one program a sequence."""
+
+    block_tokens: int
+    block_hidden: int
+    block_rows: int  # of a folded matrix, a step
+    block_labels: int
+    block_width: int  # of the classifier's input, a step
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def heuristic(cls, dtype: torch.dtype, hidden: int, width: int, num_labels: int) -> StudentHeadConfig:
+        """The analytical choice.
+
+        A tile of 64 tokens is the smallest that fills `wgmma`; its float32 accumulator and the reductions over it
+        fit the registers of 8 warps up to a width of 128. Three stages hide a load from L2 behind two products and
+        leave the 99 KiB of shared memory of compute capability 12.0 unspent.
+        """
+        feature_bytes = 64 if dtype == torch.float32 and width > 128 else 128
+        block_hidden = min(feature_bytes // dtype.itemsize, max(16, _next_power_of_2(hidden)))
+        block_labels = min(max(_next_power_of_2(num_labels), 2), MAX_FUSED_LABELS)
+        return cls(
+            block_tokens=64 if width <= 128 else 32,
+            block_hidden=block_hidden,
+            block_rows=min(width, 4096 // width),
+            block_labels=block_labels,
+            block_width=min(width, 4096 // block_labels),
+            num_warps=8,
+            num_stages=3,
+        )
+
+    def block_sizes(self) -> dict[str, int]:
+        """The block sizes under the kernel's names."""
+        return {
+            "BLOCK_TOKENS": self.block_tokens,
+            "BLOCK_HIDDEN": self.block_hidden,
+            "BLOCK_ROWS": self.block_rows,
+            "BLOCK_LABELS": self.block_labels,
+            "BLOCK_WIDTH": self.block_width,
+        }
+
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+MAX_FUSED_LABELS = 256
+"""Classes up to which head and gate are one launch: all logits of a sequence must sit in registers for the gate."""
+
+
+def _next_power_of_2(value: int) -> int:
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def _student_head_cpu(
+    hidden_states: Tensor,
+    head: StudentHeadWeights,
+    lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    folded = _fold_cache.get(head)
+    batch, tokens = _batch_and_tokens(hidden_states, cu_seqlens)
+    rows, tail = _narrow_cpu(hidden_states.reshape(-1, hidden_states.shape[-1]), *folded.narrow)
+    return torch.ops.fastkd_kernels.student_head_pool(
+        rows,
+        tail,
+        batch,
+        tokens,
+        folded.num_attention_heads,
+        folded.query_key,
+        folded.query_bias,
+        folded.mix,
+        folded.mix_bias,
+        *folded.classifier,
+        None if lengths is None else lengths.to(torch.int64).contiguous(),
+        None if attention_mask is None else (attention_mask != 0).contiguous(),
+        None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous(),
+    )
+
+
+def _batch_and_tokens(hidden_states: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
+    """B and the padded length T, which is 0 in the packed layout."""
+    if cu_seqlens is not None:
+        return cu_seqlens.shape[0] - 1, 0
+    return hidden_states.shape[0], hidden_states.shape[1]
+
+
+_ROW_BUCKET = 64
+"""oneDNN prepares a primitive for every new number of rows, which takes as long as a few hundred rows."""
+
+
+def _narrow_cpu(rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
+    """tanh(rows W' + b), [N, D], as the rows up to a multiple of the bucket and the tail after them."""
+    dtype = _cpu_dtype(rows.dtype)
+    rows, weight, bias = rows.to(dtype).contiguous(), weight.to(dtype), bias.to(dtype)
+    if not _onednn_multiplies(dtype):
+        return F.linear(rows, weight, bias).tanh_(), None
+    rest = rows.shape[0] % _ROW_BUCKET
+    if rest == 0:
+        return _linear_tanh(rows, weight, bias), None
+    if rows.shape[0] < _ROW_BUCKET:
+        bucket = rows.new_zeros(_ROW_BUCKET if rest > _ROW_BUCKET // 2 else _ROW_BUCKET // 2, rows.shape[1])
+        bucket[:rest] = rows
+        return _linear_tanh(bucket, weight, bias)[:rest], None
+    # the last bucket overlaps the one before it: no copy
+    tail = _linear_tanh(rows[-_ROW_BUCKET:], weight, bias)[-rest:]
+    return _linear_tanh(rows[:-rest], weight, bias), tail
+
+
+def _linear_tanh(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """One oneDNN product with tanh as its epilogue; in float32 it is also twice as fast as MKL on AMD's CPUs."""
+    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "tanh", [], "")
+
+
+def _cpu_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype a CPU multiplies `dtype`: without instructions for it, float32 is several times faster."""
+    return dtype if dtype == torch.float64 or _onednn_multiplies(dtype) else torch.float32
+
+
+def _onednn_multiplies(dtype: torch.dtype) -> bool:
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
+def _student_head_cuda(
+    hidden_states: Tensor,
+    head: StudentHeadWeights,
+    lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    folded = _fold_cache.get(head)
+    batch, _ = _batch_and_tokens(hidden_states, cu_seqlens)
+    logits = folded.mix.new_empty(batch, folded.classifier[0].shape[0])
+    config = StudentHeadConfig.heuristic(hidden_states.dtype, *folded.sizes)
+    arguments = _kernel_arguments(hidden_states, folded, lengths, attention_mask, cu_seqlens, config)
+    with _on_device(hidden_states):
+        _student_head_kernel[(batch,)](logits=logits, **arguments, **config.options())
+    return logits
+
+
+def _kernel_arguments(
+    hidden_states: Tensor,
+    folded: FoldedStudentHead,
+    lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    config: StudentHeadConfig,
+) -> dict[str, Any]:
+    """What both kernels share, by parameter name."""
+    batch, tokens = _batch_and_tokens(hidden_states, cu_seqlens)
+    hidden, width, num_labels = folded.sizes
+    if hidden_states.stride(-1) != 1:
+        hidden_states = hidden_states.contiguous()
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = attention_mask.view(torch.uint8)
+    heads = folded.num_attention_heads
+    return {
+        "hidden_states": hidden_states,
+        "narrow_weight": folded.narrow[0],
+        "narrow_bias": folded.narrow[1],
+        "query_key": folded.query_key,
+        "query_bias": folded.query_bias,
+        "mix": folded.mix,
+        "mix_bias": folded.mix_bias,
+        "classifier": folded.classifier[0],
+        "classifier_bias": folded.classifier[1],
+        "lengths": None if lengths is None else lengths.contiguous(),
+        "attention_mask": attention_mask,
+        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(),
+        "scratch": folded.mix.new_empty(batch, 2 + 2 * heads, width),
+        "tokens": tokens,
+        "hidden": hidden,
+        "num_labels": num_labels,
+        "stride_batch": hidden_states.stride(0),
+        "stride_token": hidden_states.stride(-2),
+        "stride_mask_batch": 0 if attention_mask is None else attention_mask.stride(0),
+        "stride_mask_token": 0 if attention_mask is None else attention_mask.stride(1),
+        "EVEN_HIDDEN": hidden % config.block_hidden == 0,
+        "WIDEN": _triton.interpreting and hidden_states.dtype == torch.bfloat16,
+        "HEADS": heads,
+        "WIDTH": width,
+        **config.block_sizes(),
+    }
+
+
+def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _unsupported(head: StudentHeadWeights) -> str | None:
+    """None where the CUDA kernel takes this head, else the sentence that says why not."""
+    dtype, width, heads = head.narrow[0].dtype, head.narrow[0].shape[0], head.num_attention_heads
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"its kernel has no {dtype}"
+    if not 16 <= width <= 256 or width & (width - 1):
+        return f"its kernel needs a head width that is a power of two from 16 to 256, and this head is {width} wide"
+    if heads > 16 or heads & (heads - 1):
+        return f"its kernel needs 1, 2, 4, 8 or 16 attention heads, and this head has {heads}"
+    return None
+
+
+def _cuda_reason() -> str | None:
+    return _triton.missing_reason
+
+
+def _cpu_reason() -> str | None:
+    if _extension.has_kernel("student_head_pool", "CPU"):
+        return None
+    return _extension.missing_reason or "the compiled extension was built without student_head_pool"
+
+
+_backend.register_backends("student_head", cuda=_cuda_reason, cpu=_cpu_reason, interpretable=True)
+
+
+def _resolve(hidden_states: Tensor, head: StudentHeadWeights) -> str:
+    name = _backend.resolve("student_head", hidden_states.device)
+    reason = _unsupported(head) if name == "cuda" else None
+    return name if reason is None else _backend.fall_back("student_head", name, reason)
+
+
+def _student_head(
+    hidden_states: Tensor,
+    head: StudentHeadWeights,
+    lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """`student_head` without gradients, on whatever backend."""
+    _check_values(hidden_states, lengths, attention_mask, cu_seqlens)
+    name = _resolve(hidden_states, head)
+    if name == "reference":
+        return student_head_reference(hidden_states, head, lengths, attention_mask, cu_seqlens)
+    if _batch_and_tokens(hidden_states, cu_seqlens)[0] == 0:
+        return _new_logits(hidden_states, head, cu_seqlens)
+    run = _student_head_cuda if name == "cuda" else _student_head_cpu
+    return run(hidden_states, head, lengths, attention_mask, cu_seqlens)
+
+
+def _new_logits(hidden_states: Tensor, head: StudentHeadWeights, cu_seqlens: Tensor | None) -> Tensor:
+    dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+    batch, _ = _batch_and_tokens(hidden_states, cu_seqlens)
+    return hidden_states.new_empty(batch, head.classifier[0].shape[0], dtype=dtype)
+
+
+library.define(
+    "student_head_pool(Tensor rows, Tensor? tail, int batch, int padded, int heads, Tensor query_key, "
+    "Tensor query_bias, Tensor mix, Tensor mix_bias, Tensor classifier, Tensor classifier_bias, Tensor? lengths, "
+    "Tensor? mask, Tensor? cu_seqlens) -> Tensor"
+)
+library.define(
+    "student_head(Tensor hidden_states, Tensor[] weights, int heads, Tensor? lengths, Tensor? attention_mask, "
+    "Tensor? cu_seqlens) -> Tensor"
+)
+
+
+@torch.library.register_fake("fastkd_kernels::student_head_pool", lib=library)
+def _student_head_pool_fake(
+    rows: Tensor,
+    tail: Tensor | None,
+    batch: int,
+    padded: int,
+    heads: int,
+    query_key: Tensor,
+    query_bias: Tensor,
+    mix: Tensor,
+    mix_bias: Tensor,
+    classifier: Tensor,
+    classifier_bias: Tensor,
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    return classifier.new_empty(batch, classifier.shape[0])
+
+
+@torch.library.impl(library, "student_head", "CompositeExplicitAutograd")
+def _student_head_op(
+    hidden_states: Tensor,
+    weights: list[Tensor],
+    heads: int,
+    lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    return _student_head(hidden_states, _head_of(weights, heads), lengths, attention_mask, cu_seqlens)
+
+
+@torch.library.register_fake("fastkd_kernels::student_head", lib=library)
+def _student_head_fake(
+    hidden_states: Tensor,
+    weights: list[Tensor],
+    heads: int,
+    lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    return _new_logits(hidden_states, _head_of(weights, heads), cu_seqlens)
+
+
+def _head_of(weights: list[Tensor], heads: int) -> StudentHeadWeights:
+    narrow, query, key, value, output, dense, classifier = zip(weights[::2], weights[1::2], strict=True)
+    return StudentHeadWeights(narrow, query, key, value, output, dense, classifier, heads)
 
 
 def student_head(
@@ -106,21 +787,40 @@ def student_head(
 ) -> Tensor:
     """Logits of FastBERT's head from token 0 of every sequence.
 
+    With gradients wanted the unfolded head runs; otherwise the folded one, whose matrices are kept until a parameter
+    changes. Writing to a parameter through `.data` goes unseen, as it does by autograd: write under `torch.no_grad()`.
+
     Args:
         hidden_states: [B, T, H] float32, bfloat16, float16 or float64; with `cu_seqlens` packed, [N_tokens, H].
         head: the weights; H, D and C come from them.
-        lengths: [B] integers from 1 to T, where padding is on the right only.
-        attention_mask: [B, T], non-zero where a token counts; token 0 of every row must.
-        cu_seqlens: [B + 1] int32, sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
+        lengths: [B] int32 or int64 from 1 to T, where padding is on the right only.
+        attention_mask: [B, T] of any dtype, non-zero where a token counts; token 0 of every row must.
+        cu_seqlens: [B + 1] int32 or int64, sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
 
     Returns:
-        [B, C], float32 (float64 for float64 inputs).
+        [B, C], float32 (float64 for float64 inputs). What stands in padding, NaN included, changes nothing.
 
     Raises:
-        ValueError: wrong shapes, or more than one of `lengths`, `attention_mask` and `cu_seqlens`.
-        TypeError: dtypes of hidden states and weights that differ.
+        ValueError: wrong shapes or devices, more than one of `lengths`, `attention_mask` and `cu_seqlens`; on CPU also
+            lengths outside 1 to T, a masked token 0, and `cu_seqlens` that do not rise from 0 to N_tokens.
+        TypeError: dtypes of hidden states and weights that differ, masks of a wrong dtype.
     """
-    return student_head_reference(hidden_states, head, lengths, attention_mask, cu_seqlens)
+    _check(hidden_states, head, lengths, attention_mask, cu_seqlens)
+    if _needs_unfolded(hidden_states, head):
+        _check_values(hidden_states, lengths, attention_mask, cu_seqlens)
+        return student_head_reference(hidden_states, head, lengths, attention_mask, cu_seqlens)
+    if torch.compiler.is_compiling() or type(hidden_states) is not Tensor:
+        return torch.ops.fastkd_kernels.student_head(
+            hidden_states, _parameters(head), head.num_attention_heads, lengths, attention_mask, cu_seqlens
+        )
+    # the dispatcher costs more than a small kernel
+    return _student_head(hidden_states, head, lengths, attention_mask, cu_seqlens)
+
+
+def _needs_unfolded(hidden_states: Tensor, head: StudentHeadWeights) -> bool:
+    if hidden_states.dtype != head.narrow[0].dtype:
+        return True  # torch.autocast is on, and it knows what to do with the products of the reference
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, *_parameters(head)))
 
 
 def student_head_exit(
@@ -145,3 +845,113 @@ def student_head_exit(
     logits = student_head(hidden_states, head, lengths, attention_mask, cu_seqlens)
     decided = exit_gate(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
     return decided._replace(logits=logits)
+
+
+def _check_head(head: StudentHeadWeights) -> None:
+    width, hidden = _matrix_shape("narrow", head.narrow[0])
+    if width % head.num_attention_heads:
+        raise ValueError(
+            f"num_attention_heads: got {head.num_attention_heads}, expected a divisor of the head width {width}"
+        )
+    classes = _matrix_shape("classifier", head.classifier[0])[0]
+    expected = {"narrow": (width, hidden), "classifier": (classes, width)}
+    for name, pair in zip(StudentHeadWeights._fields[:7], head[:7], strict=True):
+        weight, bias = pair  # type: ignore[misc]
+        shape = expected.get(name, (width, width))
+        if tuple(weight.shape) != shape or tuple(bias.shape) != shape[:1]:
+            raise ValueError(
+                f"{name}: got a weight of shape {tuple(weight.shape)} and a bias of shape {tuple(bias.shape)}, "
+                f"expected {list(shape)} and [{shape[0]}]"
+            )
+        for tensor in (weight, bias):
+            if tensor.dtype != head.narrow[0].dtype or tensor.device != head.narrow[0].device:
+                raise TypeError(
+                    f"{name}: got {tensor.dtype} on {tensor.device}, expected that of narrow, "
+                    f"{head.narrow[0].dtype} on {head.narrow[0].device}"
+                )
+
+
+def _matrix_shape(name: str, weight: Tensor) -> tuple[int, int]:
+    if weight.dim() != 2:
+        raise ValueError(f"{name}: got a weight of shape {tuple(weight.shape)}, expected [out, in]")
+    return weight.shape[0], weight.shape[1]
+
+
+def _check(
+    hidden_states: Tensor,
+    head: StudentHeadWeights,
+    lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    weight = head.narrow[0]
+    masks = {"lengths": lengths, "attention_mask": attention_mask, "cu_seqlens": cu_seqlens}
+    given = [name for name, mask in masks.items() if mask is not None]
+    if len(given) > 1:
+        raise ValueError(
+            f"{' and '.join(given)}: got both, expected at most one of lengths, attention_mask, cu_seqlens"
+        )
+    if not hidden_states.is_floating_point():
+        raise TypeError(f"hidden_states: got dtype {hidden_states.dtype}, expected a floating-point dtype")
+    dims = 2 if cu_seqlens is not None else 3
+    if hidden_states.dim() != dims or hidden_states.shape[-1] != weight.shape[-1]:
+        layout = "[N_tokens, H]" if cu_seqlens is not None else "[B, T, H]"
+        raise ValueError(
+            f"hidden_states: got shape {tuple(hidden_states.shape)}, expected {layout} with H={weight.shape[-1]}, "
+            "which is the input width of narrow"
+        )
+    if dims == 3 and hidden_states.shape[0] > 0 and hidden_states.shape[1] == 0:
+        raise ValueError("hidden_states: got T=0 tokens, expected at least token 0, which is the query")
+    if hidden_states.dtype != weight.dtype and not torch.is_autocast_enabled(hidden_states.device.type):
+        raise TypeError(
+            f"hidden_states: got dtype {hidden_states.dtype}, expected that of the weights, {weight.dtype}; "
+            "convert one of them, or run under torch.autocast"
+        )
+    for name, tensor in {"head": weight, **masks}.items():
+        if tensor is not None and tensor.device != hidden_states.device:
+            raise ValueError(
+                f"{name}: got device {tensor.device}, expected that of hidden_states, {hidden_states.device}"
+            )
+    if lengths is not None:
+        _check_integers("lengths", lengths, hidden_states.shape[0])
+    if cu_seqlens is not None:
+        _check_integers("cu_seqlens", cu_seqlens, None)
+    if attention_mask is not None and attention_mask.shape != hidden_states.shape[:2]:
+        raise ValueError(
+            f"attention_mask: got shape {tuple(attention_mask.shape)}, expected [B, T] = "
+            f"{list(hidden_states.shape[:2])}"
+        )
+
+
+def _check_integers(name: str, tensor: Tensor, size: int | None) -> None:
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: got dtype {tensor.dtype}, expected torch.int32 or torch.int64")
+    if tensor.dim() != 1 or tensor.shape[0] == 0 < (1 if size is None else size):
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected [{'B + 1' if size is None else size}]")
+    if size is not None and tensor.shape[0] != size:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected [{size}]")
+
+
+def _check_values(
+    hidden_states: Tensor, lengths: Tensor | None, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    """What only the values tell; on a GPU reading them would wait for the device, so there it is left out."""
+    if hidden_states.device.type != "cpu":
+        return
+    if lengths is not None and lengths.shape[0] > 0:
+        shortest, longest = (int(value) for value in lengths.aminmax())
+        if shortest < 1 or longest > hidden_states.shape[1]:
+            raise ValueError(
+                f"lengths: got values from {shortest} to {longest}, expected 1 to T={hidden_states.shape[1]}"
+            )
+    if attention_mask is not None and not bool(attention_mask[:, 0].all()):
+        raise ValueError(
+            "attention_mask: got a row whose token 0 is masked, but token 0 is the query; pad on the right"
+        )
+    if cu_seqlens is not None:
+        tokens, ends = hidden_states.shape[0], (int(cu_seqlens[0]), int(cu_seqlens[-1]))
+        if ends != (0, tokens) or not bool((cu_seqlens.diff() > 0).all()):
+            raise ValueError(
+                f"cu_seqlens: got values from {ends[0]} to {ends[1]}, expected them to rise from 0 to "
+                f"N_tokens={tokens} with at least one token a sequence"
+            )

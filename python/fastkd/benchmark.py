@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastkd.files import atomic_path, write_json
 from fastkd.flops import CONVENTIONS, flops
@@ -154,7 +154,8 @@ def benchmark(
     _check(speeds, batch_sizes, dtypes, repeats)
     rows: list[BenchmarkRow] = []
     for dtype in dtypes:
-        cast = copy.deepcopy(model).to(dtype=DTYPES[dtype]).eval()
+        cast = copy.deepcopy(model).eval()
+        nn.Module.to(cast, DTYPES[dtype])
         for batch_size in batch_sizes:
             batches = [_moved(batch, model.device) for batch in batches_of(batch_size)]
             if not batches:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -32,7 +33,7 @@ class EarlyExitConfig(PreTrainedConfig):
         kwargs: what every Hugging Face configuration takes (`num_labels`, `id2label`, `problem_type`...).
 
     Raises:
-        ValueError: an unsupported backbone family, or an argument outside the values above.
+        ValueError: an unsupported backbone family, a decoder, or an argument outside the values above.
     """
 
     model_type = "fastkd_early_exit"
@@ -56,8 +57,6 @@ class EarlyExitConfig(PreTrainedConfig):
         self.backbone = _backbone_config(backbone)
         if head not in HEADS:
             raise ValueError(f"head: got {head!r}, expected one of {', '.join(HEADS)}")
-        if criterion not in CRITERIA:
-            raise ValueError(f"criterion: got {criterion!r}, expected one of {', '.join(CRITERIA)}")
         if head_width < 1 or head_width % head_attention_heads:
             raise ValueError(
                 f"head_width: got {head_width}, expected a multiple of head_attention_heads={head_attention_heads}"
@@ -72,6 +71,7 @@ class EarlyExitConfig(PreTrainedConfig):
         self.criterion = criterion
         self.top_n = top_n
         super().__init__(**kwargs)
+        check_criterion(criterion, top_n, self.num_classes)
         if self.problem_type == "multi_label_classification":
             raise ValueError(
                 "problem_type: got 'multi_label_classification'; early exit needs one answer a sentence: use "
@@ -107,9 +107,17 @@ def check_speed(speed: float) -> float:
     Raises:
         ValueError: not a number in [0, 1].
     """
-    if isinstance(speed, bool) or not isinstance(speed, (int, float)) or not 0 <= speed <= 1:
+    if isinstance(speed, bool) or not isinstance(speed, Real) or not 0 <= speed <= 1:
         raise ValueError(f"speed: got {speed!r}, expected a number from 0 (never leave early) to 1 (leave at once)")
     return float(speed)
+
+
+def check_criterion(criterion: str, top_n: int | None, num_labels: int) -> None:
+    """Raise ValueError for a criterion that no gate knows, or one that lacks its `top_n`."""
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion: got {criterion!r}, expected one of {', '.join(CRITERIA)}")
+    if criterion == "top_n" and (top_n is None or not 2 <= top_n <= num_labels):
+        raise ValueError(f"top_n: got {top_n}, criterion 'top_n' needs a whole number from 2 to {num_labels} classes")
 
 
 def _backbone_config(backbone: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
@@ -121,9 +129,12 @@ def _backbone_config(backbone: PreTrainedConfig | dict[str, Any] | None) -> PreT
         if model_type is None:
             raise ValueError("backbone: the dictionary has no 'model_type'; pass the encoder's whole configuration")
         family_of(model_type)
-        return AutoConfig.for_model(model_type, **fields)
-    family_of(backbone.model_type)
-    own = copy.deepcopy(backbone)
+        own = AutoConfig.for_model(model_type, **fields)
+    else:
+        family_of(backbone.model_type)
+        own = copy.deepcopy(backbone)
+    if getattr(own, "is_decoder", False):
+        raise ValueError("backbone: got a decoder (is_decoder=True), expected an encoder that sees the whole sentence")
     own.name_or_path = ""  # where the plain checkpoint lay on this machine is nobody's business
     return own
 

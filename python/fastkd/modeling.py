@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import fastkd_kernels as fk
 from fastkd import backbones
-from fastkd.configuration import EarlyExitConfig, check_speed
+from fastkd.configuration import EarlyExitConfig, check_criterion, check_speed
 from fastkd.engines import batch
 from fastkd.heads import LinearHead, StudentHead, build_head
 from fastkd.trace import ExitTrace, record_trace
@@ -152,18 +153,17 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         speed = check_speed(self.config.speed if speed is None else speed)
         criterion = self.config.criterion if criterion is None else criterion
         top_n = self.config.top_n if top_n is None else top_n
+        check_criterion(criterion, top_n, self.config.num_classes)
         leaves_early = speed > 0 and not self.training
         if leaves_early:
             self._check_exits()
         hidden_states, mask = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         if leaves_early:
-            record = batch.run(self, hidden_states, mask, speed, criterion, top_n)
-            output = EarlyExitOutput(logits=record.logits, exit_layer=record.exit_layer, uncertainty=record.uncertainty)
+            answers = self._early(hidden_states, mask, speed, criterion, top_n)
         else:
-            output = self._full(hidden_states, mask, criterion, top_n)
-        if labels is not None:
-            assert output.logits is not None
-            output.loss = self._loss(output.logits, labels)
+            answers = self._full(hidden_states, mask, criterion, top_n)
+        loss = None if labels is None else self._loss(answers["logits"], labels)
+        output = EarlyExitOutput(loss=loss, **answers)
         as_tuple = not (self.config.return_dict if return_dict is None else return_dict)
         return output.to_tuple() if as_tuple else output
 
@@ -202,20 +202,28 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         """`attention_mask` [B, T] or None in the form that the layers take."""
         return backbones.layer_mask(self.config.backbone, hidden_states, attention_mask)
 
-    def _full(self, hidden_states: Tensor, mask: Tensor | None, criterion: str, top_n: int | None) -> EarlyExitOutput:
+    def _early(
+        self, hidden_states: Tensor, mask: Tensor | None, speed: float, criterion: str, top_n: int | None
+    ) -> dict[str, Any]:
+        """What the first certain heads say, as fields of EarlyExitOutput."""
+        record = batch.run(self, hidden_states, mask, speed, criterion, top_n)
+        return {"logits": record.logits, "exit_layer": record.exit_layer, "uncertainty": record.uncertainty}
+
+    def _full(self, hidden_states: Tensor, mask: Tensor | None, criterion: str, top_n: int | None) -> dict[str, Any]:
+        """What the last head says after all layers, as fields of EarlyExitOutput."""
         layer_mask = self.layer_mask(hidden_states, mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, layer_mask)
         logits = self.teacher_head(hidden_states, mask)
         if self.training:
-            return EarlyExitOutput(logits=logits)
+            return {"logits": logits}
         rows, num_labels = logits.shape
         exit_layer = torch.full((rows,), self.num_layers, dtype=torch.int32, device=logits.device)
         if num_labels == 1:
-            return EarlyExitOutput(logits=logits, exit_layer=exit_layer)
+            return {"logits": logits, "exit_layer": exit_layer}
         record = fk.ExitRecord.allocate(rows, num_labels, logits.device)
         gate = fk.exit_gate(logits.detach(), 0.0, criterion, top_n=top_n, record=record, layer=self.num_layers)
-        return EarlyExitOutput(logits=logits, exit_layer=exit_layer, uncertainty=gate.uncertainty)
+        return {"logits": logits, "exit_layer": exit_layer, "uncertainty": gate.uncertainty}
 
     def _embed(
         self,
@@ -328,6 +336,12 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "rev
 
 
 def _saved_config(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> PreTrainedConfig:
+    """The configuration beside the weights, of an encoder or of an early-exit model."""
+    folder = Path(path) / kwargs.get("subfolder", "")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"pretrained_model_name_or_path: no config.json in {folder}; expected a folder that save_pretrained wrote"
+        )
     return AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs})
 
 

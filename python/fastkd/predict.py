@@ -213,8 +213,7 @@ def predict_file(
         ValueError: an empty or unreadable input, an unknown format or policy.
         BadRowError: a bad row under "stop".
     """
-    if bad_rows not in BAD_ROWS:
-        raise ValueError(f"bad_rows: got {bad_rows!r}, expected one of {', '.join(BAD_ROWS)}")
+    check_files(source, destination, input_format, output_format, bad_rows)
     form = format_of(source, input_format)
     write = _writer(destination, output_format)
     summary, started = PredictSummary(), time.perf_counter()
@@ -231,6 +230,30 @@ def predict_file(
             on_progress(summary.rows)
     summary.seconds = time.perf_counter() - started
     return summary
+
+
+def check_files(
+    source: str, destination: str, input_format: str | None, output_format: str | None, bad_rows: str
+) -> None:
+    """Find what is wrong with the arguments of `predict_file` before a model is loaded.
+
+    Raises:
+        FileNotFoundError: no file `source`.
+        IsADirectoryError: `destination` is a folder.
+        ValueError: an empty input, an unknown format or policy.
+    """
+    if bad_rows not in BAD_ROWS:
+        raise ValueError(f"bad_rows: got {bad_rows!r}, expected one of {', '.join(BAD_ROWS)}")
+    format_of(source, input_format)
+    _writer(destination, output_format)
+    if destination != STANDARD_STREAM and Path(destination).is_dir():
+        raise IsADirectoryError(f"output: {destination} is a folder; give the name of a file in it")
+    if source == STANDARD_STREAM:
+        return
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"input: there is no file {source}")
+    if Path(source).stat().st_size == 0:
+        raise ValueError(f"input: {source} is empty; expected at least one sentence")
 
 
 def length_limit(model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -1,0 +1,775 @@
+"""The two training steps of an early-exit model, on `transformers.Trainer`.
+
+    finetune   the backbone and the last head (the teacher) learn the labels; the other heads wait, frozen
+    distill    everything is frozen but the other heads (the students), which learn the teacher's probabilities
+
+Both take a loaded model and checked rows, and leave a whole model folder or none. While they run, checkpoints lie in
+`<output_dir>.checkpoints`; a killed run started again with `resume=True` ends in the same weights as one that was never
+killed. Started by `torchrun` or `accelerate launch`, they train data-parallel.
+
+Departures from the code of FastBERT (Liu et al., ACL 2020), which `FinetuneOptions` and `DistillOptions` name by
+their field: the frozen teacher has no dropout, weight decay acts (on trained weight matrices only), and the learning
+rate schedule of the distillation is as long as the distillation.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import datasets
+import numpy
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    EarlyStoppingCallback,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from fastkd.data import DataError, LengthGroupedSampler, Rows, padding_collator, tokenize
+from fastkd.files import write_json
+from fastkd.modeling import EarlyExitForSequenceClassification
+
+LOG_FILE = "trainer_log.json"
+_RUN_FILE = "run.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# what may differ between a killed run and its continuation without changing the weights
+_FREE_OPTIONS = ("resume", "overwrite", "progress", "logging_steps")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What both steps can be told.
+
+    Attributes:
+        epochs: passes over the training rows.
+        max_steps: optimiser steps; where given, `epochs` is ignored.
+        batch_size: rows a step and process.
+        learning_rate: its peak.
+        weight_decay: of trained weight matrices; biases and LayerNorms have none.
+        warmup: share of the steps in which the learning rate rises; it then falls linearly to 0.
+        max_grad_norm: gradients are clipped to this norm; 0 switches clipping off.
+        max_length: tokens a row, special ones included; longer rows are truncated.
+        eval_batch_size: rows a batch and process in evaluation.
+        eval_steps: evaluate and write a checkpoint every so many steps; None does so after each epoch.
+        early_stopping_patience: stop after so many evaluations without a better one; None never stops early.
+        bf16: autocast to bfloat16; None uses it where the hardware computes in it.
+        seed: of the order of the rows, and of dropout.
+        logging_steps: log the mean loss every so many steps.
+        progress: show a progress bar and print the logs.
+        resume: continue the killed run whose checkpoints lie beside `output_dir`, if there are any.
+        overwrite: replace a finished `output_dir`, and unless `resume`, discard the checkpoints of a killed run.
+        trainer_arguments: further `transformers.TrainingArguments`; they win over the ones above.
+    """
+
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 32
+    learning_rate: float = 4e-5
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    max_grad_norm: float = 1.0
+    max_length: int = 128
+    eval_batch_size: int = 64
+    eval_steps: int | None = None
+    early_stopping_patience: int | None = None
+    bf16: bool | None = None
+    seed: int = 42
+    logging_steps: int = 25
+    progress: bool = True
+    resume: bool = False
+    overwrite: bool = False
+    trainer_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "learning_rate", "max_length", "eval_batch_size", "logging_steps"):
+            _require(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
+        for name in ("max_steps", "eval_steps", "early_stopping_patience"):
+            value = getattr(self, name)
+            _require(name, value, value is None or value > 0, "a whole number above 0, or None")
+        for name in ("weight_decay", "max_grad_norm"):
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        _require("warmup", self.warmup, 0 <= self.warmup < 1, "a share of the steps in [0, 1)")
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(TrainOptions):
+    """Options of `finetune`.
+
+    Attributes:
+        head_learning_rate_factor: the new head learns so many times faster than the pretrained backbone.
+    """
+
+    head_learning_rate_factor: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        factor = self.head_learning_rate_factor
+        _require("head_learning_rate_factor", factor, factor > 0, "a number above 0")
+
+
+@dataclass(frozen=True)
+class DistillOptions(TrainOptions):
+    """Options of `distill`; the loss is that of `self_distillation_loss`.
+
+    Attributes:
+        temperature: of both distributions.
+        direction: "forward" is KL(teacher || student), "reverse" KL(student || teacher).
+        t2_scale: multiply the loss by the square of the temperature, so that gradients keep their size.
+    """
+
+    learning_rate: float = 4e-4
+    temperature: float = 1.0
+    direction: Literal["forward", "reverse"] = "forward"
+    t2_scale: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require("temperature", self.temperature, self.temperature > 0, "a number above 0")
+        _require("direction", self.direction, self.direction in ("forward", "reverse"), "'forward' or 'reverse'")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run did.
+
+    Attributes:
+        output_dir: the model folder; its `trainer_log.json` holds this and the options.
+        steps: optimiser steps, those before a kill included.
+        train_loss: mean loss over the steps of this process.
+        metrics: of the kept weights on the dev rows, without a prefix: `loss`, and `accuracy` (`pearson` and `mse` for
+            regression) after `finetune`, `accuracy_layer_<n>` (...) after `distill`. Empty without dev rows.
+        seconds: time in the training loop of this process, evaluation included.
+        log_history: every log of `transformers.Trainer`.
+    """
+
+    output_dir: Path
+    steps: int
+    train_loss: float
+    metrics: dict[str, float]
+    seconds: float
+    log_history: list[dict[str, float]]
+
+
+def finetune(
+    model: EarlyExitForSequenceClassification,
+    train: Rows,
+    dev: Rows | None,
+    output_dir: str | os.PathLike[str],
+    options: FinetuneOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainResult:
+    """Train the backbone and the last head on labels; keep the weights of the best evaluation where `dev` is given.
+
+    The model is trained in place, and takes the rows' label names. Its other heads are left as they are, and marked as
+    untrained (`config.exits_trained`).
+
+    Args:
+        model: with float32 weights; its number of labels must be that of the rows.
+        train, dev: labelled rows.
+        output_dir: made at the end, under a temporary name first.
+        options: see there.
+        tokenizer: the model's; saved with it.
+        callbacks: added to those of `transformers.Trainer`.
+
+    Raises:
+        DataError: rows without labels, or with labels that are not the model's.
+        FileExistsError: `output_dir`, or the checkpoints of an unfinished run, would be lost.
+        ValueError: a resumed run was started with other rows or options; a tokenizer that is not the model's.
+    """
+    _check_labels(model, train, "train", required=True)
+    _check_labels(model, dev, "dev", required=True)
+    config = model.config
+    if train.label_names is not None:
+        config.id2label = dict(enumerate(train.label_names))
+        config.label2id = {name: index for index, name in enumerate(train.label_names)}
+    config.problem_type = "regression" if config.num_labels == 1 else "single_label_classification"
+    config.exits_trained = False
+    stage = _Stage(
+        name="finetune",
+        objective=_TeacherObjective(model),
+        trained=[model.backbone, model.teacher_head],
+        head_learning_rate=options.learning_rate * options.head_learning_rate_factor,
+        metrics=_teacher_metrics,
+        best_metric="pearson" if config.num_labels == 1 else "accuracy",
+    )
+    return _run(stage, train, dev, Path(output_dir), options, tokenizer, callbacks)
+
+
+def distill(
+    model: EarlyExitForSequenceClassification,
+    train: Rows,
+    dev: Rows | None,
+    output_dir: str | os.PathLike[str],
+    options: DistillOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainResult:
+    """Train every head below the last to give the last one's probabilities; keep the weights of the lowest dev loss.
+
+    The model is trained in place and may leave early from then on (`config.exits_trained`). Neither `train` nor `dev`
+    needs labels; with labels in `dev` the accuracy after each layer is reported. Arguments and errors as in `finetune`.
+
+    Raises:
+        ValueError: also for a model whose only head is the last one.
+    """
+    if not model.student_heads:
+        raise ValueError(
+            f"model: it has heads after the layers {model.exit_layers} only, so there is none to distil into; "
+            "load it with exit_layers=None for a head after every layer"
+        )
+    _check_labels(model, train, "train", required=False)
+    _check_labels(model, dev, "dev", required=False)
+    stage = _Stage(
+        name="distill",
+        objective=_SelfDistillation(model, options),
+        trained=model.student_heads,
+        head_learning_rate=options.learning_rate,
+        metrics=_ExitMetrics(model.exit_layers),
+        best_metric="loss",
+    )
+    return _run(stage, train, dev, Path(output_dir), options, tokenizer, callbacks, exits_trained=True)
+
+
+def self_distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    direction: Literal["forward", "reverse"] = "forward",
+    t2_scale: bool = True,
+) -> Tensor:
+    """The sum over the heads of each one's divergence from the teacher, averaged over the batch (Liu et al., ACL 2020).
+
+    With p and q the softmax of teacher and student logits divided by the temperature: "forward" is KL(p || q), what
+    FastBERT's code minimises, "reverse" KL(q || p), as the paper writes it. With one class (regression), where
+    every KL is 0, it is the squared difference.
+
+    Args:
+        student_logits: [B, M, C], M heads.
+        teacher_logits: [B, C].
+        temperature, t2_scale: see `DistillOptions`.
+
+    Returns:
+        A scalar.
+    """
+    teacher_logits = teacher_logits.unsqueeze(1)
+    if student_logits.shape[-1] == 1:
+        return (student_logits - teacher_logits).square().squeeze(-1).mean(dim=0).sum()
+    log_p = F.log_softmax(teacher_logits / temperature, dim=-1).expand_as(student_logits)
+    log_q = F.log_softmax(student_logits / temperature, dim=-1)
+    target, given = (log_p, log_q) if direction == "forward" else (log_q, log_p)
+    divergence = F.kl_div(given, target, reduction="none", log_target=True).sum(dim=-1)
+    return divergence.mean(dim=0).sum() * (temperature**2 if t2_scale else 1.0)
+
+
+def last_checkpoint(folder: str | os.PathLike[str], processes: int = 1) -> Path | None:
+    """The newest whole checkpoint in `folder`; a run killed while it wrote one continues from the one before."""
+    found = [(int(match[1]), path) for path in Path(folder).glob("*") if (match := _CHECKPOINT.fullmatch(path.name))]
+    for _, path in sorted(found, reverse=True):
+        random_states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+        if not all((path / name).is_file() for name in random_states):
+            continue
+        try:
+            # written last, so its closing brace vouches for the files before it
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            continue
+        return path
+    return None
+
+
+def bf16_is_fast() -> bool:
+    """Whether the device that would train computes in bfloat16 rather than emulating it."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.accelerator.is_available():
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+# Objectives: the models as the Trainer sees them, so that the user's model is never wrapped or patched
+
+
+class _TeacherObjective(nn.Module):
+    """Cross-entropy (squared error for regression) of the last head."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, model: EarlyExitForSequenceClassification) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        output = self.model(**batch, speed=0.0)
+        return {"loss": output.loss, "logits": output.logits}
+
+
+class _SelfDistillation(nn.Module):
+    """`self_distillation_loss` of all heads; in training mode dropout acts in the students alone."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, model: EarlyExitForSequenceClassification, options: DistillOptions) -> None:
+        super().__init__()
+        self.model = model
+        self.options = options
+
+    def train(self, mode: bool = True) -> _SelfDistillation:
+        super().train(False)
+        self.training = mode
+        for head in self.model.student_heads:
+            head.train(mode)
+        return self
+
+    def forward(self, labels: Tensor | None = None, **batch: Tensor) -> dict[str, Tensor]:
+        # the frozen parameters ask for no gradient, so nothing below the students is recorded
+        logits = self.model.all_exit_logits(**batch)
+        options = self.options
+        loss = self_distillation_loss(
+            logits[:, :-1], logits[:, -1], options.temperature, options.direction, options.t2_scale
+        )
+        return {"loss": loss, "logits": logits}
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One training step: what is minimised, over which modules, and how it is judged."""
+
+    name: str
+    objective: _TeacherObjective | _SelfDistillation
+    trained: Sequence[nn.Module]
+    head_learning_rate: float
+    metrics: Callable[[EvalPrediction], dict[str, float]]
+    best_metric: str
+
+
+# Metrics
+
+
+def _accuracy(logits: numpy.ndarray, labels: numpy.ndarray) -> dict[str, float]:
+    return {"accuracy": float((logits.argmax(axis=-1) == labels).mean())}
+
+
+def _regression_metrics(logits: numpy.ndarray, labels: numpy.ndarray) -> dict[str, float]:
+    predicted = logits.squeeze(-1)
+    is_constant = predicted.std() == 0 or labels.std() == 0
+    correlation = 0.0 if is_constant else float(numpy.corrcoef(predicted, labels)[0, 1])
+    return {"pearson": correlation, "mse": float(((predicted - labels) ** 2).mean())}
+
+
+def _score(logits: numpy.ndarray, labels: numpy.ndarray) -> dict[str, float]:
+    return (_regression_metrics if logits.shape[-1] == 1 else _accuracy)(logits, labels)
+
+
+def _teacher_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    return _score(numpy.asarray(prediction.predictions), numpy.asarray(prediction.label_ids))
+
+
+@dataclass(frozen=True)
+class _ExitMetrics:
+    """The score of every head, [n, K, C] logits in the order of `exit_layers`."""
+
+    exit_layers: Sequence[int]
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        logits, labels = numpy.asarray(prediction.predictions), numpy.asarray(prediction.label_ids)
+        return {
+            f"{name}_layer_{layer}": value
+            for index, layer in enumerate(self.exit_layers)
+            for name, value in _score(logits[:, index], labels).items()
+        }
+
+
+# The run
+
+
+class _ObjectiveTrainer(Trainer):
+    """A Trainer over an objective: two learning rates, batches by length, evaluation that needs no labels."""
+
+    def __init__(self, *, head_learning_rate: float, sampler: LengthGroupedSampler, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.head_learning_rate = head_learning_rate
+        self.sampler = sampler
+        self.add_callback(_SamplerEpoch(sampler))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        return self.sampler
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is not None:
+            return self.optimizer
+        objective: Any = self.model if model is None else model
+        decaying = set(self.get_decay_parameter_names(objective))
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in objective.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((name.startswith("model.heads."), name in decaying), []).append(parameter)
+        optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, objective)
+        self.optimizer = optimizer_class(
+            [
+                {
+                    "params": parameters,
+                    "lr": self.head_learning_rate if in_head else self.args.learning_rate,
+                    "weight_decay": self.args.weight_decay if decays else 0.0,
+                }
+                for (in_head, decays), parameters in groups.items()
+            ],
+            **arguments,
+        )
+        return self.optimizer
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(**inputs)
+        if prediction_loss_only:
+            return output["loss"], None, None
+        return output["loss"], output["logits"], inputs.get("labels")
+
+
+class _SamplerEpoch(TrainerCallback):
+    """Tells the sampler the epoch: accelerate's own way does not reach it behind skipped and sharded batches."""
+
+    def __init__(self, sampler: LengthGroupedSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.sampler.epoch = int(state.epoch or 0)
+
+
+def _run(
+    stage: _Stage,
+    train: Rows,
+    dev: Rows | None,
+    output_dir: Path,
+    options: TrainOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    callbacks: Sequence[TrainerCallback],
+    *,
+    exits_trained: bool = False,
+) -> TrainResult:
+    model = stage.objective.model
+    if options.early_stopping_patience is not None and dev is None:
+        raise ValueError("early_stopping_patience: it needs an evaluation; pass dev rows")
+    _check_tokenizer(tokenizer, model)
+    _check_max_length(options.max_length, model)
+    _check_dtypes(stage.trained)
+    train_tokens = tokenize(train, tokenizer, options.max_length)
+    dev_tokens = None if dev is None else tokenize(dev, tokenizer, options.max_length)
+
+    checkpoints = output_dir.with_name(f"{output_dir.name}.checkpoints")
+    arguments = _training_arguments(stage, checkpoints, options, evaluates=dev is not None)
+    record = {
+        "stage": stage.name,
+        "options": json.loads(json.dumps(asdict(options), default=str)),
+        "train": {"source": train.source, "rows": len(train), "digest": train.digest()},
+        "dev": None if dev is None else {"source": dev.source, "rows": len(dev), "digest": dev.digest()},
+        "processes": arguments.world_size,
+    }
+    if arguments.process_index == 0:
+        _check_outputs(output_dir, checkpoints, options, record)
+    with _only_trainable(model, stage.trained):
+        trainer = _trainer(stage, train_tokens, dev_tokens, arguments, options, tokenizer, callbacks)
+        # no process may look for checkpoints before the first one has put the folder in order
+        trainer.accelerator.wait_for_everyone()
+        checkpoint = last_checkpoint(checkpoints, arguments.world_size)
+        output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    model.zero_grad(set_to_none=True)
+    model.eval()
+    if exits_trained:
+        model.config.exits_trained = True
+    result = TrainResult(
+        output_dir=output_dir,
+        steps=output.global_step,
+        train_loss=output.training_loss,
+        metrics=_kept_metrics(trainer.state),
+        seconds=output.metrics["train_runtime"],
+        log_history=trainer.state.log_history,
+    )
+    if trainer.is_world_process_zero():
+        _save(model, tokenizer, result, record)
+        shutil.rmtree(checkpoints)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+    return result
+
+
+def _training_arguments(
+    stage: _Stage, checkpoints: Path, options: TrainOptions, *, evaluates: bool
+) -> TrainingArguments:
+    use_cpu = not torch.accelerator.is_available()
+    every = {"strategy": "epoch"} if options.eval_steps is None else {"strategy": "steps", "steps": options.eval_steps}
+    arguments: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "num_train_epochs": options.epochs,
+        "max_steps": options.max_steps or -1,
+        "per_device_train_batch_size": options.batch_size,
+        "per_device_eval_batch_size": options.eval_batch_size,
+        "learning_rate": options.learning_rate,
+        "weight_decay": options.weight_decay,
+        "warmup_steps": options.warmup,
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": options.max_grad_norm,
+        "bf16": bf16_is_fast() if options.bf16 is None else options.bf16,
+        "use_cpu": use_cpu,
+        "dataloader_pin_memory": not use_cpu,
+        "seed": options.seed,
+        "logging_steps": options.logging_steps,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": not options.progress,
+        "report_to": "none",
+        "save_total_limit": 1,
+        "load_best_model_at_end": evaluates,
+        "metric_for_best_model": stage.best_metric if evaluates else None,
+        "greater_is_better": stage.best_metric != "loss" if evaluates else None,
+        "restore_callback_states_from_checkpoint": True,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "ddp_find_unused_parameters": False,
+    }
+    arguments |= {f"save_{name}": value for name, value in every.items()}
+    arguments |= {f"eval_{name}": value for name, value in every.items()} if evaluates else {"eval_strategy": "no"}
+    return TrainingArguments(**{**arguments, **options.trainer_arguments})
+
+
+def _trainer(
+    stage: _Stage,
+    train: datasets.Dataset,
+    dev: datasets.Dataset | None,
+    arguments: TrainingArguments,
+    options: TrainOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    callbacks: Sequence[TrainerCallback],
+) -> _ObjectiveTrainer:
+    group = arguments.per_device_train_batch_size * arguments.world_size
+    sampler = LengthGroupedSampler(train["length"][:], group, arguments.seed)
+    added = list(callbacks)
+    if options.early_stopping_patience is not None:
+        added.append(EarlyStoppingCallback(options.early_stopping_patience))
+    unused = ["length"] if stage.name == "finetune" else ["length", "labels"]
+    trainer = _ObjectiveTrainer(
+        model=stage.objective,
+        args=arguments,
+        train_dataset=train.remove_columns([name for name in unused if name in train.column_names]),
+        eval_dataset=None if dev is None else _sorted_by_length(dev),
+        data_collator=padding_collator(tokenizer),
+        compute_metrics=stage.metrics,
+        callbacks=added,
+        head_learning_rate=stage.head_learning_rate,
+        sampler=sampler,
+    )
+    # it prints to standard output, which belongs to the caller
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _sorted_by_length(tokens: datasets.Dataset) -> datasets.Dataset:
+    lengths = tokens["length"][:]
+    order = sorted(range(len(tokens)), key=lengths.__getitem__, reverse=True)
+    return tokens.select(order).remove_columns("length")
+
+
+def _kept_metrics(state: TrainerState) -> dict[str, float]:
+    """The dev metrics of the weights that were kept, from the log."""
+    for entry in reversed(state.log_history):
+        if "eval_loss" in entry and entry["step"] == state.best_global_step:
+            timing = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+            return {
+                name.removeprefix("eval_"): value
+                for name, value in entry.items()
+                if name.startswith("eval_") and name not in timing
+            }
+    return {}
+
+
+@contextmanager
+def _only_trainable(model: nn.Module, trained: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, exactly the parameters of `trained` ask for gradients; afterwards each parameter does as before."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    chosen = {parameter for module in trained for parameter in module.parameters()}
+    try:
+        for parameter in before:
+            parameter.requires_grad_(parameter in chosen)
+        yield
+    finally:
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
+
+
+# Checks before the work
+
+
+def _require(name: str, value: Any, is_right: bool, expected: str) -> None:
+    if not is_right or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
+
+
+def _check_labels(
+    model: EarlyExitForSequenceClassification, rows: Rows | None, argument: str, *, required: bool
+) -> None:
+    if rows is None:
+        return
+    if rows.num_labels is None:
+        if required:
+            raise DataError(f"{argument}: {rows.source} has no labels; fine-tuning needs them (distill does not)")
+        return
+    model_names = tuple((model.config.id2label or {}).values())
+    # unnamed integer labels may lack the last classes; everything else must agree in number
+    may_lack_classes = rows.label_names is None and 1 < rows.num_labels < len(model_names)
+    if rows.num_labels != len(model_names) and not may_lack_classes:
+        raise DataError(
+            f"{argument}: {rows.source} has {_described(rows.num_labels)}, the model has "
+            f"{_described(len(model_names))}; load the model with num_labels={rows.num_labels}, or the rows with "
+            f"num_labels={len(model_names)}"
+        )
+    generic = tuple(f"LABEL_{index}" for index in range(len(model_names)))
+    if rows.label_names is not None and model_names not in (generic, rows.label_names):
+        raise DataError(
+            f"{argument}: {rows.source} has the labels {', '.join(rows.label_names)}, the model has "
+            f"{', '.join(model_names)}; load the rows with label_names={list(model_names)}"
+        )
+
+
+def _described(num_labels: int) -> str:
+    return "a number as its label (regression)" if num_labels == 1 else f"{num_labels} labels"
+
+
+def _check_dtypes(trained: Sequence[nn.Module]) -> None:
+    wrong = {parameter.dtype for module in trained for parameter in module.parameters()} - {torch.float32}
+    if wrong:
+        raise ValueError(
+            f"model: the weights to be trained are {', '.join(map(str, wrong))}, expected torch.float32; load the "
+            "model with dtype=torch.float32 (bf16=True still computes in bfloat16)"
+        )
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: EarlyExitForSequenceClassification) -> None:
+    embedded = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if len(tokenizer) > embedded:
+        raise ValueError(
+            f"tokenizer: it has {len(tokenizer)} tokens, the model embeds {embedded}; pass the tokenizer that was "
+            "saved with the model"
+        )
+
+
+def _check_max_length(max_length: int, model: EarlyExitForSequenceClassification) -> None:
+    positions: nn.Embedding = cast(Any, model.backbone).embeddings.position_embeddings
+    # RoBERTa counts positions from its padding index up
+    limit = positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
+    if max_length > limit:
+        raise ValueError(f"max_length: got {max_length}, the model has {limit} positions; pass at most that")
+
+
+def _check_outputs(output_dir: Path, checkpoints: Path, options: TrainOptions, record: dict[str, Any]) -> None:
+    """Refuse to lose anything; put the folder of the checkpoints in order, with the record of this run in it."""
+    is_taken = output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir()))
+    if is_taken and not options.overwrite:
+        raise FileExistsError(f"output_dir: {output_dir} already exists; choose another, or pass overwrite=True")
+    started = _started_run(checkpoints)
+    if started is not None and not options.resume:
+        if not options.overwrite:
+            raise FileExistsError(
+                f"output_dir: {checkpoints} holds the checkpoints of an unfinished run; continue it with resume=True, "
+                "or discard it with overwrite=True"
+            )
+        started = None
+    if started is None:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        write_json(checkpoints / _RUN_FILE, record)
+        return
+    differences = _differences(started, record)
+    if differences:
+        raise ValueError(
+            f"resume: the run in {checkpoints} was started differently ({'; '.join(differences)}); resume it as it was "
+            "started, or start over with overwrite=True and resume=False"
+        )
+
+
+def _started_run(checkpoints: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((checkpoints / _RUN_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _differences(started: dict[str, Any], record: dict[str, Any]) -> list[str]:
+    def flat(run: dict[str, Any]) -> dict[str, Any]:
+        rows = {name: (run[name] or {}).get("digest") for name in ("train", "dev")}
+        options = {name: value for name, value in run["options"].items() if name not in _FREE_OPTIONS}
+        return {"stage": run["stage"], "processes": run["processes"], **options, **rows}
+
+    before, now = flat(started), flat(record)
+    return [
+        f"other {name} rows" if name in ("train", "dev") else f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]
+
+
+# Saving
+
+
+def _save(
+    model: EarlyExitForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    result: TrainResult,
+    record: dict[str, Any],
+) -> None:
+    log = {
+        **record,
+        "steps": result.steps,
+        "train_loss": result.train_loss,
+        "seconds": result.seconds,
+        "metrics": result.metrics,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "log_history": result.log_history,
+    }
+    with _atomic_folder(result.output_dir) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_json(folder / LOG_FILE, log)
+
+
+@contextmanager
+def _atomic_folder(target: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `target`; put it in its place if the block succeeds, delete it otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    holder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    # mkdtemp makes its folder private; one made inside follows the user's umask
+    fresh, replaced = holder / "new", holder / "old"
+    try:
+        fresh.mkdir()
+        yield fresh
+        if target.exists():
+            target.rename(replaced)
+        try:
+            fresh.rename(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)

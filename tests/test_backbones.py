@@ -1,0 +1,123 @@
+"""Every supported family computes layer by layer what transformers computes in one go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import fastkd
+import pytest
+import torch
+from fastkd import backbones
+from tiny_models import (
+    CONFIGS,
+    LAYERS,
+    early_exit_model,
+    one_thread,  # noqa: F401  # a fixture
+    random_batch,
+    save_plain_checkpoint,
+)
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForPreTraining,
+    MPNetConfig,
+    MPNetModel,
+)
+
+FAMILIES = sorted(CONFIGS)
+
+
+def test_the_tests_cover_every_supported_family() -> None:
+    assert set(CONFIGS) == set(backbones.FAMILIES)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("padded", [True, False])
+@torch.no_grad()
+def test_hidden_states_equal_transformers(tmp_path: Path, family: str, attention: str, padded: bool) -> None:
+    folder = save_plain_checkpoint(tmp_path, family)
+    oracle = AutoModel.from_pretrained(folder, attn_implementation=attention)
+    model = fastkd.EarlyExitForSequenceClassification.from_pretrained(
+        folder, num_labels=3, attn_implementation=attention
+    )
+    assert model.backbone.config._attn_implementation == attention
+    batch = random_batch(family)
+    if not padded:
+        batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    expected = oracle(**batch, output_hidden_states=True).hidden_states
+
+    seen = []
+    hooks = [layer.register_forward_hook(lambda _, __, output: seen.append(output)) for layer in model.layers]
+    model(**batch)
+    for hook in hooks:
+        hook.remove()
+
+    assert len(seen) == LAYERS
+    for layer, (got, want) in enumerate(zip(seen, expected[1:], strict=True), start=1):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, msg=lambda text, n=layer: f"after layer {n}: {text}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embedded_inputs_and_positions_reach_the_encoder(family: str) -> None:
+    model = early_exit_model(family)
+    batch = random_batch(family)
+    with torch.no_grad():
+        embedded = model.get_input_embeddings()(batch["input_ids"])
+        positions = torch.arange(2, 2 + batch["input_ids"].shape[1]).expand_as(batch["input_ids"])
+        from_ids = model(**batch, position_ids=positions).logits
+        rest = {name: value for name, value in batch.items() if name != "input_ids"}
+        from_embeddings = model(inputs_embeds=embedded, position_ids=positions, **rest).logits
+        other_positions = model(**batch, position_ids=positions + 1).logits
+    assert torch.equal(from_ids, from_embeddings)
+    assert not torch.allclose(from_ids, other_positions)
+
+
+@pytest.mark.parametrize("task", [AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_checkpoints_of_any_task_load(tmp_path: Path, family: str, task: Any) -> None:
+    original = task.from_config(CONFIGS[family])
+    original.save_pretrained(tmp_path)
+    model, info = fastkd.EarlyExitForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=3, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"], "transformers would print a report about what an early exit does not need"
+    encoder = original.base_model.state_dict()
+    loaded = model.backbone.state_dict()
+    assert loaded.keys() <= encoder.keys()
+    assert all(torch.equal(value, encoder[name]) for name, value in loaded.items())
+
+
+def test_pretraining_checkpoint_with_pooler_loads(tmp_path: Path) -> None:
+    BertForPreTraining(CONFIGS["bert"]).save_pretrained(tmp_path)
+    model = fastkd.EarlyExitForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert model.backbone.pooler is None
+
+
+def test_unknown_family_names_the_supported_ones(tmp_path: Path) -> None:
+    MPNetModel(MPNetConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ValueError, match=r"'mpnet'.*supported are bert, camembert.*distilbert, electra.*roberta"):
+        fastkd.EarlyExitForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+
+
+def test_decoder_is_refused() -> None:
+    with pytest.raises(ValueError, match="backbone: got a decoder"):
+        fastkd.EarlyExitConfig(BertConfig(is_decoder=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_teacher_reaches_every_parameter(family: str) -> None:
+    model = early_exit_model(family).train()
+    model(**random_batch(family), labels=torch.arange(13) % 3).loss.backward()
+    trained = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    students = {name for name, _ in model.named_parameters() if name.startswith("heads.")} - {
+        f"heads.{LAYERS - 1}.{name}" for name, _ in model.teacher_head.named_parameters()
+    }
+    assert set(trained) == {name for name, _ in model.named_parameters()} - students

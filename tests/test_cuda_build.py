@@ -1,0 +1,228 @@
+"""The CUDA sources without a GPU: compiled, linked, inspected, imported, and their kernels run on the host.
+
+The build goes through setup.py with FASTKD_FORCE_CUDA=1 against whatever torch is installed, a CPU one included.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+HOST = Path(__file__).parent / "cuda_on_host"
+CAPABILITIES = (80, 90, 100, 120)
+CUDA_SHIMS = {
+    "aoti_torch_get_current_cuda_stream",
+    "torch_c10_cuda_check_msg",
+    "torch_c10_cuda_free_error_msg",
+}
+"""What csrc/ may take from libtorch_cuda: the C functions of the stable ABI, and nothing that is mangled."""
+
+
+def cuda_home() -> Path | None:
+    nvcc = shutil.which("nvcc")
+    candidates = [
+        os.environ.get("CUDA_HOME"),
+        str(Path(nvcc).resolve().parents[1]) if nvcc else None,
+        "/usr/local/cuda",
+    ]
+    homes = [Path(candidate) for candidate in candidates if candidate]
+    return next((home for home in homes if (home / "include" / "cuda_runtime.h").exists()), None)
+
+
+needs_nvcc = pytest.mark.skipif(cuda_home() is None, reason="no CUDA toolkit (nvcc and cuda_runtime.h) on this machine")
+
+
+def cuda_tool(name: str) -> str:
+    """One of the tools that the toolkit has, or else Triton's package."""
+    home = cuda_home()
+    if home is not None and (home / "bin" / name).exists():
+        return str(home / "bin" / name)
+    triton = pytest.importorskip("triton", reason=f"{name} is neither in the CUDA toolkit nor, without Triton, there")
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def run(*command: str | Path, **environment: str) -> str:
+    finished = subprocess.run(
+        [str(part) for part in command], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert finished.returncode == 0, f"{command}:\n{finished.stdout[-4000:]}\n{finished.stderr[-4000:]}"
+    return finished.stdout
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a copy of fastkd_kernels and its extension, built with CUDA for every architecture."""
+    folder = tmp_path_factory.mktemp("cuda_build")
+    architectures = ";".join(f"{capability // 10}.{capability % 10}" for capability in CAPABILITIES)
+    run(
+        sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder / "objects",
+        FASTKD_FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST=architectures, CUDA_HOME=str(cuda_home()),
+    )  # fmt: skip
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "fastkd_kernels", folder / "fastkd_kernels", ignore=ignored, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def binary(package: Path) -> Path:
+    return next((package / "fastkd_kernels").glob(f"_C*{sysconfig.get_config_var('EXT_SUFFIX')}"))
+
+
+def symbols(library: Path, *options: str) -> set[str]:
+    printed = run("nm", "--dynamic", "--format=posix", *options, library)
+    return {line.split()[0].split("@")[0] for line in printed.splitlines()}
+
+
+@needs_nvcc
+def test_only_the_allowed_symbols_are_left_undefined(binary: Path) -> None:
+    undefined = symbols(binary, "--undefined-only")
+    torch_symbols = {name for name in undefined if re.search("torch|aoti|c10|^_ZN?K?2at", name)}
+    assert not {name for name in torch_symbols if name.startswith("_Z")}, "C++ symbols tie the binary to one torch"
+    of_the_cpu = symbols(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so", "--defined-only")
+    assert torch_symbols - of_the_cpu == CUDA_SHIMS
+
+
+@dataclass
+class Kernel:
+    capability: int
+    name: str
+    usage: dict[str, int]
+    opcodes: Counter[str]
+
+
+@pytest.fixture(scope="module")
+def kernels(binary: Path) -> list[Kernel]:
+    return [kernel for capability in CAPABILITIES for kernel in read_kernels(binary, capability)]
+
+
+def read_kernels(binary: Path, capability: int) -> Iterator[Kernel]:
+    arch = f"--gpu-architecture=sm_{capability}"
+    usage = run(cuda_tool("cuobjdump"), arch, "--dump-resource-usage", binary)
+    listing = run(cuda_tool("cuobjdump"), arch, "--dump-sass", binary)
+    opcodes = {
+        name: Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", code, re.MULTILINE))
+        for name, code in re.findall(r"Function : (\w+)\n(.*?)(?=Function : |\Z)", listing, re.DOTALL)
+    }
+    for name, line in re.findall(r"Function (\w+):\n(.*)", usage):
+        sizes = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", line)}
+        yield Kernel(capability, name, sizes, opcodes[name])
+
+
+@needs_nvcc
+def test_no_kernel_spills(kernels: list[Kernel]) -> None:
+    assert {kernel.capability for kernel in kernels} == set(CAPABILITIES)
+    for kernel in kernels:
+        assert (kernel.usage["STACK"], kernel.usage["LOCAL"]) == (0, 0), f"{kernel.name} for sm_{kernel.capability}"
+
+
+@needs_nvcc
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_gather_moves_16_bytes_at_a_time(kernels: list[Kernel], capability: int) -> None:
+    gathers = [k for k in kernels if "compact_vector" in k.name and k.capability == capability]
+    assert len(gathers) == 2  # int32 and int64 row numbers
+    for kernel in gathers:
+        wide_loads = sum(n for opcode, n in kernel.opcodes.items() if opcode.startswith("LDG.E.128"))
+        assert wide_loads >= 4, kernel.opcodes
+        assert kernel.opcodes["STG.E.128"] >= 4, kernel.opcodes
+
+
+@needs_nvcc
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_bulk_copies_are_there_from_sm_90_on(kernels: list[Kernel], capability: int) -> None:
+    bulk = [k for k in kernels if "compact_bulk" in k.name and k.capability == capability]
+    assert len(bulk) == 2
+    for kernel in bulk:
+        copies = sum(n for opcode, n in kernel.opcodes.items() if opcode.startswith("UBLKCP"))
+        assert (copies > 0) == (capability >= 90), kernel.opcodes
+
+
+IMPORT_CHECK = """
+import torch, fastkd_kernels
+from fastkd_kernels import _extension, info
+assert _extension.missing_reason is None, _extension.missing_reason
+assert "{folder}" in _extension.extension.__file__
+assert _extension.has_kernel("compact_", "CUDA")
+assert info.collect()["extension"]["cuda_architectures"] == ["8.0", "9.0", "10.0", "12.0"]
+survivors = torch.tensor([2, 0], dtype=torch.int32)
+assert fastkd_kernels.compact([torch.arange(3)], survivors)[0].tolist() == [2, 0]
+"""
+
+
+@needs_nvcc
+def test_it_imports_and_registers_for_cuda(package: Path, tmp_path: Path) -> None:
+    environment = {"PYTHONPATH": str(package)}
+    if torch.version.cuda is None:
+        stub = tmp_path / "libtorch_cuda.so"
+        run("cc", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", "-o", stub, HOST / "libtorch_cuda_stub.c")
+        environment |= {"LD_PRELOAD": str(stub), "LD_LIBRARY_PATH": f"{cuda_home()}/lib64"}
+    run(sys.executable, "-P", "-c", IMPORT_CHECK.format(folder=package), **environment)
+
+
+@pytest.fixture(scope="module")
+def kernels_on_host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """csrc/compact_kernels.cuh compiled for the CPU, its blocks and threads run one after the other."""
+    library = tmp_path_factory.mktemp("host") / "compact_on_host.so"
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no C++ compiler {compiler}")
+    run(
+        compiler, "-std=c++17", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fsanitize=undefined",
+        "-fno-sanitize-recover", "-shared", "-fPIC", f"-I{HOST}", f"-I{ROOT / 'csrc'}",
+        HOST / "compact_on_host.cpp", "-o", library,
+    )  # fmt: skip
+    return ctypes.CDLL(str(library))
+
+
+class HostTensor(ctypes.Structure):
+    _fields_ = (
+        ("source", ctypes.c_void_p),
+        ("target", ctypes.c_void_p),
+        ("source_stride", ctypes.c_int64),
+        ("row_bytes", ctypes.c_int64),
+    )
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("bulk", [False, True])
+@pytest.mark.parametrize("threads", [32, 256])
+@pytest.mark.parametrize("count", [None, 0, 2, 99])
+def test_the_kernels_gather_the_right_bytes(
+    kernels_on_host: ctypes.CDLL, index_dtype: torch.dtype, bulk: bool, threads: int, count: int | None
+) -> None:
+    rows = torch.tensor([3, 0, 5, 17, -1, 4], dtype=index_dtype)  # 17 and -1 do not exist
+    # rows of: one thread, a few to a warp, several chunks, bulk stages and tiles with a remainder, unaligned, empty
+    widths = [1, 8, 12, 48, 4096, 16 * 1031, 16384 * 2 + 32, 4099, 0]
+    padding = [0, 0, 4, 16, 0, 16, 0, 1, 0]
+    sources = [
+        torch.randint(256, (6, width + pad), dtype=torch.uint8) for width, pad in zip(widths, padding, strict=True)
+    ]
+    targets = [torch.full((6, width), 171, dtype=torch.uint8) for width in widths]
+    records = [
+        HostTensor(source.data_ptr(), target.data_ptr(), source.stride(0), target.shape[1])
+        for source, target in zip(sources, targets, strict=True)
+    ]
+    for batch in (records[:8], records[8:]):  # a launch takes eight
+        kernels_on_host.compact_on_host(
+            (HostTensor * len(batch))(*batch), ctypes.c_int(len(batch)), ctypes.c_void_p(rows.data_ptr()),
+            ctypes.c_int(rows.element_size()), ctypes.byref(ctypes.c_int32(count)) if count is not None else None,
+            ctypes.c_int64(6), ctypes.c_int64(6), ctypes.c_int(threads), ctypes.c_bool(bulk),
+        )  # fmt: skip
+    live = 6 if count is None else min(count, 6)
+    for source, target, width in zip(sources, targets, widths, strict=True):
+        for position, row in enumerate(rows.tolist()):
+            written = position < live and 0 <= row < 6
+            expected = source[row, :width] if written else torch.full((width,), 171, dtype=torch.uint8)
+            assert target[position].equal(expected), f"width {width}, position {position}"
