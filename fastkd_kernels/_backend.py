@@ -114,7 +114,7 @@ def _resolve_forced(op: str, forced: str, device: torch.device) -> str:
 
 
 def fall_back(op: str, name: str, reason: str) -> str:
-    """ "reference", for a call whose shape or dtype the backend `name` does not take.
+    """The backend of a call whose shape or dtype `name` does not take: "reference".
 
     Raises:
         BackendUnavailableError: the backend was forced.

@@ -107,6 +107,18 @@ def test_unknown_family_names_the_supported_ones(tmp_path: Path) -> None:
         fastkd.EarlyExitForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_longest_input_is_the_longest_that_runs(family: str) -> None:
+    longest = backbones.longest_input(CONFIGS[family])
+    model = early_exit_model(family)
+    with torch.no_grad():
+        model(torch.full((1, longest), 7))
+        with pytest.raises((IndexError, RuntimeError)):  # out of positions, or of the buffer of their numbers
+            model.backbone(torch.full((1, longest + 1), 7))
+    with pytest.raises(ValueError, match=f"got {longest + 1} tokens a row"):
+        model(torch.full((1, longest + 1), 7))
+
+
 def test_decoder_is_refused() -> None:
     with pytest.raises(ValueError, match="backbone: got a decoder"):
         fastkd.EarlyExitConfig(BertConfig(is_decoder=True))

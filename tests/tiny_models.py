@@ -143,7 +143,7 @@ def clear_speed(uncertainty: Tensor, share: float = 0.5) -> float:
 
     Rounding may then move every uncertainty a little without moving anybody's exit.
     """
-    values = torch.cat([uncertainty.double().flatten(), torch.tensor([0.0, 1.0])]).unique()
+    values = torch.cat([uncertainty.double().flatten().cpu(), torch.tensor([0.0, 1.0])]).unique()
     middles = (values[1:] + values[:-1]) / 2
     target = int(share * (len(middles) - 1))
     window = slice(max(0, target - 4), target + 5)

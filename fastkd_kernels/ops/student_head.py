@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,7 +34,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fastkd_kernels import _backend, _extension, _triton
 from fastkd_kernels._library import library
 from fastkd_kernels._triton import tl
-from fastkd_kernels.ops.exit_gate import ExitGateOutput, ExitRecord, exit_gate
+from fastkd_kernels.ops._uncertainty import jit, patience, uncertainty
+from fastkd_kernels.ops.exit_gate import CRITERIA, ExitGateOutput, ExitRecord, exit_gate
+from fastkd_kernels.ops.exit_gate import _check as _check_gate
 
 Affine = tuple[Tensor, Tensor]
 """Weight [out, in] and bias [out] of one linear layer."""
@@ -222,17 +225,14 @@ def _capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-_jit = _triton.triton.jit if _triton.available else lambda kernel: kernel
-
-
-@_jit
+@jit
 def _tanh(x):
     decay = tl.exp(-2 * tl.abs(x))  # never overflows; NaN stays NaN
     result = (1 - decay) / (1 + decay)
     return tl.where(x < 0, -result, result)
 
 
-@_jit
+@jit
 def _vector_matrix(
     vector,  # [ROWS] float32, in global memory
     matrix,  # [ROWS, WIDTH] float32
@@ -249,7 +249,7 @@ def _vector_matrix(
     return tl.sum(total, 0)
 
 
-@_jit
+@jit
 def _narrow_tile(
     rows,  # [BLOCK_TOKENS, 1] pointers to tokens of H features
     valid,  # [BLOCK_TOKENS]; other tokens are not read
@@ -283,7 +283,7 @@ def _narrow_tile(
     return _tanh(product + bias[None, :])
 
 
-@_jit
+@jit
 def _pool_sequence(
     sequence,  # its number, int64
     hidden_states,  # [B, T, H], or [N_tokens, H] with cu_seqlens
@@ -379,7 +379,7 @@ def _pool_sequence(
     return dense
 
 
-@_jit
+@jit
 def _classify(
     dense,  # [D] float32
     classifier,  # [C, D] float32
@@ -400,7 +400,7 @@ def _classify(
     return tl.sum(total, 1) + tl.load(classifier_bias + label, mask=known, other=0.0)
 
 
-@_jit
+@jit
 def _student_head_kernel(
     hidden_states,  # [B, T, H], or [N_tokens, H] with cu_seqlens
     narrow_weight,  # [D, H]
@@ -465,6 +465,174 @@ def _student_head_kernel(
         label = start + tl.arange(0, BLOCK_LABELS)
         values = _classify(dense, classifier, classifier_bias, label, num_labels, WIDTH, BLOCK_LABELS, BLOCK_WIDTH)
         tl.store(logits + sequence * num_labels + label, values, mask=label < num_labels)
+
+
+@jit
+def _decide(
+    row,  # number of the sequence in the batch, int64
+    logits,  # [1, BLOCK_LABELS] float32 in registers, -inf from C on
+    label,  # [BLOCK_LABELS]
+    num_labels,  # C
+    speed,  # used where speeds is None
+    speeds,  # [B] float32 or None
+    top_n,
+    row_ids,  # [B] or None
+    uncertainties,  # [B] float32, out
+    record_logits,  # [N, C] float32 or None, like the other three; out
+    record_uncertainty,  # [N] float32
+    record_exit_layer,  # [N] int32
+    record_history,  # [N, 2] int32
+    layer,
+    CRITERION: tl.constexpr,
+):
+    """Whether the row stays, [1], after writing its uncertainty and, if it leaves, its answer."""
+    here = row + tl.arange(0, 1)
+    target = here
+    if row_ids is not None:
+        target = tl.load(row_ids + here).to(tl.int64)
+    if CRITERION == 4:
+        value = patience(logits, label, record_history + 2 * target)
+    else:
+        value = uncertainty(logits, label, num_labels, top_n, CRITERION)
+    tl.store(uncertainties + here, value)
+    threshold = tl.zeros([1], tl.float32) + speed
+    if speeds is not None:
+        threshold = tl.load(speeds + here)
+    # a comparison with NaN is false, so NaN stays
+    leaves = (value <= threshold) & (threshold > 0)
+    if record_logits is not None:
+        answer = record_logits + (target * num_labels)[:, None] + label[None, :]
+        tl.store(answer, logits, mask=(label < num_labels)[None, :] & leaves[:, None])
+        tl.store(record_uncertainty + target, value, mask=leaves)
+        tl.store(record_exit_layer + target, tl.zeros([1], tl.int32) + layer, mask=leaves)
+    return ~leaves
+
+
+@jit
+def _compact_if_last(
+    stays,  # [B] int8, written by all programs
+    survivors,  # [B] int32, out
+    count,  # [1] int32, out
+    ticket,  # [1] int32, 0 before and after the launch
+    batch,  # B, which is the number of programs
+    BLOCK: tl.constexpr,
+):
+    """The last program to arrive lists the rows that stay, in their order."""
+    tl.debug_barrier()  # every thread of this program has stored before one of them takes the ticket
+    arrived = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
+    if arrived == batch - 1:
+        kept_before = 0
+        for start in range(0, batch, BLOCK):
+            row = start + tl.arange(0, BLOCK)
+            # .cg: the other programs' flags are in L2, never in this multiprocessor's L1
+            stay = tl.load(stays + row, mask=row < batch, other=0, cache_modifier=".cg").to(tl.int32)
+            position = kept_before + tl.cumsum(stay, 0) - stay
+            tl.store(survivors + position, row, mask=stay != 0)
+            kept_before += tl.sum(stay, 0)
+        tl.store(count, kept_before)
+        tl.store(ticket, 0)
+
+
+@jit
+def _student_head_exit_kernel(
+    hidden_states,  # [B, T, H], or [N_tokens, H] with cu_seqlens
+    narrow_weight,  # [D, H]
+    narrow_bias,  # [D]
+    query_key,  # [heads, D, D] float32
+    query_bias,  # [heads, D] float32
+    mix,  # [heads, D, D] float32
+    mix_bias,  # [D] float32
+    classifier,  # [C, D] float32
+    classifier_bias,  # [C] float32
+    lengths,  # [B] or None
+    attention_mask,  # [B, T] or None
+    cu_seqlens,  # [B + 1] or None
+    scratch,  # [B, 2 + 2 heads, D] float32
+    logits,  # [B, C] float32, out
+    uncertainties,  # [B] float32, out
+    stays,  # [B] int8, scratch
+    survivors,  # [B] int32, out
+    count,  # [1] int32, out
+    ticket,  # [1] int32, 0 before and after the launch
+    speeds,  # [B] float32 or None
+    row_ids,  # [B] or None
+    record_logits,  # [N, C] float32 or None, like the other three; out
+    record_uncertainty,  # [N] float32
+    record_exit_layer,  # [N] int32
+    record_history,  # [N, 2] int32
+    speed,  # used where speeds is None
+    top_n,
+    layer,
+    batch,  # B
+    tokens,  # T
+    hidden,  # H
+    num_labels,  # C
+    stride_batch,
+    stride_token,
+    stride_mask_batch,
+    stride_mask_token,
+    CRITERION: tl.constexpr,  # number in CRITERIA
+    EVEN_HIDDEN: tl.constexpr,  # H is a multiple of BLOCK_HIDDEN
+    WIDEN: tl.constexpr,  # Triton's interpreter multiplies bfloat16 as if it were integers
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,  # D
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_LABELS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):
+    sequence = tl.program_id(0).to(tl.int64)
+    dense = _pool_sequence(
+        sequence,
+        hidden_states,
+        narrow_weight,
+        narrow_bias,
+        query_key,
+        query_bias,
+        mix,
+        mix_bias,
+        lengths,
+        attention_mask,
+        cu_seqlens,
+        scratch + sequence * ((2 + 2 * HEADS) * WIDTH),
+        tokens,
+        hidden,
+        stride_batch,
+        stride_token,
+        stride_mask_batch,
+        stride_mask_token,
+        EVEN_HIDDEN,
+        WIDEN,
+        HEADS,
+        WIDTH,
+        BLOCK_TOKENS,
+        BLOCK_HIDDEN,
+        BLOCK_ROWS,
+    )
+    label = tl.arange(0, BLOCK_LABELS)
+    known = label < num_labels
+    values = _classify(dense, classifier, classifier_bias, label, num_labels, WIDTH, BLOCK_LABELS, BLOCK_WIDTH)
+    tl.store(logits + sequence * num_labels + label, values, mask=known)
+    stay = _decide(
+        sequence,
+        tl.where(known, values, float("-inf"))[None, :],
+        label,
+        num_labels,
+        speed,
+        speeds,
+        top_n,
+        row_ids,
+        uncertainties,
+        record_logits,
+        record_uncertainty,
+        record_exit_layer,
+        record_history,
+        layer,
+        CRITERION,
+    )
+    tl.store(stays + sequence + tl.arange(0, 1), stay.to(tl.int8))
+    _compact_if_last(stays, survivors, count, ticket, batch, 1024)
 
 
 @dataclass(frozen=True)
@@ -807,6 +975,7 @@ def student_head(
     """
     _check(hidden_states, head, lengths, attention_mask, cu_seqlens)
     if _needs_unfolded(hidden_states, head):
+        _check_head(head)
         _check_values(hidden_states, lengths, attention_mask, cu_seqlens)
         return student_head_reference(hidden_states, head, lengths, attention_mask, cu_seqlens)
     if torch.compiler.is_compiling() or type(hidden_states) is not Tensor:
@@ -823,6 +992,160 @@ def _needs_unfolded(hidden_states: Tensor, head: StudentHeadWeights) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, *_parameters(head)))
 
 
+class _Tickets:
+    """Zeroed counters for `_compact_if_last`, which leaves them at zero.
+
+    Launches that may overlap must not share one: every stream has its own, and so has every launch in a CUDA graph.
+    """
+
+    CELLS = 4096
+
+    def __init__(self) -> None:
+        self._cells: dict[torch.device, Iterator[Tensor]] = {}
+        self._of_stream: dict[tuple[torch.device, int], Tensor] = {}
+        self._lock = threading.Lock()
+
+    def take(self, tensor: Tensor) -> Tensor:
+        capturing = _capturing(tensor)
+        if not tensor.is_cuda or (capturing and tensor.device not in self._cells):
+            return tensor.new_zeros(1, dtype=torch.int32)
+        with self._lock:
+            if capturing:
+                cell = next(self._cells[tensor.device], None)
+                return tensor.new_zeros(1, dtype=torch.int32) if cell is None else cell
+            key = (tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream)
+            if key not in self._of_stream:
+                self._of_stream[key] = self._new_cell(tensor)
+            return self._of_stream[key]
+
+    def _new_cell(self, tensor: Tensor) -> Tensor:
+        if tensor.device not in self._cells:
+            cells = torch.zeros(self.CELLS, dtype=torch.int32, device=tensor.device)
+            # once a device, so that every stream may use them
+            torch.cuda.current_stream(tensor.device).synchronize()
+            self._cells[tensor.device] = iter(cells.split(1))
+        cell = next(self._cells[tensor.device], None)
+        return tensor.new_zeros(1, dtype=torch.int32) if cell is None else cell
+
+
+_tickets = _Tickets()
+
+
+def _student_head_exit_cuda(
+    hidden_states: Tensor,
+    head: StudentHeadWeights,
+    lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    speed: float,
+    speeds: Tensor | None,
+    criterion: str,
+    row_ids: Tensor | None,
+    top_n: int | None,
+    record: list[Tensor | None],
+    layer: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits, uncertainty, survivors and count."""
+    folded = _fold_cache.get(head)
+    batch, _ = _batch_and_tokens(hidden_states, cu_seqlens)
+    config = StudentHeadConfig.heuristic(hidden_states.dtype, *folded.sizes)
+    arguments = _kernel_arguments(hidden_states, folded, lengths, attention_mask, cu_seqlens, config)
+    logits, uncertainties, survivors, count = _new_exit(hidden_states, head, cu_seqlens)
+    with _on_device(hidden_states):
+        _student_head_exit_kernel[(batch,)](
+            logits=logits,
+            uncertainties=uncertainties,
+            stays=survivors.new_empty(batch, dtype=torch.int8),
+            survivors=survivors,
+            count=count,
+            ticket=_tickets.take(hidden_states),
+            speeds=None if speeds is None else speeds.float().contiguous(),
+            row_ids=None if row_ids is None else row_ids.contiguous(),
+            record_logits=record[0],
+            record_uncertainty=record[1],
+            record_exit_layer=record[2],
+            record_history=record[3],
+            speed=float(speed),
+            top_n=top_n or 0,
+            layer=layer or 0,
+            batch=batch,
+            CRITERION=CRITERIA.index(criterion),
+            **arguments,
+            **config.options(),
+        )
+    return logits, uncertainties, survivors, count
+
+
+def _new_exit(
+    hidden_states: Tensor, head: StudentHeadWeights, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = _new_logits(hidden_states, head, cu_seqlens)
+    batch = logits.shape[0]
+    return (
+        logits,
+        logits.new_empty(batch),
+        logits.new_empty(batch, dtype=torch.int32),
+        logits.new_empty(1, dtype=torch.int32),
+    )
+
+
+library.define(
+    "student_head_exit(Tensor hidden_states, Tensor[] weights, int heads, Tensor? lengths, Tensor? attention_mask, "
+    "Tensor? cu_seqlens, float speed, Tensor? speeds, str criterion, Tensor? row_ids, int? top_n, "
+    "Tensor(a!)? record_logits, Tensor(b!)? record_uncertainty, Tensor(c!)? record_exit_layer, "
+    "Tensor(d!)? record_history, int? layer) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.impl(library, "student_head_exit", "CompositeExplicitAutograd")
+def _student_head_exit_op(
+    hidden_states: Tensor,
+    weights: list[Tensor],
+    heads: int,
+    lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    speed: float,
+    speeds: Tensor | None,
+    criterion: str,
+    row_ids: Tensor | None,
+    top_n: int | None,
+    record_logits: Tensor | None,
+    record_uncertainty: Tensor | None,
+    record_exit_layer: Tensor | None,
+    record_history: Tensor | None,
+    layer: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_values(hidden_states, lengths, attention_mask, cu_seqlens)
+    return _student_head_exit_cuda(
+        hidden_states,
+        _head_of(weights, heads),
+        lengths,
+        attention_mask,
+        cu_seqlens,
+        speed,
+        speeds,
+        criterion,
+        row_ids,
+        top_n,
+        [record_logits, record_uncertainty, record_exit_layer, record_history],
+        layer,
+    )
+
+
+@torch.library.register_fake("fastkd_kernels::student_head_exit", lib=library)
+def _student_head_exit_fake(
+    hidden_states: Tensor,
+    weights: list[Tensor],
+    heads: int,
+    lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *gate: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _new_exit(hidden_states, _head_of(weights, heads), cu_seqlens)
+
+
 def student_head_exit(
     hidden_states: Tensor,
     head: StudentHeadWeights,
@@ -837,14 +1160,48 @@ def student_head_exit(
     record: ExitRecord | None = None,
     layer: int | None = None,
 ) -> ExitGateOutput:
-    """`student_head` followed by `exit_gate`, one launch on a GPU; arguments are those of both.
+    """`student_head` followed by `exit_gate`; arguments and errors are those of both.
+
+    On a GPU head and gate are one launch, which may be captured in a CUDA graph after one call outside of it. Above
+    256 classes they are two, since the logits of a sequence no longer fit the registers of the program that made them.
 
     Returns:
         The gate's output with `logits` [B, C] set.
     """
-    logits = student_head(hidden_states, head, lengths, attention_mask, cu_seqlens)
-    decided = exit_gate(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
-    return decided._replace(logits=logits)
+    _check(hidden_states, head, lengths, attention_mask, cu_seqlens)
+    if not _one_launch(hidden_states, head, cu_seqlens):
+        logits = student_head(hidden_states, head, lengths, attention_mask, cu_seqlens)
+        decided = exit_gate(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
+        return decided._replace(logits=logits)
+
+    _check_gate(_new_logits(hidden_states, head, cu_seqlens), speed, criterion, row_ids, top_n, record, layer)
+    direct = not torch.compiler.is_compiling() and type(hidden_states) is Tensor
+    run: Any = _student_head_exit_op if direct else torch.ops.fastkd_kernels.student_head_exit
+    logits, uncertainties, survivors, count = run(
+        hidden_states,
+        _parameters(head),
+        head.num_attention_heads,
+        lengths,
+        attention_mask,
+        cu_seqlens,
+        0.0 if isinstance(speed, Tensor) else float(speed),
+        speed if isinstance(speed, Tensor) else None,
+        criterion,
+        row_ids,
+        top_n,
+        *((None,) * 4 if record is None else (record.logits, record.uncertainty, record.exit_layer, record.history)),
+        layer,
+    )
+    return ExitGateOutput(uncertainties, survivors, count, logits)
+
+
+def _one_launch(hidden_states: Tensor, head: StudentHeadWeights, cu_seqlens: Tensor | None) -> bool:
+    return (
+        not _needs_unfolded(hidden_states, head)
+        and _resolve(hidden_states, head) == "cuda"
+        and head.classifier[0].shape[0] <= MAX_FUSED_LABELS
+        and _batch_and_tokens(hidden_states, cu_seqlens)[0] > 0
+    )
 
 
 def _check_head(head: StudentHeadWeights) -> None:
@@ -885,6 +1242,7 @@ def _check(
     cu_seqlens: Tensor | None,
 ) -> None:
     weight = head.narrow[0]
+    _matrix_shape("narrow", weight)
     masks = {"lengths": lengths, "attention_mask": attention_mask, "cu_seqlens": cu_seqlens}
     given = [name for name, mask in masks.items() if mask is not None]
     if len(given) > 1:

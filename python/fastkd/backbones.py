@@ -49,7 +49,7 @@ def _distilbert_embed(
     inputs_embeds: Tensor | None,
 ) -> Tensor:
     # DistilBERT has no segments: a tokenizer that still sends token_type_ids is harmless
-    return backbone.embeddings(input_ids, inputs_embeds=inputs_embeds, position_ids=position_ids)
+    return backbone.embeddings(input_ids, inputs_embeds, position_ids)
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,21 @@ class Family:
     """(backbone, input_ids, token_type_ids, position_ids, inputs_embeds) -> hidden states [B, T, H]."""
     layers: str = "encoder.layer"
     """Where the list of layers lies inside the encoder."""
+    pads_positions: bool = False
+    """Whether the positions up to that of the padding token are unused (RoBERTa and its kin)."""
     has_pooler: bool = True
     """Whether the encoder takes `add_pooling_layer`; an early exit never runs the pooler."""
 
 
 _BERT = Family()
+_ROBERTA = Family(pads_positions=True)
 
 FAMILIES: dict[str, Family] = {
     "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "camembert": _BERT,
-    "data2vec-text": _BERT,
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "camembert": _ROBERTA,
+    "data2vec-text": _ROBERTA,
     "ernie": _BERT,
     "electra": Family(embed=_electra_embed, has_pooler=False),
     "distilbert": Family(embed=_distilbert_embed, layers="transformer.layer", has_pooler=False),
@@ -91,6 +94,12 @@ def family_of(model_type: str) -> Family:
             "use an encoder of one of these families"
         )
     return family
+
+
+def longest_input(config: PreTrainedConfig) -> int:
+    """How many tokens the encoder of `config` has positions for."""
+    unused = config.pad_token_id + 1 if family_of(config.model_type).pads_positions else 0
+    return config.max_position_embeddings - unused
 
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:

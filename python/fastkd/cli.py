@@ -517,7 +517,7 @@ def demo(
             "batch_sizes": batch_sizes and tuple(_whole_numbers(batch_sizes, "--batch-sizes")),
             "dtypes": dtypes and tuple(_words(dtypes)),
         }  # fmt: skip
-        defaults = story.GENERATED if data is None else story.REAL
+        defaults = story.generated_defaults() if data is None else story.REAL
         chosen = replace(defaults, **{name: value for name, value in given.items() if value is not None})
         result = story.run_demo(screen, output, data, chosen, start_over=start_over)
         screen.result(result.to_dict())

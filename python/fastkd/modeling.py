@@ -147,8 +147,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
 
         Raises:
             ValueError: a speed outside [0, 1]; a speed above 0 for a model whose heads were never distilled, or for
-                regression; neither or both of `input_ids` and `inputs_embeds`; a mask of another shape or whose first
-                token is masked.
+                regression; neither or both of `input_ids` and `inputs_embeds`, or more tokens than the encoder has
+                positions; a mask of another shape or whose first token is masked; another number of labels than rows.
         """
         speed = check_speed(self.config.speed if speed is None else speed)
         criterion = self.config.criterion if criterion is None else criterion
@@ -158,6 +158,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         if leaves_early:
             self._check_exits()
         hidden_states, mask = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        if labels is not None and labels.numel() != hidden_states.shape[0]:
+            raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected [{hidden_states.shape[0]}], one a row")
         if leaves_early:
             answers = self._early(hidden_states, mask, speed, criterion, top_n)
         else:
@@ -237,6 +239,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("input_ids: pass exactly one of input_ids and inputs_embeds")
+        _check_tokens(tokens, inputs_embeds is not None, backbones.longest_input(self.config.backbone))
         mask = _checked_mask(attention_mask, tokens)
         hidden_states = self._family.embed(self.backbone, input_ids, token_type_ids, position_ids, inputs_embeds)
         return hidden_states, mask
@@ -293,6 +296,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         options = {name: kwargs.pop(name) for name in _CONFIG_OPTIONS if name in kwargs}
         if config is None:
             config = _config_of(saved, path, added, options)
+        elif not isinstance(config, EarlyExitConfig):
+            raise TypeError(f"config: got {type(config).__name__}, expected an EarlyExitConfig")
         elif added or options:
             given = ", ".join([*added, *options])
             raise ValueError(f"{given}: both this and config were given; put it into the EarlyExitConfig instead")
@@ -304,20 +309,21 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
     @classmethod
     def _load(cls, path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any) -> Any:
         wants_info = kwargs.pop("output_loading_info", False)
+        strict = not kwargs.pop("ignore_mismatched_sizes", False)
         try:
-            loaded: Any = super().from_pretrained(path, *model_args, output_loading_info=True, **kwargs)
-        except (SafetensorError, EOFError, pickle.UnpicklingError) as error:
+            loaded: Any = super().from_pretrained(
+                path, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
+        except (SafetensorError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
+            if type(error) is RuntimeError and "PytorchStreamReader" not in str(error):
+                raise
             raise ValueError(
                 f"pretrained_model_name_or_path: the weights in {path} are damaged or were cut off ({error}); copy or "
                 "download the checkpoint again"
             ) from error
         model, info = loaded
-        missing = sorted(info["missing_keys"])
-        if missing and not kwargs.get("ignore_mismatched_sizes"):
-            raise ValueError(
-                f"pretrained_model_name_or_path: the weights in {path} lack {len(missing)} tensors of this model, "
-                f"among them {missing[0]}; the checkpoint is incomplete or belongs to another config.json"
-            )
+        if strict:
+            _check_complete(path, info)
         return (model, info) if wants_info else model
 
 
@@ -343,6 +349,24 @@ def _saved_config(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Pr
             f"pretrained_model_name_or_path: no config.json in {folder}; expected a folder that save_pretrained wrote"
         )
     return AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs})
+
+
+def _check_complete(path: str | os.PathLike[str] | None, info: Mapping[str, Any]) -> None:
+    """Raise ValueError where a checkpoint lacks tensors of the model or has them in other shapes."""
+    remedy = "the checkpoint is incomplete or belongs to another config.json"
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        name, found, expected = mismatched[0]
+        raise ValueError(
+            f"pretrained_model_name_or_path: {name} in {path} has shape {tuple(found)}, but the configuration asks for "
+            f"{tuple(expected)}; {remedy}"
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"pretrained_model_name_or_path: the weights in {path} lack {len(missing)} tensors of this model, among "
+            f"them {missing[0]}; {remedy}"
+        )
 
 
 def _config_of(
@@ -406,6 +430,18 @@ def _check_same_heads(saved: EarlyExitConfig, path: str | os.PathLike[str], want
         raise ValueError(
             f"exit_layers: got {wanted['exit_layers']}, but the model in {path} has heads after {saved.exit_layers}; "
             f"{remedy}"
+        )
+
+
+def _check_tokens(tokens: Tensor, embedded: bool, longest: int) -> None:
+    """Raise for input_ids that are no [B, T] integers, inputs_embeds that are no [B, T, E], or too many tokens."""
+    name, form = ("inputs_embeds", "[B, T, E] floats") if embedded else ("input_ids", "[B, T] integers")
+    if tokens.dim() != 2 + embedded or tokens.is_floating_point() != embedded:
+        raise ValueError(f"{name}: got shape {tuple(tokens.shape)} of {tokens.dtype}, expected {form}")
+    if tokens.shape[1] > longest:
+        raise ValueError(
+            f"{name}: got {tokens.shape[1]} tokens a row, but this encoder takes at most {longest}; truncate the "
+            f"texts (tokenizer(..., truncation=True, max_length={longest}))"
         )
 
 

@@ -144,7 +144,7 @@ def benchmark_table(measured: Benchmark) -> Table:
     facts = measured.machine
     table = Table(
         title=f"Measured on {facts['processor'] if facts['device'] == 'cpu' else facts['device']}, "
-        f"{facts['threads']} threads, torch {facts['torch']}; {measured.rows[0].rows} rows a pass, sorted by length",
+        f"{facts['threads']} {'thread' if facts['threads'] == 1 else 'threads'}, torch {facts['torch']}; {measured.rows[0].rows} rows a pass, sorted by length",
         caption="Speed-up against the full model at its best, same rows, order, dtype and device. "
         + ("" if facts["gpu_columns"] == "measured" else "GPU: not yet measured."),
         title_justify="left",

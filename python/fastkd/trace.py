@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +70,7 @@ class Sweep:
     seq_len: int
     """The length for which operations were counted."""
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[SweepRow]:
         return iter(self.rows)
 
     def __len__(self) -> int:

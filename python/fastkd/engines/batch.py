@@ -1,7 +1,8 @@
 """Engine `batch`: the batch is compacted after every layer whose head let somebody leave.
 
-The host learns how many sequences are left after each head. On a CPU that is free; on a GPU it waits once a layer for
-the device.
+The host learns how many sequences are left after each head. On a CPU that is free. On a GPU it waits for the device
+once a layer, and once more where a shrunken batch still has padding, because transformers looks into a mask to see
+whether it is needed.
 """
 
 from __future__ import annotations
@@ -82,16 +83,19 @@ def _compact(
     if attention_mask is None:
         hidden_states, row_ids = fk.compact([hidden_states, row_ids], survivors)
         return hidden_states, None, row_ids
-    attention_mask, row_ids = fk.compact([attention_mask, row_ids], survivors)
-    # on a GPU asking for the longest sequence would be one more wait
-    if attention_mask.device.type == "cpu":
-        attended = attention_mask.any(dim=0).nonzero()
-        longest = int(attended[-1]) + 1
-        hidden_states = hidden_states[:, :longest]
-        trimmed = attention_mask[:, :longest]
-        attention_mask = None if bool(trimmed.all()) else trimmed.contiguous()
-    (hidden_states,) = fk.compact([hidden_states], survivors)
-    return hidden_states, attention_mask, row_ids
+    # dropping columns that became all padding needs their number, for which a GPU would have to be waited for
+    on_host = hidden_states.device.type == "cpu"
+    if on_host:
+        longest = _longest(attention_mask, survivors)
+        hidden_states, attention_mask = hidden_states[:, :longest], attention_mask[:, :longest]
+    hidden_states, mask, row_ids = fk.compact([hidden_states, attention_mask, row_ids], survivors)
+    return hidden_states, None if on_host and bool(mask.all()) else mask, row_ids
+
+
+def _longest(attention_mask: Tensor, rows: Tensor) -> int:
+    """The number of columns up to the last one in which any of `rows` attends."""
+    attended = attention_mask.index_select(0, rows).any(dim=0)
+    return int(attended.nonzero()[-1]) + 1
 
 
 def _all_rows(hidden_states: Tensor) -> Tensor:

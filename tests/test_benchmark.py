@@ -1,0 +1,192 @@
+"""The benchmark: its clockwork, its arithmetic, and that every contestant answers the same rows."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import fastkd
+import pytest
+import torch
+from fastkd import benchmark
+from fastkd.trace import ExitTrace
+from tiny_models import early_exit_model, random_batch
+from torch import Tensor
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from threads, and lose much where other work wants the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def batches_of(size: int, rows: int = 12) -> list[dict[str, Tensor]]:
+    """The same rows, in the same order, whatever the batch size."""
+    batch = random_batch(rows=rows, longest=9) | {"labels": torch.arange(rows) % 3}
+    return [{name: values[start : start + size] for name, values in batch.items()} for start in range(0, rows, size)]
+
+
+def test_passes_are_interleaved_and_turn() -> None:
+    order: list[str] = []
+    contestants = {name: (lambda name=name: order.append(name)) for name in "abc"}  # type: ignore[misc]
+    seconds, _ = benchmark.interleaved(contestants, repeats=3)  # type: ignore[arg-type]
+    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_warm_up_is_not_counted_and_time_is_measured_around_the_pass() -> None:
+    ticks = iter(range(1000))
+    seconds, answers = benchmark.interleaved(
+        {"a": lambda: next(ticks), "b": lambda: (next(ticks), next(ticks))},  # type: ignore[dict-item, return-value]
+        repeats=2,
+        clock=lambda: float(next(ticks)),
+    )
+    # the clock ticks once when started and once when stopped, plus the ticks of the pass itself
+    assert seconds == {"a": [2.0, 2.0], "b": [3.0, 3.0]}
+    assert set(answers) == {"a", "b"}
+
+
+def test_every_pass_waits_for_the_device() -> None:
+    events: list[str] = []
+    benchmark.interleaved(
+        {"a": lambda: events.append("run")},  # type: ignore[dict-item, return-value]
+        repeats=1,
+        synchronise=lambda: events.append("wait"),
+    )
+    assert events == ["wait", "run", "wait"] * 2
+
+
+@pytest.fixture(scope="module")
+def measured() -> benchmark.Benchmark:
+    return benchmark.benchmark(
+        early_exit_model(), batches_of, speeds=(0.4, 1.0), batch_sizes=(1, 5), dtypes=("fp32", "bf16"), repeats=2
+    )
+
+
+def test_one_row_for_each_setting(measured: benchmark.Benchmark) -> None:
+    settings = [(row.dtype, row.batch_size, row.speed) for row in measured.rows]
+    assert settings == [(d, b, s) for d in ("fp32", "bf16") for b in (1, 5) for s in (0.4, 1.0)]
+    assert all(row.rows == 12 for row in measured.rows)
+
+
+def test_ratios_are_those_of_the_times(measured: benchmark.Benchmark) -> None:
+    for row in measured.rows:
+        assert row.seconds > 0
+        assert row.seconds_p20 <= row.seconds <= row.seconds_p80
+        assert row.speedup == pytest.approx(row.full_seconds / row.seconds)
+        assert row.realised == pytest.approx(row.speedup / row.flops_speedup)
+        assert row.full_engine in (benchmark.OUR_FULL, benchmark.TRANSFORMERS_FULL)
+
+
+def test_baseline_is_the_faster_full_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(contestants: dict[str, benchmark.Contestant], *_: object) -> tuple[dict[str, list[float]], dict]:
+        times = {"fastkd": [4.0, 9.0, 4.0], "transformers": [3.0, 3.0, 8.0], "speed 0.5": [2.0, 2.0, 2.0]}
+        return times, {name: contestant() for name, contestant in contestants.items()}
+
+    monkeypatch.setattr(benchmark, "interleaved", fake)
+    (row,) = benchmark.benchmark(early_exit_model(), batches_of, speeds=[0.5], batch_sizes=[4], dtypes=["fp32"]).rows
+    assert (row.full_engine, row.full_seconds, row.seconds, row.speedup) == ("transformers", 3.0, 2.0, 1.5)
+
+
+def test_answers_and_flops_are_those_of_the_trace(measured: benchmark.Benchmark) -> None:
+    model = early_exit_model()
+    trace: ExitTrace = model.trace(batches_of(1))
+    for row in measured.rows:
+        if row.dtype != "fp32" or row.batch_size != 1:
+            continue
+        swept = trace.sweep([row.speed])[0]
+        assert row.average_layers == pytest.approx(swept.average_layers)
+        assert row.accuracy == pytest.approx(swept.accuracy)
+        assert row.full_accuracy == pytest.approx(trace.sweep([0.0])[0].accuracy)
+        # batches of one have the trace's padded width, so both count the same operations
+        assert row.flops_speedup == pytest.approx(swept.speedup["fastbert"])
+        assert row.flops_speedups == pytest.approx(swept.speedup)
+
+
+def test_flops_of_everybody_leaving_at_once(measured: benchmark.Benchmark) -> None:
+    model = early_exit_model()
+    full = fastkd.flops(model.config, seq_len=9)
+    first = fastkd.flops(model.config, seq_len=9, layers=1, heads=1)
+    row = next(row for row in measured.rows if row.speed == 1.0)
+    assert row.average_layers == 1.0
+    assert row.flops_speedup == pytest.approx(full / first)
+
+
+def test_transformers_own_forward_gives_the_full_model() -> None:
+    model = early_exit_model()
+    setting = benchmark._Setting(model, batches_of(4), "fp32", 4, None, None)
+    assert torch.equal(setting._transformers().predictions, setting._early_exit(0.0).predictions)
+
+
+@pytest.mark.parametrize("family", ["roberta", "distilbert", "electra"])
+def test_transformers_own_forward_of_other_families(family: str) -> None:
+    model = early_exit_model(family)
+    setting = benchmark._Setting(model, [random_batch(family)], "fp32", 13, None, None)
+    assert torch.equal(setting._transformers().predictions, setting._early_exit(0.0).predictions)
+
+
+def test_model_is_left_as_it_was() -> None:
+    model = early_exit_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    benchmark.benchmark(model, batches_of, speeds=[0.5], batch_sizes=[12], dtypes=["bf16"], repeats=1)
+    assert all(value.dtype == torch.float32 for value in model.state_dict().values())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_progress_is_announced_as_often_as_promised() -> None:
+    calls: list[str] = []
+    arguments = {"speeds": [0.5], "batch_sizes": [4, 12], "dtypes": ["fp32"], "repeats": 2}
+    benchmark.benchmark(early_exit_model(), batches_of, on_progress=calls.append, **arguments)  # type: ignore[arg-type]
+    assert len(calls) == benchmark.passes(**arguments)  # type: ignore[arg-type]
+    assert calls[0] == "fp32, batch 4, fastkd"
+
+
+def test_rows_without_labels_have_no_accuracy() -> None:
+    def unlabelled(size: int) -> Iterable[dict[str, Tensor]]:
+        return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches_of(size)]
+
+    (row,) = benchmark.benchmark(
+        early_exit_model(), unlabelled, speeds=[0.5], batch_sizes=[6], dtypes=["fp32"], repeats=1
+    ).rows
+    assert (row.accuracy, row.full_accuracy) == (None, None)
+
+
+def test_files_hold_the_table(measured: benchmark.Benchmark, tmp_path: Path) -> None:
+    measured.to_json(tmp_path / "bench.json")
+    measured.to_csv(tmp_path / "bench.csv")
+    loaded = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+    assert loaded == measured.to_dict()
+    assert loaded["machine"]["gpu_columns"] == "not yet measured"
+    with (tmp_path / "bench.csv").open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [float(row["speedup"]) for row in rows] == [row.speedup for row in measured.rows]
+    assert {"realised", "rows_per_second", "flops_speedup_macs", "full_engine"} <= set(rows[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"speeds": [0.0]}, "speeds: got"),
+        ({"speeds": []}, "speeds: got"),
+        ({"speeds": [float("nan")]}, "speeds: got"),
+        ({"batch_sizes": [0]}, "batch_sizes: got"),
+        ({"dtypes": ["int8"]}, "dtypes: got"),
+        ({"repeats": 0}, "repeats: got 0"),
+    ],
+)
+def test_bad_arguments_are_refused_before_work(arguments: dict, message: str) -> None:
+    def never(size: int) -> list[dict[str, Tensor]]:
+        raise AssertionError("data was read")
+
+    with pytest.raises(ValueError, match=message):
+        benchmark.benchmark(early_exit_model(), never, **arguments)
+
+
+def test_no_rows_is_an_error() -> None:
+    with pytest.raises(ValueError, match="gave no batches"):
+        benchmark.benchmark(early_exit_model(), lambda size: [], repeats=1)

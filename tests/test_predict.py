@@ -1,0 +1,282 @@
+"""Streaming prediction: formats, order, bad rows, bounded memory, and outputs that are whole or absent."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fastkd import EarlyExitForSequenceClassification, predict
+from tiny_models import early_exit_model, tokenizer_of
+from transformers import PreTrainedTokenizerBase
+
+SENTENCES = [
+    "the film was good",
+    "dull",
+    "a great actor and a great plot but the film is not fun",
+    "who is the actor",
+    "not bad",
+    "the plot was very boring and the actor was cold but fun",
+    "warm and good",
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> EarlyExitForSequenceClassification:
+    return early_exit_model()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return tokenizer_of("bert")
+
+
+def rows_of(data: bytes, form: str | None = None) -> list[predict.InputRow]:
+    return list(predict.read_rows(io.BytesIO(data), form))
+
+
+def test_tsv_columns_are_found_by_name() -> None:
+    data = b"id\ttext_b\tlabel\ttext_a\r\n7\tright\tx\tleft\r\n8\tno\t\tyes\n"
+    assert rows_of(data) == [predict.InputRow(2, "left", "right"), predict.InputRow(3, "yes", "no")]
+
+
+def test_single_text_column_and_byte_order_mark() -> None:
+    assert rows_of("\ufeffText\nun film très “bon”\n".encode(), "tsv") == [predict.InputRow(2, "un film très “bon”")]
+
+
+def test_jsonl_mixes_pairs_and_single_texts() -> None:
+    lines = [{"text_a": "a", "text_b": "b"}, {"sentence": "c"}, {"text_a": "d", "text_b": None}]
+    data = "\n".join(json.dumps(line) for line in lines).encode()
+    assert rows_of(data) == [predict.InputRow(1, "a", "b"), predict.InputRow(2, "c"), predict.InputRow(3, "d")]
+
+
+def test_plain_text_keeps_tabs_and_unusual_line_breaks() -> None:
+    assert rows_of("one\ttwo\nthree\u2028four\n".encode()) == [
+        predict.InputRow(1, "one\ttwo"),
+        predict.InputRow(2, "three\u2028four"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "form"), [(b'{"text": "x"}\n', "jsonl"), (b"label\ttext_a\n1\tx\n", "tsv"), (b"x\n", "text")]
+)
+def test_format_of_a_pipe_is_guessed_from_its_first_line(data: bytes, form: str) -> None:
+    assert [(row.text_a, row.problem) for row in rows_of(data)] == [("x", None)]
+    assert rows_of(data) == rows_of(data, form)
+
+
+@pytest.mark.parametrize(
+    ("data", "form", "line", "problem"),
+    [
+        (b"text_a\tlabel\ngood\t1\nbad\n", "tsv", 3, "1 columns, expected 2 (text_a, label)"),
+        (b"text_a\n \n", "tsv", 2, "text_a is empty"),
+        (b"text_a\tb\ngo\xffod\tx\n", "tsv", 2, "byte 0xff is not UTF-8"),
+        (b'{"text_a": ""}\n', "jsonl", 1, "text_a is empty"),
+        (b'{"text_a": 3}\n', "jsonl", 1, "text_a is a JSON int, expected a string"),
+        (b'{"label": 3}\n', "jsonl", 1, "no text"),
+        (b"[1]\n", "jsonl", 1, "no text"),
+        (b"{broken\n", "jsonl", 1, "not JSON"),
+        (b"[" * 100_000, "jsonl", 1, "not JSON"),
+        (b"good\n\nbad\n", "text", 2, "empty line"),
+        (b"x" * (1 << 20) + b"yy\n", "text", 1, "longer than 1048576 bytes"),
+    ],
+)
+def test_bad_rows_are_named_by_line(data: bytes, form: str, line: int, problem: str) -> None:
+    (bad,) = [row for row in rows_of(data, form) if row.problem is not None]
+    assert bad.line == line
+    assert bad.problem is not None
+    assert problem in bad.problem
+
+
+def test_line_after_an_endless_one_is_read() -> None:
+    assert [row.line for row in rows_of(b"x" * (3 << 20) + b"\nnext\n", "text") if row.problem is None] == [2]
+
+
+@pytest.mark.parametrize(
+    ("data", "form", "message"),
+    [
+        (b"", None, "input is empty"),
+        (b"text_a\n", "tsv", "a header and no rows"),
+        (b"label\tbody\n1\tx\n", "tsv", "no text column"),
+    ],
+)
+def test_input_without_rows_is_an_error(data: bytes, form: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rows_of(data, form)
+
+
+@pytest.mark.parametrize("speed", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(("batch_size", "window"), [(1, 1), (3, 4), (32, 1024)])
+def test_answers_are_those_of_the_model_in_input_order(
+    model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase, speed: float, batch_size: int,
+    window: int,
+) -> None:  # fmt: skip
+    rows = [predict.InputRow(line, text) for line, text in enumerate(SENTENCES, start=1)]
+    answers = list(predict.predict(model, tokenizer, rows, speed=speed, batch_size=batch_size, window=window))
+    assert [answer.line for answer in answers] == list(range(1, len(SENTENCES) + 1))
+    for text, answer in zip(SENTENCES, answers, strict=True):
+        with torch.no_grad():
+            expected = model(**tokenizer(text, return_tensors="pt"), speed=speed)
+        probabilities = expected.logits[0].softmax(-1)
+        assert answer.label == f"LABEL_{int(probabilities.argmax())}"
+        assert answer.probability == pytest.approx(float(probabilities.max()), abs=1e-5)
+        assert answer.exit_layer == expected.exit_layer.item()
+
+
+def test_pairs_are_answered_as_pairs(
+    model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [predict.InputRow(1, "good film", "bad plot"), predict.InputRow(2, "good film")]
+    pair, single = predict.predict(model, tokenizer, rows, speed=0.0)
+    with torch.no_grad():
+        expected = model(**tokenizer("good film", "bad plot", return_tensors="pt")).logits[0].softmax(-1)
+    assert pair.probability == pytest.approx(float(expected.max()), abs=1e-5)
+    assert pair.probability != pytest.approx(single.probability, abs=1e-5)
+
+
+def test_long_texts_are_cut_at_max_length(
+    model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [predict.InputRow(1, "good " * 500), predict.InputRow(2, "good " * 6)]
+    by_default, _ = predict.predict(model, tokenizer, rows)  # 66 positions
+    assert by_default.problem is None
+    cut, whole = predict.predict(model, tokenizer, rows, max_length=8)
+    assert cut.probability == pytest.approx(whole.probability, abs=1e-5)
+
+
+def test_only_one_window_is_read_ahead(
+    model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    taken = 0
+
+    def endless() -> Iterator[predict.InputRow]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield predict.InputRow(taken, SENTENCES[taken % len(SENTENCES)])
+
+    answers = predict.predict(model, tokenizer, endless(), window=10)
+    for _ in range(11):
+        next(answers)
+    assert taken == 20
+
+
+def test_regression_answers_a_number(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = early_exit_model(num_labels=1)
+    (answer,) = predict.predict(model, tokenizer, [predict.InputRow(1, "good")])
+    with torch.no_grad():
+        assert answer.label == pytest.approx(model(**tokenizer("good", return_tensors="pt")).logits.item(), abs=1e-5)
+    assert answer.probability is None
+    assert answer.exit_layer == 4
+
+
+def test_answer_that_is_no_number_is_a_problem(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = early_exit_model()
+    with torch.no_grad():
+        model.teacher_head.classifier.weight.fill_(math.nan)
+    (answer,) = predict.predict(model, tokenizer, [predict.InputRow(1, "good")])
+    assert answer.label is None
+    assert answer.problem is not None
+    assert "not a finite number" in answer.problem
+
+
+def test_file_to_file_keeps_bad_rows_in_place(
+    model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    source, target = tmp_path / "in.tsv", tmp_path / "deep" / "out.tsv"
+    source.write_text("text_a\tlabel\ngood film\t1\n\t0\nbad plot\t1\nmissing\n", encoding="utf-8")
+    summary = predict.predict_file(model, tokenizer, str(source), str(target), speed=1.0)
+    header, *lines = [line.split("\t") for line in target.read_text(encoding="utf-8").splitlines()]
+    assert header == ["label", "probability", "exit_layer", "error"]
+    assert [bool(line[3]) for line in lines] == [False, True, False, True]
+    assert lines[1] == ["", "", "", "text_a is empty"]
+    assert lines[0][2] == "1"
+    assert 1 / 3 <= float(lines[0][1]) <= 1
+    assert (summary.rows, summary.bad_rows, summary.exits) == (4, 2, {1: 2})
+    assert summary.problems == ["line 3: text_a is empty", "line 5: 1 columns, expected 2 (text_a, label)"]
+    assert summary.average_layers == 1.0
+
+
+def test_jsonl_to_jsonl(
+    model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"text_a": "good"}\nnonsense\n', encoding="utf-8")
+    predict.predict_file(model, tokenizer, str(source), str(target))
+    answered, bad = map(json.loads, target.read_text(encoding="utf-8").splitlines())
+    assert set(answered) == {"label", "probability", "exit_layer"}
+    assert bad["label"] is None
+    assert bad["error"].startswith("not JSON")
+
+
+def test_stopping_at_a_bad_row_leaves_nothing(
+    model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    source, target = tmp_path / "in.txt", tmp_path / "out.tsv"
+    source.write_text("good\n" * 50 + "\ngood\n", encoding="utf-8")
+    with pytest.raises(predict.BadRowError, match=r"in\.txt, line 51: empty line; .*--bad-rows mark"):
+        predict.predict_file(model, tokenizer, str(source), str(target), bad_rows="stop", window=8)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
+
+
+def test_failure_half_way_keeps_the_earlier_output(
+    model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    source, target = tmp_path / "in.txt", tmp_path / "out.tsv"
+    source.write_text("good\n" * 50, encoding="utf-8")
+    target.write_text("earlier\n", encoding="utf-8")
+
+    def interrupt(rows: int) -> None:
+        if rows == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict.predict_file(model, tokenizer, str(source), str(target), on_progress=interrupt, window=8)
+    assert target.read_text(encoding="utf-8") == "earlier\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.tsv"]
+
+
+def test_empty_input_leaves_nothing(
+    model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    source = tmp_path / "in.tsv"
+    for content in ("", "text_a\n"):
+        source.write_text(content, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"empty|no rows"):
+            predict.predict_file(model, tokenizer, str(source), str(tmp_path / "out.tsv"))
+    assert [path.name for path in tmp_path.iterdir()] == ["in.tsv"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source": "absent.tsv"}, "no file absent.tsv"),
+        ({"source": "in.xml"}, "cannot tell the format of 'in.xml'"),
+        ({"source": "in.txt", "destination": "out.png"}, "cannot tell the format of 'out.png'"),
+        ({"source": "in.txt", "destination": "out.txt"}, "predictions are written as"),
+        ({"source": "in.txt", "destination": "folder"}, "folder"),
+        ({"source": "in.txt", "input_format": "xml"}, "format: got 'xml'"),
+        ({"source": "in.txt", "bad_rows": "ignore"}, "bad_rows: got 'ignore'"),
+    ],
+)
+def test_bad_arguments_are_found_without_a_model(
+    arguments: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in.txt").write_text("good\n", encoding="utf-8")
+    Path("folder").mkdir()
+    defaults = {"destination": "out.tsv", "input_format": None, "output_format": None, "bad_rows": "mark"}
+    with pytest.raises((ValueError, OSError), match=message):
+        predict.check_files(**{**defaults, **arguments})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("argument", ["batch_size", "window"])
+def test_counts_must_be_positive(
+    model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase, argument: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{argument}: got 0"):
+        list(predict.predict(model, tokenizer, [predict.InputRow(1, "x")], **{argument: 0}))

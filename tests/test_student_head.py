@@ -1,0 +1,803 @@
+"""student_head and student_head_exit: the folded kernels against the unfolded head in float64."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cubins import Cubin, KernelSpec, compile_kernels
+from error_budget import assert_within_budget
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fastkd_kernels as fk
+from fastkd_kernels import _extension, _triton
+from fastkd_kernels.ops import student_head as ops
+from fastkd_kernels.ops.student_head import StudentHeadConfig, StudentHeadWeights, fold, student_head_reference
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = ["padded", "lengths", "mask", "packed"]
+
+needs_triton = pytest.mark.skipif(not _triton.available, reason=str(_triton.missing_reason))
+needs_extension = pytest.mark.skipif(
+    not _extension.has_kernel("student_head_pool", "CPU"), reason="the compiled extension is not built"
+)
+CUDA = pytest.param("cuda", marks=needs_triton)  # on a machine without a GPU, in Triton's interpreter
+CPU = pytest.param("cpu", marks=[needs_extension, pytest.mark.skipif(DEVICE.type != "cpu", reason="tensors on a GPU")])
+BACKENDS = [CUDA, CPU, "reference"]
+FOLDED = [CUDA, CPU]
+
+
+def random_head(
+    hidden: int = 48, width: int = 32, labels: int = 3, heads: int = 2, dtype: torch.dtype = torch.float32
+) -> StudentHeadWeights:
+    shapes = [(width, hidden), *[(width, width)] * 5, (labels, width)]
+    # larger than at initialisation, so that tanh saturates and the attention is far from uniform
+    pairs = [
+        (
+            (torch.randn(shape, device=DEVICE) * 2 / shape[1] ** 0.5).to(dtype),
+            torch.randn(shape[0], device=DEVICE).to(dtype),
+        )
+        for shape in shapes
+    ]
+    return StudentHeadWeights(*pairs, num_attention_heads=heads)
+
+
+def converted(head: StudentHeadWeights, convert: Callable[[Tensor], Tensor]) -> StudentHeadWeights:
+    return StudentHeadWeights(*[(convert(w), convert(b)) for w, b in head[:7]], head.num_attention_heads)
+
+
+def laid_out(hidden_states: Tensor, lengths: Tensor, layout: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same sequences in one of the four layouts; "padded" keeps the padding as tokens."""
+    if layout == "padded":
+        return hidden_states, {}
+    if layout == "lengths":
+        return hidden_states, {"lengths": lengths}
+    valid = torch.arange(hidden_states.shape[1], device=DEVICE) < lengths[:, None]
+    if layout == "mask":
+        return hidden_states, {"attention_mask": valid.long()}
+    cu_seqlens = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    return hidden_states[valid], {"cu_seqlens": cu_seqlens}
+
+
+def assert_accurate(actual: Tensor, hidden_states: Tensor, head: StudentHeadWeights, **masks: Tensor) -> None:
+    """Not less accurate than the unfolded head in the same dtype, but for what the last roundings may add."""
+    truth = student_head_reference(hidden_states.double(), converted(head, Tensor.double), **masks)
+    baseline = student_head_reference(hidden_states, head, **masks)
+    eps = torch.finfo(hidden_states.dtype).eps
+    scale = float(truth.abs().max()) if truth.numel() else 0.0
+    # float32: hundreds of products are summed in another order; below: the narrow activations are rounded once
+    absolute = (32 if eps < 1e-6 else 0.5) * eps * max(scale, 1.0)
+    assert actual.dtype == (torch.float64 if hidden_states.dtype == torch.float64 else torch.float32)
+    assert_within_budget(actual, truth, baseline, absolute=absolute)
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", FOLDED)
+def test_error_budget(backend: str, dtype: torch.dtype, layout: str) -> None:
+    head = random_head(dtype=dtype)
+    padded = torch.randn(3, 70, 48, device=DEVICE).to(dtype)
+    hidden_states, masks = laid_out(padded, torch.tensor([70, 1, 65], device=DEVICE), layout)
+    with fk.backend(backend):
+        logits = fk.student_head(hidden_states, head, **masks)
+    assert_accurate(logits, hidden_states, head, **masks)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "width", "labels", "heads"),
+    [
+        (768, 128, 2, 2),  # FastBERT
+        (384, 128, 40, 2),  # MiniLM, many classes
+        (100, 64, 3, 4),  # H is no multiple of 16
+        (7, 16, 2, 1),  # H smaller than any tile
+        (64, 256, 300, 8),  # the widest head, classes in two blocks
+    ],
+)
+@pytest.mark.parametrize("backend", FOLDED)
+def test_error_budget_of_sizes(backend: str, hidden: int, width: int, labels: int, heads: int) -> None:
+    head = random_head(hidden, width, labels, heads)
+    hidden_states = torch.randn(2, 67, hidden, device=DEVICE)
+    lengths = torch.tensor([67, 20], device=DEVICE)
+    with fk.backend(backend):
+        logits = fk.student_head(hidden_states, head, lengths)
+    assert_accurate(logits, hidden_states, head, lengths=lengths)
+
+
+@needs_extension
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="tensors on a GPU")
+def test_cpu_folds_float64_too() -> None:
+    head = random_head(dtype=torch.float64)
+    hidden_states = torch.randn(2, 9, 48, dtype=torch.float64)
+    with fk.backend("cpu"):
+        logits = fk.student_head(hidden_states, head)
+    torch.testing.assert_close(logits, student_head_reference(hidden_states, head), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 33, 63, 64, 65, 128, 193])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", [CPU])
+def test_every_row_bucket(backend: str, dtype: torch.dtype, tokens: int) -> None:
+    head = random_head(dtype=dtype)
+    hidden_states = torch.randn(1, tokens, 48).to(dtype)
+    with fk.backend(backend):
+        assert_accurate(fk.student_head(hidden_states, head), hidden_states, head)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[int, list[int], int, int, int, int, str]:
+    tokens = draw(st.integers(1, 80))
+    lengths = draw(st.lists(st.integers(1, tokens), max_size=4))
+    width = draw(st.sampled_from([16, 32, 64]))
+    return (
+        tokens,
+        lengths,
+        draw(st.integers(1, 80)),
+        width,
+        draw(st.integers(2, 5)),
+        draw(st.sampled_from([1, 2, 4])),
+        draw(st.sampled_from(LAYOUTS)),
+    )
+
+
+@pytest.mark.parametrize("backend", FOLDED)
+@settings(max_examples=20, deadline=None)
+@given(problem=problems())
+def test_any_shape(backend: str, problem: tuple[int, list[int], int, int, int, int, str]) -> None:
+    tokens, lengths, hidden, width, labels, heads, layout = problem
+    head = random_head(hidden, width, labels, heads)
+    padded = torch.randn(len(lengths), tokens, hidden, device=DEVICE)
+    hidden_states, masks = laid_out(padded, torch.tensor(lengths, dtype=torch.int64, device=DEVICE), layout)
+    with fk.backend(backend):
+        logits = fk.student_head(hidden_states, head, **masks)
+    assert logits.shape == (len(lengths), labels)
+    assert_accurate(logits, hidden_states, head, **masks)
+
+
+@pytest.mark.parametrize("backend", FOLDED)
+@settings(max_examples=10, deadline=None)
+@given(masks=st.lists(st.integers(0, 2**69 - 1), min_size=1, max_size=3))
+def test_any_mask(backend: str, masks: list[int]) -> None:
+    head = random_head()
+    attention_mask = torch.tensor([[True, *(mask >> bit & 1 for bit in range(69))] for mask in masks], device=DEVICE)
+    hidden_states = torch.randn(len(masks), 70, 48, device=DEVICE)
+    hidden_states[~attention_mask] = torch.nan
+    with fk.backend(backend):
+        logits = fk.student_head(hidden_states, head, attention_mask=attention_mask)
+    assert_accurate(logits, hidden_states, head, attention_mask=attention_mask)
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, 1e30])
+@pytest.mark.parametrize("layout", ["lengths", "mask"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_changes_nothing(backend: str, layout: str, garbage: float) -> None:
+    head = random_head()
+    clean = torch.zeros(3, 70, 48, device=DEVICE)
+    dirty = torch.full_like(clean, garbage)
+    lengths = torch.tensor([1, 69, 40], device=DEVICE)
+    for row, length in enumerate(lengths.tolist()):
+        clean[row, :length] = dirty[row, :length] = torch.randn(length, 48, device=DEVICE)
+    _, masks = laid_out(clean, lengths, layout)
+    with fk.backend(backend):
+        expected, actual = fk.student_head(clean, head, **masks), fk.student_head(dirty, head, **masks)
+    assert expected.isfinite().all()
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_a_token_reaches_only_its_sequence(backend: str) -> None:
+    head = random_head()
+    hidden_states = torch.randn(3, 5, 48, device=DEVICE)
+    hidden_states[1, 2, 0] = torch.nan
+    with fk.backend(backend):
+        logits = fk.student_head(hidden_states, head)
+    assert logits.isnan().all(dim=1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masks_of_every_dtype_and_stride(backend: str, dtype: torch.dtype) -> None:
+    head = random_head()
+    hidden_states = torch.randn(2, 9, 48, device=DEVICE)
+    mask = torch.tensor([[1, 0, 1, 1, 0, 0, 0, 0, 1], [1] * 9], device=DEVICE)
+    strided = mask.to(dtype).t().contiguous().t()
+    with fk.backend(backend):
+        logits = fk.student_head(hidden_states, head, attention_mask=strided)
+    assert_accurate(logits, hidden_states, head, attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    "stride",
+    [
+        pytest.param(lambda x: x[::2, 1::3], id="rows and tokens"),
+        pytest.param(lambda x: x[..., ::2], id="features"),
+        pytest.param(lambda x: x.transpose(0, 1), id="time first"),
+        pytest.param(lambda x: x[:1].expand(3, -1, -1), id="expanded"),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_hidden_states(backend: str, stride: Callable[[Tensor], Tensor]) -> None:
+    hidden_states = stride(torch.randn(6, 12, 48, device=DEVICE))
+    head = random_head(hidden=hidden_states.shape[-1])
+    lengths = torch.arange(1, 2 * hidden_states.shape[0], 2, device=DEVICE).clamp(max=hidden_states.shape[1])[::1]
+    with fk.backend(backend):
+        logits = fk.student_head(hidden_states, head, lengths)
+    assert_accurate(logits, hidden_states, head, lengths=lengths)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_empty_batch(backend: str, layout: str) -> None:
+    hidden_states, masks = laid_out(
+        torch.empty(0, 5, 48, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE), layout
+    )
+    with fk.backend(backend):
+        assert fk.student_head(hidden_states, random_head(), **masks).shape == (0, 3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batch_mates_and_layouts_change_nothing(backend: str, layout: str) -> None:
+    head = random_head()
+    padded, lengths = torch.randn(4, 70, 48, device=DEVICE), torch.tensor([70, 5, 1, 33], device=DEVICE)
+    if layout == "padded":
+        lengths = torch.full_like(lengths, 70)
+    hidden_states, masks = laid_out(padded, lengths, layout)
+    with fk.backend(backend):
+        together = fk.student_head(hidden_states, head, **masks)
+        alone = [
+            fk.student_head(row[None, :length], head) for row, length in zip(padded, lengths.tolist(), strict=True)
+        ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=3e-6)
+
+
+# --- folding and its cache ------------------------------------------------------------------------------------------
+
+
+def test_fold_is_exact_in_float64() -> None:
+    head = random_head(dtype=torch.float64)
+    folded = fold(head)
+    tokens = torch.randn(6, 32, dtype=torch.float64, device=DEVICE)
+    split = lambda pair: nn.functional.linear(tokens, *pair).unflatten(-1, (2, 16))  # noqa: E731
+    scores = torch.einsum("hd,thd->ht", split(head.query)[0], split(head.key)) / 4
+    ours = (tokens[0] @ folded.query_key + folded.query_bias) @ tokens.t()
+    # they differ by the keys' bias, which is the same for every token
+    torch.testing.assert_close(ours - ours[:, :1], scores - scores[:, :1])
+
+
+class Module(nn.Module):
+    """A head as a model keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(48 if i == 0 else 32, 3 if i == 6 else 32) for i in range(7))
+
+    def weights(self) -> StudentHeadWeights:
+        return StudentHeadWeights(*[(layer.weight, layer.bias) for layer in self.layers])
+
+
+def _in_place(module: Module) -> None:
+    for parameter in module.parameters():
+        parameter.mul_(1.5)
+
+
+def _one_bias(module: Module) -> None:
+    module.layers[3].bias.add_(1)
+
+
+def _optimizer_step(module: Module) -> None:
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.SGD(module.parameters(), lr=0.1).step()
+
+
+def _load(module: Module) -> None:
+    module.load_state_dict({name: 1.5 * value for name, value in module.state_dict().items()})
+
+
+def _there_and_back(module: Module) -> None:
+    module.to(torch.bfloat16).to(torch.float32)
+
+
+def _replace_data(module: Module) -> None:
+    for parameter in module.parameters():
+        parameter.data = parameter.data * 1.5
+
+
+def _replace_parameter(module: Module) -> None:
+    module.layers[1].weight = nn.Parameter(module.layers[1].weight * 1.5)
+
+
+@pytest.mark.parametrize(
+    "change", [_in_place, _one_bias, _optimizer_step, _load, _there_and_back, _replace_data, _replace_parameter]
+)
+@pytest.mark.parametrize("backend", FOLDED)
+@torch.no_grad()
+def test_never_stale(backend: str, change: Callable[[Module], None]) -> None:
+    module = Module().to(DEVICE)
+    hidden_states = torch.randn(2, 5, 48, device=DEVICE)
+    with fk.backend(backend):
+        before = fk.student_head(hidden_states, module.weights())
+        assert torch.equal(fk.student_head(hidden_states, module.weights()), before)
+        change(module)
+        after = fk.student_head(hidden_states, module.weights())
+    assert not torch.equal(after, before)
+    torch.testing.assert_close(after, student_head_reference(hidden_states, module.weights()), rtol=1e-5, atol=3e-6)
+
+
+@torch.no_grad()
+def test_folds_once_and_forgets_with_the_module() -> None:
+    entries = len(ops._fold_cache)
+    module = Module().to(DEVICE)
+    folded = ops._fold_cache.get(module.weights())
+    assert ops._fold_cache.get(module.weights()) is folded
+    assert len(ops._fold_cache) == entries + 1
+    del module, folded
+    gc.collect()
+    assert len(ops._fold_cache) == entries
+
+
+@torch.no_grad()
+def test_inference_tensors_have_no_version_and_are_not_cached() -> None:
+    with torch.inference_mode():
+        module = Module().to(DEVICE)
+        first = ops._fold_cache.get(module.weights())
+        module.layers[1].weight.mul_(2)
+        second = ops._fold_cache.get(module.weights())
+    assert not torch.equal(first.query_key, second.query_key)
+
+
+def test_folded_under_inference_mode_serves_later_calls() -> None:
+    module, hidden_states = Module().to(DEVICE), torch.randn(2, 5, 48, device=DEVICE)
+    with torch.inference_mode():
+        first = fk.student_head(hidden_states, module.weights())
+    with torch.no_grad():
+        assert torch.equal(fk.student_head(hidden_states, module.weights()), first)
+
+
+@torch.no_grad()
+def test_threads_share_a_head() -> None:
+    module, hidden_states = Module().to(DEVICE), torch.randn(2, 5, 48, device=DEVICE)
+    expected = student_head_reference(hidden_states, module.weights())
+    results: list[Tensor] = []
+    start = threading.Barrier(8)
+
+    def call() -> None:
+        start.wait()
+        with torch.no_grad():
+            results.append(fk.student_head(hidden_states, module.weights()))
+
+    threads = [threading.Thread(target=call) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8
+    for result in results:
+        torch.testing.assert_close(result, expected, rtol=1e-5, atol=3e-6)
+
+
+# --- training, tracing ----------------------------------------------------------------------------------------------
+
+
+def test_gradcheck_of_the_reference() -> None:
+    head = random_head(hidden=5, width=4, labels=2, dtype=torch.float64)
+    hidden_states = torch.randn(2, 3, 5, dtype=torch.float64, device=DEVICE, requires_grad=True)
+    lengths = torch.tensor([3, 2], device=DEVICE)
+    flat = [tensor.requires_grad_() for pair in head[:7] for tensor in pair]  # type: ignore[attr-defined]
+
+    def run(hidden_states: Tensor, *flat: Tensor) -> Tensor:
+        return student_head_reference(hidden_states, ops._head_of(list(flat), 2), lengths)
+
+    assert torch.autograd.gradcheck(run, (hidden_states, *flat))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_gets_the_gradients_of_the_unfolded_head(layout: str) -> None:
+    module = Module().to(DEVICE)
+    padded = torch.randn(2, 5, 48, device=DEVICE, requires_grad=True)
+    hidden_states, masks = laid_out(padded, torch.tensor([5, 2], device=DEVICE), layout)
+    wanted = [padded, *module.parameters()]
+    expected = torch.autograd.grad(
+        student_head_reference(hidden_states, module.weights(), **masks).sum(), wanted, retain_graph=True
+    )
+    actual = torch.autograd.grad(fk.student_head(hidden_states, module.weights(), **masks).sum(), wanted)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_garbage_in_padding_reaches_no_gradient() -> None:
+    module = Module().to(DEVICE)
+    hidden_states = torch.randn(2, 5, 48, device=DEVICE)
+    hidden_states[1, 2:] = torch.nan
+    fk.student_head(hidden_states, module.weights(), torch.tensor([5, 2], device=DEVICE)).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in module.parameters() if parameter.grad is not None)
+
+
+def test_autocast_takes_mixed_dtypes() -> None:
+    module, hidden_states = Module().to(DEVICE), torch.randn(2, 5, 48, device=DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16), torch.no_grad():
+        logits = fk.student_head(hidden_states.bfloat16(), module.weights())
+    expected = student_head_reference(hidden_states, module.weights())
+    torch.testing.assert_close(logits, expected, rtol=0.05, atol=0.05)
+
+
+def _op_arguments(layout: str) -> tuple[Any, ...]:
+    padded, lengths = torch.randn(2, 5, 48, device=DEVICE), torch.tensor([5, 2], device=DEVICE)
+    hidden_states, masks = laid_out(padded, lengths, layout)
+    named = [masks.get(name) for name in ("lengths", "attention_mask", "cu_seqlens")]
+    return (hidden_states, ops._parameters(random_head()), 2, *named)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_opcheck(layout: str) -> None:
+    torch.library.opcheck(torch.ops.fastkd_kernels.student_head.default, _op_arguments(layout))
+
+
+@needs_extension
+def test_opcheck_of_the_cpu_kernel() -> None:
+    folded = fold(converted(random_head(), Tensor.cpu))
+    weights = (folded.query_key, folded.query_bias, folded.mix, folded.mix_bias, *folded.classifier)
+    lengths = torch.tensor([5, 2])
+    arguments = (torch.randn(8, 32), torch.randn(2, 32), 2, 5, 2, *weights, lengths, None, None)
+    torch.library.opcheck(torch.ops.fastkd_kernels.student_head_pool.default, arguments)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_compiles_to_one_graph_that_follows_the_weights(layout: str) -> None:
+    module = Module().to(DEVICE)
+    padded, lengths = torch.randn(2, 5, 48, device=DEVICE), torch.tensor([5, 2], device=DEVICE)
+    hidden_states, masks = laid_out(padded, lengths, layout)
+
+    def run(hidden_states: Tensor, masks: dict[str, Tensor]) -> Tensor:
+        return fk.student_head(hidden_states * 1, module.weights(), **masks) + 0
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(compiled(hidden_states, masks), run(hidden_states, masks), rtol=0, atol=0)
+            _in_place(module)
+
+
+@torch.no_grad()
+def test_compiled_calls_fold_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, hidden_states = Module().to(DEVICE), torch.randn(2, 5, 48, device=DEVICE)
+    compiled = torch.compile(lambda x: fk.student_head(x, module.weights()), fullgraph=True, backend="aot_eager")
+    compiled(hidden_states)
+    monkeypatch.setattr(ops, "fold", lambda head: pytest.fail("folded again"))
+    compiled(hidden_states)
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+CPU_ONLY = pytest.mark.skipif(DEVICE.type != "cpu", reason="checking values would wait for the GPU")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, "lengths and attention_mask", {"lengths": [5, 5], "attention_mask": [[1] * 5] * 2}),
+        (TypeError, "lengths: got dtype torch.float32", {"lengths": [5.0, 5.0]}),
+        (ValueError, r"lengths: got shape \(3,\)", {"lengths": [5, 5, 5]}),
+        (ValueError, r"attention_mask: got shape \(2, 4\)", {"attention_mask": [[1] * 4] * 2}),
+        (ValueError, r"expected \[N_tokens, H\]", {"cu_seqlens": [0, 5, 10]}),
+        pytest.param(ValueError, "lengths: got values from 0 to 5", {"lengths": [0, 5]}, marks=CPU_ONLY),
+        pytest.param(ValueError, "lengths: got values from 1 to 6", {"lengths": [1, 6]}, marks=CPU_ONLY),
+        pytest.param(ValueError, "row whose token 0", {"attention_mask": [[1] * 5, [0, 1, 1, 1, 1]]}, marks=CPU_ONLY),
+    ],
+)
+def test_bad_masks(backend: str, error: type[Exception], message: str, arguments: dict[str, Any]) -> None:
+    tensors = {name: torch.tensor(value, device=DEVICE) for name, value in arguments.items()}
+    with fk.backend(backend), pytest.raises(error, match=message):
+        fk.student_head(torch.randn(2, 5, 48, device=DEVICE), random_head(), **tensors)
+
+
+@CPU_ONLY
+@pytest.mark.parametrize("cu_seqlens", [[0, 5, 9], [1, 5, 10], [0, 5, 5, 10], [0, 7, 5, 10]])
+def test_bad_cu_seqlens(cu_seqlens: list[int]) -> None:
+    with pytest.raises(ValueError, match="rise from 0 to N_tokens=10"):
+        fk.student_head(torch.randn(10, 48), random_head(), cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "hidden_states", "head"),
+    [
+        (TypeError, "expected a floating-point", torch.ones(2, 5, 48, dtype=torch.int64), random_head()),
+        (TypeError, "expected that of the weights, torch.float32", torch.ones(2, 5, 48).half(), random_head()),
+        (ValueError, "with H=48", torch.ones(2, 5, 47), random_head()),
+        (ValueError, r"expected \[B, T, H\]", torch.ones(5, 48), random_head()),
+        (ValueError, "T=0", torch.ones(2, 0, 48), random_head()),
+        (ValueError, "divisor of the head width 32", torch.ones(2, 5, 48), random_head(heads=5)),
+        (ValueError, r"key: got a weight of shape \(32, 31\)", torch.ones(2, 5, 48), {"key": (32, 31)}),
+        (ValueError, r"narrow: got a weight of shape \(32,\)", torch.ones(2, 5, 48), {"narrow": (32,)}),
+        (TypeError, "dense: got torch.float16", torch.ones(2, 5, 48), {"dense": torch.float16}),
+    ],
+)
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_bad_head(needs_gradient: bool, error: type[Exception], message: str, hidden_states: Tensor, head: Any) -> None:
+    if isinstance(head, dict):
+        [(name, wrong)] = head.items()
+        weight, bias = getattr(random_head(), name)
+        wrong_weight = weight.to(wrong) if isinstance(wrong, torch.dtype) else torch.ones(wrong)
+        head = random_head()._replace(**{name: (wrong_weight.to(DEVICE), bias)})
+    hidden_states = hidden_states.to(DEVICE)
+    if needs_gradient and hidden_states.is_floating_point():
+        hidden_states.requires_grad_()
+    with pytest.raises(error, match=message):
+        fk.student_head(hidden_states, head)
+
+
+@needs_triton
+def test_a_head_the_kernel_does_not_take() -> None:
+    head, hidden_states = random_head(width=24), torch.randn(2, 5, 48, device=DEVICE)
+    with fk.backend("cuda"), pytest.raises(fk.BackendUnavailableError, match="power of two"):
+        fk.student_head(hidden_states, head)
+
+
+# --- the exit -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("criterion", fk.CRITERIA)
+@pytest.mark.parametrize("labels", [2, 3, 40])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exit_is_head_then_gate(backend: str, labels: int, criterion: str, per_row: bool) -> None:
+    rows, layers = 6, 3
+    row_ids = torch.randperm(2 * rows, device=DEVICE)[:rows]
+    speed = torch.rand(rows, device=DEVICE) if per_row else 0.6
+    top_n = 2 if criterion == "top_n" else None
+    ours, theirs = (fk.ExitRecord.allocate(2 * rows, labels, DEVICE) for _ in range(2))
+    head = random_head(labels=labels)
+    for layer in range(1, layers + 1):
+        hidden_states = torch.randn(rows, 5, 48, device=DEVICE)
+        hidden_states[1, 3] = torch.nan
+        with fk.backend(backend):
+            out = fk.student_head_exit(hidden_states, head, speed, criterion, row_ids, top_n, record=ours, layer=layer)
+            assert out.logits is not None
+            assert torch.equal(out.logits.nan_to_num(), fk.student_head(hidden_states, head).nan_to_num())
+        with fk.backend("reference"):
+            expected = fk.exit_gate(out.logits, speed, criterion, row_ids, top_n, record=theirs, layer=layer)
+        assert out.kept().tolist() == expected.kept().tolist()
+        assert 1 in out.kept().tolist()  # its NaN is never answered early
+        torch.testing.assert_close(out.uncertainty, expected.uncertainty, equal_nan=True, rtol=1e-5, atol=1e-6)
+        assert torch.equal(ours.exit_layer, theirs.exit_layer)
+        assert torch.equal(ours.logits, theirs.logits)
+        torch.testing.assert_close(ours.uncertainty, theirs.uncertainty, rtol=1e-5, atol=1e-6)
+        answers = ours.history[:, 0]
+        assert torch.equal(answers, theirs.history[:, 0])
+        assert torch.equal(ours.history[answers >= 0], theirs.history[answers >= 0])
+
+
+@pytest.mark.parametrize(("speed", "kept"), [(0.0, 5), (1.0, 0)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_stay_and_none_stay(backend: str, layout: str, speed: float, kept: int) -> None:
+    padded, lengths = torch.randn(5, 7, 48, device=DEVICE), torch.tensor([7, 1, 2, 7, 3], device=DEVICE)
+    hidden_states, masks = laid_out(padded, lengths, layout)
+    with fk.backend(backend):
+        out = fk.student_head_exit(hidden_states, random_head(), speed, **masks)
+    assert out.kept().tolist() == list(range(kept))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exit_of_an_empty_batch(backend: str) -> None:
+    with fk.backend(backend):
+        out = fk.student_head_exit(torch.empty(0, 5, 48, device=DEVICE), random_head(), 0.5)
+    assert out.kept().tolist() == []
+    assert out.logits is not None
+    assert out.logits.shape == (0, 3)
+
+
+@needs_triton
+def test_compaction_over_several_blocks() -> None:
+    """More rows than one block of the last program lists at a time."""
+    head = random_head(hidden=16, width=16)
+    hidden_states = torch.randn(1100, 1, 16, device=DEVICE)
+    with fk.backend("cuda"):
+        out = fk.student_head_exit(hidden_states, head, 0.7)
+    stays = (out.uncertainty > 0.7).nonzero().flatten()
+    assert 0 < len(stays) < 1100
+    assert out.kept().tolist() == stays.tolist()
+
+
+@needs_triton
+def test_more_classes_than_one_launch_takes() -> None:
+    head = random_head(labels=ops.MAX_FUSED_LABELS + 1)
+    hidden_states = torch.randn(3, 5, 48, device=DEVICE)
+    with fk.backend("cuda"):
+        logits = fk.student_head(hidden_states, head)
+    assert_accurate(logits, hidden_states, head)
+    assert not ops._one_launch(hidden_states, head, None)
+
+
+@needs_triton
+@torch.no_grad()
+def test_ticket_is_reset() -> None:
+    head, hidden_states = random_head(), torch.randn(3, 5, 48, device=DEVICE)
+    ticket = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    with fk.backend("cuda"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops._tickets, "take", lambda tensor: ticket)
+        first, second = (fk.student_head_exit(hidden_states, head, 0.6) for _ in range(2))
+    assert int(ticket) == 0
+    assert first.kept().tolist() == second.kept().tolist()
+
+
+@needs_triton
+@pytest.mark.parametrize("with_record", [False, True])
+def test_opcheck_of_the_exit(with_record: bool) -> None:
+    record = fk.ExitRecord.allocate(2, 3, DEVICE)
+    fields = (record.logits, record.uncertainty, record.exit_layer, record.history)
+    gate = (0.5, None, "entropy", None, None, *(fields if with_record else (None,) * 4), 1)
+    arguments = (*_op_arguments("lengths"), *gate)
+    torch.library.opcheck(torch.ops.fastkd_kernels.student_head_exit.default, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exit_compiles_to_one_graph(backend: str) -> None:
+    head, hidden_states = random_head(), torch.randn(4, 5, 48, device=DEVICE)
+    compiled_record, eager_record = (fk.ExitRecord.allocate(4, 3, DEVICE) for _ in range(2))
+
+    def run(hidden_states: Tensor, record: fk.ExitRecord) -> tuple[Tensor, Tensor, Tensor]:
+        out = fk.student_head_exit(hidden_states * 1, head, 0.6, record=record, layer=2)
+        assert out.logits is not None
+        return out.logits, out.uncertainty, out.count
+
+    with fk.backend(backend):
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(hidden_states, compiled_record)
+        eager = run(hidden_states, eager_record)
+    for ours, theirs in zip(compiled, eager, strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(compiled_record.exit_layer, eager_record.exit_layer)
+    assert torch.equal(compiled_record.logits, eager_record.logits)
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("speed: got 1.5", {"speed": 1.5}),
+        ("criterion: got 'max'", {"criterion": "max"}),
+        ("record: got None", {"criterion": "patience"}),
+        ("top_n: got None", {"criterion": "top_n"}),
+        ("row_ids: got shape", {"row_ids": torch.arange(3)}),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_gate_arguments(backend: str, message: str, arguments: dict[str, Any]) -> None:
+    with fk.backend(backend), pytest.raises(ValueError, match=message):
+        fk.student_head_exit(torch.randn(2, 5, 48, device=DEVICE), random_head(), **{"speed": 0.5, **arguments})
+
+
+@pytest.mark.parametrize("labels", [1])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_class_cannot_exit(backend: str, labels: int) -> None:
+    with fk.backend(backend), pytest.raises(ValueError, match="at least 2"):
+        fk.student_head_exit(torch.randn(2, 5, 48, device=DEVICE), random_head(labels=labels), 0.5)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@torch.no_grad()
+def test_no_synchronisation_and_graph_replay() -> None:
+    head, hidden_states = random_head(), torch.randn(5, 7, 48, device=DEVICE)
+    expected = fk.student_head_exit(hidden_states, head, 0.6)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fk.student_head_exit(hidden_states, head, 0.6)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = fk.student_head_exit(hidden_states, head, 0.6)
+    for _ in range(3):
+        graph.replay()
+        assert captured.kept().tolist() == expected.kept().tolist()
+        assert torch.equal(captured.uncertainty, expected.uncertainty)
+
+
+# --- machine code ---------------------------------------------------------------------------------------------------
+
+_POINTERS = {torch.float32: "*fp32:16", torch.bfloat16: "*bf16:16", torch.float16: "*fp16:16"}
+_LAYOUT_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "padded": {},
+    "lengths": {"lengths": "*i64:16"},
+    "mask": {"attention_mask": "*i64:16", "stride_mask_batch": "i32:16"},
+    "packed": {"cu_seqlens": "*i32:16"},
+}
+_SHARED = ("query_key", "query_bias", "mix", "mix_bias", "classifier", "classifier_bias", "scratch", "logits")
+
+
+def _specification(
+    dtype: torch.dtype, layout: str, *, hidden: int = 768, width: int = 128, labels: int = 4, heads: int = 2
+) -> KernelSpec:
+    """The logits kernel, specialised as its launcher would."""
+    config = StudentHeadConfig.heuristic(dtype, hidden, width, labels)
+    aligned = ":16" if hidden % 16 == 0 else ""
+    arguments = {
+        **dict.fromkeys(_SHARED, "*fp32:16"),
+        **dict.fromkeys(("hidden_states", "narrow_weight", "narrow_bias"), _POINTERS[dtype]),
+        **dict.fromkeys(("lengths", "attention_mask", "cu_seqlens"), None),
+        "tokens": "i32",
+        "hidden": "i32" + aligned,
+        "num_labels": "i32",
+        "stride_batch": "i32" + aligned,
+        "stride_token": "i32" + aligned,
+        "stride_mask_batch": "i32",
+        "stride_mask_token": 1,
+        "EVEN_HIDDEN": hidden % config.block_hidden == 0,
+        "WIDEN": False,
+        "HEADS": heads,
+        "WIDTH": width,
+        **config.block_sizes(),
+        **_LAYOUT_ARGUMENTS[layout],
+    }
+    return KernelSpec("fastkd_kernels.ops.student_head:_student_head_kernel", arguments, config.options())
+
+
+def _exit_specification(
+    dtype: torch.dtype, layout: str, criterion: str, *, record: bool, per_row: bool, labels: int = 4
+) -> KernelSpec:
+    logits_kernel = _specification(dtype, layout, labels=labels)
+    record_types = {
+        "record_logits": "*fp32:16",
+        "record_uncertainty": "*fp32:16",
+        "record_exit_layer": "*i32:16",
+        "record_history": "*i32:16",
+    }
+    arguments = {
+        **logits_kernel.arguments,
+        **dict.fromkeys(("survivors", "count", "ticket"), "*i32:16"),
+        "uncertainties": "*fp32:16",
+        "stays": "*i8:16",
+        "speeds": "*fp32:16" if per_row else None,
+        "row_ids": "*i64:16" if record else None,
+        **(record_types if record else dict.fromkeys(record_types, None)),
+        "speed": "fp32",
+        "top_n": "i32",
+        "layer": "i32",
+        "batch": "i32",
+        "CRITERION": fk.CRITERIA.index(criterion),
+    }
+    return KernelSpec("fastkd_kernels.ops.student_head:_student_head_exit_kernel", arguments, logits_kernel.options)
+
+
+def _specifications() -> list[KernelSpec]:
+    """Every dtype x layout, the criteria and flags taking turns so that each meets every dtype and every layout."""
+    specifications = []
+    for number, (dtype, layout) in enumerate((dtype, layout) for dtype in DTYPES for layout in LAYOUTS):
+        criterion = fk.CRITERIA[number % len(fk.CRITERIA)]
+        record = number % 2 == 0 or criterion == "patience"
+        specifications.append(_exit_specification(dtype, layout, criterion, record=record, per_row=number % 3 == 0))
+    specifications += [_specification(dtype, layout) for dtype, layout in zip(DTYPES, LAYOUTS, strict=False)]
+    specifications += [
+        _exit_specification(torch.bfloat16, "lengths", "top_n", record=True, per_row=False, labels=256),
+        _specification(torch.float32, "mask", hidden=100, labels=300),
+        _specification(torch.bfloat16, "packed", width=256, heads=4),
+    ]
+    return specifications
+
+
+@needs_triton
+def test_machine_code() -> None:
+    for cubin in compile_kernels(_specifications()):
+        cubin.assert_no_spills()
+        opcodes = cubin.opcodes()
+        arguments = cubin.spec.arguments
+        streamed = [name for name in opcodes if name.startswith("LDGSTS") and name.endswith("128")]
+        if arguments["EVEN_HIDDEN"]:
+            assert streamed, f"the hidden states are not read 16 bytes at a time: {cubin} {opcodes}"
+        if arguments["hidden_states"] != "*fp32:16" and arguments["WIDTH"] <= 128:  # type: ignore[operator]
+            assert_uses_tensor_cores(cubin, opcodes)
+
+
+def assert_uses_tensor_cores(cubin: Cubin, opcodes: Any) -> None:
+    mnemonic = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}[cubin.capability]
+    assert any(name.startswith(mnemonic) for name in opcodes), f"no {mnemonic} in {cubin}: {opcodes}"

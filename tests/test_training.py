@@ -1,0 +1,519 @@
+"""fastkd.training: what learns, what stays frozen, what a kill leaves, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fastkd
+import pytest
+import torch
+import training_worker
+from fastkd.data import DataError, LengthGroupedSampler, LengthSortedBatches, Rows, load_rows, tokenize
+from fastkd.training import (
+    LOG_FILE,
+    DistillOptions,
+    FinetuneOptions,
+    _SelfDistillation,
+    bf16_is_fast,
+    distill,
+    finetune,
+    last_checkpoint,
+    self_distillation_loss,
+)
+from tiny_models import early_exit_model, random_batch, tokenizer_of
+from torch.nn import functional as F
+from training_worker import LABEL_NAMES, load, options_of, rows, save_plain, train
+from transformers import TrainerCallback
+
+WORKER = Path(training_worker.__file__)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in the worker processes, so that sums add up in the same order; and tiny tensors gain nothing from more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_plain(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def finetuned(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fine-tuned model folder, for the tests that distil."""
+    return train("finetune", load(plain, num_labels=2), tmp_path_factory.mktemp("stage") / "finetuned").output_dir
+
+
+def _state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def _changed(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def _accuracies(model: fastkd.EarlyExitForSequenceClassification, dev: Rows) -> list[float]:
+    """Of each head, by hand."""
+    tokens = tokenize(dev, tokenizer_of("bert"), 16)
+    right = []
+    for batch in LengthSortedBatches(tokens, tokenizer_of("bert"), 16):
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            right.append(model.all_exit_logits(**batch).argmax(-1) == labels[:, None])
+    return torch.cat(right).double().mean(0).tolist()
+
+
+def _leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Fine-tuning
+
+
+def test_finetune_learns_the_labels_with_backbone_and_teacher_alone(plain: Path, tmp_path: Path) -> None:
+    model = load(plain, num_labels=2)
+    before = _state(model)
+    result = train("finetune", model, tmp_path / "out")
+
+    assert result.metrics["accuracy"] > 0.9
+    # the kept weights are those of the best evaluation
+    history = [entry["eval_accuracy"] for entry in result.log_history if "eval_accuracy" in entry]
+    assert (len(history), max(history)) == (3, result.metrics["accuracy"])
+    assert _accuracies(model, rows(40, seed=1))[-1] == pytest.approx(result.metrics["accuracy"])
+    assert result.steps == 30
+
+    changed = _changed(model, before)
+    assert not {name for name in changed if name.startswith("heads.") and not name.startswith("heads.3.")}
+    assert {name.split(".")[0] for name in changed} == {"bert", "heads"}
+    assert "bert.embeddings.word_embeddings.weight" in changed
+    # the caller gets the model back as it was: not wrapped, not frozen, in evaluation mode
+    assert "forward" not in vars(model)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    assert not model.training
+
+
+def test_finetune_writes_a_whole_folder_and_nothing_else(plain: Path, tmp_path: Path) -> None:
+    model = load(plain, num_labels=2)
+    result = train("finetune", model, tmp_path / "out")
+    assert _leftovers(tmp_path) == ["out"]
+    assert {"config.json", "model.safetensors", "tokenizer_config.json", LOG_FILE} <= set(_leftovers(tmp_path / "out"))
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+
+    log = json.loads((tmp_path / "out" / LOG_FILE).read_text())
+    assert log["stage"] == "finetune"
+    assert log["metrics"] == result.metrics
+    assert log["options"]["learning_rate"] == 1e-3
+    assert sum("loss" in entry for entry in log["log_history"]) == result.steps
+
+    saved = load(tmp_path / "out")
+    assert _changed(saved, _state(model)) == set()
+    assert saved.config.id2label == dict(enumerate(LABEL_NAMES))
+    assert saved.config.label2id == {"negative": 0, "positive": 1}
+    assert saved.config.problem_type == "single_label_classification"
+    assert not saved.config.exits_trained
+
+
+class _Observer(TrainerCallback):
+    """Notes the optimiser's groups, and the learning rate of each at every step."""
+
+    def __init__(self) -> None:
+        self.groups: list[dict[str, Any]] = []
+        self.rates: list[list[float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.groups = [dict(group) for group in kwargs["optimizer"].param_groups]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rates.append([group["lr"] for group in kwargs["optimizer"].param_groups])
+
+
+def test_learning_rates_and_weight_decay_of_finetune(plain: Path, tmp_path: Path) -> None:
+    model, observer = load(plain, num_labels=2), _Observer()
+    options = replace(options_of("finetune", epochs=1), head_learning_rate_factor=5.0, weight_decay=0.03, warmup=0.5)
+    finetune(model, rows(80), None, tmp_path / "out", options, tokenizer_of("bert"), [observer])
+    trained = {name: p for name, p in model.named_parameters() if not name.startswith("heads.") or "heads.3." in name}
+    placed = {id(p): group for group in observer.groups for p in group["params"]}
+    assert {id(p) for p in trained.values()} == set(placed)
+    for name, parameter in trained.items():
+        group = placed[id(parameter)]
+        assert group["initial_lr"] == pytest.approx(5e-3 if name.startswith("heads.") else 1e-3), name
+        assert group["weight_decay"] == (0.0 if name.endswith("bias") or "LayerNorm" in name else 0.03), name
+    backbone_rates = [rates[0] for rates in observer.rates]
+    assert backbone_rates == pytest.approx([0, 2e-4, 4e-4, 6e-4, 8e-4, 1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
+
+
+def test_every_epoch_has_its_own_order(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    orders = []
+
+    def recorded(sampler: LengthGroupedSampler) -> Iterator[int]:
+        orders.append(list(iterate(sampler)))
+        return iter(orders[-1])
+
+    iterate = LengthGroupedSampler.__iter__
+    monkeypatch.setattr(LengthGroupedSampler, "__iter__", recorded)
+    train("finetune", load(plain, num_labels=2), tmp_path / "out", batch_size=40)
+    assert len({tuple(order) for order in orders}) == 3
+    assert all(sorted(order) == list(range(80)) for order in orders)
+
+
+def test_early_stopping(plain: Path, tmp_path: Path) -> None:
+    changes = {"epochs": 9, "learning_rate": 1e-12, "early_stopping_patience": 2}
+    result = train("finetune", load(plain, num_labels=2), tmp_path / "out", **changes)
+    assert result.steps == 30  # the first evaluation is the best, two more bring nothing
+
+
+def test_bf16_autocast_on_this_device_and_switched_off_after_it(plain: Path, tmp_path: Path) -> None:
+    model = load(plain, num_labels=2)
+    seen: list[torch.dtype] = []
+    hook = model.bert.encoder.layer[0].intermediate.dense.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.dtype)
+    )
+    result = train("finetune", model, tmp_path / "out", bf16=True, max_steps=4)
+    assert set(seen) == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    seen.clear()
+    train("distill", model, tmp_path / "distilled", bf16=False, max_steps=2)
+    assert set(seen) == {torch.float32}
+    hook.remove()
+    assert result.train_loss > 0
+
+
+def test_bf16_is_chosen_where_the_hardware_has_it(plain: Path, tmp_path: Path) -> None:
+    model = load(plain, num_labels=2)
+    seen: list[torch.dtype] = []
+    model.bert.encoder.layer[0].intermediate.dense.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.dtype)
+    )
+    train("finetune", model, tmp_path / "out", bf16=None, max_steps=1)
+    assert set(seen) == {torch.bfloat16 if bf16_is_fast() else torch.float32}
+
+
+def test_regression(plain: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.tsv"
+    source = rows(80).dataset
+    path.write_text(
+        "label\ttext\n" + "".join(f"{2.5 * row['label'] + 0.25}\t{row['text_a']}\n" for row in source), encoding="utf-8"
+    )
+    train_rows = load_rows(path, num_labels=1)
+    model = load(plain, num_labels=1)
+    tokenizer = tokenizer_of("bert")
+    options = options_of("finetune")
+    result = finetune(model, train_rows, train_rows, tmp_path / "out", options, tokenizer)
+    assert result.metrics["pearson"] > 0.9
+    assert result.metrics["mse"] == pytest.approx(result.metrics["loss"], rel=1e-5)
+    assert model.config.problem_type == "regression"
+    options = options_of("distill")
+    result = distill(model, train_rows, train_rows, tmp_path / "distilled", options, tokenizer)
+    assert {f"{name}_layer_{layer}" for name in ("pearson", "mse") for layer in (1, 2, 3, 4)} <= set(result.metrics)
+    losses = [entry["eval_loss"] for entry in result.log_history if "eval_loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+# Distillation
+
+
+def test_distill_trains_the_students_alone_and_needs_no_labels(finetuned: Path, tmp_path: Path) -> None:
+    model = load(finetuned)
+    before = _state(model)
+    unlabelled = rows(80, labelled=False)
+    result = distill(model, unlabelled, rows(40, seed=1), tmp_path / "out", options_of("distill"), tokenizer_of("bert"))
+    changed = _changed(model, before)
+    students = {name for name in before if name.startswith("heads.") and not name.startswith("heads.3.")}
+    # the key bias cancels in the softmax: its gradient is rounding noise, and it may or may not move
+    assert students - {f"heads.{i}.key.bias" for i in range(3)} <= changed <= students
+    assert result.metrics["accuracy_layer_4"] == load_accuracy(finetuned)
+    accuracies = [result.metrics[f"accuracy_layer_{layer}"] for layer in (1, 2, 3, 4)]
+    assert accuracies == pytest.approx(_accuracies(model, rows(40, seed=1)))
+    losses = [entry["loss"] for entry in result.log_history if "loss" in entry]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert load(tmp_path / "out").config.exits_trained
+    assert load(tmp_path / "out")(**random_batch(), speed=0.9).exit_layer is not None
+
+    without_labels = distill(
+        load(finetuned), unlabelled, rows(40, seed=1, labelled=False), tmp_path / "blind",
+        options_of("distill", max_steps=2), tokenizer_of("bert"),
+    )  # fmt: skip
+    assert set(without_labels.metrics) == {"loss"}
+
+
+def load_accuracy(folder: Path) -> float:
+    return float(json.loads((folder / LOG_FILE).read_text())["metrics"]["accuracy"])
+
+
+def test_the_frozen_teacher_has_no_dropout_and_the_students_do() -> None:
+    model = early_exit_model("bert", head_dropout=0.3)
+    batch = random_batch()
+    expected = model.all_exit_logits(**batch)
+    objective = _SelfDistillation(model, DistillOptions()).train()
+    first, second = objective(**batch)["logits"], objective(**batch)["logits"]
+    torch.testing.assert_close(first[:, -1], expected[:, -1], rtol=0, atol=0)
+    assert not torch.equal(first[:, :-1], second[:, :-1])
+    torch.testing.assert_close(objective.eval()(**batch)["logits"], expected, rtol=0, atol=0)
+
+
+def test_the_distillation_schedule_is_its_own_length(finetuned: Path, tmp_path: Path) -> None:
+    observer = _Observer()
+    options = options_of("distill", epochs=2, warmup=0.0, weight_decay=0.05)
+    model = load(finetuned)
+    distill(model, rows(80), None, tmp_path / "out", options, tokenizer_of("bert"), [observer])
+    assert [rates[0] for rates in observer.rates] == pytest.approx([2e-3 * (20 - step) / 20 for step in range(20)])
+    students = {id(p) for head in model.student_heads for p in head.parameters()}
+    assert {id(p) for group in observer.groups for p in group["params"]} == students
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("t2_scale", [True, False])
+def test_self_distillation_loss_is_its_formula(direction: Any, temperature: float, t2_scale: bool) -> None:
+    student, teacher = torch.randn(7, 3, 5, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
+    p = (teacher / temperature).softmax(-1)[:, None].expand(7, 3, 5)
+    q = (student / temperature).softmax(-1)
+    a, b = (p, q) if direction == "forward" else (q, p)
+    expected = sum((a[:, i] * (a[:, i] / b[:, i]).log()).sum() / 7 for i in range(3))
+    expected = expected * temperature**2 if t2_scale else expected
+    loss = self_distillation_loss(student, teacher, temperature, direction, t2_scale)
+    torch.testing.assert_close(loss, expected)
+    assert torch.autograd.gradcheck(
+        lambda logits: self_distillation_loss(logits, teacher, temperature, direction, t2_scale),
+        student.requires_grad_(),
+    )
+
+
+def test_self_distillation_loss_of_regression_is_the_squared_difference() -> None:
+    student, teacher = torch.randn(6, 2, 1), torch.randn(6, 1)
+    expected = sum(F.mse_loss(student[:, i], teacher) for i in range(2))
+    torch.testing.assert_close(self_distillation_loss(student, teacher), expected)
+
+
+# Killed and continued
+
+
+def _kill(stage: str, folder: Path, output_dir: Path, step: int) -> None:
+    command = [sys.executable, str(WORKER), stage, str(folder), str(output_dir)]
+    command += ["--kill-at", str(step), "--eval-steps", "4"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=_environment())
+    assert finished.returncode == -signal.SIGKILL, finished.stderr[-2000:]
+
+
+def _environment() -> dict[str, str]:
+    paths = [str(WORKER.parent), *(path for path in sys.path if path)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(("stage", "killed_at", "checkpoint"), [("finetune", 18, 16), ("distill", 23, 20)])
+def test_a_killed_run_continues_to_the_same_weights(
+    finetuned: Path, tmp_path: Path, stage: str, killed_at: int, checkpoint: int
+) -> None:
+    # 10 steps an epoch, a checkpoint every 4: killed in the middle of the second epoch, or at the start of the third
+    # after a checkpoint that ends the second, so both ways of continuing the data order are taken
+    output_dir = tmp_path / "killed"
+    _kill(stage, finetuned, output_dir, killed_at)
+    assert not output_dir.exists()
+    checkpoints = tmp_path / "killed.checkpoints"
+    found = last_checkpoint(checkpoints)
+    assert found is not None
+    assert found.name == f"checkpoint-{checkpoint}"
+
+    with pytest.raises(FileExistsError, match=r"unfinished run; continue it with resume=True"):
+        train(stage, load(finetuned), output_dir, eval_steps=4)
+    with pytest.raises(ValueError, match=r"resume: .* started differently \(seed was 42, is 43\)"):
+        train(stage, load(finetuned), output_dir, eval_steps=4, resume=True, seed=43)
+    torch.rand(17)  # another state of the global generator than the killed process had
+    resumed_model = load(finetuned)
+    resumed = train(stage, resumed_model, output_dir, eval_steps=4, resume=True)
+    whole_model = load(finetuned)
+    whole = train(stage, whole_model, tmp_path / "whole", eval_steps=4)
+
+    assert _changed(resumed_model, _state(whole_model)) == set()
+    assert _changed(load(output_dir), _state(load(tmp_path / "whole"))) == set()
+    assert resumed.metrics == whole.metrics
+    assert resumed.steps == whole.steps == 30
+    timed = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "eval_runtime")
+    timed += ("eval_samples_per_second", "eval_steps_per_second", "total_flos")
+
+    def untimed(history: list[dict[str, float]]) -> list[dict[str, float]]:
+        return [{name: value for name, value in entry.items() if name not in timed} for entry in history]
+
+    assert untimed(resumed.log_history) == untimed(whole.log_history)
+    assert _leftovers(tmp_path) == ["killed", "whole"]
+
+
+def test_half_written_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    assert last_checkpoint(tmp_path) is None
+    for step in (4, 8, 12, 16):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "rng_state.pth").touch()
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-8" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"epoch": 1.')
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
+    # a second process has to have written its part
+    assert last_checkpoint(tmp_path, processes=2) is None
+
+
+def test_nothing_half_written_is_left_when_saving_fails(
+    finetuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = tokenizer_of("bert")
+
+    def out_of_space(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left on device")
+
+    options = options_of("distill", max_steps=2)
+    with monkeypatch.context() as broken:
+        broken.setattr(tokenizer, "save_pretrained", out_of_space)
+        with pytest.raises(OSError, match="no space left"):
+            distill(load(finetuned), rows(80), None, tmp_path / "out", options, tokenizer)
+    assert _leftovers(tmp_path) == ["out.checkpoints"]
+    options = replace(options, resume=True)
+    result = distill(load(finetuned), rows(80), None, tmp_path / "out", options, tokenizer)
+    assert result.steps == 2
+    assert _leftovers(tmp_path) == ["out"]
+
+
+def test_a_finished_folder_is_replaced_only_when_told(finetuned: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()  # an empty folder is free
+    train("distill", load(finetuned), tmp_path / "out", max_steps=1)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"out already exists; choose another, or pass overwrite=True"):
+        train("distill", load(finetuned), tmp_path / "out", max_steps=1)
+    assert (tmp_path / "out" / "notes.txt").exists()
+    train("distill", load(finetuned), tmp_path / "out", max_steps=1, overwrite=True)
+    assert not (tmp_path / "out" / "notes.txt").exists()
+    assert _leftovers(tmp_path) == ["out"]
+
+
+# Two processes
+
+
+def test_torchrun_trains_like_one_process(plain: Path, tmp_path: Path) -> None:
+    still = tmp_path / "still"  # without dropout both see the same network
+    model = load(plain, num_labels=2)
+    model.config.backbone.hidden_dropout_prob = model.config.backbone.attention_probs_dropout_prob = 0.0
+    model.config.head_dropout = 0.0
+    model.save_pretrained(still)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1",
+        f"--master-port={port}", str(WORKER), "finetune", str(still), str(tmp_path / "two"), "--batch-size", "4",
+        "--then-distill", str(tmp_path / "two_distilled"), "--learning-rate", "1e-4",
+    ]  # fmt: skip
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=_environment())
+    assert finished.returncode == 0, finished.stderr[-3000:]
+
+    train("finetune", load(still), tmp_path / "one", learning_rate=1e-4)
+    train("distill", load(tmp_path / "one"), tmp_path / "one_distilled", learning_rate=1e-4)
+    logs = [json.loads((tmp_path / name / LOG_FILE).read_text()) for name in ("one", "two")]
+    assert [log["processes"] for log in logs] == [1, 2]
+    one, two = ([entry["loss"] for entry in log["log_history"] if "loss" in entry] for log in logs)
+    assert one == pytest.approx(two, rel=1e-3)
+    batch = random_batch()
+    batch["input_ids"] %= len(tokenizer_of("bert"))
+    with torch.no_grad():
+        expected = load(tmp_path / "one_distilled").all_exit_logits(**batch)
+        torch.testing.assert_close(
+            load(tmp_path / "two_distilled").all_exit_logits(**batch), expected, rtol=0.02, atol=0.02
+        )
+    assert _leftovers(tmp_path) == ["one", "one_distilled", "still", "two", "two_distilled"]
+
+
+# Refused before any work
+
+
+def _with(dataset: Rows, **changes: Any) -> Rows:
+    return replace(dataset, **changes)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: {"train": rows(8, labelled=False)}, "train: generated sentences 0 has no labels; fine-tuning needs"),
+        (lambda: {"dev": rows(8, labelled=False)}, "dev: .* has no labels"),
+        (
+            lambda: {"train": _with(rows(8), num_labels=3, label_names=None)},
+            "3 labels, the model has 2 labels; load",
+        ),
+        (lambda: {"train": _with(rows(8), num_labels=1)}, r"has a number as its label \(regression\), the model has 2"),
+        (
+            lambda: {"dev": _with(rows(8), label_names=("positive", "negative"))},
+            r"dev: .* the labels positive, negative, the model has negative, positive; .*label_names=\['negative', ",
+        ),
+        (lambda: {"options": options_of("finetune", max_length=67)}, "max_length: got 67, the model has 66 positions"),
+        (
+            lambda: {"options": options_of("finetune", early_stopping_patience=1), "dev": None},
+            "early_stopping_patience: it needs an evaluation; pass dev rows",
+        ),
+    ],
+)
+def test_finetune_refuses(finetuned: Path, tmp_path: Path, make: Callable[[], dict[str, Any]], message: str) -> None:
+    arguments = {"train": rows(8), "dev": rows(8), "options": options_of("finetune"), **make()}
+    with pytest.raises(ValueError, match=message):
+        finetune(load(finetuned), output_dir=tmp_path / "out", tokenizer=tokenizer_of("bert"), **arguments)
+    assert _leftovers(tmp_path) == []
+
+
+def test_data_errors_are_data_errors(finetuned: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no labels"):
+        finetune(
+            load(finetuned), rows(8, labelled=False), None, tmp_path / "out", FinetuneOptions(), tokenizer_of("bert")
+        )
+
+
+def test_weights_that_cannot_be_trained(finetuned: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"weights to be trained are torch\.bfloat16, expected torch\.float32"):
+        train("finetune", load(finetuned, dtype=torch.bfloat16), tmp_path / "out")
+    assert _leftovers(tmp_path) == []
+
+
+def test_a_tokenizer_of_another_model(finetuned: Path, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("bert")
+    tokenizer.add_tokens([f"new{i}" for i in range(400)])
+    with pytest.raises(ValueError, match=r"tokenizer: it has 426 tokens, the model embeds 320"):
+        finetune(load(finetuned), rows(8), None, tmp_path / "out", FinetuneOptions(), tokenizer)
+
+
+def test_a_model_without_students(plain: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"heads after the layers \[4\] only"):
+        train("distill", load(plain, num_labels=2, exit_layers=[4]), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("epochs", 0), ("learning_rate", -1e-3), ("learning_rate", float("nan")), ("warmup", 1.0), ("max_steps", 0)],
+)
+def test_option_out_of_range(option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{option}: got {value!r}, expected"):
+        FinetuneOptions(**{option: value})
+
+
+def test_distill_option_out_of_range() -> None:
+    with pytest.raises(ValueError, match=r"temperature: got 0, expected a number above 0"):
+        DistillOptions(temperature=0)
+    with pytest.raises(ValueError, match=r"direction: got 'both', expected 'forward' or 'reverse'"):
+        DistillOptions(direction="both")
+
+
+def test_unnamed_labels_may_lack_the_last_classes(plain: Path, tmp_path: Path) -> None:
+    model = load(plain, num_labels=3)
+    few = Rows(datasets.Dataset.from_dict({"text_a": ["a film", "the plot"], "label": [0, 1]}), None, 2, "few rows")
+    options = options_of("finetune", epochs=1)
+    finetune(model, few, None, tmp_path / "out", options, tokenizer_of("bert"))
+    assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
