@@ -66,13 +66,9 @@ def import_torch() -> ModuleType:
 
 def find_cuda_home() -> Path | None:
     """A folder with bin/nvcc and the runtime's headers; torch's own search gives up where torch has no CUDA."""
+    given = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc")
-    candidates = [
-        os.environ.get("CUDA_HOME"),
-        os.environ.get("CUDA_PATH"),
-        str(Path(nvcc).resolve().parents[1]) if nvcc else None,
-        "/usr/local/cuda",
-    ]
+    candidates = [given] if given else [str(Path(nvcc).resolve().parents[1]) if nvcc else None, "/usr/local/cuda"]
     for candidate in filter(None, candidates):
         home = Path(candidate)
         # nvcc on PATH may be a script that calls the real one elsewhere: the headers tell
@@ -90,8 +86,10 @@ def toolkit_version(cuda_home: Path) -> str:
 def toolkit_problem(torch: ModuleType, cuda_home: Path | None) -> str | None:
     """Why CUDA sources cannot be compiled, or None."""
     if cuda_home is None:
+        given = os.environ.get("CUDA_HOME")
         return (
-            "no CUDA toolkit was found (nvcc and cuda_runtime.h). Install the toolkit of your torch"
+            f"no CUDA toolkit was found{f' at CUDA_HOME={given}' if given else ''} (bin/nvcc and "
+            "include/cuda_runtime.h). Install the toolkit of your torch"
             f"{f' (CUDA {torch.version.cuda})' if torch.version.cuda else ''}, or point CUDA_HOME at it."
         )
     version = toolkit_version(cuda_home)

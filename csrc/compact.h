@@ -1,6 +1,7 @@
 // What the CPU and the CUDA kernel of `compact` share: the checks of one call, and how a row of a tensor is laid out.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -45,6 +46,12 @@ inline bool overlap(const Tensor& one, const Tensor& other) {
   return first < second + extent_in_bytes(other) && second < first + extent_in_bytes(one);
 }
 
+// How many rows the outputs have room for.
+inline int64_t capacity_of(const Tensor& survivors) {
+  STD_TORCH_CHECK(survivors.dim() == 1, "survivors: expected a vector");
+  return survivors.size(0);
+}
+
 // The Python wrapper turns bad input into typed errors; these guard memory when the op is called directly.
 inline void check(
     const std::vector<Tensor>& tensors,
@@ -55,8 +62,8 @@ inline void check(
   STD_TORCH_CHECK(out.size() == tensors.size(), "out: got ", out.size(), " tensors for ", tensors.size());
   const auto index_type = survivors.scalar_type();
   STD_TORCH_CHECK(
-      survivors.dim() == 1 && (index_type == ScalarType::Int || index_type == ScalarType::Long),
-      "survivors: expected a vector of int32 or int64");
+      index_type == ScalarType::Int || index_type == ScalarType::Long, "survivors: expected int32 or int64");
+  const int64_t capacity = capacity_of(survivors);
   const auto device = survivors.device();
   STD_TORCH_CHECK(
       !count || (count->numel() == 1 && count->scalar_type() == ScalarType::Int && count->device() == device),
@@ -68,13 +75,39 @@ inline void check(
     STD_TORCH_CHECK(source.device() == device && target.device() == device, "tensors, out: devices differ");
     STD_TORCH_CHECK(
         target.scalar_type() == source.scalar_type() && target.dim() == source.dim() && target.is_contiguous() &&
-            target.size(0) >= survivors.size(0),
+            target.size(0) >= capacity,
         "out: expected a contiguous tensor of the same dtype with room for every survivor");
     for (int64_t d = 1; d < source.dim(); ++d) {
       STD_TORCH_CHECK(target.size(d) == source.size(d), "out: trailing shapes differ");
     }
     for (const Tensor& other : tensors) STD_TORCH_CHECK(!overlap(target, other), "out: overlaps an input");
   }
+}
+
+// New contiguous memory for `rows` rows like those of each tensor.
+inline std::vector<Tensor> allocate(const std::vector<Tensor>& tensors, int64_t rows) {
+  std::vector<Tensor> out;
+  out.reserve(tensors.size());
+  std::vector<int64_t> sizes, strides;
+  for (const Tensor& tensor : tensors) {
+    STD_TORCH_CHECK(tensor.dim() > 0, "tensors: expected at least one dimension");
+    const int64_t dim = tensor.dim();
+    sizes.assign(dim, rows);
+    strides.assign(dim, 1);
+    for (int64_t d = dim - 1; d > 0; --d) {
+      sizes[d] = tensor.size(d);
+      strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
+    }
+    int32_t dtype, device_type;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type));
+    AtenTensorHandle made;
+    // a third of the time of torch::stable::empty, which goes through the dispatcher
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        dim, sizes.data(), strides.data(), dtype, device_type, tensor.get_device_index(), &made));
+    out.emplace_back(made);
+  }
+  return out;
 }
 
 }  // namespace fastkd::compact

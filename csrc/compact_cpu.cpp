@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <utility>
 
 #include "compact.h"
 
@@ -10,7 +11,7 @@ namespace fastkd::compact {
 namespace {
 
 // Below this, waking another thread takes longer than copying.
-constexpr int64_t kBytesPerThread = 128 * 1024;
+constexpr int64_t kBytesPerThread = 512 * 1024;
 
 struct Dimension {
   int64_t size;
@@ -111,7 +112,7 @@ void read_rows(const Tensor& survivors, int64_t live, int64_t num_rows, int64_t*
   }
 }
 
-void compact_cpu(
+void compact_out_cpu(
     std::vector<Tensor> tensors,
     Tensor survivors,
     std::optional<Tensor> count,
@@ -148,10 +149,18 @@ void compact_cpu(
   });
 }
 
+std::vector<Tensor> compact_cpu(
+    std::vector<Tensor> tensors, Tensor survivors, std::optional<Tensor> count, int64_t threads, bool bulk) {
+  std::vector<Tensor> out = allocate(tensors, capacity_of(survivors));
+  compact_out_cpu(std::move(tensors), std::move(survivors), std::move(count), out, threads, bulk);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd_kernels, CPU, m) {
-  m.impl("compact_", TORCH_BOX(&compact_cpu));
+  m.impl("compact", TORCH_BOX(&compact_cpu));
+  m.impl("compact_out", TORCH_BOX(&compact_out_cpu));
 }
 
 }  // namespace fastkd::compact

@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include <utility>
+
 #include "compact.h"
 #include "compact_kernels.cuh"
 
@@ -27,7 +29,7 @@ bool compiled_with_bulk() {
   return attributes.ptxVersion >= 90;
 }
 
-void compact_cuda(
+void compact_out_cuda(
     std::vector<Tensor> tensors,
     Tensor survivors,
     std::optional<Tensor> count,
@@ -75,10 +77,18 @@ void compact_cuda(
   }
 }
 
+std::vector<Tensor> compact_cuda(
+    std::vector<Tensor> tensors, Tensor survivors, std::optional<Tensor> count, int64_t threads, bool bulk) {
+  std::vector<Tensor> out = allocate(tensors, capacity_of(survivors));
+  compact_out_cuda(std::move(tensors), std::move(survivors), std::move(count), out, threads, bulk);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd_kernels, CUDA, m) {
-  m.impl("compact_", TORCH_BOX(&compact_cuda));
+  m.impl("compact", TORCH_BOX(&compact_cuda));
+  m.impl("compact_out", TORCH_BOX(&compact_out_cuda));
 }
 
 }  // namespace fastkd::compact

@@ -154,7 +154,7 @@ import torch, fastkd_kernels
 from fastkd_kernels import _extension, info
 assert _extension.missing_reason is None, _extension.missing_reason
 assert "{folder}" in _extension.extension.__file__
-assert _extension.has_kernel("compact_", "CUDA")
+assert _extension.has_kernel("compact", "CUDA") and _extension.has_kernel("compact_out", "CUDA")
 assert info.collect()["extension"]["cuda_architectures"] == ["8.0", "9.0", "10.0", "12.0"]
 survivors = torch.tensor([2, 0], dtype=torch.int32)
 assert fastkd_kernels.compact([torch.arange(3)], survivors)[0].tolist() == [2, 0]

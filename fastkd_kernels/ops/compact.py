@@ -97,35 +97,64 @@ class CompactConfig:
 
 _DEFAULT_CONFIG = CompactConfig()
 
+_LAUNCH_ARGUMENTS = f"int threads={_DEFAULT_CONFIG.threads}, bool bulk=False"
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
 library.define(
-    "compact_(Tensor[] tensors, Tensor survivors, Tensor? count, Tensor(a!)[] out, int threads, bool bulk) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    f"compact(Tensor[] tensors, Tensor survivors, Tensor? count=None, {_LAUNCH_ARGUMENTS}) -> Tensor[]", tags=_TAGS
+)
+library.define(
+    f"compact_out(Tensor[] tensors, Tensor survivors, Tensor? count, Tensor(a!)[] out, {_LAUNCH_ARGUMENTS}) -> ()",
+    tags=_TAGS,
 )
 
 
-@torch.library.register_fake("fastkd_kernels::compact_", lib=library)
+@torch.library.register_fake("fastkd_kernels::compact", lib=library)
 def _compact_fake(
+    tensors: Sequence[Tensor], survivors: Tensor, count: Tensor | None = None, threads: int = 256, bulk: bool = False
+) -> list[Tensor]:
+    _check(tensors, survivors, count, None)
+    return [_allocate(tensor, survivors.shape[0]) for tensor in tensors]
+
+
+@torch.library.register_fake("fastkd_kernels::compact_out", lib=library)
+def _compact_out_fake(
     tensors: Sequence[Tensor],
     survivors: Tensor,
     count: Tensor | None,
     out: Sequence[Tensor],
-    threads: int,
-    bulk: bool,
+    threads: int = 256,
+    bulk: bool = False,
 ) -> None:
     _check(tensors, survivors, count, out)
 
 
+def _allocate(tensor: Tensor, rows: int) -> Tensor:
+    return torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
+
+
 def _compact_triton(
+    tensors: Sequence[Tensor], survivors: Tensor, count: Tensor | None = None, threads: int = 256, bulk: bool = False
+) -> list[Tensor]:
+    """`compact` where the extension has no CUDA kernels."""
+    _check(tensors, survivors, count, None)
+    out = [_allocate(tensor, survivors.shape[0]) for tensor in tensors]
+    _compact_out_triton(tensors, survivors, count, out)
+    return out
+
+
+def _compact_out_triton(
     tensors: Sequence[Tensor],
     survivors: Tensor,
     count: Tensor | None,
     out: Sequence[Tensor],
-    threads: int = _DEFAULT_CONFIG.threads,
+    threads: int = 256,
     bulk: bool = False,
 ) -> None:
-    """`compact_` by one Triton launch a tensor, where the extension has no CUDA kernels."""
+    """`compact_out` by one Triton launch a tensor; how it is launched follows from the width of the rows."""
+    _check(tensors, survivors, count, out)
     if any(_overlap(target, tensor) for target in out for tensor in tensors):
-        raise RuntimeError("out: overlaps an input")
+        raise ValueError("out: overlaps an input")
     capacity = survivors.shape[0]
     survivors = survivors.contiguous()
     for tensor, target in zip(tensors, out, strict=True):
@@ -166,31 +195,31 @@ _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: tor
 
 def _as_words(tensor: Tensor) -> Tensor:
     """The same memory as [rows, words] integers, so that one kernel serves every dtype; copies rows that have gaps."""
-    rows = tensor.resolve_conj().resolve_neg().flatten(1) if tensor.dim() > 1 else tensor[:, None]
+    tensor = tensor.resolve_conj().resolve_neg()
+    rows = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
     if rows.shape[1] > 1 and rows.stride(1) != 1:
         rows = rows.contiguous()
     return rows.view(_WORDS[tensor.element_size()])
 
 
-def _cuda_reason() -> str | None:
-    by_extension = _extension.missing_kernel_reason("compact_", "CUDA")
+def _missing_for_cuda() -> str | None:
+    by_extension = _extension.missing_kernel_reason("compact", "CUDA")
     if by_extension is None or _triton.available:
         return None
     return f"{by_extension}, and {_triton.missing_reason}"
 
 
-def _cpu_reason() -> str | None:
-    return _CPU_REASON
+_CUDA_REASON = _missing_for_cuda()
+_CPU_REASON = _extension.missing_kernel_reason("compact", "CPU")
 
+if _triton.available and not _extension.has_kernel("compact", "CUDA"):
+    library.impl("compact", _compact_triton, "CUDA")
+    library.impl("compact_out", _compact_out_triton, "CUDA")
 
-_CPU_REASON = _extension.missing_kernel_reason("compact_", "CPU")
+register_backends("compact", cuda=lambda: _CUDA_REASON, cpu=lambda: _CPU_REASON, interpretable=True)
 
-if _triton.available and not _extension.has_kernel("compact_", "CUDA"):
-    library.impl("compact_", _compact_triton, "CUDA")
-
-register_backends("compact", cuda=_cuda_reason, cpu=_cpu_reason, interpretable=True)
-
-_compact_op = torch.ops.fastkd_kernels.compact_.default
+_compact_op = torch.ops.fastkd_kernels.compact.default
+_compact_out_op = torch.ops.fastkd_kernels.compact_out.default
 
 
 def _gather(
@@ -198,28 +227,31 @@ def _gather(
     survivors: Tensor,
     count: Tensor | None,
     out: Sequence[Tensor] | None,
-    config: CompactConfig,
+    config: CompactConfig | None,
 ) -> list[Tensor]:
-    """`compact` after its checks and without its gradient, on the backend that `resolve` names."""
-    capacity = survivors.shape[0]
+    """`compact` without its gradient, on the backend that `resolve` names.
+
+    The kernels check their input themselves, cheaper than Python could; `_explain` says what was wrong.
+    """
     backend = resolve("compact", survivors.device)
-    # the C++ kernel looks at every row number by itself
-    if backend != "cpu" and (_DEBUG or survivors.device.type == "cpu") and not torch.compiler.is_compiling():
-        _check_rows(survivors, count, tensors[0].shape[0])
+    # tensors on the CPU reach the cuda backend only where Triton interprets its kernels
+    interpreted = backend == "cuda" and not survivors.is_cuda
+    if backend == "reference" or interpreted or _DEBUG:
+        _check(tensors, survivors, count, out)
+        if (_DEBUG or survivors.device.type == "cpu") and not torch.compiler.is_compiling():
+            _check_rows(survivors, count, tensors[0].shape[0])
     if backend == "reference":
         return compact_reference(tensors, survivors, count, out)
-    if out is None:
-        views = [torch.empty((capacity, *t.shape[1:]), dtype=t.dtype, device=t.device) for t in tensors]
-    else:
-        views = [target if target.shape[0] == capacity else target[:capacity] for target in out]
-        _note_change(out)
-    # tensors on the CPU reach the cuda backend only where Triton interprets its kernels
-    write = _compact_triton if backend == "cuda" and not survivors.is_cuda else _compact_op
+    launch = () if config is None else (config.threads, config.bulk)
     try:
-        write(tensors, survivors, count, views, config.threads, config.bulk)
+        if out is None:
+            return (_compact_triton if interpreted else _compact_op)(tensors, survivors, count, *launch)
+        (_compact_out_triton if interpreted else _compact_out_op)(tensors, survivors, count, out, *launch)
     except RuntimeError as error:
-        raise _typed(error) from None
-    return views
+        raise _explain(error, tensors, survivors, count, out) from None
+    _note_change(out)
+    capacity = survivors.shape[0]
+    return [target if target.shape[0] == capacity else target[:capacity] for target in out]
 
 
 def _note_change(out: Sequence[Tensor]) -> None:
@@ -228,8 +260,15 @@ def _note_change(out: Sequence[Tensor]) -> None:
         torch.autograd.graph.increment_version(out)
 
 
-def _typed(error: RuntimeError) -> Exception:
-    """The extension can only raise RuntimeError("function, file:line, message"): give it the type that it deserves."""
+def _explain(
+    error: RuntimeError,
+    tensors: Sequence[Tensor],
+    survivors: Tensor,
+    count: Tensor | None,
+    out: Sequence[Tensor] | None,
+) -> Exception:
+    """The extension can only raise RuntimeError("function, file:line, message"): what it should have been."""
+    _check(tensors, survivors, count, out)
     message = re.sub(r"^\w+, .*?:\d+, ", "", str(error))
     if message.startswith("survivors["):
         return IndexError(message)
@@ -241,7 +280,7 @@ class _Compact(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, survivors: Tensor, count: Tensor | None, config: CompactConfig, *tensors: Tensor
+        ctx: Any, survivors: Tensor, count: Tensor | None, config: CompactConfig | None, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(survivors, count)
         ctx.rows = tensors[0].shape[0]
@@ -301,10 +340,8 @@ def compact(
         IndexError: on CPU, and with FASTKD_DEBUG=1 on a GPU, a row number outside 0..B-1; nothing was written then.
             A compiled graph raises it as RuntimeError.
     """
-    _check(tensors, survivors, count, out)
     if not tensors:
         return []
-    config = config or _DEFAULT_CONFIG
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         if out is not None:
             raise ValueError("out: cannot be written where a gradient is wanted; leave it out or use torch.no_grad()")

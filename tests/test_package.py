@@ -1,0 +1,227 @@
+"""The package as a whole: what it imports, what it does without its optional parts, and how its build fails."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastkd_kernels import info
+
+ROOT = Path(__file__).parents[1]
+
+BLOCKED = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if any(name == blocked or name.startswith(blocked + ".") for blocked in {blocked!r}):
+            raise ImportError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def python(code: str, *blocked: str, **environment: str) -> str:
+    """Standard output of a new interpreter that cannot import `blocked`."""
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    clean["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python"), *filter(None, sys.path)])
+    script = BLOCKED.format(blocked=blocked) + code
+    child = subprocess.run([sys.executable, "-c", script], env=clean | environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-4000:]
+    return child.stdout
+
+
+USE_EVERY_OP = """
+import torch, fastkd_kernels as fk
+logits = torch.tensor([[0.0, 9.0], [0.1, 0.0]])
+gate = fk.exit_gate(logits, 0.5)
+assert gate.kept().tolist() == [1]
+assert fk.compact([logits], gate.survivors, gate.count)[0][0].equal(logits[1])
+"""
+
+
+@pytest.mark.parametrize("missing", ["transformers", "triton", "fastkd_kernels._C"])
+def test_the_kernels_work_without(missing: str) -> None:
+    assert python(USE_EVERY_OP + "print('works')", missing).strip() == "works"
+
+
+def test_a_missing_extension_is_said_once_and_explained() -> None:
+    code = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        fk.compact([logits], torch.tensor([0]))
+print(len([w for w in caught if "compact" in str(w.message)]))
+try:
+    with fk.backend("cpu"):
+        fk.compact([logits], torch.tensor([0]))
+except fk.BackendUnavailableError as error:
+    print(error)
+"""
+    setup = "import torch, fastkd_kernels as fk\nlogits = torch.zeros(2, 2)\n"
+    warned, error = python(setup + code, "fastkd_kernels._C").splitlines()
+    assert warned == "1"
+    assert "fastkd_kernels._C could not be loaded" in error
+    assert "pip install --no-build-isolation ." in error
+
+
+def test_a_missing_triton_is_explained() -> None:
+    reasons = python(
+        "import json; from fastkd_kernels import info; print(json.dumps(info.collect()))", "triton", "fastkd_kernels._C"
+    )
+    report = json.loads(reasons)
+    assert report["versions"]["triton"] is None
+    assert "pip install triton" in report["versions"]["triton_missing"]
+    assert "pip install" in report["ops"]["compact"]["missing"]["cuda"]
+    assert report["ops"]["compact"]["uses"]["cpu"] == "reference"
+
+
+def test_import_does_not_touch_the_gpu_driver() -> None:
+    code = """
+import torch
+
+def touched(*args, **kwargs):
+    raise AssertionError("the GPU driver was asked")
+
+for name in ("is_available", "device_count", "init", "_lazy_init", "get_device_capability", "current_device"):
+    setattr(torch.cuda, name, touched)
+torch._C._cuda_getDeviceCount = touched
+import fastkd_kernels
+assert "transformers" not in sys.modules, "fastkd_kernels imports transformers"
+assert not torch.cuda.is_initialized()
+libraries = open("/proc/self/maps").read() if sys.platform == "linux" else ""
+assert "libcuda.so" not in libraries
+print("untouched")
+"""
+    assert python(code).strip() == "untouched"
+
+
+def imported_modules(folder: Path) -> dict[str, set[str]]:
+    """Top-level names that each Python file of a folder imports."""
+    return {str(path.relative_to(ROOT)): imports_of(path) for path in sorted(folder.rglob("*.py"))}
+
+
+def imports_of(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+def test_dependencies_point_one_way() -> None:
+    allowed = {"torch", "triton", "fastkd_kernels", *sys.stdlib_module_names}
+    files = imported_modules(ROOT / "fastkd_kernels")
+    assert len(files) > 5
+    for path, names in files.items():
+        assert names <= allowed, f"{path} imports {sorted(names - allowed)}"
+
+
+def test_the_thin_layer_reaches_the_kernels_by_their_public_names() -> None:
+    for path in sorted((ROOT / "python" / "fastkd").rglob("*.py")):
+        private = re.findall(r"(?:from|import) fastkd_kernels\._\w+", path.read_text(encoding="utf-8"))
+        assert not private, f"{path.name}: {private}"
+
+
+STABLE_HEADERS = re.compile(r"torch/(csrc/stable|headeronly)/|torch/csrc/inductor/aoti_torch/c/shim\.h")
+
+
+def test_csrc_includes_the_stable_abi_only() -> None:
+    sources = sorted((ROOT / "csrc").iterdir())
+    assert len(sources) > 3
+    for path in sources:
+        for header in re.findall(r"^\s*#\s*include\s*[<\"](.+?)[>\"]", path.read_text(encoding="utf-8"), re.MULTILINE):
+            assert not header.startswith(("ATen", "c10", "Python.h")), f"{path.name} includes {header}"
+            if header.startswith("torch/"):
+                assert path.name == "stable_compat.h", f"{path.name} includes {header} past stable_compat.h"
+                assert STABLE_HEADERS.match(header), f"{path.name} includes {header}"
+
+
+def build(stubs: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """setup.py with `stubs` in front of everything that is installed."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA_", "FASTKD_"))}
+    clean |= {"PYTHONPATH": str(stubs)} | environment
+    return subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=ROOT, env=clean, capture_output=True, text=True
+    )
+
+
+def stub_torch(folder: Path, version: str, cuda: str | None) -> Path:
+    utils = folder / "torch" / "utils"
+    utils.mkdir(parents=True)
+    version_class = f"type('version', (), {{'cuda': {cuda!r}}})"
+    (folder / "torch" / "__init__.py").write_text(f"__version__ = {version!r}\nversion = {version_class}\n")
+    (utils / "__init__.py").touch()
+    (utils / "cpp_extension.py").write_text(
+        "from setuptools import Extension as CppExtension\n"
+        "from setuptools.command.build_ext import build_ext as BuildExtension\n"
+    )
+    return folder
+
+
+def assert_readable(result: subprocess.CompletedProcess[str], *expected: str) -> None:
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.startswith("fastkd_kernels: ")
+    for text in expected:
+        assert text in result.stderr
+
+
+def test_a_missing_torch_is_one_paragraph(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError(\"No module named 'torch'\")")
+    result = build(tmp_path)
+    assert_readable(result, "PyTorch cannot be imported", "pip install torch", "pip install --no-build-isolation .")
+    assert build(tmp_path, FASTKD_SKIP_EXT="1").stdout.strip() == "0.1.0"
+
+
+def test_an_old_torch_is_one_paragraph(tmp_path: Path) -> None:
+    result = build(stub_torch(tmp_path, "2.9.1+cpu", None))
+    assert_readable(result, "PyTorch 2.9.1+cpu is too old", "torch>=2.10", "pip install torch")
+
+
+def test_a_missing_toolkit_is_one_paragraph(tmp_path: Path) -> None:
+    stubs = stub_torch(tmp_path, "2.11.0+cu130", "13.0")
+    result = build(stubs, FASTKD_FORCE_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert_readable(result, "FASTKD_FORCE_CUDA=1", "no CUDA toolkit was found", "(CUDA 13.0)", "CUDA_HOME")
+
+
+def test_a_missing_toolkit_leaves_the_cpu_kernels(tmp_path: Path) -> None:
+    result = build(stub_torch(tmp_path, "2.11.0+cu130", "13.0"), CUDA_HOME=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "building without the CUDA kernels: no CUDA toolkit was found" in result.stderr
+
+
+def test_a_toolkit_of_another_major_version_is_refused(tmp_path: Path) -> None:
+    home = tmp_path / "cuda-12"
+    for name in ("bin/nvcc", "include/cuda_runtime.h"):
+        (home / name).parent.mkdir(parents=True)
+        (home / name).write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12.9.41'\n")
+    (home / "bin" / "nvcc").chmod(0o755)
+    stubs = stub_torch(tmp_path / "stubs", "2.11.0+cu130", "13.0")
+    result = build(stubs, FASTKD_FORCE_CUDA="1", CUDA_HOME=str(home))
+    assert_readable(result, "is 12.9, but torch 2.11.0+cu130 was built with CUDA 13.0")
+
+
+def test_info_prints_every_op(capsys: pytest.CaptureFixture[str]) -> None:
+    files = (ROOT / "fastkd_kernels" / "ops").glob("*.py")
+    ops = {path.stem for path in files if "register_backends(" in path.read_text(encoding="utf-8")}
+    assert info.main([]) == 0
+    text = capsys.readouterr().out
+    assert info.main(["--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["ops"]) == ops
+    for op, of_op in report["ops"].items():
+        assert op in text
+        for device, used in of_op["uses"].items():
+            assert used == device or of_op["missing"][device] in text
