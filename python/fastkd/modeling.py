@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,13 +13,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import fastkd_kernels as fk
 from fastkd import backbones
 from fastkd.configuration import EarlyExitConfig, check_criterion, check_speed
-from fastkd.engines import batch
+from fastkd.engines import batch, packed, stream
 from fastkd.heads import LinearHead, StudentHead, build_head
 from fastkd.trace import ExitTrace, record_trace
 
@@ -156,7 +162,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         check_criterion(criterion, top_n, self.config.num_classes)
         leaves_early = speed > 0 and not self.training
         if leaves_early:
-            self._check_exits()
+            self.check_exits()
         hidden_states, mask = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         if labels is not None and labels.numel() != hidden_states.shape[0]:
             raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected [{hidden_states.shape[0]}], one a row")
@@ -199,6 +205,61 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             ValueError: no batches, or labels in some batches only.
         """
         return record_trace(self, batches)
+
+    def stream(
+        self,
+        rows: Iterable[Any],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        speed: float | None = None,
+        criterion: str | None = None,
+        top_n: int | None = None,
+        exit_layers: Sequence[int] | None = None,
+        max_length: int | None = None,
+        truncate: bool = True,
+        tokens_per_run: int = 2048,
+        max_tokens_in_flight: int = 65536,
+        look_ahead: int = 256,
+        deadline: float | None = None,
+    ) -> stream.Stream:
+        """Answer rows one by one in their order, rebatching the survivors of each layer across the whole input.
+
+        Args:
+            rows: texts, pairs of texts, dictionaries as `fastkd.data` names their columns, or dictionaries with
+                `input_ids`; a list, a generator or a `datasets.Dataset`. An input that has nothing right now may give
+                None, so that what waits can run.
+            tokenizer: of the model; not needed where the rows have `input_ids`.
+            speed, criterion, top_n: as in `forward`.
+            exit_layers: after which layers to decide, a choice of those that have a head; default all.
+            max_length: tokens after which a text is cut; default what tokenizer and encoder take.
+            truncate: False reports a text that is too long as a problem instead of cutting it.
+            tokens_per_run: a layer runs when as many tokens wait for it.
+            max_tokens_in_flight: input is read only while fewer tokens than this wait; one window may exceed it. Memory
+                is this times the hidden size, and the activations of one run.
+            look_ahead: rows that are read, tokenised and sorted by length together.
+            deadline: seconds after which a row runs on even where its layer's queue is not full.
+
+        Returns:
+            An iterator of `StreamRow` (`.label`, `.score`, `.exit_layer`), one a row, in input order.
+
+        Raises:
+            ValueError: as `forward`; bounds that cannot be kept.
+        """
+        return stream.Stream(
+            self,
+            rows,
+            tokenizer,
+            speed=speed,
+            criterion=criterion,
+            top_n=top_n,
+            exit_layers=exit_layers,
+            max_length=max_length,
+            truncate=truncate,
+            tokens_per_run=tokens_per_run,
+            max_tokens_in_flight=max_tokens_in_flight,
+            look_ahead=look_ahead,
+            deadline=deadline,
+        )
 
     def layer_mask(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Any:
         """`attention_mask` [B, T] or None in the form that the layers take."""
@@ -244,7 +305,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         hidden_states = self._family.embed(self.backbone, input_ids, token_type_ids, position_ids, inputs_embeds)
         return hidden_states, mask
 
-    def _check_exits(self) -> None:
+    def check_exits(self) -> None:
         if self.config.num_labels == 1:
             raise ValueError(
                 "speed: early exit needs at least 2 classes, but this model is a regression (num_labels=1); use speed=0"
