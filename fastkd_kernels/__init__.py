@@ -4,7 +4,7 @@ Every op has three backends: `cuda` (Triton kernels and the CUDA extension), `cp
 `reference` (plain PyTorch, anywhere). `python -m fastkd_kernels.info` says which of them this installation has.
 """
 
-from fastkd_kernels._backend import BackendUnavailableError, backend
+from fastkd_kernels._backend import BackendUnavailableError, backend, missing_kernels
 from fastkd_kernels.ops.compact import compact
 from fastkd_kernels.ops.exit_gate import CRITERIA, ExitGateOutput, ExitRecord, exit_gate
 from fastkd_kernels.ops.layer_norm import add_layer_norm, embed_layer_norm
@@ -27,6 +27,7 @@ __all__ = [
     "compact_packed",
     "embed_layer_norm",
     "exit_gate",
+    "missing_kernels",
     "pack",
     "student_head",
     "student_head_exit",

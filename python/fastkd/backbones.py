@@ -56,8 +56,8 @@ def _distilbert_embed(
 class LayerParts:
     """The modules of one layer that normalises after each residual, as every family here does.
 
-        a = attention_norm(x + output(attention(query(x), key(x), value(x))))
-        y = feed_forward_norm(a + contract(activation(expand(a))))
+    a = attention_norm(x + output(attention(query(x), key(x), value(x))))
+    y = feed_forward_norm(a + contract(activation(expand(a))))
     """
 
     query: nn.Linear

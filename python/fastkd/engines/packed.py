@@ -3,8 +3,8 @@
 The modules of transformers stay the owners of the weights. On a GPU they also run: each layer's own `forward`, with the
 attention that this file registers with transformers. On a CPU the layers are run from their parts instead:
 
-* linear layers multiply by weights that were rearranged once for oneDNN, queries, keys and values in one product and the
-  activation inside the product; the copies are made again when a parameter changes;
+* linear layers multiply by weights that were rearranged once for oneDNN, with queries, keys and values in one product
+  and the activation inside its product; the copies are made again when a parameter changes;
 * row counts are rounded up to a few sizes, because oneDNN prepares a primitive for every new one;
 * the feed-forward runs over blocks of rows whose intermediate activations stay in the second-level cache;
 * sums and normalisations are one pass (`fastkd_kernels.add_layer_norm`).
@@ -26,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 
 import fastkd_kernels as fk
 from fastkd import backbones
+from fastkd.engines.batch import warn_about_nan
 
 if TYPE_CHECKING:
     from fastkd.modeling import EarlyExitForSequenceClassification
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 ATTENTION = "fastkd_packed"
 """The name under which the packed attention is registered with transformers."""
 
-_CPU_DTYPES = (torch.float32, torch.bfloat16)
 # what an intermediate activation may take of a core's second-level cache, which has 1 MiB or more on today's servers
 _BLOCK_BYTES = 768 * 1024
 
@@ -75,29 +75,24 @@ def bounds(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor
 
 
 def supports(model: EarlyExitForSequenceClassification) -> bool:
-    """Whether the fast layers of this engine can run the model where it is: on a CPU, in a dtype oneDNN multiplies."""
+    """Whether the layers can be run from their parts: on a CPU, in a dtype that oneDNN multiplies, with our kernels."""
     parameter = next(model.parameters())
     return (
         parameter.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and _onednn_multiplies(parameter.dtype)
-        and all(backend.cpu() is None for backend in _kernels())
+        and fk.missing_kernels(("varlen_attention", "layer_norm", "packed"), "cpu") is None
     )
 
 
-def _kernels() -> list[Any]:
-    from fastkd_kernels._backend import registered_ops
-
-    ops = registered_ops()
-    return [ops[name] for name in ("varlen_attention", "layer_norm", "packed")]
-
-
 def _onednn_multiplies(dtype: torch.dtype) -> bool:
-    if dtype not in _CPU_DTYPES or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
 
 
 # Linear layers
@@ -129,7 +124,7 @@ class PackedLinear:
 
     def __call__(self, rows: Tensor) -> Tensor:
         attribute, algorithm = self._activation
-        return torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, attribute, [], algorithm)
+        return torch.ops.mkldnn._linear_pointwise.default(rows, self._weight, self._bias, attribute, [], algorithm)
 
 
 def _version_of(parameter: Tensor) -> int:
@@ -160,7 +155,7 @@ class _CpuLayer:
     """One encoder layer on packed rows, run from its parts."""
 
     def __init__(self, parts: backbones.LayerParts, heads: int) -> None:
-        self._parts = parts
+        self.parts = parts
         self._heads = heads
         fused = _fused_activation(parts.activation)
         self._project = PackedLinear([parts.query, parts.key, parts.value])
@@ -168,20 +163,22 @@ class _CpuLayer:
         self._expand = PackedLinear([parts.expand], fused or ("none", ""))
         self._activation = None if fused else parts.activation
         self._contract = PackedLinear([parts.contract])
-        self._block = _block_rows(parts.expand)
+        self._block = 0
 
     def refresh(self) -> None:
+        self._block = _block_rows(self.parts.expand)
         for linear in (self._project, self._output, self._expand, self._contract):
             linear.refresh()
 
     def __call__(self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """The layer's output [R, H], written over its input; rows behind the last sequence stay finite."""
-        parts, width = self._parts, hidden_states.shape[1]
+        parts, width = self.parts, hidden_states.shape[1]
         projected = self._project(hidden_states).view(hidden_states.shape[0], 3, self._heads, width // self._heads)
         query, key, value = projected.unbind(1)
         attended = fk.varlen_attention(query, key, value, cu_seqlens, max_seqlen).flatten(1)
         for residual, context in zip(hidden_states.split(self._block), attended.split(self._block), strict=True):
-            middle = _add_norm(self._output(context), residual, parts.attention_norm)
+            middle = self._output(context)
+            _add_norm(middle, residual, parts.attention_norm, out=middle)
             expanded = self._expand(middle)
             if self._activation is not None:
                 expanded = self._activation(expanded)
@@ -195,8 +192,20 @@ def _block_rows(expand: nn.Linear) -> int:
     return min(max(rows // 64 * 64, 128), 256)
 
 
-def _add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm, out: Tensor | None = None) -> Tensor:
-    return fk.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, out)
+def _add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm, out: Tensor) -> None:
+    # the op below `fk.add_layer_norm`, whose checks in Python would take as long as the work on so few rows
+    torch.ops.fastkd_kernels.add_layer_norm_.default(x, residual, norm.weight, norm.bias, norm.eps, out)
+
+
+def _is_plain(layer: nn.Module, parts: backbones.LayerParts) -> bool:
+    """Whether running the parts is all that running the layer does: no adapters, no quantised weights, no hooks."""
+    linear = (parts.query, parts.key, parts.value, parts.output, parts.expand, parts.contract)
+    norms = (parts.attention_norm, parts.feed_forward_norm)
+    return (
+        all(type(module) is nn.Linear for module in linear)
+        and all(type(module) is nn.LayerNorm and module.bias is not None for module in norms)
+        and not any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
+    )
 
 
 class _ModuleLayer:
@@ -204,9 +213,6 @@ class _ModuleLayer:
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
-
-    def refresh(self) -> None:
-        """Nothing is cached: the module reads its own weights."""
 
     def __call__(self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         return self._layer(hidden_states[None], None, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)[0]
@@ -240,36 +246,47 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 class PackedEncoder:
     """The encoder of one early-exit model on packed tokens; made by `encoder_of`, which keeps it."""
 
-    def __init__(self, model: EarlyExitForSequenceClassification, fast: bool) -> None:
+    def __init__(self, model: EarlyExitForSequenceClassification) -> None:
         self._backbone = model.backbone
+        self._modules = list(model.layers)
+        self.layers_of = [id(layer) for layer in self._modules]
         self._family = backbones.family_of(model.config.backbone.model_type)
         self._config = model.config.backbone
-        self._fast = fast
+        self._layers: list[_CpuLayer | _ModuleLayer] = []
+        self._tables: tuple[nn.Embedding, ...] | None = None
+
+    def refresh(self, from_parts: bool) -> None:
+        """Take note of modules and parameters that changed; `from_parts` where `supports` allows it."""
         self._tables = backbones.embedding_tables(self._backbone.embeddings)
-        heads = self._config.num_attention_heads
-        self._layers: list[_CpuLayer | _ModuleLayer] = [
-            _CpuLayer(self._family.parts(layer), heads) if fast else _ModuleLayer(layer) for layer in model.layers
+        previous = self._layers or [None] * len(self._modules)
+        self._layers = [
+            self._runner(layer, before, from_parts) for layer, before in zip(self._modules, previous, strict=True)
         ]
 
-    def refresh(self) -> None:
-        """Take note of parameters that changed; called once before a batch."""
-        for layer in self._layers:
-            layer.refresh()
+    def _runner(
+        self, layer: nn.Module, before: _CpuLayer | _ModuleLayer | None, from_parts: bool
+    ) -> _CpuLayer | _ModuleLayer:
+        parts = self._family.parts(layer) if from_parts else None
+        if parts is None or not _is_plain(layer, parts):
+            return before if isinstance(before, _ModuleLayer) else _ModuleLayer(layer)
+        if not isinstance(before, _CpuLayer) or before.parts != parts:
+            before = _CpuLayer(parts, self._config.num_attention_heads)
+        before.refresh()
+        return before
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Around the calls below: no gradients, and the registered attention where transformers' modules run."""
-        if self._fast:
-            with torch.no_grad():
-                yield
-            return
         previous = self._config._attn_implementation
-        self._config._attn_implementation = ATTENTION
+        needs_attention = any(isinstance(layer, _ModuleLayer) for layer in self._layers)
+        if needs_attention:
+            self._config._attn_implementation = ATTENTION
         try:
             with torch.no_grad():
                 yield
         finally:
-            self._config._attn_implementation = previous
+            if needs_attention:
+                self._config._attn_implementation = previous
 
     def embed(self, tokens: PackedTokens, out: Tensor | None = None) -> Tensor:
         """Hidden states before the first layer, [R, H]; R is N rounded up by `bucket`, and the rows added are finite.
@@ -284,7 +301,9 @@ class PackedEncoder:
         segments = torch.zeros_like(input_ids) if segments is None else F.pad(segments, (0, added))
         positions = self._positions(tokens, input_ids.shape[0])
         if self._tables is None:
-            hidden_states = self._family.embed(self._backbone, input_ids[None], segments[None], positions[None], None)[0]
+            hidden_states = self._family.embed(self._backbone, input_ids[None], segments[None], positions[None], None)[
+                0
+            ]
             return hidden_states if out is None else out.copy_(hidden_states)
         norm = self._backbone.embeddings.LayerNorm
         indices = (input_ids, positions, segments)[: len(self._tables)]
@@ -316,14 +335,18 @@ _encoders: weakref.WeakKeyDictionary[nn.Module, PackedEncoder] = weakref.WeakKey
 def encoder_of(model: EarlyExitForSequenceClassification) -> PackedEncoder:
     """The packed encoder of `model`, with its copies of the weights up to date."""
     encoder = _encoders.get(model)
-    fast = supports(model)
-    if encoder is None or encoder._fast != fast:
-        encoder = _encoders[model] = PackedEncoder(model, fast)
-    encoder.refresh()
+    if encoder is None or encoder.layers_of != [id(layer) for layer in model.layers]:
+        encoder = _encoders[model] = PackedEncoder(model)
+    encoder.refresh(from_parts=supports(model))
     return encoder
 
 
 # One padded batch
+
+
+def is_right_padded(attention_mask: Tensor) -> bool:
+    """Whether no token of a [B, T] mask follows padding; on a GPU this waits for the device."""
+    return bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all())
 
 
 @torch.no_grad()
@@ -347,8 +370,6 @@ def run(
     Returns:
         The logits, uncertainty and exit layer of all B sequences.
     """
-    from fastkd.engines.batch import warn_about_nan
-
     encoder = encoder_of(model)
     tokens = packed_tokens(input_ids, attention_mask, token_type_ids)
     record = fk.ExitRecord.allocate(len(tokens.lengths), model.config.num_classes, input_ids.device)

@@ -1,8 +1,8 @@
 """Which queue of the stream engine runs next.
 
-Sequences wait in one queue a stage (queue 0 holds what was read and not yet run). Running a full queue costs least a
-token; running a half-empty one is worth it only to stay within the memory, to keep a promise on latency, or when nothing
-more will come. The rules, in their order:
+Sequences wait in one queue a stage (queue 0 holds what was read and not yet run). A full queue costs least a token; a
+half-empty one is worth a run only to stay within the memory, to keep a promise on latency, or when nothing more will
+come. The rules, in their order:
 
     1. a sequence that is overdue runs, however empty its queue
     2. of the full queues the deepest runs: it frees memory, and its answers are the oldest

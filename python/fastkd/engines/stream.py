@@ -1,17 +1,19 @@
 """Engine `stream`: rebatching across the input, so that processors stay busy although sequences leave.
 
 After an exit a batch is small. Here the survivors of many batches wait at their layer, packed, until enough tokens have
-gathered for a run that is as efficient as the first layer's. Answers come in the order of the input; what is read ahead,
-and what waits, is bounded.
+gathered for a run that is as efficient as the first layer's. Answers come in the order of the input, and what waits is
+bounded.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
     from fastkd.modeling import EarlyExitForSequenceClassification
 
 
-@dataclass(frozen=True)
-class StreamRow:
+_NOT_FINITE = "the model's answer is not a finite number; try float32 or bfloat16 weights"
+
+
+class StreamRow(NamedTuple):
     """One answer, or the reason why there is none.
 
     Attributes:
@@ -65,18 +69,15 @@ class StreamStatistics:
     """How many tokens each stage ran on."""
 
 
-@dataclass(frozen=True)
-class _Encoded:
+class _Encoded(NamedTuple):
     """One row on its way: `position` counts the rows of the input from 0."""
 
     position: int
     line: int
+    tokens: int
     input_ids: Sequence[int]
     token_type_ids: Sequence[int] | None
     since: float
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
 
 
 class _Queue:
@@ -103,8 +104,10 @@ class _Queue:
         self.slots.extend(slots)
         self.tokens += tokens
 
-    def clear(self) -> None:
-        self.rows, self.slots, self.tokens = [], [], 0
+    def drop(self, count: int, tokens: int) -> None:
+        """Forget the first `count` rows, of `tokens` tokens; with hidden states, all rows are dropped together."""
+        del self.rows[:count], self.slots[:count]
+        self.tokens -= tokens
 
 
 class _Slots:
@@ -119,10 +122,13 @@ class _Slots:
             self._grow(count - len(self._free))
         taken = self._free[-count:]
         del self._free[-count:]
-        # the memory of the patience criterion starts anew
-        self.record.history[taken, 0] = -1
-        self.record.history[taken, 1] = 0
+        self.reset(taken)
         return taken
+
+    def reset(self, slots: list[int]) -> None:
+        """Empty the memory of the patience criterion."""
+        self.record.history[slots, 0] = -1
+        self.record.history[slots, 1] = 0
 
     def give_back(self, slots: Iterable[int]) -> None:
         self._free.extend(slots)
@@ -165,6 +171,8 @@ class Stream(Iterator[StreamRow]):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """See `EarlyExitForSequenceClassification.stream`."""
+        if model.training:
+            raise ValueError("model: is in training mode, where nobody leaves early; call model.eval() first")
         config = model.config
         self._model = model
         self._speed = check_speed(config.speed if speed is None else speed)
@@ -184,10 +192,14 @@ class Stream(Iterator[StreamRow]):
         self._max_rows_waiting = max_rows_waiting
         self._clock = clock
         self._queues = [_Queue() for _ in self._stages]
-        self._slots = _Slots(config.num_classes, model.device)
+        self._device = model.device
+        self._slots = _Slots(config.num_classes, self._device)
         self._answers: dict[int, StreamRow] = {}
+        self._given_early: set[int] = set()
         self._next = 0
         self._encoder = encoder_of(model)
+        self._heads = model.heads_by_layer
+        self._names = dict(config.id2label or {})
         stages = len(self._stages)
         self.statistics = StreamStatistics(runs=[0] * stages, tokens=[0] * stages)
 
@@ -196,7 +208,10 @@ class Stream(Iterator[StreamRow]):
 
     def __next__(self) -> StreamRow:
         while self._next not in self._answers:
-            if not self._advance():
+            if self._next in self._given_early:
+                self._given_early.remove(self._next)
+                self._next += 1
+            elif not self._advance():
                 self._reader.raise_error()
                 raise StopIteration
         answer = self._answers.pop(self._next)
@@ -206,8 +221,12 @@ class Stream(Iterator[StreamRow]):
     def finished(self) -> list[StreamRow]:
         """The answers that are ready but were not yet given, in input order; rows before them may still wait."""
         ready = [self._answers[position] for position in sorted(self._answers)]
-        self._answers = {}
+        self._given_early.update(self._answers)
+        self._answers.clear()
         return ready
+
+    def _is_answered(self, position: int) -> bool:
+        return position < self._next or position in self._answers or position in self._given_early
 
     def _advance(self) -> bool:
         """Run one queue or read some input; False where neither is left."""
@@ -222,65 +241,87 @@ class Stream(Iterator[StreamRow]):
         return True
 
     def _overdue(self) -> int | None:
-        if self._deadline is None and len(self._answers) < self._max_rows_waiting:
+        """The queue of the oldest row, where its deadline has passed or too many answers wait behind it."""
+        too_many = len(self._answers) >= self._max_rows_waiting
+        if self._deadline is None and not too_many:
             return None
-        waiting = [(row.position, row.since, number) for number, q in enumerate(self._queues) for row in q.rows[:1]]
-        if not waiting:
-            return None
-        _, since, number = min(waiting)
+        waiting = ((row.position, row.since, number) for number, q in enumerate(self._queues) for row in q.rows)
+        _, since, number = min(waiting, default=(None, math.inf, None))
         is_late = self._deadline is not None and self._clock() - since >= self._deadline
-        return number if is_late or len(self._answers) >= self._max_rows_waiting else None
+        return number if is_late or too_many else None
 
     def _read(self) -> None:
         encoded, problems = self._reader.read(self._look_ahead, self._clock())
         self._answers.update(problems)
-        # rows of like length in one run: nothing is padded, but FlashAttention's and the reference's cost is by the longest
-        encoded.sort(key=len)
-        self._queues[0].push(encoded, self._slots.take(len(encoded)), sum(map(len, encoded)))
+        # nothing is padded, but what attention does for one run may depend on the longest sequence in it
+        encoded.sort(key=attrgetter("tokens"))
+        tokens = sum(row.tokens for row in encoded)
+        self._queues[0].push(encoded, self._slots.take(len(encoded)), tokens)
+        self._reader.forget()
         statistics = self.statistics
         statistics.rows_read += len(encoded) + len(problems)
-        statistics.tokens_read += sum(map(len, encoded))
+        statistics.tokens_read += tokens
         in_flight = sum(queue.tokens for queue in self._queues)
         statistics.max_tokens_in_flight = max(statistics.max_tokens_in_flight, in_flight)
 
     def _run(self, stage: int) -> None:
         queue = self._queues[stage]
-        rows, slots, tokens = queue.rows, queue.slots, queue.tokens
-        if stage == 0:
-            count = _prefix(rows, self._schedule.tokens_per_run)
-            rows, slots = rows[:count], slots[:count]
-            tokens = sum(map(len, rows))
-        lengths = [len(row) for row in rows]
-        device = self._model.device
-        cu_seqlens, row_ids = bounds(lengths, device), torch.tensor(slots, dtype=torch.int32, device=device)
-        with self._encoder.running():
-            hidden_states = self._start(rows, lengths, cu_seqlens) if stage == 0 else queue.hidden_states[: bucket(tokens)]
-            for number in self._stages[stage]:
-                hidden_states = self._encoder.layer(number, hidden_states, cu_seqlens, max(lengths))
-            survivors = self._decide(stage, hidden_states[:tokens], cu_seqlens, row_ids)
-        self._move_on(stage, hidden_states[:tokens], cu_seqlens, rows, slots, survivors)
-        # only now: whatever was raised above left the queues as they were
-        if stage == 0:
-            del queue.rows[: len(rows)], queue.slots[: len(rows)]
-            queue.tokens -= tokens
-        else:
-            queue.clear()
+        count = _prefix(queue.rows, self._schedule.tokens_per_run) if stage == 0 else len(queue.rows)
+        rows, slots = queue.rows[:count], queue.slots[:count]
+        lengths = [row.tokens for row in rows]
+        tokens = sum(lengths)
+        try:
+            cu_seqlens = bounds(lengths, self._device)
+            with self._encoder.running():
+                hidden_states = self._before(stage, rows, lengths, cu_seqlens)
+                for number in self._stages[stage]:
+                    hidden_states = self._encoder.layer(number, hidden_states, cu_seqlens, max(lengths))
+                used = hidden_states[:tokens]
+                survivors = self._decide(stage, used, cu_seqlens, slots)
+            self._move_on(stage, used, cu_seqlens, rows, slots, survivors)
+        except BaseException:
+            self._start_again(stage)
+            raise
+        queue.drop(count, tokens)
         self.statistics.runs[stage] += 1
         self.statistics.tokens[stage] += tokens
 
+    def _start_again(self, stage: int) -> None:
+        """After a run that was broken off: its rows wait before the first layer, as their hidden states are lost."""
+        queue = self._queues[stage]
+        elsewhere = {row.position for other in self._queues[stage + 1 :] for row in other.rows}
+        waiting = [
+            (row, slot)
+            for row, slot in zip(queue.rows, queue.slots, strict=True)
+            if not self._is_answered(row.position) and row.position not in elsewhere
+        ]
+        queue.drop(len(queue.rows), queue.tokens)
+        slots = [slot for _, slot in waiting]
+        self._slots.reset(slots)
+        self._queues[0].push([row for row, _ in waiting], slots, sum(row.tokens for row, _ in waiting))
+
+    def _before(self, stage: int, rows: Sequence[_Encoded], lengths: Sequence[int], cu_seqlens: Tensor) -> Tensor:
+        """Packed hidden states before the first layer of a stage, with the rows that `bucket` adds."""
+        if stage == 0:
+            return self._start(rows, lengths, cu_seqlens)
+        waiting = self._queues[stage].hidden_states
+        assert waiting is not None
+        return waiting[: bucket(sum(lengths))]
+
     def _start(self, rows: Sequence[_Encoded], lengths: Sequence[int], cu_seqlens: Tensor) -> Tensor:
-        device = self._model.device
+        device = self._device
         input_ids = torch.tensor([token for row in rows for token in row.input_ids], device=device)
         segments = None
         if any(row.token_type_ids is not None for row in rows):
-            segments = torch.tensor([s for row in rows for s in row.token_type_ids or [0] * len(row)], device=device)
+            segments = torch.tensor([s for row in rows for s in row.token_type_ids or [0] * row.tokens], device=device)
         return self._encoder.embed(PackedTokens(input_ids, segments, lengths, cu_seqlens))
 
-    def _decide(self, stage: int, hidden_states: Tensor, cu_seqlens: Tensor, row_ids: Tensor) -> Tensor:
+    def _decide(self, stage: int, hidden_states: Tensor, cu_seqlens: Tensor, slots: Sequence[int]) -> Tensor:
         """Survivors, as sequence numbers of the run; the answers of the others are in the record."""
+        row_ids = torch.tensor(slots, dtype=torch.int32, device=self._device)
         number = self._stages[stage][-1]
-        head, record = self._model.heads_by_layer[number], self._slots.record
-        if number == self._model.num_layers:
+        head, record = self._heads[number], self._slots.record
+        if number == self._stages[-1][-1]:
             checksum = answer_all(
                 head, hidden_states, cu_seqlens, self._criterion, self._top_n, row_ids, record, number
             )
@@ -315,7 +356,7 @@ class Stream(Iterator[StreamRow]):
         answers = self._answered([rows[index] for index in leaving], [slots[index] for index in leaving])
         if kept:
             following = self._queues[stage + 1]
-            tokens = sum(len(rows[index]) for index in kept)
+            tokens = sum(rows[index].tokens for index in kept)
             room = following.room_for(tokens, hidden_states)
             fk.compact_packed([hidden_states], cu_seqlens, survivors, out=[room])
             following.push([rows[index] for index in kept], [slots[index] for index in kept], tokens)
@@ -330,19 +371,22 @@ class Stream(Iterator[StreamRow]):
         logits = record.logits[slots].float()
         layers, uncertainties = record.exit_layer[slots].tolist(), record.uncertainty[slots].tolist()
         if logits.shape[1] == 1:
-            values = logits[:, 0].tolist()
+            numbers: list[float] = logits[:, 0].tolist()
             return {
-                row.position: StreamRow(row.line, value, None, layer)
-                for row, value, layer in zip(rows, values, layers, strict=True)
+                row.position: (
+                    StreamRow(row.line, number, None, layer)
+                    if math.isfinite(number)
+                    else StreamRow(row.line, problem=_NOT_FINITE)
+                )
+                for row, number, layer in zip(rows, numbers, layers, strict=True)
             }
         scores, classes = (values.tolist() for values in logits.softmax(-1).max(-1))
-        names = self._model.config.id2label
-        assert names is not None
+        names = self._names
         return {
             row.position: (
-                StreamRow(row.line, str(names[label]), score, layer, uncertainty)
-                if score == score
-                else StreamRow(row.line, problem="the model's answer is not a number; try float32 or bfloat16 weights")
+                StreamRow(row.line, names[label], score, layer, uncertainty)
+                if math.isfinite(score)
+                else StreamRow(row.line, problem=_NOT_FINITE)
             )
             for row, label, score, layer, uncertainty in zip(rows, classes, scores, layers, uncertainties, strict=True)
         }
@@ -350,10 +394,8 @@ class Stream(Iterator[StreamRow]):
 
 def _prefix(rows: Sequence[_Encoded], tokens: int) -> int:
     """How many of the first rows have `tokens` tokens together, or just below; at least one."""
-    totals = list(accumulate(map(len, rows)))
-    if totals[-1] <= tokens:
-        return len(rows)
-    return max(1, next(index for index, total in enumerate(totals) if total > tokens))
+    totals = accumulate(row.tokens for row in rows)
+    return max(1, next((index for index, total in enumerate(totals) if total > tokens), len(rows)))
 
 
 def _stages(
@@ -398,6 +440,7 @@ class _Reader:
         self._limit = limit
         self._truncate = truncate
         self._position = 0
+        self._pulled: list[tuple[int, Any]] = []
         self._error: Exception | None = None
         self.ended = False
 
@@ -408,22 +451,15 @@ class _Reader:
             raise error
 
     def read(self, count: int, now: float) -> tuple[list[_Encoded], dict[int, StreamRow]]:
-        """Up to `count` more rows; fewer where the input ends or has nothing right now (gives None)."""
+        """Up to `count` more rows; fewer where the input ends or has nothing right now (gives None).
+
+        The same rows are read again until `forget` is called: what breaks this off in between loses none.
+        """
+        self._pull(count)
         texts: list[tuple[int, int, Text]] = []
         encoded: list[_Encoded] = []
         problems: dict[int, StreamRow] = {}
-        for _ in range(count):
-            try:
-                row = next(self._rows)
-            except StopIteration:
-                self.ended = True
-                break
-            except Exception as error:
-                self.ended, self._error = True, error
-                break
-            if row is None:
-                break
-            position, self._position = self._position, self._position + 1
+        for position, row in self._pulled:
             line = getattr(row, "line", position + 1)
             try:
                 if isinstance(row, Mapping) and "input_ids" in row:
@@ -434,6 +470,25 @@ class _Reader:
                 problems[position] = StreamRow(line, problem=str(error))
         self._encode(texts, encoded, problems, now)
         return encoded, problems
+
+    def forget(self) -> None:
+        """The rows of the last `read` are taken care of."""
+        self._pulled = []
+
+    def _pull(self, count: int) -> None:
+        while len(self._pulled) < count and not self.ended:
+            try:
+                row = next(self._rows)
+            except StopIteration:
+                self.ended = True
+                return
+            except Exception as error:
+                self.ended, self._error = True, error
+                return
+            if row is None:
+                return
+            self._pulled.append((self._position, row))
+            self._position += 1
 
     def _encode(
         self,
@@ -446,7 +501,9 @@ class _Reader:
             group = [text for text in texts if (text[2][1] is not None) == is_pair]
             if not group:
                 continue
-            for (position, line, text), columns in zip(group, self._columns([g[2] for g in group], is_pair), strict=True):
+            for (position, line, text), columns in zip(
+                group, self._columns([g[2] for g in group], is_pair), strict=True
+            ):
                 try:
                     ids, segments = columns if columns is not None else self._single(text)
                     encoded.append(self._checked(position, line, ids, segments, now))
@@ -454,7 +511,7 @@ class _Reader:
                     problems[position] = StreamRow(line, problem=str(error) or type(error).__name__)
 
     def _columns(self, texts: list[Text], is_pair: bool) -> list[Any]:
-        """(input_ids, token_type_ids or None) of each text; None for all where the tokenizer does not take them together."""
+        """(input_ids, token_type_ids or None) of each text; None for each where the tokenizer fails for one of them."""
         if self._tokenizer is None:
             raise ValueError("tokenizer: got None, but the rows are texts; pass tokenizer=, or rows with input_ids")
         second = [text[1] for text in texts] if is_pair else None
@@ -483,7 +540,7 @@ class _Reader:
     ) -> _Encoded:
         if not 1 <= len(ids) <= self._limit:
             raise ValueError(f"{len(ids)} tokens, expected 1 to {self._limit}")
-        return _Encoded(position, line, ids, segments, now)
+        return _Encoded(position, line, len(ids), ids, segments, now)
 
 
 def _texts(row: Any) -> Text:
