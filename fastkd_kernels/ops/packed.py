@@ -325,7 +325,12 @@ def _run(name: str, *arguments: Any) -> None:
     """The kernel of the device, or in Triton's interpreter where that backend was asked for on CPU."""
     tensors = arguments[0]
     if resolve("packed", tensors[0].device) == "cuda" and not tensors[0].is_cuda:
-        {"pack": _pack_triton, "unpack": _unpack_triton, "compact_packed": _compact_packed_triton}[name](*arguments)
+        interpreted: dict[str, Any] = {
+            "pack": _pack_triton,
+            "unpack": _unpack_triton,
+            "compact_packed": _compact_packed_triton,
+        }
+        interpreted[name](*arguments)
         return
     try:
         _KERNELS[name](*arguments)

@@ -37,14 +37,17 @@ def varlen_attention_reference(
     used = sum(lengths)
     if used == 0:
         return torch.zeros_like(query)
-    padded = [
-        pad_sequence(tensor[:used].split(lengths), batch_first=True).transpose(1, 2) for tensor in (query, key, value)
-    ]
-    token = torch.arange(padded[0].shape[2], device=query.device)
+
+    def padded(packed: Tensor) -> Tensor:
+        return pad_sequence(packed[:used].split(lengths), batch_first=True).transpose(1, 2)
+
+    token = torch.arange(max(lengths), device=query.device)
     mask = token < cu_seqlens.diff()[:, None]
     # a sequence without tokens would attend to nothing, which softmax turns into NaN
     attendable = mask | (token == 0)
-    attended = F.scaled_dot_product_attention(*padded, attn_mask=attendable[:, None, None, :], scale=scale)
+    attended = F.scaled_dot_product_attention(
+        padded(query), padded(key), padded(value), attn_mask=attendable[:, None, None, :], scale=scale
+    )
     packed = attended.transpose(1, 2)[mask]
     return torch.cat([packed, packed.new_zeros((query.shape[0] - used, *packed.shape[1:]))])
 
@@ -103,7 +106,8 @@ def varlen_attention(
     backend = resolve("varlen_attention", query.device)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     if backend == "cuda" and query.dtype in _CUDA_DTYPES:
-        return _varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale)
+        attended: Any = _varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale)
+        return attended
     if backend != "cpu" or query.dtype not in _CPU_DTYPES or needs_grad:
         return varlen_attention_reference(query, key, value, cu_seqlens, max_seqlen, scale)
     out = torch.empty(query.shape, dtype=query.dtype)

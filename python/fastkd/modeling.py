@@ -147,7 +147,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
                 `config.speed`. In training mode the full model runs whatever the speed.
             criterion: see `fastkd_kernels.exit_gate`; default `config.criterion`.
             top_n: for the "top_n" criterion; default `config.top_n`.
-            engine: "batch" keeps the padding, "packed" takes it out; default: packed where that is faster, on a CPU.
+            engine: "batch" keeps the padding and calls the layers as they are, "packed" takes the padding out; default:
+                packed where that is faster, on a CPU where nothing is hooked to the layers or wraps them.
                 Where a gradient is wanted, padding is kept.
             return_dict: False for a plain tuple.
 
@@ -172,6 +173,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         if labels is not None and labels.numel() != rows:
             raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected [{rows}], one a row")
         if self._runs_packed(engine, input_ids, position_ids, mask, leaves_early):
+            assert input_ids is not None
             record = packed.run(self, input_ids, mask, token_type_ids, speed, criterion, top_n)
             answers = self._answers(record)
         else:
@@ -286,7 +288,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         """Whether the packed engine gives the answer; ValueError where it was asked for and cannot."""
         if engine not in (None, "batch", "packed"):
             raise ValueError(f"engine: got {engine!r}, expected 'batch' or 'packed'; streams have their own method")
-        if engine == "batch" or (engine is None and not packed.supports(self)):
+        if engine == "batch" or (engine is None and not packed.is_faster(self)):
             return False
         wants_grad = self.training or (torch.is_grad_enabled() and not leaves_early)
         can_pack = not (wants_grad or input_ids is None or position_ids is not None or torch.compiler.is_compiling())

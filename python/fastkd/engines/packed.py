@@ -85,6 +85,12 @@ def supports(model: EarlyExitForSequenceClassification) -> bool:
     )
 
 
+def is_faster(model: EarlyExitForSequenceClassification) -> bool:
+    """Whether every layer can be run from its parts, which is where this engine beats padded batches."""
+    family = backbones.family_of(model.config.backbone.model_type)
+    return supports(model) and all(_is_plain(layer, family.parts(layer)) for layer in model.layers)
+
+
 def _onednn_multiplies(dtype: torch.dtype) -> bool:
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
@@ -115,8 +121,8 @@ class PackedLinear:
         if version == self._version:
             return
         with torch.no_grad():
-            weights = [module.weight for module in self._modules]
-            biases = [module.bias for module in self._modules if module.bias is not None]
+            weights: list[Tensor] = [module.weight for module in self._modules]
+            biases: list[Tensor] = [module.bias for module in self._modules if module.bias is not None]
             weight = weights[0] if len(weights) == 1 else torch.cat(weights)
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
             self._bias = (torch.cat(biases) if len(biases) > 1 else biases[0]).detach() if biases else None
@@ -232,8 +238,8 @@ def packed_attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface on packed tokens: query, key, value [1, heads, N, head_size]."""
-    packed = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-    return fk.varlen_attention(*packed, cu_seqlens, max_seqlen, scaling)[None], None
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return fk.varlen_attention(query, key, value, cu_seqlens, max_seqlen, scaling)[None], None
 
 
 AttentionInterface.register(ATTENTION, packed_attention_forward)
@@ -247,7 +253,7 @@ class PackedEncoder:
     """The encoder of one early-exit model on packed tokens; made by `encoder_of`, which keeps it."""
 
     def __init__(self, model: EarlyExitForSequenceClassification) -> None:
-        self._backbone = model.backbone
+        self._backbone: Any = model.backbone
         self._modules = list(model.layers)
         self.layers_of = [id(layer) for layer in self._modules]
         self._family = backbones.family_of(model.config.backbone.model_type)
@@ -258,7 +264,7 @@ class PackedEncoder:
     def refresh(self, from_parts: bool) -> None:
         """Take note of modules and parameters that changed; `from_parts` where `supports` allows it."""
         self._tables = backbones.embedding_tables(self._backbone.embeddings)
-        previous = self._layers or [None] * len(self._modules)
+        previous: Sequence[_CpuLayer | _ModuleLayer | None] = self._layers or [None] * len(self._modules)
         self._layers = [
             self._runner(layer, before, from_parts) for layer, before in zip(self._modules, previous, strict=True)
         ]

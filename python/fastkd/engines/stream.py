@@ -552,6 +552,8 @@ def _texts(row: Any) -> Text:
     problem = getattr(row, "problem", None)
     if problem is not None:
         raise ValueError(problem)
+    first: Any
+    second: Any
     if isinstance(row, str):
         first, second = row, None
     elif isinstance(row, tuple) and len(row) == 2:
