@@ -8,6 +8,7 @@ of the inputs that together exceed the L2 cache; on CPU it is a batch of plain c
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import time
@@ -239,6 +240,8 @@ def environment() -> dict[str, Any]:
         "fastkd_kernels": fastkd_kernels.__version__,
         "python": platform.python_version(),
         "copy_gb_per_s": round(copy_bandwidth(), 1),
+        # above the number of cores, the times are those of the neighbours
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
 
 

@@ -17,7 +17,7 @@
 #include <tuple>
 #include <vector>
 
-#if defined(__SSE2__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -43,10 +43,12 @@ constexpr int64_t kMaxTileColumns = 256;
 // interleaved logits of one block of tiles: several, so that none is read before its stores have left the store buffer
 constexpr int64_t kBlockElements = kTileRows * kMaxTileColumns;
 constexpr int64_t kMaxBlockTiles = 16;
-// about 5 microseconds of work: less than that is not worth waking a thread for
+// about 3 microseconds of work: less than that is not worth waking a thread for
 constexpr int64_t kElementsPerTask = 16384;
 
 struct Kernels {
+  int64_t lanes;
+  void (*interleave)(const float* rows, int64_t stride, float* tile);
   void (*tile)(const float* tile, int64_t columns, Criterion criterion, float scale, float* out);
   float (*row)(const float* row, int64_t columns, Criterion criterion, float scale);
 };
@@ -160,29 +162,16 @@ void select_largest(const float* row, int64_t columns, int64_t n, std::vector<fl
   std::copy(order.begin(), order.begin() + n, to);
 }
 
-void interleave(const float* from, int64_t stride, int64_t rows, int64_t columns, float* tile) {
-  int64_t blocked = 0;
-#if defined(__SSE2__)
-  if (rows == kTileRows) {
-    blocked = columns - columns % 4;
-    for (int64_t c = 0; c < blocked; c += 4) {
-      for (int64_t r = 0; r < kTileRows; r += 4) {
-        const float* corner = from + r * stride + c;
-        __m128 a = _mm_loadu_ps(corner), b = _mm_loadu_ps(corner + stride);
-        __m128 d = _mm_loadu_ps(corner + 2 * stride), e = _mm_loadu_ps(corner + 3 * stride);
-        _MM_TRANSPOSE4_PS(a, b, d, e);
-        float* to = tile + c * kTileRows + r;
-        _mm_store_ps(to, a);
-        _mm_store_ps(to + kTileRows, b);
-        _mm_store_ps(to + 2 * kTileRows, d);
-        _mm_store_ps(to + 3 * kTileRows, e);
-      }
-    }
+void interleave(const float* rows, int64_t stride, int64_t count, int64_t columns, float* tile) {
+  int64_t c = 0;
+  if (count == kTileRows) {
+    for (; c + kernels.lanes <= columns; c += kernels.lanes) kernels.interleave(rows + c, stride, tile + c * kTileRows);
+    const Kernels& narrow = baseline::kKernels;
+    for (; c + narrow.lanes <= columns; c += narrow.lanes) narrow.interleave(rows + c, stride, tile + c * kTileRows);
   }
-#endif
-  for (int64_t c = blocked; c < columns; ++c) {
-    for (int64_t r = 0; r < rows; ++r) tile[c * kTileRows + r] = from[r * stride + c];
-    for (int64_t r = rows; r < kTileRows; ++r) tile[c * kTileRows + r] = 0.f;
+  for (; c < columns; ++c) {
+    for (int64_t r = 0; r < count; ++r) tile[c * kTileRows + r] = rows[r * stride + c];
+    for (int64_t r = count; r < kTileRows; ++r) tile[c * kTileRows + r] = 0.f;
   }
 }
 
@@ -281,6 +270,8 @@ int32_t list_survivors(const Call& gate, int32_t* survivors) {
     survivors[kept] = static_cast<int32_t>(row);
     kept += gate.stays(row);
   }
+  // undefined by contract, but the same in every run
+  std::fill(survivors + kept, survivors + gate.rows, -1);
   return kept;
 }
 
@@ -305,7 +296,7 @@ using Decision = std::tuple<Tensor, Tensor, Tensor>;
 Tensor allocate(int64_t size, int32_t dtype) {
   const int64_t stride = 1;
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(1, &size, &stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }

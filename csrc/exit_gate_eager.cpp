@@ -19,30 +19,32 @@ const DLPackExchangeAPI* exchange = nullptr;
 // releasing the lock of the interpreter costs about as much as this many elements
 constexpr int64_t kElementsWorthUnlocking = 4096;
 
-struct Output {
+constexpr int64_t kAlignment = 64;
+
+// What precedes the data of an output, in the same allocation.
+struct alignas(kAlignment) Header {
   DLManagedTensorVersioned tensor;
   int64_t size, stride;
 };
 
 void release(DLManagedTensorVersioned* tensor) {
-  std::free(tensor->dl_tensor.data);
-  delete static_cast<Output*>(tensor->manager_ctx);
+  std::free(tensor->manager_ctx);
 }
 
 // A new tensor [size] of 4-byte elements; `data` receives its memory.
 template <typename T>
 py::object allocate(int64_t size, uint8_t type_code, T*& data) {
-  constexpr int64_t kAlignment = 64;
   const int64_t bytes = (size * static_cast<int64_t>(sizeof(T)) / kAlignment + 1) * kAlignment;
-  data = static_cast<T*>(std::aligned_alloc(kAlignment, bytes));
-  if (data == nullptr) throw std::bad_alloc();
-  Output* output = new Output{{}, size, 1};
-  output->tensor.version = {1, 0};
-  output->tensor.manager_ctx = output;
-  output->tensor.deleter = release;
-  output->tensor.dl_tensor = {data, {kDLCPU, 0}, 1, {type_code, 32, 1}, &output->size, &output->stride, 0};
+  void* memory = std::aligned_alloc(kAlignment, sizeof(Header) + bytes);
+  if (memory == nullptr) throw std::bad_alloc();
+  data = reinterpret_cast<T*>(static_cast<char*>(memory) + sizeof(Header));
+  Header* header = new (memory) Header{{}, size, 1};
+  header->tensor.version = {1, 0};
+  header->tensor.manager_ctx = memory;
+  header->tensor.deleter = release;
+  header->tensor.dl_tensor = {data, {kDLCPU, 0}, 1, {type_code, 32, 1}, &header->size, &header->stride, 0};
   void* object = nullptr;
-  if (exchange->managed_tensor_to_py_object_no_sync(&output->tensor, &object) != 0) throw py::error_already_set();
+  if (exchange->managed_tensor_to_py_object_no_sync(&header->tensor, &object) != 0) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
 }
 

@@ -19,6 +19,46 @@ static inline Floats splat(float value) {
   return value - Floats{};
 }
 
+// LANES rows by LANES columns, turned over: swaps ever larger off-diagonal blocks.
+static inline void transpose(Floats rows[LANES]) {
+#ifdef __clang__
+  for (int i = 0; i < LANES; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float swapped = rows[i][j];
+      rows[i][j] = rows[j][i];
+      rows[j][i] = swapped;
+    }
+  }
+#else
+  Ints lane;
+  for (int i = 0; i < LANES; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int step = 1; step < LANES; step *= 2) {
+    const Ints upper = (lane & step) != 0;
+    const Ints to_first = upper ? lane - step + LANES : lane, to_second = upper ? lane + LANES : lane + step;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) {
+      if (i & step) continue;
+      const Floats first = rows[i], second = rows[i + step];
+      rows[i] = __builtin_shuffle(first, second, to_first);
+      rows[i + step] = __builtin_shuffle(first, second, to_second);
+    }
+  }
+#endif
+}
+
+// LANES columns of kTileRows rows, interleaved: tile[c * kTileRows + row].
+static void interleave_columns(const float* from, int64_t stride, float* tile) {
+  for (int64_t row = 0; row < kTileRows; row += LANES) {
+    Floats rows[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) rows[i] = load(from + (row + i) * stride);
+    transpose(rows);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i) store(tile + i * kTileRows + row, rows[i]);
+  }
+}
+
 // The larger of both; `largest` where x is NaN.
 static inline Floats larger(Floats x, Floats largest) {
   return MAXIMUM(x, largest);
@@ -155,4 +195,4 @@ static float row_uncertainty(const float* row, int64_t columns, Criterion criter
   return uncertainty({splat(first), splat(second)}, {splat(total), splat(weighted)}, criterion, scale)[0];
 }
 
-static const Kernels kKernels{tile_uncertainties, row_uncertainty};
+static const Kernels kKernels{LANES, interleave_columns, tile_uncertainties, row_uncertainty};

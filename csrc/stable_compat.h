@@ -1,4 +1,5 @@
-// The only torch headers that csrc/ includes: all of them LibTorch Stable ABI, so one binary serves torch >= 2.10.
+// What csrc/ includes before any other header of torch, all of which are LibTorch Stable ABI: one binary serves torch
+// >= 2.10.
 #pragma once
 
 // Set here and not by a compiler flag: under the flag torch 2.11 refuses its own copy of pybind11 to module.cpp.

@@ -20,9 +20,9 @@ from pathlib import Path
 CAPABILITIES = (80, 90, 100, 120)
 
 Argument = str | int | float | bool | None
-"""A string is a run-time argument's type in Triton's own notation, with what its launcher would find out about the
-value: "*bf16:16" is a pointer divisible by 16, "i64" a plain integer. Anything else is the value of a constexpr,
-which is also what the launcher makes of an integer 1 and of None."""
+"""The value of a tl.constexpr parameter. For any other, its type in Triton's own notation with what the launcher would
+find out about the value: "*bf16:16" is a pointer divisible by 16, "i64" a plain integer; and 1 or None where the
+argument is that, because the launcher compiles those in."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ def _compile(spec: KernelSpec, capability: int) -> str:
     module, name = spec.kernel.split(":")
     kernel = getattr(importlib.import_module(module), name)
     signature, constants, attributes = {}, {}, {}
-    for position, parameter in enumerate(kernel.arg_names):
+    for position, (parameter, declared) in enumerate(zip(kernel.arg_names, kernel.params, strict=True)):
         argument = spec.arguments[parameter]
-        if not isinstance(argument, str):
+        if declared.is_constexpr or not isinstance(argument, str):
             signature[parameter] = "constexpr"
             constants[(position,)] = argument
             continue

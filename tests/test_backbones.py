@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import fastkd
 import pytest
 import torch
-from fastkd import backbones
 from tiny_models import (
     CONFIGS,
     LAYERS,
@@ -26,6 +24,9 @@ from transformers import (
     MPNetConfig,
     MPNetModel,
 )
+
+import fastkd
+from fastkd import backbones
 
 FAMILIES = sorted(CONFIGS)
 

@@ -7,13 +7,14 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import fastkd
 import pytest
 import torch
-from fastkd import benchmark
-from fastkd.trace import ExitTrace
 from tiny_models import early_exit_model, random_batch
 from torch import Tensor
+
+import fastkd
+from fastkd import benchmark
+from fastkd.trace import ExitTrace
 
 
 @pytest.fixture(autouse=True, scope="module")

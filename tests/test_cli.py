@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from fastkd import cli, demo, steps
-from fastkd.screen import wants_traceback
 from tiny_models import WORDS, early_exit_model, save_plain_checkpoint, tokenizer_of
 from typer.testing import CliRunner
+
+from fastkd import cli, demo, steps
+from fastkd.screen import wants_traceback
 
 POSITIVE, NEGATIVE = ("good", "great", "fun", "warm"), ("bad", "dull", "boring", "cold")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -228,7 +229,7 @@ def test_predict_pipe_to_pipe(model: Path) -> None:
     header, *lines = result.stdout.splitlines()
     assert header.split("\t") == ["label", "probability", "exit_layer", "error"]
     assert [line.split("\t")[2] for line in lines] == ["1", "1"]
-    assert "2 rows" in result.stderr
+    assert "2 rows in" in result.stderr
 
 
 def test_predict_json_on_a_pipe_is_one_object_a_row(model: Path) -> None:

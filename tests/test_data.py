@@ -14,6 +14,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
 from fastkd.data import (
     DataError,
     LengthGroupedSampler,
@@ -24,10 +29,6 @@ from fastkd.data import (
     padding_collator,
     tokenize,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 TEXTS = ['a "quoted" start', "it's, with a comma", "naïve café \u2028 one line", "plain"]
 

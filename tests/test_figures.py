@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy
 import pytest
+from PIL import Image
+
 from fastkd import figures
 from fastkd.benchmark import BenchmarkRow
 from fastkd.trace import Sweep, SweepRow
-from PIL import Image
 
 
 def sweep(steepness: float = 5.0, rows: int = 11, labelled: bool = True) -> Sweep:

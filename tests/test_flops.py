@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import fastkd
 import pytest
 import torch
-from fastkd.flops import CONVENTIONS, FlopsShape
 from tiny_models import CONFIGS, LAYERS, early_exit_model, one_thread, random_batch  # noqa: F401  # one is a fixture
-from torch import nn
 from torch.nn import functional as F
 from transformers import BertConfig
+
+import fastkd
+from fastkd.flops import CONVENTIONS, FlopsShape
 
 BASE = BertConfig()
 
@@ -48,41 +48,37 @@ def test_all_matmuls_add_both_products_of_every_attention() -> None:
     assert fastkd.flops(BASE, convention="all_matmuls") == 21_785_248_256 + 12 * 50_331_648 + 8_388_608
 
 
-def _counted(model: Any, batch: dict[str, torch.Tensor]) -> tuple[int, int]:
-    """2 * in * out * tokens of every nn.Linear that runs, and 4 * T * T * d of every attention product of a layer."""
+def _counted(model: Any, batch: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """2 * in * out * tokens of each linear layer that runs, and 4 * T * T * d of every attention product of a layer."""
     counts = {"linear": 0, "attention": 0}
+    linear, attention = F.linear, F.scaled_dot_product_attention
 
-    def count_linear(module: nn.Linear, inputs: tuple[torch.Tensor], _: torch.Tensor) -> None:
-        counts["linear"] += 2 * inputs[0].numel() * module.out_features
-
-    original = F.scaled_dot_product_attention
+    def counted_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        counts["linear"] += 2 * inputs.numel() * weight.shape[0]
+        return linear(inputs, weight, bias)
 
     def counted_attention(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         counts["attention"] += 4 * query.numel() * key.shape[-2]
-        return original(query, key, *args, **kwargs)
+        return attention(query, key, *args, **kwargs)
 
-    hooks = [module.register_forward_hook(count_linear) for module in model.modules() if isinstance(module, nn.Linear)]
-    torch.nn.functional.scaled_dot_product_attention = counted_attention
-    try:
-        model(**batch)  # with gradients on, so that the heads run module by module
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = original
-        for hook in hooks:
-            hook.remove()
+    with monkeypatch.context() as patched:
+        patched.setattr(F, "linear", counted_linear)
+        patched.setattr(F, "scaled_dot_product_attention", counted_attention)
+        model(**batch)  # with gradients on, so that the heads run unfolded
     return counts["linear"], counts["attention"]
 
 
 @pytest.mark.parametrize("family", sorted(CONFIGS))
-def test_counts_are_those_of_the_modules_that_run(family: str) -> None:
+def test_counts_are_those_of_the_layers_that_run(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seq_len, width = 9, 16
     model = early_exit_model(family, head="linear", num_labels=5)
     batch = {name: value[:1] for name, value in random_batch(family, longest=seq_len).items()}
-    linear, attention = _counted(model, batch)
+    linear, attention = _counted(model, batch, monkeypatch)
     assert fastkd.flops(model.config, seq_len) == linear
     assert fastkd.flops(model.config, seq_len, convention="all_matmuls") == linear + attention
 
     model = early_exit_model(family, num_labels=5, head_width=width)
-    linear, attention = _counted(model, batch)
+    linear, attention = _counted(model, batch, monkeypatch)
     # the model asks one query of each head, FastBERT's script all of them
     queries_not_run = seq_len - 1
     expected = linear + queries_not_run * 2 * (2 * width * width)

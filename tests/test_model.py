@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fastkd
 import pytest
 import torch
-from fastkd.heads import LinearHead, StudentHead
 from tiny_models import (
     CONFIGS,
     LAYERS,
@@ -28,7 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
+import fastkd
 import fastkd_kernels as fk
+from fastkd.heads import LinearHead, StudentHead
 
 CRITERIA = [("entropy", None), ("max_prob", None), ("margin", None), ("top_n", 2), ("patience", None)]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastkd import EarlyExitForSequenceClassification, predict
 from tiny_models import early_exit_model, tokenizer_of
 from transformers import PreTrainedTokenizerBase
+
+from fastkd import EarlyExitForSequenceClassification, predict
 
 SENTENCES = [
     "the film was good",

@@ -7,10 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-import fastkd
 import pytest
 import torch
-from fastkd.flops import CONVENTIONS, FlopsShape
 from safetensors.torch import save_file
 from tiny_models import (
     CONFIGS,
@@ -22,7 +20,9 @@ from tiny_models import (
 )
 from torch import Tensor
 
+import fastkd
 import fastkd_kernels as fk
+from fastkd.flops import CONVENTIONS, FlopsShape
 
 CRITERIA = [("entropy", None), ("max_prob", None), ("margin", None), ("top_n", 2), ("patience", None)]
 

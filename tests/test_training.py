@@ -14,10 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import fastkd
 import pytest
 import torch
 import training_worker
+from tiny_models import early_exit_model, random_batch, tokenizer_of
+from torch.nn import functional as F
+from training_worker import LABEL_NAMES, load, options_of, rows, save_plain, train
+from transformers import TrainerCallback
+
+import fastkd
 from fastkd.data import DataError, LengthGroupedSampler, LengthSortedBatches, Rows, load_rows, tokenize
 from fastkd.training import (
     LOG_FILE,
@@ -30,10 +35,6 @@ from fastkd.training import (
     last_checkpoint,
     self_distillation_loss,
 )
-from tiny_models import early_exit_model, random_batch, tokenizer_of
-from torch.nn import functional as F
-from training_worker import LABEL_NAMES, load, options_of, rows, save_plain, train
-from transformers import TrainerCallback
 
 WORKER = Path(training_worker.__file__)
 
@@ -517,3 +518,10 @@ def test_unnamed_labels_may_lack_the_last_classes(plain: Path, tmp_path: Path) -
     options = options_of("finetune", epochs=1)
     finetune(model, few, None, tmp_path / "out", options, tokenizer_of("bert"))
     assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
+
+
+def test_the_package_offers_training_without_importing_it() -> None:
+    code = "import sys, fastkd; assert 'fastkd.training' not in sys.modules; fastkd.distill, fastkd.load_folder"
+    subprocess.run([sys.executable, "-c", code], check=True, env=_environment(), timeout=240)
+    with pytest.raises(AttributeError, match="has no attribute 'finetun'"):
+        _ = fastkd.finetun

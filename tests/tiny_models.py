@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fastkd
 import pytest
 import torch
 import transformers
@@ -27,6 +26,8 @@ from transformers import (
     RobertaTokenizer,
     XLMRobertaConfig,
 )
+
+import fastkd
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

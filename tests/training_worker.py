@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import fastkd
 import torch
-from fastkd.data import Rows
-from fastkd.training import DistillOptions, FinetuneOptions, TrainResult, distill, finetune
 from tiny_models import CONFIGS, tokenizer_of
 from transformers import BertConfig, BertModel, TrainerCallback
+
+import fastkd
+from fastkd.data import Rows
+from fastkd.training import DistillOptions, FinetuneOptions, TrainResult, distill, finetune
 
 LABEL_NAMES = ("negative", "positive")
 _FILLER = ("the", "a", "film", "plot", "actor", "was", "is", "and", "who", "what", "cold", "warm")

@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,24 @@ class ExitRecord:
     uncertainty: Tensor
     exit_layer: Tensor
     history: Tensor
+
+    def __post_init__(self) -> None:
+        rows, device = self.exit_layer.shape[0], self.exit_layer.device
+        expected = {
+            "logits": (torch.float32, (rows, self.logits.shape[-1])),
+            "uncertainty": (torch.float32, (rows,)),
+            "exit_layer": (torch.int32, (rows,)),
+            "history": (torch.int32, (rows, 2)),
+        }
+        for name, (dtype, shape) in expected.items():
+            tensor = getattr(self, name)
+            if tensor.dtype != dtype:
+                raise TypeError(f"ExitRecord.{name}: got dtype {tensor.dtype}, expected {dtype}")
+            if tensor.shape != shape or tensor.device != device or not tensor.is_contiguous():
+                raise ValueError(
+                    f"ExitRecord.{name}: got shape {tuple(tensor.shape)} and strides {tensor.stride()} on "
+                    f"{tensor.device}, expected contiguous {list(shape)} on {device}; ExitRecord.allocate makes that"
+                )
 
     @classmethod
     def allocate(cls, rows: int, num_labels: int, device: torch.device | str = "cpu") -> ExitRecord:
@@ -207,8 +226,11 @@ def _weigh(x, maximum):
 @_jit
 def _two_largest(x):
     """The largest of each row, the largest of the others, and the first column of the largest."""
-    first, label = tl.max(x, 1, return_indices=True)
-    others = tl.where(tl.arange(0, x.shape[1])[None, :] == label[:, None], float("-inf"), x)
+    column = tl.arange(0, x.shape[1])[None, :]
+    first = tl.max(x, 1)
+    # not tl.max's own indices: of a row of NaN the interpreter has none
+    label = tl.min(tl.where(x == first[:, None], column, x.shape[1]), 1)
+    others = tl.where(column == label[:, None], float("-inf"), x)
     return first, tl.max(others, 1), label
 
 
@@ -390,6 +412,7 @@ def _patience_of(
 ):
     last = tl.load(history + 2 * ids, mask=known, other=-1)
     repeated = tl.load(history + 2 * ids + 1, mask=known, other=0)
+    tl.debug_barrier()  # several threads hold a row: all have read it before one of them writes it
     repeated = tl.where(valid & (label == last), repeated + 1, 0)
     tl.store(history + 2 * ids, tl.where(valid, label, -1), mask=known)
     tl.store(history + 2 * ids + 1, repeated, mask=known)
@@ -525,14 +548,15 @@ def _exit_gate_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     WINDOW: tl.constexpr,
 ):
-    start = 0
-    end = rows
+    block = 0
+    blocks = tl.cdiv(rows, BLOCK_ROWS)
     kept = tl.zeros((), tl.int32)
     if scan is not None:
         # numbered in the order of their start, so that a block only ever waits for running ones
-        start = tl.atomic_add(scan, 1) * BLOCK_ROWS
-        end = tl.minimum(rows, start + BLOCK_ROWS)
-    for first_row in range(start, end, BLOCK_ROWS):
+        block = tl.atomic_add(scan, 1)
+        blocks = 1
+    for step in range(0, blocks):
+        first_row = (block + step) * BLOCK_ROWS
         stays = _gate_rows(
             first_row,
             logits,
@@ -558,14 +582,14 @@ def _exit_gate_kernel(
             BLOCK_COLUMNS,
         )
         if scan is not None:
-            kept = _survivors_before(scan + 1, first_row // BLOCK_ROWS, tl.sum(stays, 0), WINDOW)
+            kept = _survivors_before(scan + 1, block, tl.sum(stays, 0), WINDOW)
         kept = _list_survivors(survivors, first_row, stays, kept, BLOCK_ROWS)
-    if end == rows:
+    if (block + blocks) * BLOCK_ROWS >= rows:
         tl.store(count, kept)
 
 
-MAX_TILE = 4096
-"""Logits a program holds at once: 16 a thread with 8 warps."""
+MAX_COLUMNS = 4096
+"""Classes up to which a program holds whole rows: 16 logits a thread with 8 warps, the most that fits its registers."""
 
 
 @dataclass(frozen=True)
@@ -582,18 +606,23 @@ class ExitGateConfig:
     def heuristic(cls, rows: int, columns: int) -> ExitGateConfig:
         """The analytical choice for `rows` > 0.
 
-        Up to four tiles one program takes in turn, which costs less than zeroing the scan state of several.
+        Up to four tiles one program takes in turn, which costs less than zeroing the scan state of several. The sizes
+        of a tile depend on the classes alone: a batch that shrinks from layer to layer compiles nothing new.
         """
-        block_columns = min(_next_power_of_2(columns), MAX_TILE)
-        block_rows = min(MAX_TILE // block_columns, _next_power_of_2(rows), 1024)
+        block_columns = min(_next_power_of_2(columns), MAX_COLUMNS)
+        block_rows = min(max(1024 // block_columns, 1), 512)
         tiles = -(-rows // block_rows)
         return cls(
             block_rows=block_rows,
             block_columns=block_columns,
             resident=columns <= block_columns,
             programs=1 if tiles <= 4 and columns <= block_columns else tiles,
-            num_warps=min(max(block_rows * block_columns // 512, 1), 8),
+            num_warps=min(max(block_rows * block_columns // 256, 1), 8),
         )
+
+    def options(self) -> dict[str, int]:
+        """What the compiler is told; without a limit of its own the assembler spills to fit more programs at once."""
+        return {"num_warps": self.num_warps, "maxnreg": 160}
 
     def constants(self) -> dict[str, int]:
         """The constexprs under the kernel's names."""
@@ -620,6 +649,8 @@ def _exit_gate_triton(
     layer: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = logits.shape
+    if rows >= 2**29:
+        raise ValueError(f"logits: got B={rows} rows, the CUDA kernel counts fewer than 2**29; split the batch")
     uncertainty = torch.empty(rows, dtype=torch.float32, device=logits.device)
     survivors = torch.empty(rows, dtype=torch.int32, device=logits.device)
     if rows == 0:
@@ -652,7 +683,7 @@ def _exit_gate_triton(
             _scale(name, columns, top_n),
             top_n,
             CRITERION=name,
-            num_warps=config.num_warps,
+            **config.options(),
             **config.constants(),
         )
     return uncertainty, survivors, count
@@ -670,8 +701,11 @@ def _cuda_reason() -> str | None:
 
 
 def _cpu_reason() -> str | None:
-    return _extension.missing_kernel_reason("exit_gate", "CPU")
+    return _CPU_REASON
 
+
+# looked up once: torch.compile cannot trace the question
+_CPU_REASON = _extension.missing_kernel_reason("exit_gate", "CPU")
 
 _backend.register_backends("exit_gate", cuda=_cuda_reason, cpu=_cpu_reason, interpretable=True)
 
@@ -749,6 +783,7 @@ def _nobody_watches() -> bool:
 
 
 def _exit_gate(
+    name: str,
     logits: Tensor,
     speed: float | Tensor,
     criterion: str,
@@ -757,22 +792,10 @@ def _exit_gate(
     record: ExitRecord | None,
     layer: int | None,
 ) -> ExitGateOutput:
-    """`exit_gate` after its checks, on the backend that is chosen."""
-    name = _backend.resolve("exit_gate", logits.device)
-    if name != "reference" and logits.dtype not in _KERNEL_DTYPES:
-        name = _backend.fall_back(
-            "exit_gate", name, f"its kernel computes in float32, and the logits are {logits.dtype}"
-        )
-    if name == "reference":
-        return exit_gate_reference(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
+    """`exit_gate` on the kernel of the backend `name`."""
     speeds = speed.to(torch.float32).contiguous() if isinstance(speed, Tensor) else None
-    arguments = (
-        logits.detach(),
-        0.0 if isinstance(speed, Tensor) else float(speed),
-        _CODES[criterion],
-        top_n or 0,
-        speeds,
-    )
+    one_speed = 0.0 if isinstance(speed, Tensor) else float(speed)
+    arguments = (logits.detach(), one_speed, _CODES[criterion], top_n or 0, speeds)
     if row_ids is not None:
         row_ids = row_ids.contiguous()
     if name == "cuda" and not torch.compiler.is_compiling():
@@ -785,6 +808,13 @@ def _exit_gate(
             *arguments, row_ids, record.logits, record.uncertainty, record.exit_layer, record.history, layer
         )
     )
+
+
+def _choose_backend(logits: Tensor) -> str:
+    name = _backend.resolve("exit_gate", logits.device)
+    if name == "reference" or logits.dtype in _KERNEL_DTYPES:
+        return name
+    return _backend.fall_back("exit_gate", name, f"its kernel computes in float32, and the logits are {logits.dtype}")
 
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -803,10 +833,11 @@ def exit_gate(
     """Decide which rows leave after this layer and list those that stay.
 
     Args:
-        logits: [B, C] float32, bfloat16, float16 or float64, any strides; B >= 0, C >= 2.
+        logits: [B, C] float32, bfloat16, float16 or float64, any strides; B >= 0, C >= 2. float64 always takes the
+            reference: the kernels compute in float32.
         speed: FastBERT's speed in [0, 1], a number or one value a row [B]; 0 switches exits off.
         criterion: "entropy", "max_prob", "margin", "top_n" or "patience" (module docstring).
-        row_ids: [B] int32 or int64, where in `record` each row belongs; default 0..B-1.
+        row_ids: [B] int32 or int64, where in `record` each row belongs; default 0..B-1. No number twice.
         top_n: how many of the largest probabilities "top_n" looks at, 2 to C.
         record: filled at `row_ids` with logits, uncertainty and `layer` of the rows that leave. Required by
             "patience", whose memory it holds.
@@ -816,7 +847,10 @@ def exit_gate(
         ExitGateOutput; nothing in it was copied to the host.
 
     Raises:
-        ValueError: a wrong shape, an unknown criterion, a speed outside [0, 1] or NaN, a missing companion argument.
+        ValueError: a wrong shape or device, an unknown criterion, a speed outside [0, 1] or NaN, a missing companion
+            argument. The values of tensors are looked at on CPU only: on a GPU a NaN speed keeps its row, and a row
+            number outside the record is not written.
+        IndexError: on CPU, a row number outside the record.
         TypeError: a wrong dtype.
     """
     if (
@@ -832,7 +866,10 @@ def exit_gate(
         if decided is not None:
             return ExitGateOutput(*decided)
     _check(logits, speed, criterion, row_ids, top_n, record, layer)
-    return _exit_gate(logits, speed, criterion, row_ids, top_n, record, layer)
+    name = _choose_backend(logits)
+    if name == "reference":
+        return exit_gate_reference(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
+    return _exit_gate(name, logits, speed, criterion, row_ids, top_n, record, layer)
 
 
 def _check(
@@ -852,25 +889,67 @@ def _check(
         raise ValueError(f"logits: got C={logits.shape[1]} classes, an exit needs at least 2")
     if criterion not in CRITERIA:
         raise ValueError(f"criterion: got {criterion!r}, expected one of {', '.join(CRITERIA)}")
-    if isinstance(speed, Tensor):
-        _check_speeds(speed, logits)
-    elif not 0 <= speed <= 1:
-        raise ValueError(f"speed: got {speed}, expected a number from 0 (never leave) to 1 (leave at once)")
+    _check_speed(speed, logits)
     if criterion == "top_n" and (top_n is None or not 2 <= top_n <= logits.shape[1]):
         raise ValueError(f"top_n: got {top_n}, criterion 'top_n' needs 2 to C={logits.shape[1]}")
     if criterion == "patience" and record is None:
         raise ValueError("record: got None, criterion 'patience' keeps its memory there; pass ExitRecord.allocate(...)")
     if record is not None and layer is None:
         raise ValueError("layer: got None, a record needs the number of this layer (1 after the first)")
-    if row_ids is not None and row_ids.shape != logits.shape[:1]:
-        raise ValueError(f"row_ids: got shape {tuple(row_ids.shape)}, expected [{logits.shape[0]}]")
+    if record is not None:
+        _check_record(record, logits)
+    if row_ids is not None:
+        _check_row_ids(row_ids, logits, record)
+    elif record is not None and record.exit_layer.shape[0] < logits.shape[0]:
+        raise ValueError(
+            f"record: got room for {record.exit_layer.shape[0]} rows, expected at least B={logits.shape[0]}, "
+            "or row_ids that say which rows these are"
+        )
 
 
-def _check_speeds(speed: Tensor, logits: Tensor) -> None:
+def _check_speed(speed: float | Tensor, logits: Tensor) -> None:
+    if not isinstance(speed, Tensor):
+        if not isinstance(speed, Real):
+            raise TypeError(f"speed: got {type(speed).__name__}, expected a number or a tensor [B]")
+        if not 0 <= speed <= 1:
+            raise ValueError(f"speed: got {speed}, expected a number from 0 (never leave) to 1 (leave at once)")
+        return
+    if not speed.is_floating_point():
+        raise TypeError(f"speed: got dtype {speed.dtype}, expected a floating-point dtype")
     if speed.shape != logits.shape[:1]:
         raise ValueError(f"speed: got shape {tuple(speed.shape)}, expected a number or [{logits.shape[0]}]")
-    if speed.device != logits.device:
-        raise ValueError(f"speed: got device {speed.device}, expected that of the logits, {logits.device}")
-    # on a GPU this check would wait for the device
-    if speed.device.type == "cpu" and not bool(((speed >= 0) & (speed <= 1)).all()):
+    _check_device("speed", speed, logits)
+    if _values_are_free(speed) and not bool(((speed >= 0) & (speed <= 1)).all()):
         raise ValueError("speed: got a value that is NaN or outside [0, 1]")
+
+
+def _check_record(record: ExitRecord, logits: Tensor) -> None:
+    _check_device("record", record.exit_layer, logits)
+    if record.logits.shape[1] != logits.shape[1]:
+        raise ValueError(f"record: got C={record.logits.shape[1]} classes, the logits have {logits.shape[1]}")
+
+
+def _check_row_ids(row_ids: Tensor, logits: Tensor, record: ExitRecord | None) -> None:
+    if row_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"row_ids: got dtype {row_ids.dtype}, expected torch.int32 or torch.int64")
+    if row_ids.shape != logits.shape[:1]:
+        raise ValueError(f"row_ids: got shape {tuple(row_ids.shape)}, expected [{logits.shape[0]}]")
+    _check_device("row_ids", row_ids, logits)
+    if record is None or row_ids.shape[0] == 0 or not _values_are_free(row_ids):
+        return
+    smallest, largest = (int(value) for value in row_ids.aminmax())
+    if smallest < 0 or largest >= record.exit_layer.shape[0]:
+        raise IndexError(
+            f"row_ids: got values from {smallest} to {largest}, expected 0 to {record.exit_layer.shape[0] - 1}, "
+            "the rows of the record"
+        )
+
+
+def _check_device(name: str, tensor: Tensor, logits: Tensor) -> None:
+    if tensor.device != logits.device:
+        raise ValueError(f"{name}: got device {tensor.device}, expected that of the logits, {logits.device}")
+
+
+def _values_are_free(tensor: Tensor) -> bool:
+    """Whether looking at the values costs no waiting for a GPU and no graph break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

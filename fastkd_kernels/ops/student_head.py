@@ -22,20 +22,29 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastkd_kernels import _backend, _extension, _triton
 from fastkd_kernels._library import library
 from fastkd_kernels._triton import tl
-from fastkd_kernels.ops._uncertainty import jit, patience, uncertainty
-from fastkd_kernels.ops.exit_gate import CRITERIA, ExitGateOutput, ExitRecord, exit_gate
+from fastkd_kernels.ops.exit_gate import (
+    ExitGateConfig,
+    ExitGateOutput,
+    ExitRecord,
+    _gate_rows,
+    _jit,
+    _list_survivors,
+    _scale,
+    exit_gate,
+)
 from fastkd_kernels.ops.exit_gate import _check as _check_gate
 
 Affine = tuple[Tensor, Tensor]
@@ -68,6 +77,8 @@ def student_head_reference(
     lengths: Tensor | None = None,
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """`student_head` unfolded, in plain PyTorch: the oracle of the tests, and what training uses."""
     if cu_seqlens is not None:
@@ -86,6 +97,7 @@ def student_head_reference(
         split(F.linear(narrow, *head.key)),
         split(F.linear(narrow, *head.value)),
         attn_mask=None if valid is None else valid[:, None, None, :],
+        dropout_p=dropout_p,
     )
     pooled = F.linear(attended.transpose(1, 2).flatten(1), *head.output)
     logits = F.linear(F.linear(pooled, *head.dense).tanh(), *head.classifier)
@@ -172,10 +184,14 @@ def fold(head: StudentHeadWeights) -> FoldedStudentHead:
 @dataclass(frozen=True)
 class _CacheEntry:
     folded: FoldedStudentHead
-    stamps: tuple[tuple[weakref.ref[Tensor], int, int], ...]  # parameter, its version, its address
-    storage: tuple[
-        torch.UntypedStorage, ...
-    ]  # keeps the folded parameters' memory, so that no later one can have its address
+    stamps: tuple[tuple[weakref.ref[Tensor], int, int], ...]
+    """Every parameter with its version and address."""
+    storage: tuple[torch.UntypedStorage, ...]
+    """Keeps the memory that was folded, so that no later one can have its address."""
+    captured: list[FoldedStudentHead]
+    """What CUDA graphs point to, kept as long as the head lives."""
+    optimizer_steps: int
+    """Steps of any optimizer up to the folding."""
 
     def is_current(self, parameters: list[Tensor], heads: int) -> bool:
         return heads == self.folded.num_attention_heads and all(
@@ -190,6 +206,8 @@ class _FoldCache:
     def __init__(self) -> None:
         self._entries = WeakIdKeyDictionary()
         self._lock = threading.Lock()
+        self._optimizer_steps = 0
+        self._watches_optimizers = False
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -197,21 +215,40 @@ class _FoldCache:
     def get(self, head: StudentHeadWeights) -> FoldedStudentHead:
         parameters = _parameters(head)
         entry = self._entries.get(head.query[0])
-        if entry is not None and entry.is_current(parameters, head.num_attention_heads):
+        if (
+            entry is not None
+            and entry.optimizer_steps == self._optimizer_steps
+            and entry.is_current(parameters, head.num_attention_heads)
+        ):
+            if _capturing(head.query[0]):
+                entry.captured.append(entry.folded)
             return entry.folded
         _check_head(head)
-        # the parameters of an inference tensor have no version; a graph being captured must fold at every replay
+        # an inference tensor has no version; and what is folded during a capture exists only once the graph is replayed
         if any(parameter.is_inference() for parameter in parameters) or _capturing(head.query[0]):
             return fold(head)
+        if any(parameter.requires_grad for parameter in parameters):
+            self._watch_optimizers()
         with self._lock, torch.inference_mode(False), torch.no_grad():
+            steps = self._optimizer_steps
             stamps = tuple((weakref.ref(p), p._version, p.data_ptr()) for p in parameters)
             storage = tuple(parameter.untyped_storage() for parameter in parameters)
             folded = fold(head)
             if head.query[0].is_cuda:
                 # once per change of the weights, so that every stream may use them
                 torch.cuda.current_stream(head.query[0].device).synchronize()
-            self._entries[head.query[0]] = _CacheEntry(folded, stamps, storage)
+            captured = [] if entry is None else entry.captured
+            self._entries[head.query[0]] = _CacheEntry(folded, stamps, storage, captured, steps)
         return folded
+
+    def _watch_optimizers(self) -> None:
+        """Count the steps of every optimizer: a fused one changes parameters without raising their version."""
+        if not self._watches_optimizers:
+            self._watches_optimizers = True
+            register_optimizer_step_post_hook(self._count_step)
+
+    def _count_step(self, *_: Any) -> None:
+        self._optimizer_steps += 1
 
 
 _fold_cache = _FoldCache()
@@ -225,14 +262,22 @@ def _capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-@jit
+_jit_kernel = (
+    _triton.triton.jit(do_not_specialize=["tokens", "batch", "capacity", "layer", "top_n"])
+    if _triton.available
+    else _jit
+)
+"""One binary for every batch size, length, layer and n."""
+
+
+@_jit
 def _tanh(x):
     decay = tl.exp(-2 * tl.abs(x))  # never overflows; NaN stays NaN
     result = (1 - decay) / (1 + decay)
     return tl.where(x < 0, -result, result)
 
 
-@jit
+@_jit
 def _vector_matrix(
     vector,  # [ROWS] float32, in global memory
     matrix,  # [ROWS, WIDTH] float32
@@ -249,7 +294,7 @@ def _vector_matrix(
     return tl.sum(total, 0)
 
 
-@jit
+@_jit
 def _narrow_tile(
     rows,  # [BLOCK_TOKENS, 1] pointers to tokens of H features
     valid,  # [BLOCK_TOKENS]; other tokens are not read
@@ -283,7 +328,7 @@ def _narrow_tile(
     return _tanh(product + bias[None, :])
 
 
-@jit
+@_jit
 def _pool_sequence(
     sequence,  # its number, int64
     hidden_states,  # [B, T, H], or [N_tokens, H] with cu_seqlens
@@ -328,9 +373,10 @@ def _pool_sequence(
     context_vectors = query + HEADS * WIDTH
     dense = context_vectors + HEADS * WIDTH
 
-    head_index = tl.arange(0, HEADS)
-    largest = tl.full([HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
+    # all two-dimensional: Triton 3.6 fails for compute capability 10.0 on a vector reduced further
+    head_index = tl.arange(0, HEADS)[:, None]
+    largest = tl.full([HEADS, 1], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS, 1], tl.float32)
     context = tl.zeros([HEADS, WIDTH], tl.float32)
     for start in range(0, length, BLOCK_TOKENS):
         token = start + tl.arange(0, BLOCK_TOKENS)
@@ -361,17 +407,18 @@ def _pool_sequence(
         for head in tl.static_range(HEADS):
             is_head = head_index == head
             folded = tl.load(query + head * WIDTH + column)
-            score = tl.where(valid, tl.sum(narrow * folded[None, :], 1), float("-inf"))
-            before = tl.max(tl.where(is_head, largest, float("-inf")), 0)
-            after = tl.maximum(before, tl.max(score, 0))
+            score = tl.sum(narrow * folded[None, :], 1, keep_dims=True)
+            score = tl.where(valid[:, None], score, float("-inf"))
+            before = tl.max(tl.where(is_head, largest, float("-inf")), 0, keep_dims=True)
+            after = tl.maximum(before, tl.max(score, 0, keep_dims=True))
             weight = tl.exp(score - after)
             scale = tl.exp(before - after)
             largest = tl.where(is_head, after, largest)
-            total = tl.where(is_head, total * scale + tl.sum(weight, 0), total)
-            added = tl.sum(narrow * weight[:, None], 0)
-            context = tl.where(is_head[:, None], context * scale + added[None, :], context)
+            total = tl.where(is_head, total * scale + tl.sum(weight, 0, keep_dims=True), total)
+            added = tl.sum(narrow * weight, 0, keep_dims=True)
+            context = tl.where(is_head, context * scale + added, context)
 
-    tl.store(context_vectors + head_index[:, None] * WIDTH + column[None, :], context / total[:, None])
+    tl.store(context_vectors + head_index * WIDTH + column[None, :], context / total)
     tl.debug_barrier()
     pooled = _vector_matrix(context_vectors, mix, HEADS * WIDTH, WIDTH, BLOCK_ROWS)
     tl.store(dense + column, _tanh(pooled + tl.load(mix_bias + column)))
@@ -379,28 +426,53 @@ def _pool_sequence(
     return dense
 
 
-@jit
+@_jit
 def _classify(
+    logits,  # [C] float32, out
     dense,  # [D] float32
     classifier,  # [C, D] float32
     classifier_bias,  # [C] float32
-    label,  # [BLOCK_LABELS], the classes to do
     num_labels,  # C
     WIDTH: tl.constexpr,
     BLOCK_LABELS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """Logits [BLOCK_LABELS]; 0 from C on"""
-    known = label < num_labels
-    total = tl.zeros([BLOCK_LABELS, BLOCK_WIDTH], tl.float32)
-    for start in range(0, WIDTH, BLOCK_WIDTH):
-        column = start + tl.arange(0, BLOCK_WIDTH)
-        weights = tl.load(classifier + label[:, None] * WIDTH + column[None, :], mask=known[:, None], other=0.0)
-        total += weights * tl.load(dense + column)[None, :]
-    return tl.sum(total, 1) + tl.load(classifier_bias + label, mask=known, other=0.0)
+    for first in range(0, num_labels, BLOCK_LABELS):
+        label = first + tl.arange(0, BLOCK_LABELS)
+        known = label < num_labels
+        total = tl.zeros([BLOCK_LABELS, BLOCK_WIDTH], tl.float32)
+        for start in range(0, WIDTH, BLOCK_WIDTH):
+            column = start + tl.arange(0, BLOCK_WIDTH)
+            weights = tl.load(classifier + label[:, None] * WIDTH + column[None, :], mask=known[:, None], other=0.0)
+            total += weights * tl.load(dense + column)[None, :]
+        values = tl.sum(total, 1) + tl.load(classifier_bias + label, mask=known, other=0.0)
+        tl.store(logits + label, values, mask=known)
 
 
-@jit
+@_jit
+def _list_if_last(
+    stays,  # [B] int8, written by all programs
+    survivors,  # [B] int32, out
+    count,  # [1] int32, out
+    ticket,  # [1] int32, 0 before and after the launch
+    batch,  # B, which is the number of programs
+    BLOCK: tl.constexpr,
+):
+    """The last program to arrive lists the rows that stay, in their order."""
+    tl.debug_barrier()  # every thread of this program has stored before one of them takes the ticket
+    arrived = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
+    if arrived == batch - 1:
+        kept = tl.zeros((), tl.int32)
+        for first in range(0, batch, BLOCK):
+            row = first + tl.arange(0, BLOCK)
+            # .cg: the other programs' flags are in L2, not in this multiprocessor's L1
+            stay = tl.load(stays + row, mask=row < batch, other=0, cache_modifier=".cg").to(tl.int32)
+            kept = _list_survivors(survivors, first, stay, kept, BLOCK)
+        tl.store(count, kept)
+        tl.store(ticket, 0)
+
+
+@_jit_kernel
 def _student_head_kernel(
     hidden_states,  # [B, T, H], or [N_tokens, H] with cu_seqlens
     narrow_weight,  # [D, H]
@@ -416,154 +488,17 @@ def _student_head_kernel(
     cu_seqlens,  # [B + 1] or None
     scratch,  # [B, 2 + 2 heads, D] float32
     logits,  # [B, C] float32, out
-    tokens,  # T
-    hidden,  # H
-    num_labels,  # C
-    stride_batch,
-    stride_token,
-    stride_mask_batch,
-    stride_mask_token,
-    EVEN_HIDDEN: tl.constexpr,  # H is a multiple of BLOCK_HIDDEN
-    WIDEN: tl.constexpr,  # Triton's interpreter multiplies bfloat16 as if it were integers
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,  # D
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_LABELS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-):
-    sequence = tl.program_id(0).to(tl.int64)
-    dense = _pool_sequence(
-        sequence,
-        hidden_states,
-        narrow_weight,
-        narrow_bias,
-        query_key,
-        query_bias,
-        mix,
-        mix_bias,
-        lengths,
-        attention_mask,
-        cu_seqlens,
-        scratch + sequence * ((2 + 2 * HEADS) * WIDTH),
-        tokens,
-        hidden,
-        stride_batch,
-        stride_token,
-        stride_mask_batch,
-        stride_mask_token,
-        EVEN_HIDDEN,
-        WIDEN,
-        HEADS,
-        WIDTH,
-        BLOCK_TOKENS,
-        BLOCK_HIDDEN,
-        BLOCK_ROWS,
-    )
-    for start in range(0, num_labels, BLOCK_LABELS):
-        label = start + tl.arange(0, BLOCK_LABELS)
-        values = _classify(dense, classifier, classifier_bias, label, num_labels, WIDTH, BLOCK_LABELS, BLOCK_WIDTH)
-        tl.store(logits + sequence * num_labels + label, values, mask=label < num_labels)
-
-
-@jit
-def _decide(
-    row,  # number of the sequence in the batch, int64
-    logits,  # [1, BLOCK_LABELS] float32 in registers, -inf from C on
-    label,  # [BLOCK_LABELS]
-    num_labels,  # C
-    speed,  # used where speeds is None
     speeds,  # [B] float32 or None
-    top_n,
     row_ids,  # [B] or None
-    uncertainties,  # [B] float32, out
-    record_logits,  # [N, C] float32 or None, like the other three; out
-    record_uncertainty,  # [N] float32
-    record_exit_layer,  # [N] int32
-    record_history,  # [N, 2] int32
-    layer,
-    CRITERION: tl.constexpr,
-):
-    """Whether the row stays, [1], after writing its uncertainty and, if it leaves, its answer."""
-    here = row + tl.arange(0, 1)
-    target = here
-    if row_ids is not None:
-        target = tl.load(row_ids + here).to(tl.int64)
-    if CRITERION == 4:
-        value = patience(logits, label, record_history + 2 * target)
-    else:
-        value = uncertainty(logits, label, num_labels, top_n, CRITERION)
-    tl.store(uncertainties + here, value)
-    threshold = tl.zeros([1], tl.float32) + speed
-    if speeds is not None:
-        threshold = tl.load(speeds + here)
-    # a comparison with NaN is false, so NaN stays
-    leaves = (value <= threshold) & (threshold > 0)
-    if record_logits is not None:
-        answer = record_logits + (target * num_labels)[:, None] + label[None, :]
-        tl.store(answer, logits, mask=(label < num_labels)[None, :] & leaves[:, None])
-        tl.store(record_uncertainty + target, value, mask=leaves)
-        tl.store(record_exit_layer + target, tl.zeros([1], tl.int32) + layer, mask=leaves)
-    return ~leaves
-
-
-@jit
-def _compact_if_last(
-    stays,  # [B] int8, written by all programs
-    survivors,  # [B] int32, out
-    count,  # [1] int32, out
-    ticket,  # [1] int32, 0 before and after the launch
-    batch,  # B, which is the number of programs
-    BLOCK: tl.constexpr,
-):
-    """The last program to arrive lists the rows that stay, in their order."""
-    tl.debug_barrier()  # every thread of this program has stored before one of them takes the ticket
-    arrived = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
-    if arrived == batch - 1:
-        kept_before = 0
-        for start in range(0, batch, BLOCK):
-            row = start + tl.arange(0, BLOCK)
-            # .cg: the other programs' flags are in L2, never in this multiprocessor's L1
-            stay = tl.load(stays + row, mask=row < batch, other=0, cache_modifier=".cg").to(tl.int32)
-            position = kept_before + tl.cumsum(stay, 0) - stay
-            tl.store(survivors + position, row, mask=stay != 0)
-            kept_before += tl.sum(stay, 0)
-        tl.store(count, kept_before)
-        tl.store(ticket, 0)
-
-
-@jit
-def _student_head_exit_kernel(
-    hidden_states,  # [B, T, H], or [N_tokens, H] with cu_seqlens
-    narrow_weight,  # [D, H]
-    narrow_bias,  # [D]
-    query_key,  # [heads, D, D] float32
-    query_bias,  # [heads, D] float32
-    mix,  # [heads, D, D] float32
-    mix_bias,  # [D] float32
-    classifier,  # [C, D] float32
-    classifier_bias,  # [C] float32
-    lengths,  # [B] or None
-    attention_mask,  # [B, T] or None
-    cu_seqlens,  # [B + 1] or None
-    scratch,  # [B, 2 + 2 heads, D] float32
-    logits,  # [B, C] float32, out
-    uncertainties,  # [B] float32, out
+    uncertainty,  # [B] float32, out
     stays,  # [B] int8, scratch
     survivors,  # [B] int32, out
     count,  # [1] int32, out
     ticket,  # [1] int32, 0 before and after the launch
-    speeds,  # [B] float32 or None
-    row_ids,  # [B] or None
-    record_logits,  # [N, C] float32 or None, like the other three; out
-    record_uncertainty,  # [N] float32
-    record_exit_layer,  # [N] int32
-    record_history,  # [N, 2] int32
-    speed,  # used where speeds is None
-    top_n,
-    layer,
-    batch,  # B
+    exit_logits,  # [N, C] float32 or None, out, as the other three
+    exit_uncertainty,  # [N] float32
+    exit_layer,  # [N] int32
+    history,  # [N, 2] int32
     tokens,  # T
     hidden,  # H
     num_labels,  # C
@@ -571,7 +506,13 @@ def _student_head_exit_kernel(
     stride_token,
     stride_mask_batch,
     stride_mask_token,
-    CRITERION: tl.constexpr,  # number in CRITERIA
+    batch,  # B
+    capacity,  # N
+    layer,
+    speed,  # used where speeds is None
+    scale,  # by what the uncertainty is divided
+    top_n,
+    CRITERION: tl.constexpr,  # None: only the logits are wanted
     EVEN_HIDDEN: tl.constexpr,  # H is a multiple of BLOCK_HIDDEN
     WIDEN: tl.constexpr,  # Triton's interpreter multiplies bfloat16 as if it were integers
     HEADS: tl.constexpr,
@@ -581,6 +522,9 @@ def _student_head_exit_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_LABELS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    RESIDENT: tl.constexpr,  # the gate's block holds all classes
+    GATE_LABELS: tl.constexpr,
+    LIST_ROWS: tl.constexpr,
 ):
     sequence = tl.program_id(0).to(tl.int64)
     dense = _pool_sequence(
@@ -610,29 +554,36 @@ def _student_head_exit_kernel(
         BLOCK_HIDDEN,
         BLOCK_ROWS,
     )
-    label = tl.arange(0, BLOCK_LABELS)
-    known = label < num_labels
-    values = _classify(dense, classifier, classifier_bias, label, num_labels, WIDTH, BLOCK_LABELS, BLOCK_WIDTH)
-    tl.store(logits + sequence * num_labels + label, values, mask=known)
-    stay = _decide(
-        sequence,
-        tl.where(known, values, float("-inf"))[None, :],
-        label,
-        num_labels,
-        speed,
-        speeds,
-        top_n,
-        row_ids,
-        uncertainties,
-        record_logits,
-        record_uncertainty,
-        record_exit_layer,
-        record_history,
-        layer,
-        CRITERION,
-    )
-    tl.store(stays + sequence + tl.arange(0, 1), stay.to(tl.int8))
-    _compact_if_last(stays, survivors, count, ticket, batch, 1024)
+    own_logits = logits + sequence * num_labels
+    _classify(own_logits, dense, classifier, classifier_bias, num_labels, WIDTH, BLOCK_LABELS, BLOCK_WIDTH)
+    if CRITERION is not None:
+        tl.debug_barrier()  # the gate reads the logits back
+        stay = _gate_rows(
+            sequence,
+            logits,
+            speeds,
+            row_ids,
+            uncertainty,
+            exit_logits,
+            exit_uncertainty,
+            exit_layer,
+            history,
+            batch,
+            num_labels,
+            num_labels,
+            1,
+            capacity,
+            layer,
+            speed,
+            scale,
+            top_n,
+            CRITERION,
+            RESIDENT,
+            1,
+            GATE_LABELS,
+        )
+        tl.store(stays + sequence + tl.arange(0, 1), stay.to(tl.int8))
+        _list_if_last(stays, survivors, count, ticket, batch, LIST_ROWS)
 
 
 @dataclass(frozen=True)
@@ -644,6 +595,9 @@ class StudentHeadConfig:
     block_rows: int  # of a folded matrix, a step
     block_labels: int
     block_width: int  # of the classifier's input, a step
+    gate_labels: int
+    resident: bool  # a block of the gate holds all classes
+    list_rows: int  # of the batch, a step of listing the survivors
     num_warps: int
     num_stages: int
 
@@ -652,39 +606,42 @@ class StudentHeadConfig:
         """The analytical choice.
 
         A tile of 64 tokens is the smallest that fills `wgmma`; its float32 accumulator and the reductions over it
-        fit the registers of 8 warps up to a width of 128. Three stages hide a load from L2 behind two products and
-        leave the 99 KiB of shared memory of compute capability 12.0 unspent.
+        fit the registers of 8 warps up to a width of 128. A float32 operand takes three products and their halves in
+        registers, hence its narrower step. Three stages hide a load behind two steps and fit the shared memory of
+        every GPU from compute capability 8.0.
         """
-        feature_bytes = 64 if dtype == torch.float32 and width > 128 else 128
-        block_hidden = min(feature_bytes // dtype.itemsize, max(16, _next_power_of_2(hidden)))
-        block_labels = min(max(_next_power_of_2(num_labels), 2), MAX_FUSED_LABELS)
+        block_hidden = min(16 if dtype == torch.float32 else 64, max(16, _next_power_of_2(hidden)))
+        block_labels = min(max(_next_power_of_2(num_labels), 2), 256)
+        gate = ExitGateConfig.heuristic(1, num_labels)
         return cls(
             block_tokens=64 if width <= 128 else 32,
             block_hidden=block_hidden,
             block_rows=min(width, 4096 // width),
             block_labels=block_labels,
             block_width=min(width, 4096 // block_labels),
+            gate_labels=gate.block_columns,
+            resident=gate.resident,
+            list_rows=1024,
             num_warps=8,
             num_stages=3,
         )
 
-    def block_sizes(self) -> dict[str, int]:
-        """The block sizes under the kernel's names."""
+    def constants(self) -> dict[str, int]:
+        """The constexprs under the kernel's names."""
         return {
             "BLOCK_TOKENS": self.block_tokens,
             "BLOCK_HIDDEN": self.block_hidden,
             "BLOCK_ROWS": self.block_rows,
             "BLOCK_LABELS": self.block_labels,
             "BLOCK_WIDTH": self.block_width,
+            "RESIDENT": self.resident,
+            "GATE_LABELS": self.gate_labels,
+            "LIST_ROWS": self.list_rows,
         }
 
     def options(self) -> dict[str, int]:
         """What the compiler is told."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
-
-MAX_FUSED_LABELS = 256
-"""Classes up to which head and gate are one launch: all logits of a sequence must sit in registers for the gate."""
 
 
 def _next_power_of_2(value: int) -> int:
@@ -772,17 +729,38 @@ def _student_head_cuda(
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    folded = _fold_cache.get(head)
-    batch, _ = _batch_and_tokens(hidden_states, cu_seqlens)
-    logits = folded.mix.new_empty(batch, folded.classifier[0].shape[0])
-    config = StudentHeadConfig.heuristic(hidden_states.dtype, *folded.sizes)
-    arguments = _kernel_arguments(hidden_states, folded, lengths, attention_mask, cu_seqlens, config)
-    with _on_device(hidden_states):
-        _student_head_kernel[(batch,)](logits=logits, **arguments, **config.options())
+    logits = _new_logits(hidden_states, head, cu_seqlens)
+    no_gate = {**dict.fromkeys(_GATE_TENSORS, None), **dict.fromkeys(_GATE_NUMBERS, 0), "speed": 0.0, "scale": 1.0}
+    _launch(hidden_states, head, lengths, attention_mask, cu_seqlens, logits, {**no_gate, "CRITERION": None})
     return logits
 
 
-def _kernel_arguments(
+_GATE_TENSORS = (
+    *("speeds", "row_ids", "uncertainty", "stays", "survivors", "count", "ticket"),
+    *("exit_logits", "exit_uncertainty", "exit_layer", "history"),
+)
+_GATE_NUMBERS = ("batch", "capacity", "layer", "top_n")
+
+
+def _launch(
+    hidden_states: Tensor,
+    head: StudentHeadWeights,
+    lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    logits: Tensor,
+    gate: dict[str, Any],
+) -> None:
+    folded = _fold_cache.get(head)
+    config = StudentHeadConfig.heuristic(hidden_states.dtype, *folded.sizes)
+    arguments = _head_arguments(hidden_states, folded, lengths, attention_mask, cu_seqlens, config)
+    with torch.cuda.device(hidden_states.device) if hidden_states.is_cuda else nullcontext():
+        _student_head_kernel[(logits.shape[0],)](
+            logits=logits, **arguments, **gate, **config.constants(), **config.options()
+        )
+
+
+def _head_arguments(
     hidden_states: Tensor,
     folded: FoldedStudentHead,
     lengths: Tensor | None,
@@ -790,7 +768,7 @@ def _kernel_arguments(
     cu_seqlens: Tensor | None,
     config: StudentHeadConfig,
 ) -> dict[str, Any]:
-    """What both kernels share, by parameter name."""
+    """By parameter name."""
     batch, tokens = _batch_and_tokens(hidden_states, cu_seqlens)
     hidden, width, num_labels = folded.sizes
     if hidden_states.stride(-1) != 1:
@@ -823,12 +801,7 @@ def _kernel_arguments(
         "WIDEN": _triton.interpreting and hidden_states.dtype == torch.bfloat16,
         "HEADS": heads,
         "WIDTH": width,
-        **config.block_sizes(),
     }
-
-
-def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _unsupported(head: StudentHeadWeights) -> str | None:
@@ -847,10 +820,12 @@ def _cuda_reason() -> str | None:
     return _triton.missing_reason
 
 
+# worked out once, because torch.compile cannot trace into the dispatcher
+_CPU_REASON = _extension.missing_kernel_reason("student_head_pool", "CPU")
+
+
 def _cpu_reason() -> str | None:
-    if _extension.has_kernel("student_head_pool", "CPU"):
-        return None
-    return _extension.missing_reason or "the compiled extension was built without student_head_pool"
+    return _CPU_REASON
 
 
 _backend.register_backends("student_head", cuda=_cuda_reason, cpu=_cpu_reason, interpretable=True)
@@ -873,6 +848,7 @@ def _student_head(
     _check_values(hidden_states, lengths, attention_mask, cu_seqlens)
     name = _resolve(hidden_states, head)
     if name == "reference":
+        _check_head(head)
         return student_head_reference(hidden_states, head, lengths, attention_mask, cu_seqlens)
     if _batch_and_tokens(hidden_states, cu_seqlens)[0] == 0:
         return _new_logits(hidden_states, head, cu_seqlens)
@@ -952,11 +928,14 @@ def student_head(
     lengths: Tensor | None = None,
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
 ) -> Tensor:
     """Logits of FastBERT's head from token 0 of every sequence.
 
-    With gradients wanted the unfolded head runs; otherwise the folded one, whose matrices are kept until a parameter
-    changes. Writing to a parameter through `.data` goes unseen, as it does by autograd: write under `torch.no_grad()`.
+    With gradients or dropout wanted the unfolded head runs; otherwise the folded one, whose matrices are kept until a
+    parameter changes. Writing into a parameter's `.data` goes unseen, as it does by autograd: write under
+    `torch.no_grad()`.
 
     Args:
         hidden_states: [B, T, H] float32, bfloat16, float16 or float64; with `cu_seqlens` packed, [N_tokens, H].
@@ -964,6 +943,7 @@ def student_head(
         lengths: [B] int32 or int64 from 1 to T, where padding is on the right only.
         attention_mask: [B, T] of any dtype, non-zero where a token counts; token 0 of every row must.
         cu_seqlens: [B + 1] int32 or int64, sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1].
+        dropout_p: probability of dropping an attention weight, in training.
 
     Returns:
         [B, C], float32 (float64 for float64 inputs). What stands in padding, NaN included, changes nothing.
@@ -974,10 +954,10 @@ def student_head(
         TypeError: dtypes of hidden states and weights that differ, masks of a wrong dtype.
     """
     _check(hidden_states, head, lengths, attention_mask, cu_seqlens)
-    if _needs_unfolded(hidden_states, head):
+    if dropout_p or _needs_unfolded(hidden_states, head):
         _check_head(head)
         _check_values(hidden_states, lengths, attention_mask, cu_seqlens)
-        return student_head_reference(hidden_states, head, lengths, attention_mask, cu_seqlens)
+        return student_head_reference(hidden_states, head, lengths, attention_mask, cu_seqlens, dropout_p=dropout_p)
     if torch.compiler.is_compiling() or type(hidden_states) is not Tensor:
         return torch.ops.fastkd_kernels.student_head(
             hidden_states, _parameters(head), head.num_attention_heads, lengths, attention_mask, cu_seqlens
@@ -993,7 +973,7 @@ def _needs_unfolded(hidden_states: Tensor, head: StudentHeadWeights) -> bool:
 
 
 class _Tickets:
-    """Zeroed counters for `_compact_if_last`, which leaves them at zero.
+    """Zeroed counters for `_list_if_last`, which leaves them at zero.
 
     Launches that may overlap must not share one: every stream has its own, and so has every launch in a CUDA graph.
     """
@@ -1042,38 +1022,35 @@ def _student_head_exit_cuda(
     criterion: str,
     row_ids: Tensor | None,
     top_n: int | None,
-    record: list[Tensor | None],
+    record: list[Tensor] | None,
     layer: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logits, uncertainty, survivors and count."""
-    folded = _fold_cache.get(head)
-    batch, _ = _batch_and_tokens(hidden_states, cu_seqlens)
-    config = StudentHeadConfig.heuristic(hidden_states.dtype, *folded.sizes)
-    arguments = _kernel_arguments(hidden_states, folded, lengths, attention_mask, cu_seqlens, config)
-    logits, uncertainties, survivors, count = _new_exit(hidden_states, head, cu_seqlens)
-    with _on_device(hidden_states):
-        _student_head_exit_kernel[(batch,)](
-            logits=logits,
-            uncertainties=uncertainties,
-            stays=survivors.new_empty(batch, dtype=torch.int8),
-            survivors=survivors,
-            count=count,
-            ticket=_tickets.take(hidden_states),
-            speeds=None if speeds is None else speeds.float().contiguous(),
-            row_ids=None if row_ids is None else row_ids.contiguous(),
-            record_logits=record[0],
-            record_uncertainty=record[1],
-            record_exit_layer=record[2],
-            record_history=record[3],
-            speed=float(speed),
-            top_n=top_n or 0,
-            layer=layer or 0,
-            batch=batch,
-            CRITERION=CRITERIA.index(criterion),
-            **arguments,
-            **config.options(),
-        )
-    return logits, uncertainties, survivors, count
+    logits, uncertainty, survivors, count = _new_exit(hidden_states, head, cu_seqlens)
+    batch, num_labels = logits.shape
+    exit_logits, exit_uncertainty, exit_layer, history = record or (None,) * 4
+    gate = {
+        "speeds": None if speeds is None else speeds.float().contiguous(),
+        "row_ids": None if row_ids is None else row_ids.contiguous(),
+        "uncertainty": uncertainty,
+        "stays": survivors.new_empty(batch, dtype=torch.int8),
+        "survivors": survivors,
+        "count": count,
+        "ticket": _tickets.take(hidden_states),
+        "exit_logits": exit_logits,
+        "exit_uncertainty": exit_uncertainty,
+        "exit_layer": exit_layer,
+        "history": history,
+        "batch": batch,
+        "capacity": batch if exit_layer is None else exit_layer.shape[0],
+        "layer": layer or 0,
+        "speed": float(speed),
+        "scale": _scale(criterion, num_labels, top_n or 0),
+        "top_n": top_n or 0,
+        "CRITERION": criterion,
+    }
+    _launch(hidden_states, head, lengths, attention_mask, cu_seqlens, logits, gate)
+    return logits, uncertainty, survivors, count
 
 
 def _new_exit(
@@ -1092,8 +1069,8 @@ def _new_exit(
 library.define(
     "student_head_exit(Tensor hidden_states, Tensor[] weights, int heads, Tensor? lengths, Tensor? attention_mask, "
     "Tensor? cu_seqlens, float speed, Tensor? speeds, str criterion, Tensor? row_ids, int? top_n, "
-    "Tensor(a!)? record_logits, Tensor(b!)? record_uncertainty, Tensor(c!)? record_exit_layer, "
-    "Tensor(d!)? record_history, int? layer) -> (Tensor, Tensor, Tensor, Tensor)"
+    "Tensor(a!)? exit_logits, Tensor(b!)? exit_uncertainty, Tensor(c!)? exit_layer, "
+    "Tensor(d!)? history, int? layer) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -1110,10 +1087,10 @@ def _student_head_exit_op(
     criterion: str,
     row_ids: Tensor | None,
     top_n: int | None,
-    record_logits: Tensor | None,
-    record_uncertainty: Tensor | None,
-    record_exit_layer: Tensor | None,
-    record_history: Tensor | None,
+    exit_logits: Tensor | None,
+    exit_uncertainty: Tensor | None,
+    exit_layer: Tensor | None,
+    history: Tensor | None,
     layer: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_values(hidden_states, lengths, attention_mask, cu_seqlens)
@@ -1128,9 +1105,13 @@ def _student_head_exit_op(
         criterion,
         row_ids,
         top_n,
-        [record_logits, record_uncertainty, record_exit_layer, record_history],
+        _all_or_none(exit_logits, exit_uncertainty, exit_layer, history),
         layer,
     )
+
+
+def _all_or_none(*tensors: Tensor | None) -> list[Tensor] | None:
+    return None if tensors[0] is None else [tensor for tensor in tensors if tensor is not None]
 
 
 @torch.library.register_fake("fastkd_kernels::student_head_exit", lib=library)
@@ -1162,19 +1143,19 @@ def student_head_exit(
 ) -> ExitGateOutput:
     """`student_head` followed by `exit_gate`; arguments and errors are those of both.
 
-    On a GPU head and gate are one launch, which may be captured in a CUDA graph after one call outside of it. Above
-    256 classes they are two, since the logits of a sequence no longer fit the registers of the program that made them.
+    On a GPU head and gate are one launch, which may be captured in a CUDA graph after one call outside of it. The graph
+    keeps the folded weights of that time: capture it again when they have changed.
 
     Returns:
         The gate's output with `logits` [B, C] set.
     """
     _check(hidden_states, head, lengths, attention_mask, cu_seqlens)
+    _check_gate(_new_logits(hidden_states, head, cu_seqlens), speed, criterion, row_ids, top_n, record, layer)
     if not _one_launch(hidden_states, head, cu_seqlens):
         logits = student_head(hidden_states, head, lengths, attention_mask, cu_seqlens)
         decided = exit_gate(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
         return decided._replace(logits=logits)
 
-    _check_gate(_new_logits(hidden_states, head, cu_seqlens), speed, criterion, row_ids, top_n, record, layer)
     direct = not torch.compiler.is_compiling() and type(hidden_states) is Tensor
     run: Any = _student_head_exit_op if direct else torch.ops.fastkd_kernels.student_head_exit
     logits, uncertainties, survivors, count = run(
@@ -1199,7 +1180,6 @@ def _one_launch(hidden_states: Tensor, head: StudentHeadWeights, cu_seqlens: Ten
     return (
         not _needs_unfolded(hidden_states, head)
         and _resolve(hidden_states, head) == "cuda"
-        and head.classifier[0].shape[0] <= MAX_FUSED_LABELS
         and _batch_and_tokens(hidden_states, cu_seqlens)[0] > 0
     )
 

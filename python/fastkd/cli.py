@@ -174,7 +174,7 @@ def finetune(
         from fastkd import steps, training
 
         folder = steps.load_splits(data, train, dev, num_labels=num_labels)
-        model, tokenizer = steps.load_plain(checkpoint, folder, head, _layers(exit_layers))
+        model, tokenizer = steps.load_plain(checkpoint, folder, head, _layers(exit_layers), seed)
         limit = steps.set_length(model, tokenizer, max_length, default=128)
         options = training.FinetuneOptions(
             epochs=epochs, max_steps=max_steps, batch_size=batch_size, learning_rate=learning_rate,
@@ -199,7 +199,7 @@ def distill(
     epochs: Epochs = 3.0,
     max_steps: MaxSteps = None,
     batch_size: BatchSize = 32,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the heads.")] = 4e-4,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the heads.")] = 1e-3,
     temperature: Annotated[float, typer.Option(help="Softens the answers of both sides.")] = 1.0,
     direction: Annotated[str, typer.Option(help="forward: KL(teacher || student); reverse: the other.")] = "forward",
     max_length: MaxLength = None,
@@ -287,7 +287,7 @@ def sweep(
     ],
     data: Annotated[Path | None, typer.Option(help="Rows to sweep a model on: a file, or a folder of splits.")] = None,
     split: Split = "test",
-    speeds: Annotated[str, typer.Option(help="Numbers 0,0.1,0.5 or a range start:end:step.")] = DEFAULT_SPEEDS,
+    speeds: Annotated[str, typer.Option(help="Numbers 0,0.1,0.5 or a range first:last:step.")] = DEFAULT_SPEEDS,
     criterion: Criteria = None,
     top_n: TopN = None,
     seq_len: Annotated[
@@ -331,7 +331,7 @@ def sweep(
         }
         files = steps.write_sweeps(sweeps, output)
         for name, table in sweeps.items():
-            screen.out.print(sweep_table(table, name))
+            screen.out.print(sweep_table(table, name, screen.is_narrow))
         screen.out.print(f"written: [bold]{output}[/] ({_listed([path.name for path in files])})", soft_wrap=True)
         screen.result(
             {"sweeps": {name: table.to_dicts() for name, table in sweeps.items()}, "files": [str(f) for f in files]}
@@ -455,7 +455,7 @@ def bench(
             criterion=criterion and criterion.value, top_n=top_n, repeats=repeats,
         )  # fmt: skip
         files = steps.write_benchmark(measured, output)
-        screen.out.print(benchmark_table(measured))
+        screen.out.print(benchmark_table(measured, screen.is_narrow))
         screen.out.print(f"written: [bold]{output}[/] ({_listed([path.name for path in files])})", soft_wrap=True)
         screen.result(measured.to_dict() | {"files": [str(path) for path in files]})
 
@@ -480,13 +480,14 @@ def demo(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of a training step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the backbone.")] = None,
     distill_learning_rate: Annotated[float | None, typer.Option(help="Of the early heads.")] = None,
-    speeds: Annotated[str | None, typer.Option(help="Of the sweep: 0,0.1,0.5 or start:end:step.")] = None,
+    speeds: Annotated[str | None, typer.Option(help="Of the sweep: 0,0.1,0.5 or first:last:step.")] = None,
     bench_speeds: Annotated[str | None, typer.Option(help="Measured in seconds.")] = None,
     bench_rows: Annotated[int | None, typer.Option(min=1, help="Rows of a measured pass.")] = None,
     bench_repeats: Annotated[int | None, typer.Option(min=1, help="Interleaved passes; their median counts.")] = None,
     batch_sizes: Annotated[str | None, typer.Option(help="Measured, as in 1,8,32.")] = None,
     dtypes: Annotated[str | None, typer.Option(help="Measured: some of fp32, bf16, fp16.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of corpus, rows and weights.")] = None,
+    device: Device = "auto",
     start_over: Annotated[bool, typer.Option("--start-over", help="Forget what an earlier demo left.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -513,7 +514,7 @@ def demo(
             "checkpoint": checkpoint, "train_rows": train_rows, "max_length": max_length, "epochs": epochs,
             "distill_epochs": distill_epochs, "batch_size": batch_size, "learning_rate": learning_rate,
             "distill_learning_rate": distill_learning_rate, "bench_rows": bench_rows, "seed": seed,
-            "bench_repeats": bench_repeats,
+            "bench_repeats": bench_repeats, "device": device,
             "speeds": speeds and tuple(parse_speeds(speeds)),
             "bench_speeds": bench_speeds and tuple(parse_speeds(bench_speeds)),
             "batch_sizes": batch_sizes and tuple(_whole_numbers(batch_sizes, "--batch-sizes")),
@@ -629,7 +630,8 @@ def _report_training(screen: Screen, done: Any) -> None:
 def _report_predictions(screen: Screen, summary: Any, layers: int, output: str) -> None:
     rate = summary.rows / max(summary.seconds, 1e-9)
     average = "" if summary.average_layers is None else f", {summary.average_layers:.2f} of {layers} layers on average"
-    screen.say(f"{summary.rows} rows in {summary.seconds:.1f} s ({rate:.0f} rows/s){average}")
+    rows = "1 row" if summary.rows == 1 else f"{summary.rows} rows"
+    screen.say(f"{rows} in {summary.seconds:.1f} s ({rate:.0f} rows/s){average}")
     if not summary.bad_rows:
         return
     screen.say(f"[bold red]{summary.bad_rows} rows without an answer[/]; the error column says why:")

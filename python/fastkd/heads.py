@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import fastkd_kernels as fk
 from fastkd.configuration import EarlyExitConfig
@@ -13,8 +12,7 @@ from fastkd.configuration import EarlyExitConfig
 class StudentHead(nn.Module):
     """FastBERT's head (ACL 2020, section 3.2): narrow, two-head self-attention read at [CLS], dense, classifier.
 
-    Inference runs the folded op `fastkd_kernels.student_head`; wherever a gradient or dropout is wanted, the same
-    mathematics runs unfolded in plain PyTorch.
+    Inference runs the op `fastkd_kernels.student_head` folded, training unfolded, with dropout on the attention.
     """
 
     def __init__(self, config: EarlyExitConfig) -> None:
@@ -49,9 +47,12 @@ class StudentHead(nn.Module):
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits [B, C] in float32 of hidden states [B, T, H]; `attention_mask` [B, T] or None (no padding)."""
-        if self.training or torch.is_grad_enabled() or torch.is_autocast_enabled(hidden_states.device.type):
-            return self._unfolded(hidden_states, attention_mask)
-        return fk.student_head(hidden_states, self.weights(), attention_mask=attention_mask)
+        return fk.student_head(
+            hidden_states,
+            self.weights(),
+            attention_mask=attention_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
 
     def decide(
         self,
@@ -79,26 +80,6 @@ class StudentHead(nn.Module):
             record=record,
             layer=layer,
         )
-
-    def _unfolded(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
-        narrow = self.narrow(hidden_states).tanh()
-        batch, _, width = narrow.shape
-
-        def split(projected: Tensor) -> Tensor:
-            return projected.view(batch, -1, self.num_attention_heads, width // self.num_attention_heads).transpose(
-                1, 2
-            )
-
-        # the classifier reads token 0 only, so token 0 is the only query
-        attended = F.scaled_dot_product_attention(
-            split(self.query(narrow[:, :1])),
-            split(self.key(narrow)),
-            split(self.value(narrow)),
-            attn_mask=None if attention_mask is None else attention_mask.bool()[:, None, None, :],
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        pooled = self.output(attended.transpose(1, 2).reshape(batch, width))
-        return _at_least_float32(self.classifier(self.dense(pooled).tanh()))
 
 
 class LinearHead(nn.Module):

@@ -12,12 +12,13 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from fastkd.benchmark import Benchmark
+    from fastkd.benchmark import Benchmark, BenchmarkRow
     from fastkd.trace import Sweep
 
 BAD_INPUT = 2
@@ -35,6 +36,11 @@ class Screen:
         width = None if self.stdout.isatty() else 140
         self.out = Console(file=self.stdout, highlight=False, quiet=as_json, width=width)
         self.err = Console(stderr=True, highlight=False)
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether wide tables would be cut off."""
+        return self.out.width < 125
 
     def say(self, text: str) -> None:
         """A line about what happens now; not part of the result."""
@@ -114,58 +120,80 @@ def _is_bad_input(error: Exception) -> bool:
     return isinstance(error, (ValueError, OSError, ImportError))
 
 
-def sweep_table(sweep: Sweep, name: str) -> Table:
-    """The sweep for people."""
+def sweep_table(sweep: Sweep, name: str, is_narrow: bool = False) -> Table:
+    """The sweep for people; a narrow one shows FLOPs in the fastbert convention only, as a speed-up."""
     rows = list(sweep)
     layers = len(rows[0].exits_per_layer)
-    conventions = list(rows[0].flops)
+    conventions = ["fastbert"] if is_narrow else list(rows[0].flops)
     table = Table(
-        title=f"{name}: {sum(rows[0].exits_per_layer)} rows, FLOPs at {sweep.seq_len} tokens", title_justify="left"
+        title=f"{name}: {sum(rows[0].exits_per_layer)} rows, FLOPs at {sweep.seq_len} tokens",
+        title_justify="left",
+        box=box.SIMPLE_HEAD if is_narrow else box.HEAVY_HEAD,
     )
-    for heading in ("speed", "accuracy", "layers", f"rows that left after layer 1..{layers}"):
+    for heading in ("speed", "accuracy", "layers", f"left after layer 1..{layers}"):
         table.add_column(heading, justify="right", no_wrap=True)
     for convention in conventions:
-        table.add_column(f"{convention}\nGFLOPs", justify="right", no_wrap=True)
-        table.add_column("\nspeed-up", justify="right", no_wrap=True, style="bold")
+        if not is_narrow:
+            table.add_column(f"{convention}\nGFLOPs", justify="right", no_wrap=True)
+        table.add_column("FLOPs" if is_narrow else "\nspeed-up", justify="right", no_wrap=True, style="bold")
     width = max(len(str(count)) for row in rows for count in row.exits_per_layer)
     for row in rows:
-        costs = [
-            cell
-            for convention in conventions
-            for cell in (f"{row.flops[convention] / 1e9:.3f}", f"{row.speedup[convention]:.2f}x")
-        ]
+        costs = []
+        for convention in conventions:
+            costs += [] if is_narrow else [f"{row.flops[convention] / 1e9:.3f}"]
+            costs.append(f"{row.speedup[convention]:.2f}x")
         exits = " ".join(f"{count or '·':>{width}}" for count in row.exits_per_layer)
         table.add_row(f"{row.speed:g}", share(row.accuracy), f"{row.average_layers:.2f}", exits, *costs)
     return table
 
 
-def benchmark_table(measured: Benchmark) -> Table:
-    """The measurements for people."""
+def benchmark_table(measured: Benchmark, is_narrow: bool = False) -> Table:
+    """The measurements for people; a narrow one leaves out what the CSV file also has."""
     facts = measured.machine
+    machine = facts["processor"] if facts["device"] == "cpu" else facts["device"]
+    threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
     table = Table(
-        title=f"Measured on {facts['processor'] if facts['device'] == 'cpu' else facts['device']}, "
-        f"{facts['threads']} {'thread' if facts['threads'] == 1 else 'threads'}, torch {facts['torch']}; {measured.rows[0].rows} rows a pass, sorted by length",
+        title=f"Measured on {machine}, {threads}, torch {facts['torch']}; {measured.rows[0].rows} rows a pass, "
+        "sorted by length",
         caption="Speed-up against the full model at its best, same rows, order, dtype and device. "
         + ("" if facts["gpu_columns"] == "measured" else "GPU: not yet measured."),
         title_justify="left",
         caption_justify="left",
+        box=box.SIMPLE_HEAD if is_narrow else box.HEAVY_HEAD,
     )
-    for heading in ("dtype", "batch", "speed", "accuracy", "full", "layers", "FLOPs", "measured", "realised"):
-        table.add_column(heading, justify="right", no_wrap=True, style="bold" if heading == "measured" else None)
-    for heading in ("rows/s", "full rows/s", "best full"):
-        table.add_column(heading, justify="right", no_wrap=True)
     previous = None
-    for row in measured.rows:
+    for number, row in enumerate(measured.rows):
         if previous not in (None, (row.dtype, row.batch_size)):
             table.add_section()
         previous = (row.dtype, row.batch_size)
-        table.add_row(
-            row.dtype, str(row.batch_size), f"{row.speed:g}", share(row.accuracy), share(row.full_accuracy),
-            f"{row.average_layers:.2f}", f"{row.flops_speedup:.2f}x",
-            f"{row.speedup:.2f}x" if row.speedup >= 1 else f"[red]{row.speedup:.2f}x[/]", f"{row.realised:.2f}",
-            f"{row.rows_per_second:,.0f}", f"{row.rows / row.full_seconds:,.0f}", row.full_engine,
-        )  # fmt: skip
+        cells = _benchmark_cells(row)
+        shown = {name: cell for name, cell in cells.items() if not (is_narrow and name in _WIDE_ONLY)}
+        if number == 0:
+            for name in shown:
+                table.add_column(name, justify="right", no_wrap=True, style="bold" if name == "measured" else None)
+        table.add_row(*shown.values())
     return table
+
+
+_WIDE_ONLY = ("full", "layers", "rows/s", "full rows/s")
+
+
+def _benchmark_cells(row: BenchmarkRow) -> dict[str, str]:
+    loses = row.speedup < 1
+    return {
+        "dtype": row.dtype,
+        "batch": str(row.batch_size),
+        "speed": f"{row.speed:g}",
+        "accuracy": share(row.accuracy),
+        "full": share(row.full_accuracy),
+        "layers": f"{row.average_layers:.2f}",
+        "FLOPs": f"{row.flops_speedup:.2f}x",
+        "measured": f"[red]{row.speedup:.2f}x[/]" if loses else f"{row.speedup:.2f}x",
+        "realised": f"{row.realised:.2f}",
+        "rows/s": f"{row.rows_per_second:,.0f}",
+        "full rows/s": f"{row.rows / row.full_seconds:,.0f}",
+        "best full": row.full_engine,
+    }
 
 
 def share(value: float | None) -> str:

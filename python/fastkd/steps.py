@@ -44,14 +44,20 @@ def packaged_checkpoint() -> Path:
 
 
 def load_plain(
-    checkpoint: str, folder: DataFolder, head: str, exit_layers: list[int] | None
+    checkpoint: str, folder: DataFolder, head: str, exit_layers: list[int] | None, seed: int
 ) -> tuple[EarlyExitForSequenceClassification, PreTrainedTokenizerBase]:
-    """A checkpoint to be fine-tuned, with new heads for the labels of `folder`, and its tokenizer."""
+    """A checkpoint to be fine-tuned, with new heads for the labels of `folder`, and its tokenizer.
+
+    The new heads are drawn from `seed`; the weights are float32, whatever the checkpoint holds, as training needs them.
+    """
     _quieten()
     path = str(packaged_checkpoint()) if checkpoint == PACKAGED_CHECKPOINT else checkpoint
     names = folder.label_names
     labels: dict[str, Any] = {"id2label": dict(enumerate(names))} if names else {"num_labels": folder.num_labels}
-    model = EarlyExitForSequenceClassification.from_pretrained(path, head=head, exit_layers=exit_layers, **labels)
+    transformers.set_seed(seed)
+    model = EarlyExitForSequenceClassification.from_pretrained(
+        path, head=head, exit_layers=exit_layers, dtype=torch.float32, **labels
+    )
     return model, AutoTokenizer.from_pretrained(path)
 
 
