@@ -32,16 +32,16 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import fastkd
 import torch
 import typer
-from fastkd.benchmark import DTYPES, interleaved, machine_facts
-from fastkd.data import load_rows, padding_collator, tokenize
-from fastkd.files import write_json
 from torch import Tensor
 from transformers import AutoTokenizer
 
+import fastkd
 import fastkd_kernels as fk
+from fastkd.benchmark import DTYPES, interleaved, machine_facts
+from fastkd.data import load_rows, padding_collator, tokenize
+from fastkd.files import write_json
 
 Batch = dict[str, Tensor]
 

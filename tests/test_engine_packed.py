@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import fastkd
 import pytest
 import torch
-from fastkd.engines import packed
 from tiny_models import CONFIGS, clear_speed, early_exit_model, one_thread, random_batch, row_of
 from torch import Tensor, nn
+
+import fastkd
+from fastkd.engines import packed
 
 __all__ = ["one_thread"]
 

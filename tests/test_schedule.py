@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from fastkd.engines.schedule import Schedule
 
 SCHEDULE = Schedule(tokens_per_run=100, max_tokens_in_flight=250)

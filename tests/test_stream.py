@@ -8,11 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import datasets
-import fastkd
 import pytest
 import torch
-from fastkd.engines.stream import StreamRow
 from tiny_models import WORDS, clear_speed, early_exit_model, one_thread, random_batch, row_of, tokenizer_of
+
+import fastkd
+from fastkd.engines.stream import StreamRow
 
 __all__ = ["one_thread"]
 
