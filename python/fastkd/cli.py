@@ -327,7 +327,9 @@ def predict(
     bad_rows: Annotated[
         str, typer.Option(help="mark: answer the others and say what is wrong; stop: write nothing at all.")
     ] = "mark",
-    batch_size: BatchSize = 32,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows padded to one batch; default: the stream engine gathers tokens.")
+    ] = None,
     window: Annotated[int, typer.Option(min=1, help="Rows in memory at a time; sorted by length inside.")] = 1024,
     max_length: MaxLength = None,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the weights.")] = Dtype.fp32,

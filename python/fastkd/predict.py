@@ -147,7 +147,7 @@ def predict(
     speed: float | None = None,
     criterion: str | None = None,
     top_n: int | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     max_length: int | None = None,
     window: int = 1024,
 ) -> Iterator[Prediction]:
@@ -160,7 +160,8 @@ def predict(
         speed: FastBERT's speed in [0, 1]; None takes the model's.
         criterion: uncertainty criterion; None takes the model's.
         top_n: classes that the "top_n" criterion looks at.
-        batch_size: rows run together, sorted by length inside a window.
+        batch_size: rows run together, padded and sorted by length inside a window; None leaves it to the stream engine,
+            which gathers as many tokens as run well.
         max_length: tokens after which a text is cut; None takes the tokenizer's limit.
         window: rows in memory at a time.
 
@@ -168,14 +169,17 @@ def predict(
         ValueError: `batch_size` or `window` is not positive; what `model.forward` raises.
     """
     for argument, value in (("batch_size", batch_size), ("window", window)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{argument}: got {value}, expected at least 1")
     limit = max_length or length_limit(model, tokenizer)
     exits = {"speed": speed, "criterion": criterion, "top_n": top_n}
     remaining = iter(rows)
     while block := list(islice(remaining, window)):
         good = [row for row in block if row.problem is None]
-        answers = _answer(model, tokenizer, good, batch_size, limit, exits)
+        if batch_size is None:
+            answers = _stream(model, tokenizer, good, limit, exits)
+        else:
+            answers = _answer(model, tokenizer, good, batch_size, limit, exits)
         for row in block:
             yield answers.get(row.line) or Prediction(row.line, problem=row.problem)
 
@@ -263,6 +267,18 @@ def length_limit(model: EarlyExitForSequenceClassification, tokenizer: PreTraine
     if backbone.model_type in ("roberta", "xlm-roberta", "camembert"):
         positions -= 2  # these families number positions from padding_idx + 1
     return min(tokenizer.model_max_length, positions)
+
+
+def _stream(
+    model: EarlyExitForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[InputRow],
+    max_length: int,
+    exits: dict[str, Any],
+) -> dict[int, Prediction]:
+    """The prediction of each row by its line number, from the stream engine."""
+    answers = model.stream(rows, tokenizer, max_length=max_length, **exits)
+    return {row.line: Prediction(row.line, row.label, row.score, row.exit_layer, row.problem) for row in answers}
 
 
 def _answer(
