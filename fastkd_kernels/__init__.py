@@ -8,6 +8,7 @@ from fastkd_kernels._backend import BackendUnavailableError, backend
 from fastkd_kernels.ops.compact import compact
 from fastkd_kernels.ops.distillation_loss import distillation_loss
 from fastkd_kernels.ops.exit_gate import CRITERIA, ExitGateOutput, ExitRecord, exit_gate
+from fastkd_kernels.ops.fused_linear_kd_loss import fused_linear_kd_loss
 from fastkd_kernels.ops.kd_loss import kd_loss
 from fastkd_kernels.ops.student_head import StudentHeadWeights, student_head, student_head_exit
 from fastkd_kernels.ops.universal_kd_loss import universal_kd_loss
@@ -25,6 +26,7 @@ __all__ = [
     "compact",
     "distillation_loss",
     "exit_gate",
+    "fused_linear_kd_loss",
     "kd_loss",
     "student_head",
     "student_head_exit",

@@ -208,7 +208,8 @@ class FusedLoss(torch.autograd.Function):
         loss, *gradients = compute(*tensors, *options)
         ctx.save_for_backward(*gradients)
         ctx.scale, ctx.factor = scale, factor
-        ctx.differentiable = [(tensor.dim(), tensor.dtype) for tensor in tensors[: len(gradients)]]
+        differentiable = tensors[: len(gradients)]
+        ctx.differentiable = [None if tensor is None else (tensor.dim(), tensor.dtype) for tensor in differentiable]
         ctx.inputs = len(tensors)
         return loss
 

@@ -115,29 +115,29 @@ def test_closed_form_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
-@pytest.mark.parametrize("classes", [2, 3, 20, 128, 300])
+@pytest.mark.parametrize("classes", [2, 20, 128, 300])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_as_accurate_as_torch(backend: str, classes: int, dtype: torch.dtype) -> None:
     student, teacher = logits(3, 12, 3, classes, dtype)
-    for direction, task, reduction in (
-        ("forward", "classification", "batchmean"),
-        ("reverse", "classification", "none"),
-        ("jsd", "classification", "batchmean"),
-        ("forward", "regression", "mean"),
+    for direction, task, reduction, teacher_gradient in (
+        ("forward", "classification", "batchmean", False),
+        ("forward", "classification", "none", True),
+        ("reverse", "classification", "none", True),
+        ("jsd", "classification", "batchmean", True),
+        ("forward", "regression", "mean", True),
     ):
-        for teacher_gradient in (False, True):
-            assert_as_accurate_as_torch(
-                backend,
-                universal_kd_loss,
-                (student, teacher),
-                (True, teacher_gradient),
-                temperature=2.0,
-                attn_scale="rsqrt_c",
-                direction=direction,
-                task=task,
-                reduction=reduction,
-                detach_teacher=not teacher_gradient,
-            )
+        assert_as_accurate_as_torch(
+            backend,
+            universal_kd_loss,
+            (student, teacher),
+            (True, teacher_gradient),
+            temperature=2.0,
+            attn_scale="rsqrt_c",
+            direction=direction,
+            task=task,
+            reduction=reduction,
+            detach_teacher=not teacher_gradient,
+        )
 
 
 def assert_options_parity(backend: str, student: torch.Tensor, teacher: torch.Tensor, options: dict[str, Any]) -> None:
