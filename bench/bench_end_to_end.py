@@ -3,12 +3,14 @@
     python bench/bench_end_to_end.py CHECKPOINT DATA.tsv --rows 2000 --batch-sizes 8,32 --output ag_news.json
 
 CHECKPOINT is an early-exit model with distilled heads and its tokenizer. Rows are tokenised before anything is timed.
-The baselines are the full model (all layers, one head):
+The full model (all layers, one head):
 
     transformers          transformers' own forward on batches in the order of the file, padded to their longest row
     transformers sorted   the same on batches sorted by length
     compiled sorted       the same through torch.compile (--compiled)
-    best full             ours without exits: packed and sorted, or as a stream, whichever is faster
+    packed                ours on the first one's batches, at speed 0
+    packed sorted         the same on batches sorted by length, of 64 rows or more
+    stream                the same as a stream; the faster of the last two is "best"
 
 and the early-exit engines, all in the order of the file:
 
@@ -19,18 +21,22 @@ and the early-exit engines, all in the order of the file:
 
 "realised" is the wall-clock speed-up over a baseline divided by the FLOPs speed-up, in FastBERT's convention and for
 the true lengths. Times are medians of interleaved passes; run it on a quiet machine. Where there is none, --one-thread
-measures processor seconds of a single thread, which other programs disturb less, and takes minima.
+measures processor seconds of a single thread, which other programs disturb less, and takes minima. --profile prints
+instead where a packed engine's time goes, and how much of it is Python.
 """
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from itertools import count
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -111,7 +117,7 @@ class Setting:
             torch.cat([output.logits.argmax(-1) for output in outputs]), torch.cat([o.exit_layer for o in outputs])
         )
 
-    def plain(self, speed: float) -> Answers:
+    def fastbert_loop(self, speed: float) -> Answers:
         with fk.backend("reference"):
             return self.forward(self.batches, speed, "batch")
 
@@ -132,67 +138,92 @@ class Setting:
         return full / sum(cost(length, layer, heads_before[layer]) for length, layer in pairs)
 
 
+class Contestant(NamedTuple):
+    """An engine at a speed; at speed 0 every layer runs."""
+
+    engine: str
+    speed: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.engine} {self.speed:g}"
+
+
+BASELINE, SORTED, COMPILED = (Contestant(f"transformers{name}") for name in ("", " sorted", " compiled sorted"))
+PACKED_SORTED, STREAM = Contestant("packed sorted"), Contestant("stream")
+IN_LENGTH_ORDER = (SORTED, COMPILED, PACKED_SORTED)
+
+
 @torch.inference_mode()
 def measure(
     setting: Setting, speeds: Sequence[float], repeats: int, compiled: bool, loop: bool, one_thread: bool
 ) -> list[Row]:
     model = setting.model
-    contestants: dict[str, Callable[[], Any]] = {
-        "transformers": partial(setting.transformers, setting.batches, model.backbone),
-        "transformers sorted": partial(setting.transformers, setting.sorted_batches, model.backbone),
-        "packed": partial(setting.forward, setting.large_batches, 0.0, "packed"),
-        "stream": partial(setting.stream, 0.0),
+    contestants: dict[Contestant, Callable[[], Answers]] = {
+        BASELINE: partial(setting.transformers, setting.batches, model.backbone),
+        SORTED: partial(setting.transformers, setting.sorted_batches, model.backbone),
+        Contestant("packed"): partial(setting.forward, setting.batches, 0.0, "packed"),
+        PACKED_SORTED: partial(setting.forward, setting.large_batches, 0.0, "packed"),
+        STREAM: partial(setting.stream, 0.0),
     }
     if compiled:
         encoder = torch.compile(model.backbone, dynamic=True)
-        contestants["compiled sorted"] = partial(setting.transformers, setting.sorted_batches, encoder)
+        contestants[COMPILED] = partial(setting.transformers, setting.sorted_batches, encoder)
     for speed in speeds:
-        contestants[f"batch {speed:g}"] = partial(setting.forward, setting.batches, speed, "batch")
-        contestants[f"packed {speed:g}"] = partial(setting.forward, setting.batches, speed, "packed")
-        contestants[f"stream {speed:g}"] = partial(setting.stream, speed)
         if loop:
-            contestants[f"fastbert_loop {speed:g}"] = partial(setting.plain, speed)
-    done = iter(range(10**9))
+            contestants[Contestant("fastbert loop", speed)] = partial(setting.fastbert_loop, speed)
+        contestants[Contestant("batch", speed)] = partial(setting.forward, setting.batches, speed, "batch")
+        contestants[Contestant("packed", speed)] = partial(setting.forward, setting.batches, speed, "packed")
+        contestants[Contestant("stream", speed)] = partial(setting.stream, speed)
+    passes = count(1)
     total = len(contestants) * (repeats + 1)
+    on_gpu = model.device.type == "cuda"
     seconds, answers = interleaved(
-        contestants,
+        {str(contestant): run for contestant, run in contestants.items()},
         repeats,
-        lambda name: print(f"\r{next(done) + 1}/{total} passes  {name:24}", end="", flush=True),
+        lambda name: print(f"\r{next(passes)}/{total} passes  {name:30}", end="", flush=True),
+        synchronise=torch.cuda.synchronize if on_gpu else lambda: None,
         clock=time.process_time if one_thread else time.perf_counter,
     )
     print()
     typical = min if one_thread else statistics.median
-    medians = {name: typical(values) for name, values in seconds.items()}
-    best_full = min(medians["packed"], medians["stream"])
-    return [row(setting, name, medians, best_full, answers[name]) for name in contestants]
+    times = {contestant: typical(seconds[str(contestant)]) for contestant in contestants}
+    return [row(setting, contestant, times, answers[str(contestant)]) for contestant in contestants]
 
 
-def row(setting: Setting, name: str, medians: dict[str, float], best_full: float, answers: Answers) -> Row:
-    engine, _, speed = name.rpartition(" ") if name[-1].isdigit() else (name, "", "0")
-    in_file_order = engine not in ("transformers sorted", "compiled sorted") and name != "packed"
-    order = torch.arange(len(setting.labels)) if in_file_order else torch.tensor(setting.order)
-    flops = (
-        1.0
-        if name in ("transformers", "packed", "stream") or "sorted" in name
-        else setting.flops_speedup(answers.exit_layers)
-    )
-    seconds = medians[name]
-    over_sorted, over_best = medians["transformers sorted"] / seconds, best_full / seconds
+def row(setting: Setting, contestant: Contestant, times: dict[Contestant, float], answers: Answers) -> Row:
+    labels = setting.labels[setting.order] if contestant in IN_LENGTH_ORDER else setting.labels
+    flops = setting.flops_speedup(answers.exit_layers) if contestant.speed else 1.0
+    seconds = times[contestant]
+    over_sorted, over_best = times[SORTED] / seconds, min(times[PACKED_SORTED], times[STREAM]) / seconds
     return Row(
         batch_size=setting.batch_size,
-        engine=engine.replace("_", " "),
-        speed=float(speed),
+        engine=contestant.engine,
+        speed=contestant.speed,
         seconds=seconds,
-        rows_per_second=len(setting.labels) / seconds,
-        accuracy=(answers.predictions.cpu() == setting.labels[order]).double().mean().item(),
+        rows_per_second=len(labels) / seconds,
+        accuracy=(answers.predictions.cpu() == labels).double().mean().item(),
         average_layers=answers.exit_layers.double().mean().item(),
         flops_speedup=flops,
-        over_padded=medians["transformers"] / seconds,
+        over_padded=times[BASELINE] / seconds,
         over_sorted=over_sorted,
         over_best_full=over_best,
         realised_sorted=over_sorted / flops,
         realised_best_full=over_best / flops,
     )
+
+
+@torch.inference_mode()
+def show_profile(setting: Setting, speed: float) -> None:
+    """Where the packed engine spends its time; cProfile's own cost counts as Python, so the share is an upper bound."""
+    run = partial(setting.forward, setting.batches, speed, "packed")
+    run()
+    profile = cProfile.Profile()
+    profile.runcall(run)
+    stats = pstats.Stats(profile)
+    stats.strip_dirs().sort_stats("tottime").print_stats(25)
+    entries: Any = stats.stats  # type: ignore[attr-defined]  # (file, line, name) -> (..., own seconds, ...)
+    in_python = sum(values[2] for (file, _, _), values in entries.items() if file != "~")
+    print(f"batch {setting.batch_size}, speed {speed:g}: {in_python / stats.total_tt:.1%} Python")  # type: ignore[attr-defined]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -222,6 +253,7 @@ def main(
     compiled: Annotated[bool, typer.Option("--compiled", help="Also torch.compile.")] = False,
     loop: Annotated[bool, typer.Option(help="Also FastBERT's loop.")] = True,
     one_thread: Annotated[bool, typer.Option("--one-thread", help="Processor seconds of one thread.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Profile the packed engine instead.")] = False,
     output: Annotated[Path | None, typer.Option(help="A JSON file.")] = None,
 ) -> None:
     """Time every engine on the first rows of a file."""
@@ -236,10 +268,15 @@ def main(
     labels = torch.tensor(columns.pop("labels"))
     columns.pop("length")
     encoded = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    chosen_speeds = [float(speed) for speed in speeds.split(",")]
     measured: list[Row] = []
     for size in map(int, batch_sizes.split(",")):
         setting = Setting(model, encoded, labels, padding_collator(tokenizer), size)
-        measured += measure(setting, [float(speed) for speed in speeds.split(",")], repeats, compiled, loop, one_thread)
+        if profile:
+            for speed in chosen_speeds:
+                show_profile(setting, speed)
+            continue
+        measured += measure(setting, chosen_speeds, repeats, compiled, loop, one_thread)
         print(table([row for row in measured if row.batch_size == size]))
     if output is not None:
         facts = machine_facts(model.device) | {"dtype": dtype, "rows": len(labels), "repeats": repeats}

@@ -8,6 +8,7 @@ from fastkd_kernels._backend import BackendUnavailableError, backend, missing_ke
 from fastkd_kernels.ops.compact import compact
 from fastkd_kernels.ops.distillation_loss import distillation_loss
 from fastkd_kernels.ops.exit_gate import CRITERIA, ExitGateOutput, ExitRecord, exit_gate
+from fastkd_kernels.ops.fused_linear_kd_loss import fused_linear_kd_loss
 from fastkd_kernels.ops.kd_loss import kd_loss
 from fastkd_kernels.ops.layer_norm import add_layer_norm, embed_layer_norm
 from fastkd_kernels.ops.packed import compact_packed, pack, unpack
@@ -31,6 +32,7 @@ __all__ = [
     "distillation_loss",
     "embed_layer_norm",
     "exit_gate",
+    "fused_linear_kd_loss",
     "kd_loss",
     "missing_kernels",
     "pack",

@@ -52,6 +52,42 @@ def test_same_answers_and_exits_as_the_padded_engine(
     torch.testing.assert_close(result.uncertainty, expected.uncertainty, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("pays", [True, False])
+@pytest.mark.parametrize("criterion", ["entropy", "patience"])
+def test_sequences_that_left_may_stay_in_the_batch(pays: bool, criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where moving the others costs more than running them on: their answers must not change."""
+    model, inputs = early_exit_model(), random_batch(rows=23)
+    speed = some_speed(model, inputs) if criterion == "entropy" else 0.5
+    expected = padded(model, inputs, speed, criterion=criterion)
+    rows, layer = [], packed.PackedEncoder.layer
+
+    def counted(self: packed.PackedEncoder, number: int, hidden_states: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        rows.append(bounds.shape[0] - 1)
+        return layer(self, number, hidden_states, bounds, longest)
+
+    monkeypatch.setattr(packed.PackedEncoder, "compaction_pays", lambda *_: pays)
+    monkeypatch.setattr(packed.PackedEncoder, "layer", counted)
+    result = packed_run(model, inputs, speed, criterion=criterion)
+    assert result.exit_layer.equal(expected.exit_layer)
+    torch.testing.assert_close(result.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    staying = [int((expected.exit_layer > number).sum()) for number in range(4)]
+    # the last head answers everybody there, so those who left are dropped before its layer at the latest
+    assert rows == (staying if pays else [23, 23, 23, staying[3]])
+
+
+@pytest.mark.parametrize("engine", ["batch", "packed"])
+def test_exit_layers_at_run_time(engine: str) -> None:
+    model, inputs = early_exit_model(), random_batch(rows=17)
+    logits = model.all_exit_logits(**inputs)
+    with torch.no_grad():
+        result = model(**inputs, speed=0.6, exit_layers=[2], engine=engine)
+    assert set(result.exit_layer.tolist()) == {2, 4}
+    at = torch.tensor([number - 1 for number in result.exit_layer.tolist()])
+    torch.testing.assert_close(result.logits, logits[torch.arange(17), at], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"exit_layers: got 9, but this model has heads after \[1, 2, 3, 4\]"):
+        model(**inputs, speed=0.6, exit_layers=[9])
+
+
 @pytest.mark.parametrize("criterion", ["max_prob", "margin", "top_n", "patience"])
 def test_every_criterion(criterion: str) -> None:
     model, inputs = early_exit_model(num_labels=4), random_batch(rows=17)
@@ -146,12 +182,14 @@ def test_adapters_and_hooks_run() -> None:
     model, inputs = early_exit_model(), random_batch()
     seen = []
     model.layers[2].intermediate.register_forward_hook(lambda *_: seen.append(1))
+    dense = model.layers[3].output.dense
+    dense.forward = lambda rows: seen.append(2) or nn.Linear.forward(dense, rows)  # as accelerate patches modules
     query = model.layers[0].attention.self.query
     doubled = Doubled(query.in_features, query.out_features)
     doubled.load_state_dict(query.state_dict())
     model.layers[0].attention.self.query = doubled
     result = packed_run(model, inputs, 0.0)
-    assert seen == [1]
+    assert seen == [1, 2]
     torch.testing.assert_close(result.logits, padded(model, inputs, 0.0).logits, rtol=1e-4, atol=1e-4)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from error_budget import assert_within_budget
@@ -104,6 +106,36 @@ def test_bad_input_raises_before_any_work() -> None:
         fk.varlen_attention(query, key, value, bounds.long(), 3)
     with pytest.raises(ValueError, match="cu_seqlens: got shape"):
         fk.varlen_attention(query, key, value, bounds[:0], 3)
+
+
+def test_a_gpu_gets_pytorchs_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for `varlen_attn` that takes what the oldest supported one takes, which knows no scale."""
+    module = sys.modules["fastkd_kernels.ops.varlen_attention"]
+    calls = []
+
+    def flash(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
+        calls.append((query.dtype, max_q, max_k))
+        assert cu_q is cu_k
+        return varlen_attention_reference(query, key, value, cu_q, max_q)
+
+    monkeypatch.setattr(module, "_varlen_attn", flash)
+    monkeypatch.setattr(module, "resolve", lambda op, device: "cuda")
+    for head_size, dtype, is_called in (
+        (16, torch.bfloat16, True),
+        (16, torch.float16, True),
+        (16, torch.float32, False),
+        (12, torch.bfloat16, False),
+    ):
+        query, key, value, bounds = inputs([4, 9], 2, head_size, dtype)
+        calls.clear()
+        result = fk.varlen_attention(query, key, value, bounds, 9)
+        assert result.equal(varlen_attention_reference(query, key, value, bounds, 9))
+        assert calls == [(dtype, 9, 9)] * is_called
+        # half and quarter of the usual scale: exact in every dtype
+        for factor in (0.5, 0.25):
+            scale = head_size**-0.5 * factor
+            expected = varlen_attention_reference(query, key, value, bounds, 9, scale)
+            torch.testing.assert_close(fk.varlen_attention(query, key, value, bounds, 9, scale), expected)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU does not look at values")

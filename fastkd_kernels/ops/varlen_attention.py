@@ -86,7 +86,8 @@ def varlen_attention(
 ) -> Tensor:
     """Attention inside each of B packed sequences; every query sees every key of its own sequence.
 
-    Without a gradient on CPU. Float64, and float32 on a GPU, run the padded reference.
+    Without a gradient on CPU. Float64, and on a GPU float32 and heads that FlashAttention does not take (their size no
+    multiple of 8), run the padded reference.
 
     Args:
         query, key, value: [N, heads, head_size] of one dtype; the rows may be slices of a wider tensor.
@@ -105,8 +106,11 @@ def varlen_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     backend = resolve("varlen_attention", query.device)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    if backend == "cuda" and query.dtype in _CUDA_DTYPES:
-        attended: Any = _varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale)
+    if backend == "cuda" and query.dtype in _CUDA_DTYPES and query.shape[-1] % 8 == 0:
+        # torch 2.10 knows the usual scale only
+        usual = query.shape[-1] ** -0.5
+        query = query if scale == usual else query * (scale / usual)
+        attended: Any = _varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         return attended
     if backend != "cpu" or query.dtype not in _CPU_DTYPES or needs_grad:
         return varlen_attention_reference(query, key, value, cu_seqlens, max_seqlen, scale)

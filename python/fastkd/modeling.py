@@ -134,6 +134,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         speed: float | None = None,
         criterion: str | None = None,
         top_n: int | None = None,
+        exit_layers: Sequence[int] | None = None,
         engine: str | None = None,
         return_dict: bool | None = None,
     ) -> EarlyExitOutput | tuple[Tensor, ...]:
@@ -147,6 +148,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
                 `config.speed`. In training mode the full model runs whatever the speed.
             criterion: see `fastkd_kernels.exit_gate`; default `config.criterion`.
             top_n: for the "top_n" criterion; default `config.top_n`.
+            exit_layers: after which layers to decide, a choice of those that have a head; default all. The last layer
+                always answers.
             engine: "batch" keeps the padding and calls the layers as they are, "packed" takes the padding out; default:
                 packed where that is faster, on a CPU where nothing is hooked to the layers or wraps them.
                 Where a gradient is wanted, padding is kept.
@@ -159,7 +162,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             ValueError: a speed outside [0, 1]; a speed above 0 for a model whose heads were never distilled, or for
                 regression; neither or both of `input_ids` and `inputs_embeds`, or more tokens than the encoder has
                 positions; a mask of another shape or whose first token is masked; another number of labels than rows;
-                an unknown engine, or "packed" where it cannot run.
+                `exit_layers` without a head; an unknown engine, or "packed" where it cannot run.
         """
         speed = check_speed(self.config.speed if speed is None else speed)
         criterion = self.config.criterion if criterion is None else criterion
@@ -172,14 +175,15 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         rows = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]  # type: ignore[union-attr]
         if labels is not None and labels.numel() != rows:
             raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected [{rows}], one a row")
-        if self._runs_packed(engine, input_ids, position_ids, mask, leaves_early):
+        exits = (speed, criterion, top_n, self.decision_layers(speed, exit_layers))
+        encoder = self._packed_encoder(engine, input_ids, position_ids, mask, leaves_early)
+        if encoder is not None:
             assert input_ids is not None
-            record = packed.run(self, input_ids, mask, token_type_ids, speed, criterion, top_n)
-            answers = self._answers(record)
+            answers = self._answers(packed.run(self, encoder, input_ids, mask, token_type_ids, *exits))
         else:
             hidden_states = self._family.embed(self.backbone, input_ids, token_type_ids, position_ids, inputs_embeds)
             if leaves_early:
-                answers = self._answers(batch.run(self, hidden_states, mask, speed, criterion, top_n))
+                answers = self._answers(batch.run(self, hidden_states, mask, *exits))
             else:
                 answers = self._full(hidden_states, mask, criterion, top_n)
         loss = None if labels is None else self._loss(answers["logits"], labels)
@@ -229,7 +233,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         exit_layers: Sequence[int] | None = None,
         max_length: int | None = None,
         truncate: bool = True,
-        tokens_per_run: int = 2048,
+        tokens_per_run: int = 4096,
         max_tokens_in_flight: int = 65536,
         look_ahead: int = 256,
         deadline: float | None = None,
@@ -277,28 +281,29 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         """`attention_mask` [B, T] or None in the form that the layers take."""
         return backbones.layer_mask(self.config.backbone, hidden_states, attention_mask)
 
-    def _runs_packed(
+    def _packed_encoder(
         self,
         engine: str | None,
         input_ids: Tensor | None,
         position_ids: Tensor | None,
         mask: Tensor | None,
         leaves_early: bool,
-    ) -> bool:
-        """Whether the packed engine gives the answer; ValueError where it was asked for and cannot."""
+    ) -> packed.PackedEncoder | None:
+        """What the packed engine runs on; None where padding is kept; ValueError where it was asked for and cannot."""
         if engine not in (None, "batch", "packed"):
             raise ValueError(f"engine: got {engine!r}, expected 'batch' or 'packed'; streams have their own method")
-        if engine == "batch" or (engine is None and not packed.is_faster(self)):
-            return False
+        if engine == "batch" or (engine is None and not packed.supports(self)):
+            return None
         wants_grad = self.training or (torch.is_grad_enabled() and not leaves_early)
         can_pack = not (wants_grad or input_ids is None or position_ids is not None or torch.compiler.is_compiling())
         can_pack = can_pack and (mask is None or packed.is_right_padded(mask))
-        if engine == "packed" and not can_pack:
+        if not can_pack and engine == "packed":
             raise ValueError(
                 "engine: got 'packed', which needs input_ids padded on the right, no position_ids, and that no "
                 "gradient is wanted (torch.no_grad() at speed 0)"
             )
-        return can_pack
+        encoder = packed.encoder_of(self) if can_pack else None
+        return encoder if encoder is not None and (engine == "packed" or encoder.is_faster) else None
 
     def _answers(self, record: fk.ExitRecord) -> dict[str, Any]:
         """What an engine recorded, as fields of EarlyExitOutput; a regression knows no uncertainty."""
@@ -342,6 +347,18 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             raise ValueError("input_ids: pass exactly one of input_ids and inputs_embeds")
         _check_tokens(tokens, inputs_embeds is not None, backbones.longest_input(self.config.backbone))
         return _checked_mask(attention_mask, tokens)
+
+    def decision_layers(self, speed: float, exit_layers: Sequence[int] | None = None) -> list[int]:
+        """The layers whose heads run at `speed`: those of `exit_layers` (default all) and the last; ascending.
+
+        Raises:
+            ValueError: a layer without a head.
+        """
+        chosen = self.exit_layers if exit_layers is None else sorted({*exit_layers, self.num_layers})
+        unknown = [layer for layer in chosen if layer not in self.exit_layers]
+        if unknown:
+            raise ValueError(f"exit_layers: got {unknown[0]}, but this model has heads after {self.exit_layers}")
+        return [self.num_layers] if speed == 0 else chosen
 
     def check_exits(self) -> None:
         """Raise ValueError where this model cannot leave early."""

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ from transformers.masking_utils import sdpa_mask
 import fastkd_kernels as fk
 from fastkd import backbones
 from fastkd.engines.batch import warn_about_nan
+from fastkd.engines.cost import CompactionCost, fit
 
 if TYPE_CHECKING:
     from fastkd.modeling import EarlyExitForSequenceClassification
@@ -36,6 +38,8 @@ ATTENTION = "fastkd_packed"
 
 # what an intermediate activation may take of a core's second-level cache, which has 1 MiB or more on today's servers
 _BLOCK_BYTES = 768 * 1024
+
+_USUAL_LENGTH = 32  # tokens of the sequences on which costs are measured
 
 
 def bucket(rows: int) -> int:
@@ -83,12 +87,6 @@ def supports(model: EarlyExitForSequenceClassification) -> bool:
         and _onednn_multiplies(parameter.dtype)
         and fk.missing_kernels(("varlen_attention", "layer_norm", "packed"), "cpu") is None
     )
-
-
-def is_faster(model: EarlyExitForSequenceClassification) -> bool:
-    """Whether every layer can be run from its parts, which is where this engine beats padded batches."""
-    family = backbones.family_of(model.config.backbone.model_type)
-    return supports(model) and all(_is_plain(layer, family.parts(layer)) for layer in model.layers)
 
 
 def _onednn_multiplies(dtype: torch.dtype) -> bool:
@@ -204,14 +202,19 @@ def _add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm, out: Tensor) -> N
 
 
 def _is_plain(layer: nn.Module, parts: backbones.LayerParts) -> bool:
-    """Whether running the parts is all that running the layer does: no adapters, no quantised weights, no hooks."""
+    """Whether running the parts is all that running the layer does: no adapters, quantised weights, hooks, patches."""
     linear = (parts.query, parts.key, parts.value, parts.output, parts.expand, parts.contract)
     norms = (parts.attention_norm, parts.feed_forward_norm)
     return (
         all(type(module) is nn.Linear for module in linear)
         and all(type(module) is nn.LayerNorm and module.bias is not None for module in norms)
-        and not any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
+        and all(_is_untouched(module) for module in layer.modules())
     )
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's `forward` and nothing else."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 class _ModuleLayer:
@@ -260,6 +263,36 @@ class PackedEncoder:
         self._config = model.config.backbone
         self._layers: list[_CpuLayer | _ModuleLayer] = []
         self._tables: tuple[nn.Embedding, ...] | None = None
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether every layer runs from its parts, which is where packed tokens beat padded batches."""
+        return all(isinstance(layer, _CpuLayer) for layer in self._layers)
+
+    def compaction_pays(self, tokens: int, kept: int, layers: int) -> bool:
+        """Whether dropping all but `kept` of `tokens` tokens before the next `layers` layers saves time."""
+        return self._compaction_cost.pays(bucket(tokens), bucket(kept), layers)
+
+    @cached_property
+    def _compaction_cost(self) -> CompactionCost:
+        """Measured when it is asked for the first time."""
+        device, dtype = self._backbone.device, self._backbone.dtype
+
+        def hidden_states(tokens: int) -> Tensor:
+            return torch.zeros(tokens, self._config.hidden_size, dtype=dtype, device=device)
+
+        def cu_seqlens(tokens: int) -> Tensor:
+            return bounds([_USUAL_LENGTH] * (tokens // _USUAL_LENGTH), device)
+
+        def run_layer(tokens: int) -> None:
+            self.layer(1, hidden_states(tokens), cu_seqlens(tokens), _USUAL_LENGTH)
+
+        def compact(tokens: int) -> None:
+            everyone = torch.arange(tokens // _USUAL_LENGTH, dtype=torch.int32, device=device)
+            _compact(hidden_states(tokens), cu_seqlens(tokens), everyone, tokens)
+
+        with self.running():
+            return CompactionCost(layer=fit(run_layer, device), compaction=fit(compact, device))
 
     def refresh(self, from_parts: bool) -> None:
         """Take note of modules and parameters that changed; `from_parts` where `supports` allows it."""
@@ -358,66 +391,79 @@ def is_right_padded(attention_mask: Tensor) -> bool:
 @torch.no_grad()
 def run(
     model: EarlyExitForSequenceClassification,
+    encoder: PackedEncoder,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     token_type_ids: Tensor | None,
     speed: float,
     criterion: str,
     top_n: int | None,
+    decision_layers: Sequence[int],
 ) -> fk.ExitRecord:
     """Answer every sequence of a right-padded batch at the first head that is certain enough.
 
+    Sequences that left are dropped where that is cheaper than running them on; their answers are safe either way.
+
     Args:
         model: in evaluation mode.
+        encoder: of the model, from `encoder_of`.
         input_ids, token_type_ids: [B, T].
         attention_mask: [B, T] bool, True where a token counts, on the right only; None where nothing is padded.
-        speed, criterion, top_n: as in `fastkd_kernels.exit_gate`; at speed 0 only the last head runs.
+        speed, criterion, top_n: as in `fastkd_kernels.exit_gate`.
+        decision_layers: the layers whose heads decide, the last layer last.
 
     Returns:
         The logits, uncertainty and exit layer of all B sequences.
     """
-    encoder = encoder_of(model)
     tokens = packed_tokens(input_ids, attention_mask, token_type_ids)
     record = fk.ExitRecord.allocate(len(tokens.lengths), model.config.num_classes, input_ids.device)
     if not tokens.lengths:
         return record
-    cu_seqlens, lengths = tokens.cu_seqlens, list(tokens.lengths)
+    lengths, cu_seqlens = list(tokens.lengths), tokens.cu_seqlens
     row_ids = torch.arange(len(lengths), dtype=torch.int32, device=input_ids.device)
-    heads = model.heads_by_layer
+    heads, last = model.heads_by_layer, decision_layers[-1]
+    limit: float | Tensor = speed
+    left: set[int] = set()
     checksums = []
     with encoder.running():
         hidden_states = encoder.embed(tokens)
-        for number in range(1, model.num_layers + 1):
-            hidden_states = encoder.layer(number, hidden_states, cu_seqlens, max(lengths))
+        before, after = [0, *decision_layers[:-1]], [*decision_layers[1:], last]
+        for start, end, following in zip(before, decision_layers, after, strict=True):
+            for number in range(start + 1, end + 1):
+                hidden_states = encoder.layer(number, hidden_states, cu_seqlens, max(lengths))
             used = hidden_states[: sum(lengths)]
-            if number == model.num_layers:
-                checksums.append(answer_all(heads[number], used, cu_seqlens, criterion, top_n, row_ids, record, number))
+            if end == last:
+                checksums.append(answer_all(heads[end], used, cu_seqlens, criterion, top_n, row_ids, record, end))
                 break
-            if number not in heads or speed == 0:
-                continue
-            decided = heads[number].decide(
-                used,
-                None,
-                speed,
-                criterion,
-                top_n,
-                row_ids=row_ids,
-                record=record,
-                layer=number,
-                cu_seqlens=cu_seqlens,
+            decided = heads[end].decide(
+                used, None, limit, criterion, top_n, row_ids=row_ids, record=record, layer=end, cu_seqlens=cu_seqlens
             )
             checksums.append(decided.uncertainty.sum())
-            survivors = decided.kept()
-            if survivors.shape[0] == 0:
+            waiting = [row for row in decided.kept().tolist() if row not in left]
+            if not waiting:
                 break
-            if survivors.shape[0] == len(lengths):
+            if len(waiting) == len(lengths):
                 continue
-            lengths = [lengths[row] for row in survivors.tolist()]
-            kept = hidden_states.new_zeros(bucket(sum(lengths)), hidden_states.shape[1])
-            (hidden_states,), cu_seqlens = fk.compact_packed([used], cu_seqlens, survivors, out=[kept])
-            (row_ids,) = fk.compact([row_ids], survivors)
+            kept = [lengths[row] for row in waiting]
+            # the last head answers whoever is there
+            if following == last or encoder.compaction_pays(sum(lengths), sum(kept), following - end):
+                survivors = torch.tensor(waiting, dtype=torch.int32, device=row_ids.device)
+                hidden_states, cu_seqlens = _compact(used, cu_seqlens, survivors, sum(kept))
+                (row_ids,) = fk.compact([row_ids], survivors)
+                lengths, left, limit = kept, set(), speed
+            else:
+                left = set(range(len(lengths))).difference(waiting)
+                # at speed 0 nobody leaves, so that those who left keep their answers
+                limit = torch.tensor([0.0 if row in left else speed for row in range(len(lengths))], device=used.device)
     warn_about_nan(checksums)
     return record
+
+
+def _compact(hidden_states: Tensor, cu_seqlens: Tensor, survivors: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """The `survivors`, of `tokens` tokens together, with the rows that `bucket` adds; and their bounds."""
+    room = hidden_states.new_zeros(bucket(tokens), hidden_states.shape[1])
+    (kept,), kept_bounds = fk.compact_packed([hidden_states], cu_seqlens, survivors, out=[room])
+    return kept, kept_bounds
 
 
 def answer_all(

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain, pairwise, repeat
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -163,7 +164,7 @@ class Stream(Iterator[StreamRow]):
         exit_layers: Sequence[int] | None = None,
         max_length: int | None = None,
         truncate: bool = True,
-        tokens_per_run: int = 2048,
+        tokens_per_run: int = 4096,
         max_tokens_in_flight: int = 65536,
         look_ahead: int = 256,
         deadline: float | None = None,
@@ -185,7 +186,8 @@ class Stream(Iterator[StreamRow]):
             if value < 1:
                 raise ValueError(f"{argument}: got {value}, expected at least 1")
         self._schedule = Schedule(tokens_per_run, max_tokens_in_flight)
-        self._stages = _stages(model, self._speed, exit_layers)
+        decision_layers = model.decision_layers(self._speed, exit_layers)
+        self._stages = [list(range(start + 1, end + 1)) for start, end in pairwise([0, *decision_layers])]
         self._reader = _Reader(rows, tokenizer, _limit(model, tokenizer, max_length), truncate)
         self._look_ahead = look_ahead
         self._deadline = deadline
@@ -309,12 +311,15 @@ class Stream(Iterator[StreamRow]):
         return waiting[: bucket(sum(lengths))]
 
     def _start(self, rows: Sequence[_Encoded], lengths: Sequence[int], cu_seqlens: Tensor) -> Tensor:
-        device = self._device
-        input_ids = torch.tensor([token for row in rows for token in row.input_ids], device=device)
+        input_ids = self._packed(row.input_ids for row in rows)
         segments = None
         if any(row.token_type_ids is not None for row in rows):
-            segments = torch.tensor([s for row in rows for s in row.token_type_ids or [0] * row.tokens], device=device)
+            segments = self._packed(row.token_type_ids or repeat(0, row.tokens) for row in rows)
         return self._encoder.embed(PackedTokens(input_ids, segments, lengths, cu_seqlens))
+
+    def _packed(self, columns: Iterable[Iterable[int]]) -> Tensor:
+        """The numbers of all rows behind one another, [N] int64; an array is filled faster than a tensor."""
+        return torch.frombuffer(array("q", chain.from_iterable(columns)), dtype=torch.int64).to(self._device)
 
     def _decide(self, stage: int, hidden_states: Tensor, cu_seqlens: Tensor, slots: Sequence[int]) -> Tensor:
         """Survivors, as sequence numbers of the run; the answers of the others are in the record."""
@@ -396,20 +401,6 @@ def _prefix(rows: Sequence[_Encoded], tokens: int) -> int:
     """How many of the first rows have `tokens` tokens together, or just below; at least one."""
     totals = accumulate(row.tokens for row in rows)
     return max(1, next((index for index, total in enumerate(totals) if total > tokens), len(rows)))
-
-
-def _stages(
-    model: EarlyExitForSequenceClassification, speed: float, exit_layers: Sequence[int] | None
-) -> list[list[int]]:
-    """The layers that run without a decision in between; each stage ends at a head."""
-    chosen = model.exit_layers if exit_layers is None else sorted({*exit_layers, model.num_layers})
-    unknown = [layer for layer in chosen if layer not in model.exit_layers]
-    if unknown:
-        raise ValueError(f"exit_layers: got {unknown[0]}, but this model has heads after {model.exit_layers}")
-    if speed == 0:
-        chosen = [model.num_layers]
-    starts = [0, *chosen[:-1]]
-    return [list(range(start + 1, end + 1)) for start, end in zip(starts, chosen, strict=True)]
 
 
 def _limit(
@@ -540,7 +531,8 @@ class _Reader:
     ) -> _Encoded:
         if not 1 <= len(ids) <= self._limit:
             raise ValueError(f"{len(ids)} tokens, expected 1 to {self._limit}")
-        return _Encoded(position, line, len(ids), ids, segments, now)
+        # segment 0 throughout is what no segments mean
+        return _Encoded(position, line, len(ids), ids, segments if segments and any(segments) else None, now)
 
 
 def _texts(row: Any) -> Text:
