@@ -739,22 +739,32 @@ def test_one_class_cannot_exit(backend: str, labels: int) -> None:
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_no_synchronisation_and_graph_replay() -> None:
-    head, hidden_states = random_head(), torch.randn(5, 7, 48, device=DEVICE)
-    expected = fk.student_head_exit(hidden_states, head, 0.6)
+def test_both_ops_wait_for_nothing_and_replay_from_a_graph(layout: str, dtype: torch.dtype) -> None:
+    head, lengths = random_head(dtype=dtype), torch.tensor([7, 1, 70, 64, 3], device=DEVICE)
+    hidden_states, masks = laid_out(torch.randn(5, 70, 48, device=DEVICE).to(dtype), lengths, layout)
+
+    def both() -> tuple[Tensor, fk.ExitGateOutput]:
+        return fk.student_head(hidden_states, head, **masks), fk.student_head_exit(hidden_states, head, 0.6, **masks)
+
+    both()  # folds the head and compiles the kernels, once
     torch.cuda.set_sync_debug_mode("error")
     try:
-        fk.student_head_exit(hidden_states, head, 0.6)
+        both()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits, exits = both()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = fk.student_head_exit(hidden_states, head, 0.6)
     for _ in range(3):
+        hidden_states.copy_(torch.randn_like(hidden_states))
+        expected_logits, expected_exits = both()
         graph.replay()
-        assert captured.kept().tolist() == expected.kept().tolist()
-        assert torch.equal(captured.uncertainty, expected.uncertainty)
+        assert torch.equal(logits, expected_logits)
+        assert exits.kept().tolist() == expected_exits.kept().tolist()
+        assert torch.equal(exits.uncertainty, expected_exits.uncertainty)
 
 
 # --- machine code ---------------------------------------------------------------------------------------------------
