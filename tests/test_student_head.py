@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import re
 import threading
 import weakref
 from collections.abc import Callable
@@ -878,3 +879,19 @@ def assert_streams_and_multiplies(cubin: Cubin) -> None:
     assert all(name.endswith(".128") for name in copies), f"a copy of less than 16 bytes: {cubin} {opcodes}"
     mnemonic = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}[cubin.capability]
     assert any(name.startswith(mnemonic) for name in opcodes), f"no {mnemonic}: {cubin} {opcodes}"
+
+
+@needs_triton
+def test_what_the_h200_runs() -> None:
+    """The facts that NOTES-performance.md builds on, of the launches that bench/gpu_report.py measures."""
+    for cubin in compile_kernels([_specification(dtype, "padded", "entropy") for dtype in DTYPES], [90]):
+        opcodes = cubin.opcodes()
+        assert cubin.spec.options["num_warps"] * 32 * cubin.registers <= 65536, "one program must fit a multiprocessor"
+        assert not [name for name in opcodes if name.startswith(("LDL", "STL"))], "registers went to local memory"
+        assert sum(count for name, count in opcodes.items() if name.startswith("HGMMA")) >= 1
+        assert not [name for name in opcodes if re.match(r"HMMA|IMMA|DMMA", name)], "a slower matrix unit is used"
+        # both folded matrices of two attention heads, 16 bytes a thread: 4 * 128 * 128 * 4 bytes / 256 threads / 16
+        assert opcodes["LDG.E.128"] >= 64, opcodes
+        narrow_loads = [name for name in opcodes if re.match(r"LDG\.E\.(U8|U16|S8|S16)$", name)]
+        assert not narrow_loads, f"features are loaded one by one: {narrow_loads}"
+        assert sum(count for name, count in opcodes.items() if name.startswith("ATOMG")) == 1, "one ticket a program"
