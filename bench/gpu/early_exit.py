@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers import BertConfig
 
 import fastkd
 from fastkd.benchmark import interleaved
+from fastkd.engines.graphs import GraphEngine
 from fastkd_kernels.ops.student_head import student_head_reference
 from gpu.records import ModelRow
 from gpu.timing import Timer, quantiles
@@ -91,9 +92,11 @@ class Replay:
     def _decide(
         self, decide: Callable[..., Any], hidden_states: Tensor, mask: Any, speed: Any, *rest: Any, **named: Any
     ) -> Any:
-        # the last layer answers whoever is left; the engine says so with a speed of 0
-        replayed = speed if speed == 0 else self._speeds[self.batch][named["layer"]]
-        return decide(hidden_states, mask, replayed, *rest, **named)
+        # the last layer answers whoever is left, which an engine says with a speed of 0; one with a speed for each row
+        # was told the pattern itself
+        if not isinstance(speed, Tensor) and speed > 0:
+            speed = self._speeds[self.batch][named["layer"]]
+        return decide(hidden_states, mask, speed, *rest, **named)
 
 
 class Setting:
@@ -176,10 +179,27 @@ class Setting:
 
     def early_exits(self, pattern: Tensor) -> dict[str, Callable[[], Answers]]:
         """Every engine, on this pattern."""
-        replay = Replay(self.model, pattern.split(self.batch_size))
-        return {"batch": partial(self._answer_early, replay)}
+        patterns = pattern.split(self.batch_size)
+        layers = torch.arange(1, self.model.num_layers + 1)[:, None]
+        speeds = [(exits[None, :] <= layers).float().to(self.timer.device) for exits in patterns]
+        return {
+            "batch": partial(self._answer_in_batches, Replay(self.model, patterns)),
+            "graphs": partial(self._answer_by_graphs, speeds),
+        }
 
-    def _answer_early(self, replay: Replay) -> Answers:
+    @cached_property
+    def _graphs(self) -> GraphEngine:
+        return GraphEngine(self.model, None if self.timer.device.type == "cuda" else self._plain_calls)
+
+    def _plain_calls(self, stage: Callable[[], object]) -> Callable[[], None]:
+        return self.timer.capture([stage])
+
+    def _answer_by_graphs(self, speeds: Sequence[Tensor]) -> Answers:
+        records = [self._graphs.run(ids, None, limits) for ids, limits in zip(self.batches, speeds, strict=True)]
+        predictions = torch.cat([record.logits.argmax(-1) for record in records])
+        return predictions.cpu(), torch.cat([record.exit_layer for record in records]).cpu()
+
+    def _answer_in_batches(self, replay: Replay) -> Answers:
         predictions, layers = [], []
         for number, ids in enumerate(self.batches):
             replay.batch = number

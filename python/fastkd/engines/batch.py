@@ -71,7 +71,7 @@ def run(
         if survivors.shape[0] < hidden_states.shape[0]:
             hidden_states, attention_mask, row_ids = _compact(hidden_states, attention_mask, row_ids, survivors)
             layer_mask = model.layer_mask(hidden_states, attention_mask)
-    _warn_about_nan(checksums)
+    warn_about_nan(checksums)
     return record
 
 
@@ -102,7 +102,7 @@ def _all_rows(hidden_states: Tensor) -> Tensor:
     return torch.arange(hidden_states.shape[0], dtype=torch.int32, device=hidden_states.device)
 
 
-def _warn_about_nan(checksums: list[Tensor]) -> None:
+def warn_about_nan(checksums: list[Tensor]) -> None:
     if checksums and bool(torch.stack(checksums).isnan().any()):
         warnings.warn(
             "a head returned NaN logits: the sequences concerned were not answered early. The weights or the inputs "
