@@ -19,6 +19,7 @@ from tiny_models import WORDS, early_exit_model, save_plain_checkpoint, tokenize
 from typer.testing import CliRunner
 
 from fastkd import cli, demo, steps
+from fastkd.options import parse_speeds
 from fastkd.screen import wants_traceback
 
 POSITIVE, NEGATIVE = ("good", "great", "fun", "warm"), ("bad", "dull", "boring", "cold")
@@ -487,13 +488,13 @@ def test_faults_of_ours_are_not_hidden(work: Path, model: Path, monkeypatch: pyt
     ],
 )
 def test_speeds_are_lists_or_ranges(text: str, speeds: list[float]) -> None:
-    assert cli.parse_speeds(text) == speeds
+    assert parse_speeds(text) == speeds
 
 
 @pytest.mark.parametrize("text", ["", "fast", "0:1", "0:1:0", "1:0:0.1", "-0.1", "nan", "0.5,2"])
 def test_other_speeds_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="speeds: got"):
-        cli.parse_speeds(text)
+        parse_speeds(text)
 
 
 def test_killed_predict_leaves_no_half_written_file(tmp_path: Path) -> None:

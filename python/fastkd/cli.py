@@ -9,16 +9,39 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from fastkd.options import (
+    BatchSize,
+    Bf16,
+    Checkpoint,
+    Criteria,
+    Criterion,
+    DataOption,
+    DevFile,
+    Device,
+    Dtype,
+    Epochs,
+    Json,
+    Limit,
+    MaxLength,
+    MaxSteps,
+    OneCriterion,
+    Overwrite,
+    Resume,
+    Seed,
+    Split,
+    TopN,
+    TrainFile,
+    TrainRows,
+    parse_speeds,
+    whole_numbers,
+    words,
+)
 from fastkd.screen import Screen, benchmark_table, screen_for, sweep_table, wants_traceback
-
-if TYPE_CHECKING:
-    from fastkd.trace import ExitTrace
 
 DEFAULT_SPEEDS = "0:1:0.1"
 
@@ -29,24 +52,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Criterion(str, Enum):
-    """When a row is certain enough, see `fastkd_kernels.exit_gate`."""
-
-    entropy = "entropy"
-    max_prob = "max_prob"
-    margin = "margin"
-    top_n = "top_n"
-    patience = "patience"
-
-
-class Dtype(str, Enum):
-    """The precision of the weights."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
 
 
 def _version(wanted: bool) -> None:
@@ -84,43 +89,6 @@ def options(
       6. [cyan]fastkd predict[/]   answers for files and pipes, at the speed you chose
     """
     wants_traceback.set(traceback)
-
-
-# Options that several commands share
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output, and nothing else.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1...; auto takes a GPU where there is one.")]
-Checkpoint = Annotated[str, typer.Argument(help="Folder of a model trained by fastkd.", show_default=False)]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same weights.")]
-MaxLength = Annotated[
-    int | None, typer.Option(min=8, help="Tokens after which a text is cut; default: what the model was trained with.")
-]
-BatchSize = Annotated[int, typer.Option(min=1, help="Rows run together.")]
-Split = Annotated[str, typer.Option(help="Which split of a data folder.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use at most so many rows, drawn at random.")]
-Criteria = Annotated[
-    list[Criterion] | None,
-    typer.Option("--criterion", help="How certainty is measured; repeat it to compare. Default: entropy."),
-]
-OneCriterion = Annotated[
-    Criterion | None, typer.Option(help="How certainty is measured; default: what the model says (entropy).")
-]
-TopN = Annotated[int | None, typer.Option(min=2, help="Classes that the top_n criterion looks at.")]
-
-
-DataOption = Annotated[
-    Path | None, typer.Option(help="Folder with train and perhaps dev and test (.tsv, .csv, .jsonl, .parquet).")
-]
-TrainFile = Annotated[Path | None, typer.Option(help="Training rows, instead of --data.")]
-DevFile = Annotated[Path | None, typer.Option(help="Rows that choose the best weights, instead of --data.")]
-TrainRows = Annotated[int | None, typer.Option(min=1, help="Train on at most so many rows, drawn at random.")]
-Epochs = Annotated[float, typer.Option(help="Passes over the training rows.")]
-MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop after so many steps instead.")]
-Bf16 = Annotated[
-    bool | None, typer.Option("--bf16/--no-bf16", help="Compute in bfloat16; default: where the hardware does.")
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue a killed run of the same command.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier run.")]
 
 
 @app.command(epilog="[bold]Next:[/] [cyan]fastkd distill OUTPUT --data DATA -o DISTILLED[/] trains the early exits.")
@@ -264,7 +232,9 @@ def trace(
       [cyan]fastkd trace model data --split dev --limit 2000[/]
     """
     with screen_for(as_json) as screen:
-        recorded = _trace(screen, checkpoint, data, split, limit, max_length, batch_size, seed, device)
+        from fastkd import steps
+
+        recorded = steps.make_trace(screen, checkpoint, data, split, limit, max_length, batch_size, seed, device)
         recorded.save(output)
         screen.out.print(f"{len(recorded)} rows, heads after layers {_listed(recorded.exit_layers)}: [bold]{output}[/]")
         screen.next_step(f"fastkd sweep {output}")
@@ -319,7 +289,7 @@ def sweep(
         chosen = parse_speeds(speeds)
         criteria = [item.value for item in criterion or [Criterion.entropy]]
         traces = {
-            name: _load_or_make_trace(screen, source, data, split, limit, max_length, batch_size, seed, device)
+            name: steps.load_or_make_trace(screen, source, data, split, limit, max_length, batch_size, seed, device)
             for name, source in zip(_names(sources), sources, strict=True)
         }
         sweeps = {
@@ -357,8 +327,10 @@ def predict(
     bad_rows: Annotated[
         str, typer.Option(help="mark: answer the others and say what is wrong; stop: write nothing at all.")
     ] = "mark",
-    batch_size: BatchSize = 32,
-    window: Annotated[int, typer.Option(min=1, help="Rows in memory at a time; sorted by length inside.")] = 1024,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows padded to one batch; default: the stream engine gathers tokens.")
+    ] = None,
+    window: Annotated[int, typer.Option(min=1, help="Rows read and sorted by length together.")] = 1024,
     max_length: MaxLength = None,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the weights.")] = Dtype.fp32,
     device: Device = "auto",
@@ -367,9 +339,10 @@ def predict(
     """Answer every row of a file or pipe: label, probability, exit layer.
 
     TSV needs a header with text_a (and text_b for pairs), JSONL the same keys,
-    text one sentence a line. Answers come in input order. Any size: only one
-    window of rows is in memory. A row that cannot be answered keeps its place,
-    says why in the error column, and makes the exit code 1.
+    text one sentence a line. Answers come in input order. Any size: memory is
+    bounded, and rows that stay wait at their layer for company. A row that
+    cannot be answered keeps its place, says why in the error column, and makes
+    the exit code 1.
 
     [bold]Examples[/]
 
@@ -443,7 +416,7 @@ def bench(
 
         from fastkd import steps
 
-        chosen, sizes, kinds = parse_speeds(speeds), _whole_numbers(batch_sizes, "--batch-sizes"), _words(dtypes)
+        chosen, sizes, kinds = parse_speeds(speeds), whole_numbers(batch_sizes, "--batch-sizes"), words(dtypes)
         if threads is not None:
             torch.set_num_threads(threads)
         model, tokenizer = steps.load_model(checkpoint, device)
@@ -515,8 +488,8 @@ def demo(
             "bench_repeats": bench_repeats, "device": device,
             "speeds": speeds and tuple(parse_speeds(speeds)),
             "bench_speeds": bench_speeds and tuple(parse_speeds(bench_speeds)),
-            "batch_sizes": batch_sizes and tuple(_whole_numbers(batch_sizes, "--batch-sizes")),
-            "dtypes": dtypes and tuple(_words(dtypes)),
+            "batch_sizes": batch_sizes and tuple(whole_numbers(batch_sizes, "--batch-sizes")),
+            "dtypes": dtypes and tuple(words(dtypes)),
         }  # fmt: skip
         defaults = story.generated_defaults() if data is None else story.REAL
         chosen = replace(defaults, **{name: value for name, value in given.items() if value is not None})
@@ -527,70 +500,8 @@ def demo(
 # What the commands share
 
 
-def _load_or_make_trace(
-    screen: Screen, source: str, data: Path | None, split: str, limit: int | None, max_length: int | None,
-    batch_size: int, seed: int, device: str,
-) -> ExitTrace:  # fmt: skip
-    from fastkd.trace import ExitTrace
-
-    if not Path(source).is_dir():
-        return ExitTrace.load(source)
-    if data is None:
-        raise ValueError(f"--data: {source} is a model folder, so say on which rows: --data FILE, or name a trace file")
-    return _trace(screen, source, data, split, limit, max_length, batch_size, seed, device)
-
-
-def _trace(
-    screen: Screen, checkpoint: str, data: Path, split: str, limit: int | None, max_length: int | None,
-    batch_size: int, seed: int, device: str,
-) -> ExitTrace:  # fmt: skip
-    from fastkd import steps
-
-    model, tokenizer = steps.load_model(checkpoint, device)
-    rows = steps.load_data(data, split, model, require_labels=False)
-    if limit is not None:
-        rows = rows.sample(limit, seed)
-    return steps.run_trace(screen, model, tokenizer, rows, max_length=max_length, batch_size=batch_size)[0]
-
-
-def parse_speeds(text: str) -> list[float]:
-    """Speeds as in "0,0.1,0.5" or "0:1:0.1", ascending and without repeats.
-
-    Raises:
-        ValueError: not numbers, or outside [0, 1].
-    """
-    try:
-        if ":" in text:
-            start, end, step = (float(part) for part in text.split(":"))
-            if step <= 0:
-                raise ValueError
-            # counting avoids the drift of adding up
-            speeds = [round(start + index * step, 10) for index in range(int((end - start) / step + 1e-9) + 1)]
-        else:
-            speeds = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(
-            f"speeds: got {text!r}, expected numbers such as 0,0.1,0.5 or a range such as 0:1:0.1"
-        ) from None
-    outside = [speed for speed in speeds if not 0 <= speed <= 1]
-    if outside or not speeds:
-        raise ValueError(f"speeds: got {text!r}, expected numbers from 0 (the full model) to 1 (leave at once)")
-    return sorted(set(speeds))
-
-
-def _whole_numbers(text: str, option: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{option}: got {text!r}, expected whole numbers such as 1,8,32") from None
-
-
-def _words(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _layers(text: str | None) -> list[int] | None:
-    return None if text is None else _whole_numbers(text, "--exit-layers")
+    return None if text is None else whole_numbers(text, "--exit-layers")
 
 
 def _names(sources: Sequence[str]) -> list[str]:

@@ -182,6 +182,34 @@ def run_trace(
         return model.trace(_counted(batches, update)), batches.order
 
 
+def make_trace(
+    screen: Screen, checkpoint: str, data: Path, split: str, limit: int | None, max_length: int | None,
+    batch_size: int, seed: int, device: str,
+) -> ExitTrace:  # fmt: skip
+    """The trace of a model folder on the rows of a file or of one split of a folder."""
+    model, tokenizer = load_model(checkpoint, device)
+    rows = load_data(data, split, model, require_labels=False)
+    if limit is not None:
+        rows = rows.sample(limit, seed)
+    return run_trace(screen, model, tokenizer, rows, max_length=max_length, batch_size=batch_size)[0]
+
+
+def load_or_make_trace(
+    screen: Screen, source: str, data: Path | None, split: str, limit: int | None, max_length: int | None,
+    batch_size: int, seed: int, device: str,
+) -> ExitTrace:  # fmt: skip
+    """The trace in the file `source`, or the one that the model folder `source` makes on `data`.
+
+    Raises:
+        ValueError: a model folder without `data`.
+    """
+    if not Path(source).is_dir():
+        return ExitTrace.load(source)
+    if data is None:
+        raise ValueError(f"--data: {source} is a model folder, so say on which rows: --data FILE, or name a trace file")
+    return make_trace(screen, source, data, split, limit, max_length, batch_size, seed, device)
+
+
 def _counted(batches: Any, update: Callable[..., None]) -> Iterator[Any]:
     for number, batch in enumerate(batches, start=1):
         yield batch

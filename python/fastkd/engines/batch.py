@@ -8,6 +8,7 @@ whether it is needed.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,7 @@ def run(
     speed: float,
     criterion: str,
     top_n: int | None,
+    decision_layers: Sequence[int],
 ) -> fk.ExitRecord:
     """Answer every sequence at the first head that is certain enough.
 
@@ -35,6 +37,7 @@ def run(
         hidden_states: [B, T, H], the embedded batch.
         attention_mask: [B, T] bool, True where a token counts, or None where nothing is padded.
         speed, criterion, top_n: as in `fastkd_kernels.exit_gate`.
+        decision_layers: the layers whose heads decide, the last layer last.
 
     Returns:
         The logits, uncertainty and exit layer of all B sequences.
@@ -46,7 +49,7 @@ def run(
     checksums = []
     for number, layer in enumerate(model.layers, start=1):
         hidden_states = layer(hidden_states, layer_mask)
-        if number not in heads:
+        if number not in decision_layers:
             continue
         is_last = number == model.num_layers
         decided = heads[number].decide(
