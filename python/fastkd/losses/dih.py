@@ -55,7 +55,9 @@ class DIHLoss(nn.Module):
             students = student_logits.expand_as(teacher_layer_logits)
             loss = cast(VanillaKDLoss, self.kd[0]).layers(students, teacher_layer_logits, labels)
         elif len(self.kd) == heads:
-            losses = [kd(student_logits, teacher, labels) for kd, teacher in zip(self.kd, teacher_layer_logits, strict=True)]
+            losses = [
+                kd(student_logits, teacher, labels) for kd, teacher in zip(self.kd, teacher_layer_logits, strict=True)
+            ]
             loss = torch.stack(losses).sum()
         else:
             raise ValueError(f"temperature: got {len(self.kd)} values, expected {heads}, one for each classifier")

@@ -88,7 +88,7 @@ class RAILKDLoss(nn.Module):
         """
         if student_hidden.shape[0] != self.inner_layers + 1:
             raise ValueError(
-                f"student_hidden: got {student_hidden.shape[0]} layers, expected student_layers, {self.inner_layers + 1}"
+                f"student_hidden: got {student_hidden.shape[0]} layers, expected {self.inner_layers + 1} as given"
             )
         _hidden.check_no_gradient("teacher_hidden", teacher_hidden)
         rows = [layer - 1 for layer in self.layers(teacher_hidden.shape[0])]
