@@ -50,7 +50,8 @@ class _StudentConfig(PreTrainedConfig):
         self.num_hidden_layers = num_hidden_layers
         self.dropout = dropout
         self.pool = pool
-        super().__init__(pad_token_id=pad_token_id, **kwargs)
+        self.pad_token_id = pad_token_id
+        super().__init__(**kwargs)
         if self.problem_type == "multi_label_classification":
             raise ValueError("problem_type: got 'multi_label_classification', expected one answer a sentence")
 
@@ -168,7 +169,7 @@ class _StudentForSequenceClassification(PreTrainedModel):
         return self.embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings = value
+        self.embeddings = cast(nn.Embedding, value)
 
     def forward(
         self,
@@ -285,7 +286,7 @@ def student_from_teacher(
         raise ValueError(f"spec: got {spec!r}, expected {SPECS}")
     labels = {name: getattr(teacher.config, name) for name in ("id2label", "label2id", "problem_type")}
     student = AutoModelForSequenceClassification.from_pretrained(spec, num_labels=teacher.config.num_labels, **labels)
-    return student.to(device=teacher.device, dtype=teacher.dtype)
+    return _like(student, teacher)
 
 
 def chosen_layers(spec: str, teacher_layers: int) -> tuple[int, ...]:
@@ -333,13 +334,13 @@ def _with_layers(teacher: PreTrainedModel, layers: Sequence[int], copy_classifie
     weights = student.state_dict()
     for name, weight in teacher.state_dict().items():
         if name.startswith(prefix):
-            layer, _, rest = name.removeprefix(prefix).partition(".")
-            for position in positions.get(int(layer), []):
+            number, _, rest = name.removeprefix(prefix).partition(".")
+            for position in positions.get(int(number), []):
                 weights[f"{prefix}{position}.{rest}"] = weight
         elif copy_classifier or name.startswith(encoder):
             weights[name] = weight
     student.load_state_dict(weights)
-    return student.to(device=teacher.device, dtype=teacher.dtype)
+    return _like(student, teacher)
 
 
 _NEW_STUDENTS: dict[str, tuple[type[_StudentConfig], type[_StudentForSequenceClassification]]] = {
@@ -367,6 +368,10 @@ def _new_student(
             student.embeddings.weight.copy_(projected_embeddings(table, config.embedding_size))
             if config.pad_token_id is not None:
                 student.embeddings.weight[config.pad_token_id] = 0
+    return _like(student, teacher)
+
+
+def _like(student: Any, teacher: PreTrainedModel) -> PreTrainedModel:
     return student.to(device=teacher.device, dtype=teacher.dtype)
 
 
