@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-
-import torch
 
 LAYER_MAPS = ("skip", "last", "reverse", "random")
 
@@ -44,8 +43,7 @@ def inner_layer_map(
     if layer_map == "last":
         return tuple(teacher_layers - student_layers + j for j in range(1, student_layers))
     if layer_map == "random":
-        generator = torch.Generator().manual_seed(seed)
-        return tuple((torch.randperm(teacher_layers - 1, generator=generator)[:inner] + 1).tolist())
+        return tuple(random.Random(seed).sample(range(1, teacher_layers), inner))
     skip = tuple(j * teacher_layers // student_layers for j in range(1, student_layers))
     return skip[::-1] if layer_map == "reverse" else skip
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+import random
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -76,9 +77,9 @@ class RAILKDLoss(nn.Module):
                 f"teacher_hidden: got {teacher_layers} layers, expected more than the student's {self.inner_layers} "
                 "inner ones"
             )
-        generator = torch.Generator().manual_seed((self.seed << 32) + self.draw)
-        drawn = torch.randperm(teacher_layers - 1, generator=generator)[: self.inner_layers]
-        return tuple((drawn + 1).sort().values.tolist())
+        # text is hashed whole; torch's generator would look at 32 bits of a number made of both
+        generator = random.Random(f"{self.seed} {self.draw}")
+        return tuple(sorted(generator.sample(range(1, teacher_layers), self.inner_layers)))
 
     def forward(self, student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
         """The loss of mean-pooled hidden states [M, B, H^S] and [N, B, H^T] of all layers.
