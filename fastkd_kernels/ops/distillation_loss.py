@@ -180,7 +180,8 @@ if _triton.available:
             t = tl.load(teacher + sample * teacher_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
             log_p = kernels.log_distribution(t, inverse_temperature, DIVERGENCE)
             log_q = kernels.log_distribution(s, inverse_temperature, DIVERGENCE)
-            value, _, gradient, _ = kernels.divergence_rows(log_p, log_q, DIVERGENCE)
+            # no name may have another shape in the other branch
+            value, _t_gradient, gradient, _t_terms = kernels.divergence_rows(log_p, log_q, DIVERGENCE)
             value = value * kd_scale
             gradient = gradient * kd_gradient_scale
             if HAS_LABELS:
@@ -198,7 +199,7 @@ if _triton.available:
             f = load_layers(
                 teacher_layers + sample * teacher_layers_stride, N, C, teacher_layer_stride, BLOCK_N, BLOCK_C
             )
-            value, gradient, _ = universal_row(
+            value, gradient, _f_gradient = universal_row(
                 f,
                 s,
                 tl.arange(0, BLOCK_N) < N,
@@ -409,7 +410,7 @@ def distillation_loss(
         TypeError: logits that are not floating-point, labels of a wrong dtype.
     """
     logits = (student_logits, student_layer_logits, teacher_logits, teacher_layer_logits)
-    universal_options = {
+    universal_options: dict[str, Any] = {
         "mix": mix,
         "attn_space": attn_space,
         "attn_scale": attn_scale,

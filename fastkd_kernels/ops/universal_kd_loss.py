@@ -347,7 +347,7 @@ if _triton.available:
         if TEACHER_GRADIENT:
             layer = tl.arange(0, BLOCK_N)[:, None].to(tl.int64)
             if PER_LAYER:
-                layer += first_layer.to(tl.int64) * N
+                layer += program % M * N
             tl.store(
                 teacher_gradient + (layer * B + sample) * C + column[None, :],
                 f_total.to(teacher_gradient.dtype.element_ty),
