@@ -109,6 +109,7 @@ class LayerProbe:
         layers = encoder_layers(inner)
         self.num_layers = len(layers)
         self._listening = False
+        self._wants_gradient = False
         self._mask: Tensor | None = None
         self._pooled: dict[int, Tensor] = {}
         self._sequence: Tensor | None = None
@@ -118,6 +119,11 @@ class LayerProbe:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if not self._listening:
                 return
+            if self._wants_gradient and not torch.is_grad_enabled():
+                raise RuntimeError(
+                    "the model's layers run without gradients, as reentrant activation checkpointing makes them; "
+                    "switch to use_reentrant=False, or call the probe under torch.no_grad()"
+                )
             hidden_states = output[0] if isinstance(output, tuple) else output
             self._pooled[index] = self._pool(hidden_states, self._mask)
             if self.keep_sequence and index == self.num_layers - 1:
@@ -129,11 +135,13 @@ class LayerProbe:
         """Run the model on `batch`, the keyword arguments of its own forward pass.
 
         Raises:
-            RuntimeError: after `remove()`, or if a layer did not run.
+            RuntimeError: after `remove()`, if a layer did not run, or under reentrant activation checkpointing (of
+                versions of transformers whose hooks it cuts off from the gradient).
         """
         if not self._hooks:
             raise RuntimeError("this LayerProbe was removed; make a new one")
         self._mask = batch.get("attention_mask")
+        self._wants_gradient = torch.is_grad_enabled()
         self._listening = True
         try:
             logits = self.model(**batch).logits
