@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -215,6 +216,39 @@ def test_universal_kd_options_reach_the_op() -> None:
         assert abs(expected - UniversalKDLoss()(student, teacher)) > 1e-4, f"{options} changes nothing"
     none = UniversalKDLoss(reduction="none")(student, teacher)
     torch.testing.assert_close(none, fk.universal_kd_loss(student[:2], teacher, reduction="none"))
+
+
+ATTENTIONS: list[dict[str, Any]] = [
+    {},
+    {"attn_scale": "rsqrt_c", "student_layers": "all"},
+    {"attn": "neg_sqdist", "attn_temperature": 2.0, "teacher_layers": [1, 4, 5]},
+    {"attn": "dot", "attn_scale": 0.3},
+    {"attn": "uniform"},
+]
+SPACES = [{"attn_space": "probs", "attn_scale": 5.0}, {"attn_space": "log_probs", "attn_scale": 0.2}]
+
+
+@pytest.mark.parametrize(
+    ("options", "classes"), [*itertools.product(ATTENTIONS, [1, C]), *[(space, C) for space in SPACES]]
+)
+def test_universal_kd_attention_is_that_of_the_op(options: dict[str, Any], classes: int) -> None:
+    student, teacher = double(M, B, classes), double(N, B, classes)
+    loss = UniversalKDLoss(mix="loss", reduction="none", **options)
+    attention = loss.attention(student, teacher)
+    torch.testing.assert_close(attention.sum(-1), torch.ones_like(attention[..., 0]))
+    # what mixes losses is the attention
+    students, teachers = loss.chosen(student, teacher)
+    pairs = torch.stack([torch.stack([KDLoss(reduction="none")(s, t) for t in teachers], -1) for s in students])
+    torch.testing.assert_close((attention * pairs).sum(-1), loss(student, teacher))
+
+
+def test_universal_kd_effective_layers() -> None:
+    student, teacher = double(M, B, C), double(N, B, C)
+    assert UniversalKDLoss(attn="uniform").effective_layers(student, teacher).item() == pytest.approx(N)
+    assert UniversalKDLoss(attn_scale=1e4).effective_layers(student, teacher).item() == pytest.approx(1, abs=1e-3)
+    between = UniversalKDLoss().effective_layers(student, teacher)
+    assert 1.1 < between < N - 0.1
+    assert UniversalKDLoss(attn_temperature=4.0).effective_layers(student, teacher) > between
 
 
 def test_universal_kd_without_gradient_through_the_attention() -> None:

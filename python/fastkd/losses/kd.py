@@ -85,8 +85,8 @@ class KDLoss(nn.Module):
 class VanillaKDLoss(nn.Module):
     """(1 - alpha) CE(y, s) + alpha tau^2 KL(softmax(t / tau) || softmax(s / tau)), in one launch on a GPU.
 
-    The whole loss of a vanilla distillation step (Hinton et al., 2015), of each hop of TAKD (arXiv:1902.03393,
-    equation 3), and of every head of DIH and MHKD. Pinned: reduction "batchmean", T^2 on. C = 1 takes squared errors.
+    The whole loss of a vanilla distillation step (Hinton et al., 2015), of each hop of TAKD (arXiv:1902.03393),
+    and of every head of DIH and MHKD. Pinned: reduction "batchmean", T^2 on. C = 1 takes squared errors.
 
     Args:
         alpha: weight of the teacher.

@@ -12,7 +12,7 @@ from fastkd.losses.layer_maps import LAYER_MAPS, inner_layer_map, rows_of
 
 
 class PKDLoss(nn.Module):
-    """sum_{j=1}^{M-1} | h_j^S / |h_j^S| - h_g(j)^T / |h_g(j)^T| |^2 (Sun et al., 2019, arXiv:1908.09355, equation 7).
+    """sum_{j=1}^{M-1} | h_j^S / |h_j^S| - h_g(j)^T / |h_g(j)^T| |^2 (Sun et al., 2019, arXiv:1908.09355, 3.2).
 
     Of the [CLS] outputs of the layers (no pooler); the last student layer is left out, as in the released code. Pinned:
     reduction "mean", over samples, layers and features, which is that code's `F.mse_loss` and goes with its weights of
@@ -20,7 +20,7 @@ class PKDLoss(nn.Module):
     switches normalisation off for some tasks (its best MNLI, QNLI and QQP rows), the formula has it.
 
     Args:
-        layer_map: see `fastkd.losses.inner_layer_map`: "skip" (the better one in the paper), "last", "reverse",
+        layer_map: see `fastkd.losses.inner_layer_map`: "skip", "last", "reverse",
             "random", or the numbers of the teacher layers.
         normalize: compare directions only.
         reduction: "mean", "batchmean", "sum", or "none" for [M - 1, B].

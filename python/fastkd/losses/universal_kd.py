@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import fastkd_kernels as fk
@@ -128,6 +129,26 @@ class UniversalKDLoss(nn.Module):
         )
         return loss if heads is None else loss + heads
 
+    @torch.no_grad()
+    def attention(self, student_layer_logits: Tensor, teacher_layer_logits: Tensor) -> Tensor:
+        """lambda [chosen student layers, B, chosen teacher layers] of finite logits, for a look at it; no gradient."""
+        chosen = self.chosen(student_layer_logits, teacher_layer_logits)
+        student, teacher = (_features(logits, self.attn_space) for logits in chosen)
+        attn = self.attn or ("neg_sqdist" if task_of(student) == "regression" else "dot")
+        scores = torch.einsum("mbc,nbc->mbn", student, teacher)
+        if attn == "neg_sqdist":
+            scores = -(student.unsqueeze(2) - teacher.transpose(0, 1).unsqueeze(0)).square().sum(-1)
+        scale = student.shape[-1] ** -0.5 if isinstance(self.attn_scale, str) else self.attn_scale
+        return (scores * (0.0 if attn == "uniform" else scale / self.attn_temperature)).softmax(-1)
+
+    def effective_layers(self, student_layer_logits: Tensor, teacher_layer_logits: Tensor) -> Tensor:
+        """How many teacher layers the attention really uses, exp of its entropy, the mean over layers and samples.
+
+        From 1, all weight on one layer, to N, all alike. Unscaled dot products of confident classifiers come out near
+        1: then attn_scale or attn_temperature decides whether this is more than distillation from one layer.
+        """
+        return torch.special.entr(self.attention(student_layer_logits, teacher_layer_logits)).sum(-1).exp().mean()
+
     def options(self) -> dict[str, Any]:
         """The options that `universal_kd_loss` and `distillation_loss` have in common."""
         return {
@@ -220,6 +241,13 @@ class UniversalKDMixtureLoss(nn.Module):
             **universal.options(),
         )
         return loss if heads is None else loss + self.gamma * heads
+
+
+def _features(logits: Tensor, space: str) -> Tensor:
+    """What scores compare."""
+    if space == "logits":
+        return logits
+    return logits.softmax(-1) if space == "probs" else logits.log_softmax(-1)
 
 
 def _layers(logits: Tensor, layers: str | Sequence[int], name: str) -> Tensor:
