@@ -696,6 +696,14 @@ def test_bfloat16_is_computed_in_float32(index: int) -> None:
 
 
 @pytest.mark.parametrize("index", range(len(NAMES)), ids=NAMES)
+def test_autocast_costs_no_precision(index: int) -> None:
+    loss, student, rest = every_loss(torch.float32)[index]
+    expected = loss(student, *rest)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(loss(student, *rest), expected)
+
+
+@pytest.mark.parametrize("index", range(len(NAMES)), ids=NAMES)
 def test_a_teacher_that_requires_grad_is_an_error_or_gets_none(index: int) -> None:
     loss, student, (teacher, *rest) = every_loss(torch.float64)[index]
     teacher.requires_grad_()

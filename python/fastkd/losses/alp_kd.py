@@ -67,10 +67,12 @@ class ALPKDLoss(nn.Module):
             ValueError: wrong shapes or widths, fewer teacher layers than buckets, a teacher that requires grad.
         """
         student, teacher = _hidden.comparable(student_hidden, teacher_hidden, self.projection)
-        attention = self.attention(student, teacher)
-        if self.detach_attention:
-            attention = attention.detach()
-        mixture = torch.einsum("mbn,nbh->mbh", attention, teacher)
+        # a softmax over sums of hundreds of products does not survive bfloat16
+        with torch.autocast(student.device.type, enabled=False):
+            attention = self.attention(student, teacher)
+            if self.detach_attention:
+                attention = attention.detach()
+            mixture = torch.einsum("mbn,nbh->mbh", attention, teacher)
         loss = _hidden.squared_distance(student, mixture, self.reduction)
         layers = student.shape[0]
         # "mean" has divided by the number of layers already

@@ -135,7 +135,8 @@ class UniversalKDLoss(nn.Module):
         chosen = self.chosen(student_layer_logits, teacher_layer_logits)
         student, teacher = (_features(logits, self.attn_space) for logits in chosen)
         attn = self.attn or ("neg_sqdist" if task_of(student) == "regression" else "dot")
-        scores = torch.einsum("mbc,nbc->mbn", student, teacher)
+        with torch.autocast(student.device.type, enabled=False):
+            scores = torch.einsum("mbc,nbc->mbn", student, teacher)
         if attn == "neg_sqdist":
             scores = -(student.unsqueeze(2) - teacher.transpose(0, 1).unsqueeze(0)).square().sum(-1)
         scale = student.shape[-1] ** -0.5 if isinstance(self.attn_scale, str) else self.attn_scale
