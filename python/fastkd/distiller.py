@@ -17,7 +17,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -51,14 +52,13 @@ from fastkd.losses import label_loss
 from fastkd.methods import Method, Shapes, Stage, StageLoss, method_of
 from fastkd.probe import LayerProbe, PseudoClassifiers, encoder_layers
 from fastkd.students import student_from_teacher
-from fastkd.teacher import PseudoClassifierOptions, Signals, Teacher, tokenizer_fingerprint
+from fastkd.teacher import PseudoClassifierOptions, Signals, Teacher
 from fastkd.teacher_cache import CACHED_KINDS, TeacherCache, example_ids
 from fastkd.training import (
     LOG_FILE,
     ObjectiveTrainer,
     TrainOptions,
     TrainResult,
-    bf16_is_fast,
     check_dtypes,
     check_labels,
     check_outputs,
@@ -87,6 +87,8 @@ class KDOptions(TrainOptions):
         metric: what the dev rows choose the best weights by: "accuracy", "f1", "matthews", or for regression "pearson",
             "spearman"; several are averaged. Default: accuracy or pearson.
         pool: how hidden states are pooled, see `LayerProbe`; default: as the method says, else as each model does.
+        freeze_embeddings: the student's word embeddings stay as they are; of most small models they are most of the
+            weights, and for a student made of a teacher they are the teacher's.
         assistants: student specs of TAKD's chain, largest first; default: one with half the layers between teacher and
             student.
         pseudo_classifiers: how those of the teacher are pre-trained.
@@ -97,6 +99,7 @@ class KDOptions(TrainOptions):
     arguments: Mapping[str, Any] = field(default_factory=dict)
     metric: tuple[str, ...] = ()
     pool: str | None = None
+    freeze_embeddings: bool = False
     assistants: tuple[str, ...] = ()
     pseudo_classifiers: PseudoClassifierOptions = field(default_factory=PseudoClassifierOptions)
 
@@ -150,7 +153,22 @@ class Distiller:
         self._is_cached = bool(cache) and not cannot_cache
         pool = self.options.pool or self.method.pool
         self.teacher = Teacher.load(teacher, pool) if isinstance(teacher, str | os.PathLike) else teacher
+        if self.teacher is not None and pool is not None and self.teacher.pool != pool:
+            raise ValueError(f"teacher: it pools by {self.teacher.pool}, expected {pool}; load it with pool={pool!r}")
         self.tokenizer = tokenizer or self._default_tokenizer()
+
+    def set_length(self, max_length: int | None = None, default: int = 128) -> None:
+        """Take `max_length` tokens a row, or as many as the models take up to `default`; the tokenizer keeps it.
+
+        Raises:
+            ValueError: more than the tokenizer's model takes.
+        """
+        most = self.tokenizer.model_max_length
+        if max_length is not None and max_length > most:
+            raise ValueError(f"max_length: got {max_length}, but this tokenizer's model takes at most {most} tokens")
+        length = max_length or min(default, most)
+        self.tokenizer.model_max_length = length
+        self.options = replace(self.options, max_length=length)
 
     def train(
         self,
@@ -196,10 +214,11 @@ class Distiller:
 
         teacher = self._last_assistant(train, dev, checkpoints) if self.method.has_assistants else self.teacher
         answers = self._answers(teacher, train, checkpoints, arguments, on_teacher)
-        results = [
-            _StageRun(stage, student, teacher, answers, self).run(number, train, dev, checkpoints, callbacks)
-            for number, stage in enumerate(self.method.stages, start=1)
-        ]
+        with _frozen(student.get_input_embeddings() if options.freeze_embeddings else None):
+            results = [
+                _StageRun(stage, student, teacher, answers, self).run(number, train, dev, checkpoints, callbacks)
+                for number, stage in enumerate(self.method.stages, start=1)
+            ]
         student.zero_grad(set_to_none=True)
         student.eval()
         result = _joined(results, output_dir)
@@ -578,6 +597,19 @@ def _head_names(objective: _Objective) -> tuple[str, ...]:
     if student.base_model_prefix not in children:
         return ("heads.", "loss.")
     return ("heads.", "loss.", *(f"student.{name}." for name in children if name != student.base_model_prefix))
+
+
+@contextmanager
+def _frozen(module: nn.Module | None) -> Iterator[None]:
+    """Inside, no parameter of the module asks for a gradient; afterwards each does as before."""
+    before = {} if module is None else {parameter: parameter.requires_grad for parameter in module.parameters()}
+    try:
+        for parameter in before:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
 
 
 def _joined(results: Sequence[TrainResult], output_dir: Path) -> TrainResult:
