@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fastkd.commands import kd as kd_command
+from fastkd.commands import kd_table as kd_table_command
 from fastkd.options import (
     BatchSize,
     Bf16,
@@ -495,6 +497,14 @@ def demo(
         chosen = replace(defaults, **{name: value for name, value in given.items() if value is not None})
         result = story.run_demo(screen, output, data, chosen, start_over=start_over)
         screen.result(result.to_dict())
+
+
+app.command(
+    epilog="[bold]Next:[/] [cyan]fastkd kd-table GRID.yaml[/] compares methods on your tasks, with several seeds."
+)(kd_command.kd)
+app.command(
+    epilog="[bold]Next:[/] [cyan]fastkd kd --method METHOD --teacher DIR[/] trains the student that you liked best."
+)(kd_table_command.kd_table)
 
 
 # What the commands share
