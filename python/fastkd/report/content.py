@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from fastkd.flops import flops
-from fastkd.report.sources import Source
+from fastkd.report.sources import Source, measured_with
 from fastkd.trace import ExitAnswers, ExitTrace
 from fastkd.training_log import RECORDED_SPEED, training_curve
 from fastkd.uncertainty import accuracy_by_interval, arrivals, head_uncertainties
 
-SPEEDS = [step / 100 for step in range(101)]
-"""Where the slider can stand."""
+SPEEDS = [step / 200 for step in range(201)]
+"""Where the slider can stand; calibration tries the same speeds."""
 CONVENTION = "fastbert"
 BINS = 25
 INTERVALS = 10
@@ -77,15 +77,11 @@ def _curve(name: str, source: Source, criterion: str, top_n: int | None) -> Curv
         "arrivals": [[[entry.rows, *entry.counts] for entry in heads] for heads in reached],
         "reliability": [asdict(entry) for entry in accuracy_by_interval(trace, uncertainties, INTERVALS)],
         # seconds were measured with one criterion; another one leaves elsewhere
-        "benchmark": source.benchmark if _measured_with(source.benchmark) == criterion else None,
+        "benchmark": source.benchmark if measured_with(source.benchmark) == criterion else None,
         "training": [asdict(point) for point in training_curve(source.logs)],
         "certificate": source.certificate,
         "examples": _examples(source, answers),
     }
-
-
-def _measured_with(benchmark: Mapping[str, Any] | None) -> str:
-    return str((benchmark or {}).get("criterion", "entropy"))
 
 
 def _examples(source: Source, answers: Sequence[ExitAnswers]) -> dict[str, Any] | None:

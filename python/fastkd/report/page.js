@@ -339,7 +339,7 @@
 
   function showSweepTable() {
     const shown = curve();
-    const steps = [...new Set([...speeds.keys()].filter((step) => step % 10 === 0).concat(state.step))].sort((a, b) => a - b);
+    const steps = [...new Set([...speeds.keys()].filter((step) => step % 20 === 0).concat(state.step))].sort((a, b) => a - b);
     const headings = ["speed", "accuracy", "average layers", "FLOPs speed-up", ...shown.exits[0].map((_, layer) => `layer ${layer + 1}`)];
     table($("sweep"), headings, steps.map((step) => ({
       chosen: step === state.step,
@@ -413,13 +413,14 @@
       );
       return;
     }
+    const shares = new Set(["max_drop", "confidence", "bound", "accuracy", "full_accuracy", "agreement"]);
     const list = element("dl");
     for (const [name, value] of Object.entries(certificate)) {
-      if (value === null || value === undefined) continue;
-      const text = typeof value === "object" ? JSON.stringify(value) : String(value);
-      list.append(element("dt", {}, name.replaceAll("_", " ")), element("dd", {}, text));
+      if (value === null) continue;
+      const shown = shares.has(name) ? percent(value) : typeof value === "object" ? JSON.stringify(value) : String(value);
+      list.append(element("dt", {}, name.replaceAll("_", " ")), element("dd", {}, shown));
     }
-    $("certificate").replaceChildren(element("p", {}, "This model was calibrated:"), list);
+    $("certificate").replaceChildren(element("p", {}, element("strong", {}, `Calibrated for speed ${certificate.speed ?? "?"}.`)), list);
   }
 
   function showSubtitle() {
@@ -436,13 +437,22 @@
     $("setting-choice").hidden = names.length < 2;
   }
 
+  function fillPresets() {
+    const certified = curve().certificate?.speed;
+    const values = [0, 0.1, 0.3, 0.5, 0.8];
+    const buttons = values.map((value) => element("button", { type: "button", value }, String(value)));
+    if (typeof certified === "number") buttons.push(element("button", { type: "button", value: certified, title: "the calibrated speed" }, `✓ ${certified}`));
+    for (const button of buttons) button.addEventListener("click", () => moveTo(Number(button.value)));
+    $("presets").replaceChildren(...buttons);
+  }
+
   // The state changes
 
   function showSpeed() {
     const now = speed();
     $("speed").value = now;
     $("speed").setAttribute("aria-valuetext", now === 0 ? "0, the full model" : String(now));
-    $("speed-value").textContent = now.toFixed(2);
+    $("speed-value").textContent = String(now);
     for (const button of $("presets").children) button.setAttribute("aria-pressed", String(Number(button.value) === now));
   }
 
@@ -451,6 +461,7 @@
     charts.delete("training");
     if (curve().benchmark) charts.set("bench", bench);
     if (curve().training.length) charts.set("training", training);
+    fillPresets();
     fillSettings();
     showSubtitle();
     showTraining();
@@ -484,11 +495,6 @@
 
   function connect() {
     $("speed").addEventListener("input", (event) => moveTo(Number(event.target.value)));
-    for (const value of [0, 0.1, 0.3, 0.5, 0.8]) {
-      const button = element("button", { type: "button", value }, String(value));
-      button.addEventListener("click", () => moveTo(value));
-      $("presets").append(button);
-    }
     $("curve").append(...content.curves.map((shown, index) => element("option", { value: index }, shown.name)));
     $("curve-choice").hidden = content.curves.length < 2;
     $("curve").addEventListener("change", (event) => {

@@ -14,7 +14,7 @@ from typing import Any
 
 from fastkd.configuration import check_speed
 from fastkd.files import write_text
-from fastkd.report.content import page_content
+from fastkd.report.content import SPEEDS, page_content
 from fastkd.report.sources import Source
 
 
@@ -32,13 +32,14 @@ def write_page(
         curves: by name, a source and the criterion that decides who leaves.
         path: the page.
         title: of the page.
-        speed: where the slider stands at first.
+        speed: where the slider stands at first, or nearly: it moves in steps of 0.005.
         top_n: classes that the "top_n" criterion looks at.
 
     Raises:
         ValueError: no curves, a speed outside [0, 1], or as `fastkd_kernels.exit_gate`.
     """
-    content = page_content(curves, title, round(check_speed(speed), 2), top_n)
+    nearest = min(SPEEDS, key=lambda known: abs(known - check_speed(speed)))
+    content = page_content(curves, title, nearest, top_n)
     page = _part("page.html")
     for name, text in {
         "TITLE": html.escape(title),

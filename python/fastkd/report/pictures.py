@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fastkd import figures
 from fastkd.benchmark import Benchmark
-from fastkd.report.sources import Source
+from fastkd.report.sources import Source, measured_with
 from fastkd.training_log import training_curve
 from fastkd.uncertainty import accuracy_by_interval, arrivals, head_uncertainties
 
@@ -63,6 +63,6 @@ def write_pictures(
         points = training_curve(source.logs)
         if points:
             figures.training(points, path(f"figure7{suffix}"))
-        if source.benchmark is not None:
+        if source.benchmark is not None and measured_with(source.benchmark) == criterion:
             figures.wall_clock(Benchmark.from_dict(source.benchmark).rows, path(f"wall_clock{suffix}"))
     return files

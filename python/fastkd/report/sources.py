@@ -101,6 +101,11 @@ def read_benchmark(path: Path) -> dict[str, Any]:
     return measured
 
 
+def measured_with(benchmark: Mapping[str, Any] | None) -> str:
+    """The criterion behind a measurement; files of versions that did not write it were made with entropy."""
+    return str((benchmark or {}).get("criterion", "entropy"))
+
+
 def read_certificate(path: Path) -> dict[str, Any]:
     """The certificate in a JSON file, or in the configuration of a model folder.
 
