@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,7 +185,8 @@ def run_trace(
     encoded = tokenize(rows, tokenizer, max_length or length_limit(model, tokenizer))
     batches = LengthSortedBatches(encoded, tokenizer, batch_size)
     with screen.progress("tracing", len(batches)) as update:
-        return model.trace(_counted(batches, update)), batches.order
+        trace = model.trace(_counted(batches, update))
+    return replace(trace, rows=torch.tensor(batches.order)), batches.order
 
 
 def make_trace(
@@ -194,9 +196,14 @@ def make_trace(
     """The trace of a model folder on the rows of a file or of one split of a folder."""
     model, tokenizer = load_model(checkpoint, device)
     rows = load_data(data, split, model, require_labels=False)
+    numbers = torch.arange(len(rows))
     if limit is not None:
+        # the numbers are drawn as the rows are, so that the trace names rows of the whole file
+        drawn = datasets.Dataset.from_dict({"row": numbers.tolist()})
+        numbers = torch.tensor(replace(rows, dataset=drawn).sample(limit, seed).dataset["row"][:])
         rows = rows.sample(limit, seed)
-    return run_trace(screen, model, tokenizer, rows, max_length=max_length, batch_size=batch_size)[0]
+    trace, order = run_trace(screen, model, tokenizer, rows, max_length=max_length, batch_size=batch_size)
+    return replace(trace, rows=numbers[order])
 
 
 def load_or_make_trace(

@@ -45,9 +45,11 @@ from transformers import (
 
 from fastkd.data import DataError, LengthGroupedSampler, Rows, padding_collator, tokenize
 from fastkd.files import atomic_folder, write_json
+from fastkd.flops import FlopsShape
 from fastkd.modeling import EarlyExitForSequenceClassification
+from fastkd.trace import ExitTrace
+from fastkd.training_log import LOG_FILE, RECORDED_SPEED
 
-LOG_FILE = "trainer_log.json"
 _RUN_FILE = "run.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # what may differ between a killed run and its continuation without changing the weights
@@ -156,7 +158,8 @@ class TrainResult:
         steps: optimiser steps, those before a kill included.
         train_loss: mean loss over the steps of this process.
         metrics: of the kept weights on the dev rows, without a prefix: `loss`, and `accuracy` (`pearson` and `mse` for
-            regression) after `finetune`, `accuracy_layer_<n>` (...) after `distill`. Empty without dev rows.
+            regression) after `finetune`, `accuracy_layer_<n>` (...) after `distill`, and what early exit does at speed
+            0.5: `accuracy_speed_0.5`, `flops_share_speed_0.5` (of the full model's FLOPs). Empty without dev rows.
         seconds: time in the training loop of this process, evaluation included.
         log_history: every log of `transformers.Trainer`.
     """
@@ -244,7 +247,7 @@ def distill(
         objective=_SelfDistillation(model, options),
         trained=model.student_heads,
         head_learning_rate=options.learning_rate,
-        metrics=_ExitMetrics(model.exit_layers),
+        metrics=_ExitMetrics(model.exit_layers, FlopsShape.of(model.config), options.max_length),
         best_metric="loss",
     )
     return _run(stage, train, dev, Path(output_dir), options, tokenizer, callbacks, exits_trained=True)
@@ -386,17 +389,31 @@ def _teacher_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _ExitMetrics:
-    """The score of every head, [n, K, C] logits in the order of `exit_layers`."""
+    """The score of every head, [n, K, C] logits in the order of `exit_layers`, and what early exit would do."""
 
     exit_layers: Sequence[int]
+    shape: FlopsShape
+    max_length: int
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         logits, labels = numpy.asarray(prediction.predictions), numpy.asarray(prediction.label_ids)
-        return {
+        scores = {
             f"{name}_layer_{layer}": value
             for index, layer in enumerate(self.exit_layers)
             for name, value in _score(logits[:, index], labels).items()
         }
+        is_regression = logits.shape[-1] == 1
+        return scores if is_regression else scores | self._early_exit(torch.from_numpy(logits).float(), labels)
+
+    def _early_exit(self, logits: Tensor, labels: numpy.ndarray) -> dict[str, float]:
+        lengths = torch.full((len(logits),), self.max_length, dtype=torch.int32)
+        trace = ExitTrace(
+            logits, torch.from_numpy(labels), lengths, list(self.exit_layers), self.max_length, self.shape
+        )
+        row = trace.sweep([RECORDED_SPEED])[0]
+        assert row.accuracy is not None
+        name = f"speed_{RECORDED_SPEED:g}"
+        return {f"accuracy_{name}": row.accuracy, f"flops_share_{name}": 1 / row.speedup["fastbert"]}
 
 
 # The run
