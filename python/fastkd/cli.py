@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastkd.commands.import_fastbert import import_fastbert
 from fastkd.options import (
     BatchSize,
     Bf16,
@@ -492,6 +493,12 @@ def demo(
         chosen = replace(defaults, **{name: value for name, value in given.items() if value is not None})
         result = story.run_demo(screen, output, data, chosen, start_over=start_over)
         screen.result(result.to_dict())
+
+
+app.command(
+    "import-fastbert",
+    epilog="[bold]Next:[/] [cyan]fastkd sweep MODEL --data DATA[/] shows what each speed costs and wins.",
+)(import_fastbert)
 
 
 # What the commands share

@@ -18,7 +18,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -44,7 +43,7 @@ from transformers import (
 )
 
 from fastkd.data import DataError, LengthGroupedSampler, Rows, padding_collator, tokenize
-from fastkd.files import write_json
+from fastkd.files import atomic_folder, write_json
 from fastkd.modeling import EarlyExitForSequenceClassification
 
 LOG_FILE = "trainer_log.json"
@@ -747,29 +746,7 @@ def _save(
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "log_history": result.log_history,
     }
-    with _atomic_folder(result.output_dir) as folder:
+    with atomic_folder(result.output_dir) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_json(folder / LOG_FILE, log)
-
-
-@contextmanager
-def _atomic_folder(target: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `target`; put it in its place if the block succeeds, delete it otherwise."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    # mkdtemp makes its folder private; one made inside follows the user's umask
-    fresh, replaced = holder / "new", holder / "old"
-    try:
-        fresh.mkdir()
-        yield fresh
-        if target.exists():
-            target.rename(replaced)
-        try:
-            fresh.rename(target)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(target)
-            raise
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)
