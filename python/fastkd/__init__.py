@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastkd.configuration import EarlyExitConfig
     from fastkd.data import load_folder, load_rows
     from fastkd.flops import flops
+    from fastkd.input_format import with_input_format
     from fastkd.modeling import EarlyExitForSequenceClassification, EarlyExitOutput
     from fastkd.trace import ExitTrace, Sweep, SweepRow
     from fastkd.training import DistillOptions, FinetuneOptions, distill, finetune
@@ -34,6 +35,7 @@ _HOME = {
     "flops": "fastkd.flops",
     "load_folder": "fastkd.data",
     "load_rows": "fastkd.data",
+    "with_input_format": "fastkd.input_format",
 }
 
 
@@ -69,4 +71,5 @@ __all__ = [
     "flops",
     "load_folder",
     "load_rows",
+    "with_input_format",
 ]

@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -664,6 +665,20 @@ class LengthSortedBatches:
             columns = self._dataset[self.order[start : start + self.batch_size]]
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             yield dict(self._collate(rows))
+
+
+class ShuffledOnceSampler(torch.utils.data.Sampler[int]):
+    """One order for all epochs: that of `random.Random(seed).shuffle`, as in the official FastBERT code."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.order = list(range(rows))
+        random.Random(seed).shuffle(self.order)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order)
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler[int]):

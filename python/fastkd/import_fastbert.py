@@ -331,7 +331,7 @@ def _tokenizer(
     if absent:
         raise ValueError(f"vocab: {vocab} lacks {', '.join(absent)}; expected the vocab.txt of a BERT")
     # a mask token that the vocabulary lacks would be added to it
-    mask = {} if "[MASK]" in tokens else {"mask_token": None}
+    mask: dict[str, Any] = {} if "[MASK]" in tokens else {"mask_token": None}
     tokenizer = BertTokenizer(vocab=tokens, do_lower_case=lower_case, model_max_length=max_length, **mask)
     return with_input_format(tokenizer, "uer")
 

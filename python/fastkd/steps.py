@@ -153,6 +153,15 @@ def set_length(
     return tokenizer.model_max_length
 
 
+def set_input_format(
+    model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase, input_format: str
+) -> PreTrainedTokenizerBase:
+    """The tokenizer to train with; the model remembers the format."""
+    tokenizer = with_input_format(tokenizer, input_format)
+    model.config.input_format = input_format
+    return tokenizer
+
+
 @contextlib.contextmanager
 def training_progress(screen: Screen, what: str) -> Iterator[Any]:
     """A `TrainerCallback` that moves a progress bar."""
