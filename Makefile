@@ -3,6 +3,7 @@
 #   make test    the test suite            (PYTEST_ARGS="tests/test_compact.py -x")
 #   make bench   the benchmarks            (BENCH_ARGS="bench/bench_compact.py --save-results")
 #   make lint    ruff and mypy
+#   make docs    the documentation, into build/site
 #   make setup   only the environment and the compiled kernels
 
 SHELL := /bin/bash
@@ -24,7 +25,7 @@ TORCH := torch==2.13.0
 PYTEST_ARGS ?=
 BENCH_ARGS ?= $(wildcard bench/bench_*.py)
 
-.PHONY: demo test bench lint setup clean
+.PHONY: demo test bench lint docs setup clean
 
 demo: $(STAMP)
 	$(ENVIRONMENT)/bin/fastkd demo
@@ -39,6 +40,10 @@ lint: $(STAMP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+docs: $(STAMP)
+	$(PYTHON) -c 'import mkdocs, mkdocstrings' 2>/dev/null || $(PYTHON) -m pip install -c $(STAMP).torch --no-build-isolation -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 setup: $(STAMP)
 
