@@ -4,6 +4,7 @@
 #   make bench   the benchmarks            (BENCH_ARGS="bench/bench_compact.py --save-results")
 #   make gpu     on a CUDA machine: tests, sanitizers, benchmarks and their report (GPU_ARGS="--only ops")
 #   make lint    ruff and mypy
+#   make docs    the documentation, into build/site
 #   make setup   only the environment and the compiled kernels
 
 SHELL := /bin/bash
@@ -26,7 +27,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?= $(wildcard bench/bench_*.py)
 GPU_ARGS ?=
 
-.PHONY: demo test bench gpu lint setup clean
+.PHONY: demo test bench gpu lint docs setup clean
 
 demo: $(STAMP)
 	$(ENVIRONMENT)/bin/fastkd demo
@@ -45,6 +46,10 @@ lint: $(STAMP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+docs: $(STAMP)
+	$(PYTHON) -c 'import mkdocs, mkdocstrings' 2>/dev/null || $(PYTHON) -m pip install -c $(STAMP).torch --no-build-isolation -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 setup: $(STAMP)
 

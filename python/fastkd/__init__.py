@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastkd.data import load_folder, load_rows
     from fastkd.distiller import Distiller, KDOptions
     from fastkd.flops import flops
+    from fastkd.input_format import with_input_format
     from fastkd.losses import (
         ALPKDLoss,
         AnnealingKDLoss,
@@ -72,6 +73,7 @@ _HOME = {
     "load_folder": "fastkd.data",
     "load_rows": "fastkd.data",
     "student_from_teacher": "fastkd.students",
+    "with_input_format": "fastkd.input_format",
 }
 
 
@@ -128,4 +130,5 @@ __all__ = [
     "load_folder",
     "load_rows",
     "student_from_teacher",
+    "with_input_format",
 ]

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastkd.commands.import_fastbert import import_fastbert
 from fastkd.commands.kd import kd
 from fastkd.commands.kd_table import kd_table
 from fastkd.commands.report import report
@@ -34,6 +35,7 @@ from fastkd.options import (
     MaxSteps,
     OneCriterion,
     Overwrite,
+    Parity,
     Resume,
     Seed,
     Split,
@@ -99,6 +101,7 @@ def options(
 
 @app.command(epilog="[bold]Next:[/] [cyan]fastkd distill OUTPUT --data DATA -o DISTILLED[/] trains the early exits.")
 def finetune(
+    context: typer.Context,
     checkpoint: Annotated[
         str,
         typer.Argument(
@@ -126,6 +129,10 @@ def finetune(
     head_factor: Annotated[float, typer.Option(help="The new head learns so many times faster.")] = 10.0,
     max_length: MaxLength = None,
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many evaluations without a gain.")] = None,
+    parity: Parity = None,
+    input_format: Annotated[
+        str | None, typer.Option(help="standard, or uer (no [SEP] after a single text); default: standard.")
+    ] = None,
     bf16: Bf16 = None,
     seed: Seed = 42,
     resume: Resume = False,
@@ -149,12 +156,14 @@ def finetune(
 
         folder = steps.load_splits(data, train, dev, num_labels=num_labels)
         model, tokenizer = steps.load_plain(checkpoint, folder, head, _layers(exit_layers), seed)
+        tokenizer = steps.set_input_format(model, tokenizer, input_format or ("uer" if parity else "standard"))
         limit = steps.set_length(model, tokenizer, max_length, default=128)
-        options = training.FinetuneOptions(
-            epochs=epochs, max_steps=max_steps, batch_size=batch_size, learning_rate=learning_rate,
-            head_learning_rate_factor=head_factor, max_length=limit, early_stopping_patience=patience, bf16=bf16,
-            seed=seed, progress=False, resume=resume, overwrite=overwrite,
-        )  # fmt: skip
+        chosen = {
+            "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate,
+            "head_learning_rate_factor": head_factor, "early_stopping_patience": patience, "bf16": bf16, "seed": seed,
+            "resume": resume, "overwrite": overwrite,
+        }  # fmt: skip
+        options = _train_options(training.FinetuneOptions, parity, context, chosen, limit)
         rows = folder.train if train_rows is None else folder.train.sample(train_rows, seed)
         with steps.training_progress(screen, "fine-tuning") as callback:
             done = training.finetune(model, rows, folder.dev, output, options, tokenizer, [callback])
@@ -164,6 +173,7 @@ def finetune(
 
 @app.command(epilog="[bold]Next:[/] [cyan]fastkd sweep DISTILLED --data DATA[/] shows what each speed costs.")
 def distill(
+    context: typer.Context,
     checkpoint: Annotated[str, typer.Argument(help="Folder of a fine-tuned model.", show_default=False)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the finished model.")],
     data: DataOption = None,
@@ -177,6 +187,7 @@ def distill(
     temperature: Annotated[float, typer.Option(help="Softens the answers of both sides.")] = 1.0,
     direction: Annotated[str, typer.Option(help="forward: KL(teacher || student); reverse: the other.")] = "forward",
     max_length: MaxLength = None,
+    parity: Parity = None,
     bf16: Bf16 = None,
     seed: Seed = 42,
     resume: Resume = False,
@@ -200,11 +211,12 @@ def distill(
         model, tokenizer = steps.load_model(checkpoint, "cpu")
         folder = steps.load_splits(data, train, dev, model=model)
         limit = steps.set_length(model, tokenizer, max_length)
-        options = training.DistillOptions(
-            epochs=epochs, max_steps=max_steps, batch_size=batch_size, learning_rate=learning_rate,
-            temperature=temperature, direction=direction, max_length=limit, bf16=bf16,  # type: ignore[arg-type]
-            seed=seed, progress=False, resume=resume, overwrite=overwrite,
-        )  # fmt: skip
+        chosen = {
+            "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate,
+            "temperature": temperature, "direction": direction, "bf16": bf16, "seed": seed, "resume": resume,
+            "overwrite": overwrite,
+        }  # fmt: skip
+        options = _train_options(training.DistillOptions, parity, context, chosen, limit)
         rows = folder.train if train_rows is None else folder.train.sample(train_rows, seed)
         with steps.training_progress(screen, "distilling") as callback:
             done = training.distill(model, rows, folder.dev, output, options, tokenizer, [callback])
@@ -512,9 +524,28 @@ app.command(
 app.command(
     epilog="[bold]Next:[/] [cyan]fastkd predict MODEL INPUT --speed S[/] with the speed that you chose on the page."
 )(report)
+app.command(
+    "import-fastbert",
+    epilog="[bold]Next:[/] [cyan]fastkd sweep MODEL --data DATA[/] shows what each speed costs and wins.",
+)(import_fastbert)
 
 
 # What the commands share
+
+
+def _train_options(
+    kind: Any, parity: str | None, context: typer.Context, chosen: dict[str, Any], max_length: int
+) -> Any:
+    """Options of the class `kind`; under a parity preset only what the user wrote down wins over it."""
+    if parity is None:
+        return kind(**chosen, max_length=max_length, progress=False)
+    parameters = {"head_learning_rate_factor": "head_factor", "early_stopping_patience": "patience"}
+    given = {
+        name: value
+        for name, value in chosen.items()
+        if (source := context.get_parameter_source(parameters.get(name, name))) and source.name != "DEFAULT"
+    }
+    return kind.preset(parity, **given, max_length=max_length, progress=False)
 
 
 def _layers(text: str | None) -> list[int] | None:

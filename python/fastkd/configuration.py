@@ -13,6 +13,7 @@ from fastkd.backbones import family_of
 from fastkd_kernels import CRITERIA
 
 HEADS = ("fastbert", "linear")
+INPUT_FORMATS = ("standard", "uer")
 
 
 class EarlyExitConfig(PreTrainedConfig):
@@ -30,6 +31,8 @@ class EarlyExitConfig(PreTrainedConfig):
         speed: FastBERT's speed used where `forward` gets none; 0 runs the full model.
         criterion: the uncertainty used where `forward` gets none, see `fastkd_kernels.exit_gate`.
         top_n: how many classes the "top_n" criterion looks at.
+        input_format: how the texts that the model was trained on became tokens, see `fastkd.input_format`: "standard"
+            or "uer".
         kwargs: what every Hugging Face configuration takes (`num_labels`, `id2label`, `problem_type`...).
 
     Raises:
@@ -52,6 +55,7 @@ class EarlyExitConfig(PreTrainedConfig):
         speed: float = 0.0,
         criterion: str = "entropy",
         top_n: int | None = None,
+        input_format: str = "standard",
         **kwargs: Any,
     ) -> None:
         self.backbone = _backbone_config(backbone)
@@ -70,6 +74,9 @@ class EarlyExitConfig(PreTrainedConfig):
         self.speed = check_speed(speed)
         self.criterion = criterion
         self.top_n = top_n
+        if input_format not in INPUT_FORMATS:
+            raise ValueError(f"input_format: got {input_format!r}, expected one of {', '.join(INPUT_FORMATS)}")
+        self.input_format = input_format
         super().__init__(**kwargs)
         check_criterion(criterion, top_n, self.num_classes)
         if self.problem_type == "multi_label_classification":

@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,8 @@ import pyarrow
 import pyarrow.parquet
 import torch
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from fastkd.input_format import encode
 
 PAIR_COLUMNS = (
     ("text_a", "text_b"),
@@ -613,7 +616,8 @@ def _shortened(values: Sequence[Any], shown: int = 10) -> str:
 def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> datasets.Dataset:
     """Token ids, truncated to `max_length` and not padded, with `length` and, where the rows have them, `labels`.
 
-    Pairs are encoded together and the longer text loses tokens first.
+    Pairs are encoded together and the longer text loses tokens first, unless the tokenizer's `input_format` says
+    otherwise.
 
     Raises:
         ValueError: `max_length` is more than the tokenizer's model takes, or leaves no room for text.
@@ -627,7 +631,7 @@ def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int = 1
     columns: dict[str, list[Any]] = {"length": []}
     for start in range(0, len(rows), _TOKENIZER_CHUNK):
         chunk = rows.dataset[start : start + _TOKENIZER_CHUNK]
-        encoded = tokenizer(chunk["text_a"], chunk.get("text_b"), truncation=True, max_length=max_length)
+        encoded = encode(tokenizer, chunk["text_a"], chunk.get("text_b"), max_length)
         for name, values in encoded.items():
             columns.setdefault(name, []).extend(values)
         columns["length"].extend(map(len, encoded["input_ids"]))
@@ -661,6 +665,20 @@ class LengthSortedBatches:
             columns = self._dataset[self.order[start : start + self.batch_size]]
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             yield dict(self._collate(rows))
+
+
+class ShuffledOnceSampler(torch.utils.data.Sampler[int]):
+    """One order for all epochs: that of `random.Random(seed).shuffle`, as in the official FastBERT code."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.order = list(range(rows))
+        random.Random(seed).shuffle(self.order)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order)
 
 
 class LengthGroupedSampler(torch.utils.data.Sampler[int]):

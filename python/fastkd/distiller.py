@@ -531,6 +531,7 @@ class _StageRun:
             head_learning_rate=options.learning_rate * options.head_learning_rate_factor,
             head_names=_head_names(objective),
             sampler=sampler,
+            options=options,
         )
         # it prints to standard output, which belongs to the caller
         trainer.remove_callback(PrinterCallback)
@@ -545,7 +546,7 @@ class _StageRun:
             output_dir=folder,
             steps=output.global_step,
             train_loss=output.training_loss,
-            metrics=kept_metrics(trainer.state),
+            metrics=kept_metrics(trainer.state, options.keep_last),
             seconds=output.metrics["train_runtime"],
             log_history=trainer.state.log_history,
         )

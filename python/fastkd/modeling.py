@@ -452,6 +452,7 @@ _CONFIG_OPTIONS = (
     "speed",
     "criterion",
     "top_n",
+    "input_format",
     "label2id",
     "problem_type",
 )

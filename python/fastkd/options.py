@@ -57,6 +57,12 @@ MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop after so many st
 Bf16 = Annotated[
     bool | None, typer.Option("--bf16/--no-bf16", help="Compute in bfloat16; default: where the hardware does.")
 ]
+Parity = Annotated[
+    str | None,
+    typer.Option(
+        help="fastbert: train as its official code does, quirks included; the options that you give still win."
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a killed run of the same command.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier run.")]
 

@@ -23,6 +23,7 @@ import torch
 from fastkd.backbones import longest_input
 from fastkd.data import PAIR_COLUMNS, TEXT_COLUMNS
 from fastkd.files import atomic_path
+from fastkd.input_format import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -298,7 +299,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, rows: list[InputRow], max_length
         if not chosen:
             continue
         second = [rows[index].text_b for index in chosen] if is_pair else None
-        batch = tokenizer([rows[index].text_a for index in chosen], second, truncation=True, max_length=max_length)
+        batch = encode(tokenizer, [rows[index].text_a for index in chosen], second, max_length)
         for position, index in enumerate(chosen):
             encoded[index] = {name: values[position] for name, values in batch.items()}
     return encoded

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Tra
 from fastkd import benchmark, figures
 from fastkd.configuration import EarlyExitConfig
 from fastkd.data import DataFolder, LengthSortedBatches, Rows, load_folder, load_rows, tokenize
+from fastkd.input_format import with_input_format
 from fastkd.modeling import EarlyExitForSequenceClassification
 from fastkd.predict import length_limit
 from fastkd.trace import ExitTrace, Sweep
@@ -81,7 +82,8 @@ def load_model(
         )
     options: dict[str, Any] = {} if dtype is None else {"dtype": benchmark.DTYPES[dtype]}
     model = EarlyExitForSequenceClassification.from_pretrained(checkpoint, **options)
-    return model.to(target).eval(), AutoTokenizer.from_pretrained(checkpoint)  # type: ignore[arg-type]
+    tokenizer = with_input_format(AutoTokenizer.from_pretrained(checkpoint), config.input_format)
+    return model.to(target).eval(), tokenizer  # type: ignore[arg-type]
 
 
 def pick_device(device: str) -> torch.device:
@@ -150,6 +152,15 @@ def set_length(
         raise ValueError(f"max_length: got {max_length}, but this model takes at most {most} tokens")
     tokenizer.model_max_length = max_length or min(default or most, most)
     return tokenizer.model_max_length
+
+
+def set_input_format(
+    model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase, input_format: str
+) -> PreTrainedTokenizerBase:
+    """The tokenizer to train with; the model remembers the format."""
+    tokenizer = with_input_format(tokenizer, input_format)
+    model.config.input_format = input_format
+    return tokenizer
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ killed. Started by `torchrun` or `accelerate launch`, they train data-parallel.
 
 Departures from the code of FastBERT (Liu et al., ACL 2020): the frozen teacher has no dropout, weight decay acts (on
 trained weight matrices only), and the learning rate schedule of the distillation is as long as the distillation.
+`FinetuneOptions.preset(parity="fastbert")` and `DistillOptions.preset(parity="fastbert")` take them all back; every
+quirk of that code is one option, and can be had alone.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import datasets
 import numpy
@@ -43,10 +46,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastkd.data import DataError, LengthGroupedSampler, Rows, padding_collator, tokenize
+from fastkd.data import DataError, LengthGroupedSampler, Rows, ShuffledOnceSampler, padding_collator, tokenize
 from fastkd.files import atomic_folder, write_json
 from fastkd.flops import FlopsShape
+from fastkd.input_format import input_format_of
 from fastkd.modeling import EarlyExitForSequenceClassification
+from fastkd.optimizers import BiasedAdamW
 from fastkd.trace import ExitTrace
 from fastkd.training_log import LOG_FILE, RECORDED_SPEED
 
@@ -54,6 +59,21 @@ _RUN_FILE = "run.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # what may differ between a killed run and its continuation without changing the weights
 _FREE_OPTIONS = ("resume", "overwrite", "progress", "logging_steps")
+# what the official code does in both steps; weight decay it asks for under a name that its optimiser does not read
+_FASTBERT: Mapping[str, Any] = {
+    "batch_size": 32,
+    "weight_decay": 0.0,
+    "warmup": 0.1,
+    "max_grad_norm": 0.0,
+    "max_length": 128,
+    "bf16": False,
+    "seed": 7,
+    "schedule_epochs": 3.0,
+    "bias_correction": False,
+    "adam_epsilon": 1e-6,
+    "shuffle_once": True,
+}
+_Options = TypeVar("_Options", bound="TrainOptions")
 
 
 @dataclass(frozen=True)
@@ -74,6 +94,16 @@ class TrainOptions:
         early_stopping_patience: stop after so many evaluations without a better one; None never stops early.
         bf16: autocast to bfloat16; None uses it where the hardware computes in it.
         seed: of the order of the rows, and of dropout.
+        schedule_epochs: the learning rate rises and falls to 0 within so many epochs, whatever `epochs` says, and stays
+            there: FastBERT's code gives the distillation the schedule of the fine-tuning, so that its epochs after the
+            third change nothing. Steps are counted as there, int(rows * schedule_epochs / batch) + 1, and `warmup` is
+            an unrounded share of them. None: the whole run.
+        bias_correction: of the moments that Adam keeps; FastBERT's code leaves them biased towards 0, which makes its
+            first step 3.2 times as long.
+        adam_epsilon: what Adam adds to the root of the second moment; 1e-6 in FastBERT's code.
+        shuffle_once: the rows come in one order, `random.Random(seed).shuffle` of theirs, in every epoch, as in
+            FastBERT's code, instead of a new order of batches of like length in each.
+        keep_last: keep the weights of the last step, not those of the best evaluation.
         logging_steps: log the mean loss every so many steps.
         progress: show a progress bar and print the logs.
         resume: continue the killed run whose checkpoints lie beside `output_dir`, if there are any.
@@ -94,21 +124,43 @@ class TrainOptions:
     early_stopping_patience: int | None = None
     bf16: bool | None = None
     seed: int = 42
+    schedule_epochs: float | None = None
+    bias_correction: bool = True
+    adam_epsilon: float = 1e-8
+    shuffle_once: bool = False
+    keep_last: bool = False
     logging_steps: int = 25
     progress: bool = True
     resume: bool = False
     overwrite: bool = False
     trainer_arguments: Mapping[str, Any] = field(default_factory=dict)
 
+    _fastbert: ClassVar[Mapping[str, Any]] = {}
+
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "learning_rate", "max_length", "eval_batch_size", "logging_steps"):
             require(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
-        for name in ("max_steps", "eval_steps", "early_stopping_patience"):
+        for name in ("max_steps", "eval_steps", "early_stopping_patience", "schedule_epochs"):
             value = getattr(self, name)
-            require(name, value, value is None or value > 0, "a whole number above 0, or None")
-        for name in ("weight_decay", "max_grad_norm"):
+            require(name, value, value is None or value > 0, "a number above 0, or None")
+        for name in ("weight_decay", "max_grad_norm", "adam_epsilon"):
             require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         require("warmup", self.warmup, 0 <= self.warmup < 1, "a share of the steps in [0, 1)")
+
+    @classmethod
+    def preset(cls: type[_Options], parity: str, **changes: Any) -> _Options:
+        """The options under which a run does what another code does; `changes` are options that win over them.
+
+        Args:
+            parity: "fastbert", the official code at https://github.com/autoliuweijie/FastBERT as its README runs it.
+                What it does to the input is an attribute of model and tokenizer, see `fastkd.input_format`.
+
+        Raises:
+            ValueError: another code.
+        """
+        if parity != "fastbert":
+            raise ValueError(f"parity: got {parity!r}, expected 'fastbert'")
+        return cls(**{**_FASTBERT, **cls._fastbert, **changes})
 
 
 @dataclass(frozen=True)
@@ -117,9 +169,19 @@ class FinetuneOptions(TrainOptions):
 
     Attributes:
         head_learning_rate_factor: the new head learns so many times faster than the pretrained backbone.
+        redraw_heads: draw the weights of all heads anew, from torch's own initialisation of linear layers as FastBERT's
+            code does, instead of the backbone's.
     """
 
     head_learning_rate_factor: float = 10.0
+    redraw_heads: bool = False
+
+    _fastbert: ClassVar[Mapping[str, Any]] = {
+        "epochs": 3,
+        "learning_rate": 2e-5,
+        "head_learning_rate_factor": 1.0,
+        "redraw_heads": True,
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,12 +198,22 @@ class DistillOptions(TrainOptions):
         temperature: of both distributions.
         direction: "forward" is KL(teacher || student), "reverse" KL(student || teacher).
         t2_scale: multiply the loss by the square of the temperature, so that gradients keep their size.
+        teacher_dropout: dropout also acts in the frozen backbone and teacher while the students learn, so that they
+            learn from noisy answers to noisy hidden states, as in FastBERT's code.
     """
 
     learning_rate: float = 1e-3
     temperature: float = 1.0
     direction: Literal["forward", "reverse"] = "forward"
     t2_scale: bool = True
+    teacher_dropout: bool = False
+
+    _fastbert: ClassVar[Mapping[str, Any]] = {
+        "epochs": 5,
+        "learning_rate": 2e-4,
+        "teacher_dropout": True,
+        "keep_last": True,
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -207,6 +279,8 @@ def finetune(
         config.label2id = {name: index for index, name in enumerate(train.label_names)}
     config.problem_type = "regression" if config.num_labels == 1 else "single_label_classification"
     config.exits_trained = False
+    if options.redraw_heads:
+        _redraw(model.heads, options.seed)
     stage = _Stage(
         name="finetune",
         objective=_TeacherObjective(model),
@@ -327,7 +401,8 @@ class _TeacherObjective(nn.Module):
 
 
 class _SelfDistillation(nn.Module):
-    """`self_distillation_loss` of all heads; in training mode dropout acts in the students alone."""
+    """`self_distillation_loss` of all heads; in training mode dropout acts in the students, and nowhere else unless
+    `teacher_dropout`."""
 
     accepts_loss_kwargs = False
 
@@ -337,7 +412,7 @@ class _SelfDistillation(nn.Module):
         self.options = options
 
     def train(self, mode: bool = True) -> _SelfDistillation:
-        super().train(False)
+        super().train(mode and self.options.teacher_dropout)
         self.training = mode
         for head in self.model.student_heads:
             head.train(mode)
@@ -420,19 +495,40 @@ class _ExitMetrics:
 
 
 class ObjectiveTrainer(Trainer):
-    """A Trainer over an objective: two learning rates, batches by length, evaluation that needs no labels."""
+    """A Trainer over an objective: two learning rates, its own order of rows, evaluation that needs no labels."""
 
     def __init__(
-        self, *, head_learning_rate: float, head_names: tuple[str, ...], sampler: LengthGroupedSampler, **kwargs: Any
+        self,
+        *,
+        head_learning_rate: float,
+        head_names: tuple[str, ...],
+        sampler: LengthGroupedSampler | ShuffledOnceSampler,
+        options: TrainOptions,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.head_learning_rate = head_learning_rate
         self.head_names = head_names
+        self.options = options
         self.sampler = sampler
-        self.add_callback(_SamplerEpoch(sampler))
+        if isinstance(sampler, LengthGroupedSampler):
+            self.add_callback(_SamplerEpoch(sampler))
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler | ShuffledOnceSampler:
         return self.sampler
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        epochs = self.options.schedule_epochs
+        if epochs is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        batch = self.args.per_device_train_batch_size * self.args.world_size
+        steps = int(len(self.sampler) * epochs / batch) + 1
+        schedule = partial(_official_schedule, steps=steps, warmup=steps * self.options.warmup)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or cast(Any, self.optimizer), schedule)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is not None:
@@ -444,6 +540,9 @@ class ObjectiveTrainer(Trainer):
             if parameter.requires_grad:
                 groups.setdefault((name.startswith(self.head_names), name in decaying), []).append(parameter)
         optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, objective)
+        if not self.options.bias_correction:
+            optimizer_class = BiasedAdamW
+            arguments = {name: arguments[name] for name in ("lr", "betas", "eps")}
         self.optimizer = optimizer_class(
             [
                 {
@@ -466,6 +565,13 @@ class ObjectiveTrainer(Trainer):
         if prediction_loss_only:
             return output["loss"], None, None
         return output["loss"], output["logits"], inputs.get("labels")
+
+
+def _official_schedule(step: int, steps: int, warmup: float) -> float:
+    """The share of the peak learning rate at `step`: linear to 1 in `warmup` steps, then to 0 at `steps`, and 0."""
+    if step < warmup:
+        return step / max(1.0, warmup)
+    return max(0.0, (steps - step) / max(1.0, steps - warmup))
 
 
 class _SamplerEpoch(TrainerCallback):
@@ -525,7 +631,7 @@ def _run(
         output_dir=output_dir,
         steps=output.global_step,
         train_loss=output.training_loss,
-        metrics=kept_metrics(trainer.state),
+        metrics=kept_metrics(trainer.state, options.keep_last),
         seconds=output.metrics["train_runtime"],
         log_history=trainer.state.log_history,
     )
@@ -554,6 +660,7 @@ def training_arguments(
         "warmup_steps": options.warmup,
         "lr_scheduler_type": "linear",
         "max_grad_norm": options.max_grad_norm,
+        "adam_epsilon": options.adam_epsilon,
         "bf16": bf16_is_fast() if options.bf16 is None else options.bf16,
         "use_cpu": use_cpu,
         "dataloader_pin_memory": not use_cpu,
@@ -563,7 +670,7 @@ def training_arguments(
         "disable_tqdm": not options.progress,
         "report_to": "none",
         "save_total_limit": 1,
-        "load_best_model_at_end": evaluates,
+        "load_best_model_at_end": evaluates and not options.keep_last,
         "metric_for_best_model": best_metric if evaluates else None,
         "greater_is_better": best_metric != "loss" if evaluates else None,
         "restore_callback_states_from_checkpoint": True,
@@ -586,7 +693,11 @@ def _trainer(
     callbacks: Sequence[TrainerCallback],
 ) -> ObjectiveTrainer:
     group = arguments.per_device_train_batch_size * arguments.world_size
-    sampler = LengthGroupedSampler(train["length"][:], group, arguments.seed)
+    sampler: LengthGroupedSampler | ShuffledOnceSampler
+    if options.shuffle_once:
+        sampler = ShuffledOnceSampler(len(train), arguments.seed)
+    else:
+        sampler = LengthGroupedSampler(train["length"][:], group, arguments.seed)
     added = list(callbacks)
     if options.early_stopping_patience is not None:
         added.append(EarlyStoppingCallback(options.early_stopping_patience))
@@ -602,6 +713,7 @@ def _trainer(
         head_learning_rate=stage.head_learning_rate,
         head_names=("model.heads.",),
         sampler=sampler,
+        options=options,
     )
     # it prints to standard output, which belongs to the caller
     trainer.remove_callback(PrinterCallback)
@@ -615,10 +727,10 @@ def sorted_by_length(tokens: datasets.Dataset) -> datasets.Dataset:
     return tokens.select(order).remove_columns("length")
 
 
-def kept_metrics(state: TrainerState) -> dict[str, float]:
+def kept_metrics(state: TrainerState, keep_last: bool) -> dict[str, float]:
     """The dev metrics of the weights that were kept, from the log."""
     for entry in reversed(state.log_history):
-        if "eval_loss" in entry and entry["step"] == state.best_global_step:
+        if "eval_loss" in entry and (keep_last or entry["step"] == state.best_global_step):
             timing = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
             return {
                 name.removeprefix("eval_"): value
@@ -626,6 +738,15 @@ def kept_metrics(state: TrainerState) -> dict[str, float]:
                 if name.startswith("eval_") and name not in timing
             }
     return {}
+
+
+def _redraw(heads: nn.Module, seed: int) -> None:
+    """Give all linear layers the weights that torch draws by itself."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in heads.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
 
 
 @contextmanager
@@ -697,6 +818,12 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
         raise ValueError(
             f"tokenizer: it has {len(tokenizer)} tokens, the model embeds {embedded}; pass the tokenizer that was "
             "saved with the model"
+        )
+    wanted, own = model.config.input_format, input_format_of(tokenizer)
+    if wanted != own:
+        raise ValueError(
+            f"tokenizer: it writes its inputs in the format {own!r}, the model's input_format is {wanted!r}; pass "
+            f"fastkd.with_input_format(tokenizer, {wanted!r})"
         )
 
 

@@ -1,0 +1,231 @@
+"""Draws the figures of the documentation: `python docs/figures/draw.py` writes the SVG files beside this one.
+
+They are plain SVG without scripts or fonts of their own, and follow the reader's light or dark scheme.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+STYLE = """
+svg { --ink: #1f2328; --soft: #57606a; --line: #8c959f; --fill: #eaeef2;
+      --blue: #0072b2; --orange: #b34e00; --green: #00704f; --blue-fill: #d6e8f5; --orange-fill: #fbe3d1; }
+@media (prefers-color-scheme: dark) {
+  svg { --ink: #e6edf3; --soft: #9da7b1; --line: #6e7681; --fill: #2d333b;
+        --blue: #6cb6ff; --orange: #f0883e; --green: #4cc38a; --blue-fill: #16324f; --orange-fill: #4d2d14; } }
+text { font: 14px system-ui, sans-serif; fill: var(--ink); }
+.soft { fill: var(--soft); } .small { font-size: 12px; } .bold { font-weight: 600; }
+.blue { fill: var(--blue); } .orange { fill: var(--orange); } .green { fill: var(--green); }
+.middle { text-anchor: middle; } .end { text-anchor: end; }
+.box { fill: var(--fill); stroke: var(--line); } .bluebox { fill: var(--blue-fill); stroke: var(--blue); }
+.orangebox { fill: var(--orange-fill); stroke: var(--orange); } .nobox { fill: none; stroke: var(--line); }
+.gone { fill: none; stroke: var(--line); stroke-dasharray: 3 3; }
+.arrow { stroke: var(--line); stroke-width: 1.5; fill: none; marker-end: url(#tip); }
+.rule { stroke: var(--line); stroke-width: 1; fill: none; }
+.curve { stroke-width: 2; fill: none; } .stroke-blue { stroke: var(--blue); } .stroke-orange { stroke: var(--orange); }
+.stroke-green { stroke: var(--green); } .dashed { stroke-dasharray: 5 4; }
+"""
+TIP = (
+    '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+    '<path d="M0 0 L8 4 L0 8 z" style="fill: var(--line)"/></marker>'
+)
+
+
+class Drawing:
+    """Shapes in the order of drawing; coordinates are pixels from the top left."""
+
+    def __init__(self, width: int, height: int, title: str) -> None:
+        self.width, self.height, self.title = width, height, title
+        self.parts: list[str] = []
+
+    def text(self, x: float, y: float, text: str, style: str = "") -> None:
+        self.parts.append(f'<text x="{x:g}" y="{y:g}" class="{style}">{escape(text)}</text>')
+
+    def box(self, x: float, y: float, width: float, height: float, style: str = "box", label: str = "") -> None:
+        self.parts.append(f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="4" class="{style}"/>')
+        lines = label.split("\n") if label else []
+        for number, line in enumerate(lines):
+            baseline = y + height / 2 + 5 + 17 * (number - (len(lines) - 1) / 2)
+            self.text(x + width / 2, baseline, line, "middle" if number == 0 else "middle small soft")
+
+    def path(self, points: Sequence[tuple[float, float]], style: str = "arrow") -> None:
+        steps = " L".join(f"{x:g} {y:g}" for x, y in points)
+        self.parts.append(f'<path d="M{steps}" class="{style}"/>')
+
+    def dot(self, x: float, y: float, style: str) -> None:
+        self.parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="4" class="{style}"/>')
+
+    def svg(self) -> str:
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {self.width} {self.height}" role="img" '
+            f'width="{self.width}" height="{self.height}"><title>{escape(self.title)}</title><style>{STYLE}</style>'
+            f"<defs>{TIP}</defs>\n" + "\n".join(self.parts) + "\n</svg>\n"
+        )
+
+
+def early_exit() -> Drawing:
+    """A batch that shrinks from layer to layer."""
+    drawing = Drawing(760, 330, "A batch of eight sentences that shrinks from layer to layer")
+    leaves_after = [1, 3, 1, 1, 2, 6, 2, 1]
+    columns, left, top, size = 6, 150, 60, 24
+    for row, last in enumerate(leaves_after):
+        drawing.text(left - 12, top + row * (size + 5) + 17, f"sentence {row + 1}", "end soft small")
+        for layer in range(columns):
+            x = left + layer * 95
+            if layer < last:
+                drawing.box(x, top + row * (size + 5), 56, size, "orangebox" if layer + 1 == last else "bluebox")
+            else:
+                drawing.box(x, top + row * (size + 5), 56, size, "gone")
+    for layer in range(columns):
+        x = left + layer * 95
+        drawing.text(x + 28, 28, f"layer {layer + 1}", "middle bold")
+        running = sum(last > layer for last in leaves_after)
+        drawing.text(x + 28, 46, f"{running} row{'s' if running > 1 else ''}", "middle small soft")
+    drawing.box(left, 302, 18, 14, "bluebox")
+    drawing.text(left + 26, 314, "goes on", "small")
+    drawing.box(left + 105, 302, 18, 14, "orangebox")
+    drawing.text(left + 131, 314, "certain: its head answers and it leaves", "small")
+    drawing.box(left + 400, 302, 18, 14, "gone")
+    drawing.text(left + 426, 314, "not computed", "small")
+    return drawing
+
+
+def exit_gate() -> Drawing:
+    """From logits to survivors."""
+    drawing = Drawing(760, 320, "The exit gate: logits in, uncertainty, survivors, count and record out")
+    values = [0.12, 0.81, 0.34, 0.05, 0.66, 0.48, 0.93, 0.22]
+    top, step = 52, 29
+    drawing.text(20, 30, "logits [B, C]", "bold")
+    drawing.text(180, 30, "uncertainty [B]", "bold")
+    for row, value in enumerate(values):
+        y = top + row * step
+        stays = value > 0.5
+        drawing.box(20, y, 96, 22, "box")
+        drawing.text(68, y + 16, f"row {row}", "middle small")
+        drawing.box(180, y, 200 * value, 22, "bluebox" if stays else "orangebox")
+        drawing.text(188 + 200 * value, y + 16, f"{value:.2f}", "small soft")
+    drawing.path([(124, 160), (168, 160)])
+    drawing.text(147, 150, "softmax", "middle small soft")
+    drawing.path([(280, 42), (280, top + 8 * step)], "rule dashed")
+    drawing.text(280, top + 8 * step + 18, "speed 0.5", "middle small")
+    drawing.path([(440, 110), (480, 110)])
+    drawing.path([(440, 220), (480, 220)])
+    drawing.text(490, 64, "stay: survivors, ascending", "blue bold")
+    for number, row in enumerate(row for row, value in enumerate(values) if value > 0.5):
+        drawing.box(490 + 46 * number, 92, 40, 34, "bluebox", str(row))
+    drawing.text(640, 114, "count = 3")
+    drawing.text(490, 146, "on the device: nobody waits", "small soft")
+    drawing.text(490, 186, "leave: into the record, at row_ids", "orange bold")
+    for number, row in enumerate(row for row, value in enumerate(values) if value <= 0.5):
+        drawing.box(490 + 46 * number, 204, 40, 34, "orangebox", str(row))
+    drawing.text(490, 258, "logits, uncertainty and exit layer", "small soft")
+    drawing.text(490, 292, "One launch, or one call on a CPU.", "small")
+    return drawing
+
+
+def student_head() -> Drawing:
+    """The head as FastBERT writes it, and folded."""
+    drawing = Drawing(760, 430, "FastBERT's head as it is written, and folded for its one query")
+    for x, title, cost in ((30, "as written", "50.4 million operations"), (420, "folded", "25.5 million operations")):
+        drawing.text(x + 150, 24, title, "middle bold")
+        drawing.text(x + 150, 42, cost + ", 128 tokens", "middle small soft")
+    drawing.box(80, 58, 200, 40, "box", "hidden states\n[T, 768]")
+    drawing.path([(180, 98), (180, 116)])
+    drawing.box(80, 118, 200, 40, "box", "narrow, tanh\n[T, 128]")
+    for number, name in enumerate(("query", "key", "value")):
+        drawing.path([(180, 158), (85 + 95 * number, 182)])
+        drawing.box(42 + 95 * number, 184, 86, 40, "orangebox", f"{name}\n[T, 128]")
+        drawing.path([(85 + 95 * number, 224), (180, 248)])
+    drawing.box(80, 250, 200, 40, "orangebox", "softmax(q k') v\n[T, T] and [T, 128]")
+    drawing.path([(180, 290), (180, 306)])
+    drawing.box(80, 308, 200, 40, "orangebox", "output projection\n[T, 128]")
+    drawing.path([(180, 348), (180, 364)])
+    drawing.box(80, 366, 200, 40, "box", "dense, tanh, classifier\ntoken 0 only, [C]")
+
+    drawing.box(470, 58, 200, 40, "box", "hidden states\n[T, 768]")
+    drawing.path([(570, 98), (570, 116)])
+    drawing.box(470, 118, 200, 40, "box", "narrow, tanh, tile by tile\nnever written to memory")
+    drawing.path([(570, 158), (570, 182)])
+    drawing.box(470, 184, 200, 62, "bluebox", "s_t = (U a_0 + e) . a_t\none query, online softmax\nc = sum of p_t a_t")
+    drawing.path([(570, 246), (570, 280)])
+    drawing.box(470, 282, 200, 40, "bluebox", "tanh(M c + m)\n[128]")
+    drawing.path([(570, 322), (570, 346)])
+    last = "classifier, softmax, gate\n[C], and the batch is compacted\nby the last program to finish"
+    drawing.box(470, 348, 200, 58, "box", last)
+    drawing.path([(372, 60), (372, 405)], "rule dashed")
+    return drawing
+
+
+def compact() -> Drawing:
+    """Rows of several tensors gathered in one launch."""
+    drawing = Drawing(760, 290, "compact gathers the surviving rows of several tensors in one launch")
+    survivors = [1, 4, 6]
+    tensors = (("hidden states [B, T, H]", 190, 30), ("mask [B, T]", 90, 270), ("row ids [B]", 46, 410))
+    for name, width, x in tensors:
+        drawing.text(x, 26, name, "bold small")
+        for row in range(8):
+            stays = row in survivors
+            drawing.box(x, 40 + row * 27, width, 22, "bluebox" if stays else "gone")
+            drawing.text(x + width / 2, 56 + row * 27, f"row {row}" if width > 60 else str(row), "middle small soft")
+    drawing.path([(478, 150), (538, 150)])
+    drawing.text(508, 140, "one launch", "middle small soft")
+    for width, x in ((100, 550), (46, 660), (30, 716)):
+        for number, row in enumerate(survivors):
+            drawing.box(x, 106 + number * 27, width, 22, "bluebox")
+            drawing.text(x + width / 2, 122 + number * 27, str(row), "middle small")
+    drawing.text(550, 96, "contiguous, in order", "small soft")
+    drawing.text(550, 208, "rows past count are not touched", "small soft")
+    return drawing
+
+
+def measured() -> Drawing:
+    """Speed-up in FLOPs against seconds, AG News on two CPU cores, from the table in the README."""
+    drawing = Drawing(760, 360, "AG News on two CPU cores: speed-up promised by FLOPs and measured in seconds")
+    series = {
+        "batch 1": ((1.49, 1.31), (3.93, 3.69), (4.89, 4.86), (5.64, 5.89)),
+        "batch 8": ((1.49, 1.32), (3.93, 3.15), (4.89, 4.20), (5.64, 5.31)),
+        "batch 32": ((1.48, 1.50), (3.94, 3.55), (4.90, 4.36), (5.64, 5.44)),
+    }
+    left, bottom, scale_x, scale_y = 70, 310, 95, 42
+
+    def place(point: tuple[float, float]) -> tuple[float, float]:
+        return left + point[0] * scale_x, bottom - point[1] * scale_y
+
+    for tick in range(7):
+        x, y = place((tick, tick))
+        drawing.path([(left, y), (left + 6 * scale_x, y)], "rule" if tick == 0 else "rule dashed")
+        drawing.text(left - 10, y + 5, f"{tick}x", "end small soft")
+        drawing.text(x, bottom + 20, f"{tick}x", "middle small soft")
+    drawing.path([place((0, 0)), place((6, 6))], "rule")
+    drawing.text(*place((2.9, 4.3)), "as FLOPs promise", "small soft")
+    for number, (name, points) in enumerate(series.items()):
+        colour = ("blue", "orange", "green")[number]
+        drawing.path([place(point) for point in points], f"curve stroke-{colour}")
+        for point in points:
+            drawing.dot(*place(point), colour)
+        drawing.dot(664, 130 + 24 * number, colour)
+        drawing.text(676, 135 + 24 * number, name)
+    drawing.text(left + 3 * scale_x, 348, "speed-up in FLOPs (fastbert convention)", "middle small")
+    drawing.text(left, 30, "speed-up in seconds, fp32, speeds 0.1, 0.3, 0.5 and 0.8", "small")
+    return drawing
+
+
+FIGURES: dict[str, Callable[[], Drawing]] = {
+    "early_exit": early_exit,
+    "exit_gate": exit_gate,
+    "student_head": student_head,
+    "compact": compact,
+    "measured": measured,
+}
+
+
+def main(folder: Path) -> None:
+    for name, draw in FIGURES.items():
+        (folder / f"{name}.svg").write_text(draw().svg(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)

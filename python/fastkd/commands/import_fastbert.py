@@ -1,0 +1,66 @@
+"""`fastkd import-fastbert`: checkpoints of the official FastBERT code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastkd.options import Json, Overwrite, words
+from fastkd.screen import screen_for
+
+
+def import_fastbert(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(help="The .bin file that run_fastbert.py or the package fastbert saved.", show_default=False),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the converted model.")],
+    vocab: Annotated[
+        Path | None, typer.Option(help="The vocab.txt it was trained with; without it no tokenizer is saved.")
+    ] = None,
+    labels: Annotated[str | None, typer.Option(help="Names of the classes 0, 1, 2... as in negative,positive.")] = None,
+    attention_heads: Annotated[
+        int | None, typer.Option(min=1, help="heads_num of its configuration; default: hidden size / 64.")
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens after which a text is cut.")] = 128,
+    lower_case: Annotated[
+        bool, typer.Option("--lower-case/--cased", help="Whether the tokenizer lowers case; the official one does.")
+    ] = True,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a checkpoint of the official FastBERT (UER format).
+
+    The converted model gives the official logits to about 1e-5 and leaves at
+    the same layers; UER's layer norm is corrected for, texts are tokenised as
+    there (no [SEP] after a single text, pairs cut from the right).
+
+    [bold]Examples[/]
+
+    \b
+      [cyan]fastkd import-fastbert fastbert.bin --vocab vocab.txt -o model[/]
+      [cyan]fastkd import-fastbert ag_news.bin --vocab vocab.txt -o model --labels world,sports,business,science[/]
+    """
+    with screen_for(as_json) as screen:
+        from fastkd import import_fastbert as official
+
+        done = official.import_fastbert(
+            checkpoint, output, vocab=vocab, label_names=None if labels is None else words(labels),
+            num_attention_heads=attention_heads, max_length=max_length, lower_case=lower_case, overwrite=overwrite,
+        )  # fmt: skip
+        config = done.config
+        screen.out.print(
+            f"{config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_classes} classes, a head after "
+            f"every layer: [bold]{done.folder}[/]"
+        )
+        if done.has_tokenizer:
+            screen.next_step(f"fastkd predict {done.folder} INPUT --speed 0.5")
+        else:
+            screen.say("no tokenizer: commands that read texts need one; convert again with --vocab vocab.txt")
+        screen.result(
+            {"model": str(done.folder), "num_hidden_layers": config.num_hidden_layers}
+            | {"hidden_size": config.hidden_size, "num_labels": config.num_classes}
+            | {"input_format": config.input_format, "has_tokenizer": done.has_tokenizer}
+        )

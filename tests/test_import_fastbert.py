@@ -1,0 +1,320 @@
+"""Official checkpoints give the official answers, and broken ones are refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from official_fastbert import Official, Size, random_checkpoint, random_rows, read_row, vocabulary
+from tiny_models import one_thread, save_plain_checkpoint, tokenizer_of  # noqa: F401  # a fixture
+from transformers import AutoTokenizer, BertTokenizer
+from typer.testing import CliRunner
+
+import fastkd
+from fastkd import cli, steps
+from fastkd.data import LengthSortedBatches, Rows, tokenize
+from fastkd.import_fastbert import convert, import_fastbert, read_checkpoint
+from fastkd.input_format import encode, input_format_of, with_input_format
+from fastkd.predict import InputRow, predict
+
+# the promise; what is measured stays below 2e-5
+LOGITS_WITHIN = 1e-4
+SPEEDS = (0.1, 0.5, 0.8)
+SEQ_LENGTH = 24
+
+TINY = Size(layers=3, hidden=64, heads=4, feed_forward=96, classes=3)
+SIZES = {
+    "tiny": TINY,
+    "UER tiny, PyPI": Size(layers=3, hidden=384, heads=6, feed_forward=1536),
+    "15 classes": Size(layers=5, hidden=128, heads=2, feed_forward=200, classes=15, positions=64),
+    "BERT base": Size(layers=12, hidden=768, heads=12, feed_forward=3072, classes=4, positions=32),
+}
+
+
+def save(folder: Path, size: Size, prefix: str = "", **changes: Any) -> tuple[Path, Path]:
+    """An official checkpoint file and its vocabulary."""
+    folder.mkdir(exist_ok=True)
+    state = {**random_checkpoint(size, prefix=prefix), **changes}
+    torch.save({name: value for name, value in state.items() if value is not None}, folder / "fastbert.bin")
+    (folder / "vocab.txt").write_text("\n".join(vocabulary(size)) + "\n", encoding="utf-8")
+    return folder / "fastbert.bin", folder / "vocab.txt"
+
+
+def as_rows(texts: list[tuple[str, str | None]]) -> Rows:
+    columns: dict[str, Any] = {"text_a": [text for text, _ in texts]}
+    if texts[0][1] is not None:
+        columns["text_b"] = [pair for _, pair in texts]
+    return Rows(datasets.Dataset.from_dict(columns), None, None, "generated")
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("official")
+    checkpoint, vocab = save(folder, TINY)
+    import_fastbert(checkpoint, folder / "model", vocab=vocab, num_attention_heads=4, max_length=SEQ_LENGTH)
+    return folder / "model"
+
+
+# Parity
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs"),
+    [(name, pairs) for name in SIZES for pairs in (False, True) if not (pairs and name == "BERT base")],
+)
+def test_same_logits_and_exit_layers_as_the_official_model(tmp_path: Path, name: str, pairs: bool) -> None:
+    size = SIZES[name]
+    checkpoint, vocab = save(tmp_path, size, prefix="kernel." if pairs or "PyPI" in name else "")
+    import_fastbert(checkpoint, tmp_path / "model", vocab=vocab, num_attention_heads=size.heads, max_length=SEQ_LENGTH)
+    model, tokenizer = steps.load_model(str(tmp_path / "model"), "cpu")
+    # some are longer than seq_length, and a pair is cut inside its second text or in the first
+    texts = random_rows(size, 6 if size.layers == 12 else 24, longest=30, pairs=pairs)
+    encoded = tokenize(as_rows(texts), tokenizer, SEQ_LENGTH)
+    batches = LengthSortedBatches(encoded, tokenizer, 5)
+    official = Official(torch.load(checkpoint), size)
+    official_rows = [read_row(size, *texts[row], SEQ_LENGTH) for row in batches.order]
+
+    with torch.no_grad():
+        logits = torch.cat([model.all_exit_logits(**batch) for batch in batches])
+    expected = torch.stack([official.all_logits(*row) for row in official_rows])
+    assert (logits - expected).abs().max() < LOGITS_WITHIN
+
+    for speed in (0.0, *SPEEDS):
+        outputs = [model(**batch, speed=speed) for batch in batches]
+        answers = [official.answer(*row, speed) for row in official_rows]
+        layers = torch.cat([output.exit_layer for output in outputs]).tolist()
+        assert layers == [layer for _, layer in answers]
+        given = torch.cat([output.logits for output in outputs])
+        assert (given - torch.stack([answer for answer, _ in answers])).abs().max() < LOGITS_WITHIN
+        if speed == 0.5:
+            assert len(set(layers)) > 1
+
+
+def test_the_official_statement_masks_padding_and_sees_the_segments() -> None:
+    """The oracle itself: what it must depend on, and what not."""
+    official = Official(random_checkpoint(TINY), TINY)
+    tokens, segments = read_row(TINY, "w1 w2 w3", "w4", 9)
+    answer = official.all_logits(tokens, segments)
+    torch.testing.assert_close(official.all_logits(*read_row(TINY, "w1 w2 w3", "w4", 20)), answer)
+    assert not torch.allclose(official.all_logits(tokens, segments.clamp(max=1)), answer, atol=1e-3)
+    assert read_row(TINY, "w1 w2", None, 5)[0].tolist() == [2, 5, 6, 0, 0]
+
+
+@pytest.mark.parametrize("hidden", [64, 768])
+def test_layer_norm_correction_leaves_the_stated_error(hidden: int) -> None:
+    size = Size(layers=1, hidden=hidden, heads=2, feed_forward=8)
+    state = random_checkpoint(size)
+    model = convert(state, num_attention_heads=2)
+    norm: Any = model.get_submodule("bert.embeddings.LayerNorm")
+    gamma, beta = (state[f"embedding.layer_norm.{name}"].double() for name in ("gamma", "beta"))
+    # the weights are exact to float32; the statement is about the arithmetic
+    weight = gamma * math.sqrt((hidden - 1) / hidden)
+    torch.testing.assert_close(norm.weight.double(), weight, rtol=1e-6, atol=0)
+    typical = 0.03 * math.sqrt(3)
+    for deviation in (typical / 2, typical, 4 * typical, 1.0, 30.0):
+        inputs = torch.randn(40, hidden, dtype=torch.float64)
+        inputs = deviation * (inputs - inputs.mean(-1, keepdim=True)) / inputs.std(-1, keepdim=True, correction=0)
+        uer = gamma * inputs / (inputs.std(-1, keepdim=True) + 1e-6)
+        bert = torch.nn.functional.layer_norm(inputs, (hidden,), weight, None, norm.eps)
+        relative = ((bert - uer).norm() / uer.norm()).item()
+        # 10 %, because the typical deviation of the embeddings is estimated
+        assert relative <= 1.1e-6 / deviation
+        if deviation == typical:
+            assert relative <= 1e-7 / deviation
+    assert beta.shape == (hidden,)
+
+
+def test_the_correction_is_what_makes_the_logits_agree() -> None:
+    """Without it the promise is broken, so the parity tests above cannot pass by luck."""
+    size = SIZES["15 classes"]
+    state = random_checkpoint(size)
+    model = convert(state, num_attention_heads=size.heads)
+    row = read_row(size, "w1 w2 w3 w4", None, 5)
+    expected = Official(state, size).all_logits(*row)
+    with torch.no_grad():
+        right = model.all_exit_logits(input_ids=row[0][None])
+        for name, parameter in model.named_parameters():
+            if name.endswith("LayerNorm.weight"):
+                parameter.mul_(math.sqrt(size.hidden / (size.hidden - 1)))
+        wrong = model.all_exit_logits(input_ids=row[0][None])
+    assert (right[0] - expected).abs().max() < LOGITS_WITHIN < (wrong[0] - expected).abs().max()
+
+
+# The folder
+
+
+def test_imported_folder_is_a_model_like_any_other(imported: Path) -> None:
+    model: Any = fastkd.EarlyExitForSequenceClassification.from_pretrained(imported)
+    assert model.config.input_format == "uer"
+    assert model.config.exits_trained
+    assert model.config.backbone.num_attention_heads == 4
+    tokenizer = AutoTokenizer.from_pretrained(imported)
+    assert (input_format_of(tokenizer), tokenizer.model_max_length) == ("uer", SEQ_LENGTH)
+    # numbers 4.. are the words w0..
+    assert tokenizer("w0 W2 nothing")["input_ids"] == [2, 4, 6, 1]
+
+    rows = [InputRow(1, "w1 w2"), InputRow(2, "w3", "w4 w5")]
+    answers = list(predict(model.eval(), tokenizer, rows, speed=0.5))
+    official = Official(read_checkpoint(imported.parent / "fastbert.bin"), TINY)
+    expected = [official.answer(*read_row(TINY, row.text_a, row.text_b, SEQ_LENGTH), 0.5) for row in rows]
+    assert [answer.exit_layer for answer in answers] == [layer for _, layer in expected]
+    assert [answer.label for answer in answers] == [f"LABEL_{int(logits.argmax())}" for logits, _ in expected]
+
+
+def test_without_a_vocabulary_there_is_no_tokenizer(tmp_path: Path) -> None:
+    checkpoint, _ = save(tmp_path, TINY)
+    done = import_fastbert(checkpoint, tmp_path / "model", num_attention_heads=4, label_names=["a", "b", "c"])
+    assert not done.has_tokenizer
+    assert done.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert sorted(path.name for path in done.folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_vocabulary_lines_are_read_as_uer_reads_them(tmp_path: Path) -> None:
+    checkpoint, vocab = save(tmp_path, TINY)
+    lines = vocabulary(TINY)
+    # a comment after the token, a line of blanks, and a token that str.splitlines would break at
+    lines[7], lines[8], lines[9] = "w3 17", "  ", "\u2028x"
+    vocab.write_text("\n".join(lines), encoding="utf-8")
+    import_fastbert(checkpoint, tmp_path / "model", vocab=vocab, num_attention_heads=4)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert (len(tokenizer), tokenizer.convert_tokens_to_ids(["w3", "w55"])) == (TINY.words, [7, 59])
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"encoder.transformer.1.layer_norm_1.gamma": None}, "missing encoder.transformer.1.layer_norm_1.gamma"),
+        ({"encoder.transformer.3.layer_norm_1.gamma": torch.ones(64)}, "missing classifiers.3.output_layer_0.bias"),
+        ({"classifiers.0.extra.weight": torch.ones(2)}, "unexpected classifiers.0.extra.weight"),
+        (
+            {"classifiers.1.output_layer_2.bias": torch.ones(2)},
+            r"2.bias has shape \(2,\), expected \(3,\)",
+        ),
+        ({"embedding.segment_embedding.weight": torch.ones(2, 64)}, r"\(2, 64\), expected one width and 3 segments"),
+        ({"embedding.word_embedding.weight": torch.ones(60)}, r"word_embedding.weight has shape \(60,\)"),
+    ],
+)
+def test_bad_checkpoints_are_refused_by_the_names_of_their_keys(
+    tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    checkpoint, _ = save(tmp_path, TINY, **changes)
+    with pytest.raises(ValueError, match=named):
+        import_fastbert(checkpoint, tmp_path / "model", num_attention_heads=4)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_pretrained_uer_checkpoint_has_no_classifiers(tmp_path: Path) -> None:
+    state = {name: value for name, value in random_checkpoint(TINY).items() if not name.startswith("classifiers.")}
+    with pytest.raises(
+        ValueError, match=r"missing classifiers.0.output_layer_0.bias.* a pretrained UER checkpoint has"
+    ):
+        convert(state, num_attention_heads=4)
+    # a plain Hugging Face checkpoint is something else altogether
+    plain = save_plain_checkpoint(tmp_path / "plain", "bert") / "config.json"
+    with pytest.raises(ValueError, match="no readable PyTorch file"):
+        read_checkpoint(plain)
+
+
+def test_broken_files_are_refused(tmp_path: Path) -> None:
+    checkpoint, _ = save(tmp_path, TINY)
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="no readable PyTorch file"):
+        read_checkpoint(checkpoint)
+    torch.save({"model": random_checkpoint(TINY), "epoch": 3}, checkpoint)
+    with pytest.raises(ValueError, match="expected a dictionary of tensors"):
+        read_checkpoint(checkpoint)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        read_checkpoint(tmp_path / "absent.bin")
+
+
+def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
+    checkpoint, vocab = save(tmp_path, TINY)
+    state = read_checkpoint(checkpoint)
+    with pytest.raises(ValueError, match="num_attention_heads: got 5"):
+        convert(state, num_attention_heads=5)
+    with pytest.raises(ValueError, match=r"label_names: .* expected 3 different names"):
+        convert(state, label_names=["a", "b"])
+    with pytest.raises(ValueError, match="max_length: got 600"):
+        import_fastbert(checkpoint, tmp_path / "model", max_length=600)
+    vocab.write_text("[PAD]\n[UNK]\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="has 2 tokens, the checkpoint embeds 60"):
+        import_fastbert(checkpoint, tmp_path / "model", vocab=vocab)
+    vocab.write_text("\n".join(f"w{number}" for number in range(60)), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"lacks \[PAD\], \[UNK\], \[CLS\], \[SEP\]"):
+        import_fastbert(checkpoint, tmp_path / "model", vocab=vocab)
+    (tmp_path / "model").mkdir()
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        import_fastbert(checkpoint, tmp_path / "model")
+
+
+# The input format
+
+
+def test_uer_input_format(tmp_path: Path) -> None:
+    plain = tokenizer_of("bert")
+    uer = with_input_format(plain, "uer")
+    assert input_format_of(plain) == "standard"
+    assert with_input_format(uer, "uer") is uer
+    assert plain("the film")["input_ids"] == [2, 5, 7, 3]
+    uer.save_pretrained(tmp_path)
+    for tokenizer in (uer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert tokenizer("the film")["input_ids"] == [2, 5, 7]
+        pair = tokenizer("the film", "good")
+        assert pair["input_ids"] == [2, 5, 7, 3, 14, 3]
+        assert pair["token_type_ids"] == [0, 0, 0, 0, 1, 1]
+        assert tokenizer.get_vocab() == plain.get_vocab()
+        # the whole is cut from the right, where the standard takes tokens from the longer text
+        cut = encode(tokenizer, ["the film was good"], ["dull plot"], 6)
+        assert cut["input_ids"] == [[2, 5, 7, 10, 14, 3]]
+        assert encode(plain, ["the film was good"], ["dull plot"], 6)["input_ids"] == [[2, 5, 7, 3, 16, 3]]
+
+
+def test_input_formats_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="input_format: got 'byte'"):
+        with_input_format(tokenizer_of("bert"), "byte")
+    with pytest.raises(ValueError, match="input_format: got 'byte'"):
+        fastkd.EarlyExitConfig(input_format="byte")
+    with pytest.raises(ValueError, match="'uer' is written by BERT's tokenizers"):
+        with_input_format(tokenizer_of("roberta"), "uer")
+    with pytest.raises(ValueError, match="this tokenizer writes 'uer'"):
+        with_input_format(with_input_format(tokenizer_of("bert"), "uer"), "standard")
+
+
+def test_a_plain_tokenizer_put_beside_the_model_is_made_to_fit(imported: Path, tmp_path: Path) -> None:
+    """A folder converted without --vocab, to which somebody added a tokenizer of his own."""
+    fastkd.EarlyExitForSequenceClassification.from_pretrained(imported).save_pretrained(tmp_path)
+    vocab = {token: number for number, token in enumerate(vocabulary(TINY))}
+    BertTokenizer(vocab=vocab).save_pretrained(tmp_path)
+    _, tokenizer = steps.load_model(str(tmp_path), "cpu")
+    assert tokenizer("w0")["input_ids"] == [2, 4]
+
+
+# The command
+
+
+def test_command(tmp_path: Path) -> None:
+    checkpoint, vocab = save(tmp_path, SIZES["UER tiny, PyPI"], prefix="kernel.")
+    arguments = ["import-fastbert", str(checkpoint), "-o", str(tmp_path / "model"), "--json"]
+    refused = CliRunner().invoke(cli.app, [*arguments, "--labels", "a,b,c"])
+    assert refused.exit_code == 2
+    assert "expected 2 different names" in json.loads(refused.stdout)["error"]
+
+    done = CliRunner().invoke(cli.app, [*arguments, "--vocab", str(vocab), "--labels", "no,yes"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == {
+        "model": str(tmp_path / "model"), "num_hidden_layers": 3, "hidden_size": 384, "num_labels": 2,
+        "input_format": "uer", "has_tokenizer": True,
+    }  # fmt: skip
+    (tmp_path / "rows.txt").write_text("w1 w2\nw3\n", encoding="utf-8")
+    answered = CliRunner().invoke(cli.app, ["predict", str(tmp_path / "model"), str(tmp_path / "rows.txt")])
+    assert answered.exit_code == 0, answered.output
+    assert {line.split("\t")[0] for line in answered.stdout.splitlines()[1:3]} <= {"no", "yes"}
