@@ -41,7 +41,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from transformers import AutoModelForSequenceClassification
 
 from fastkd import metrics
 from fastkd.data import DataFolder, Rows, load_folder
@@ -340,8 +339,10 @@ class _Runner:
         )
         with tempfile.TemporaryDirectory(prefix=".cell-", dir=self.output) as scratch:
             done = distiller.train(train, None, Path(scratch) / "student")
-            student = AutoModelForSequenceClassification.from_pretrained(done.output_dir)
-        found = _evaluated(student, distiller, evaluated)
+        assert distiller.model is not None
+        found = evaluate(
+            distiller.model, distiller.tokenizer, evaluated, max_length=options.max_length, bf16=_bf16(options)
+        )
         result = {
             "settings": self._settings(cell),
             "train_rows": len(train),
@@ -430,11 +431,6 @@ def checkpoint_path(checkpoint: str) -> str:
     from fastkd.steps import PACKAGED_CHECKPOINT, packaged_checkpoint
 
     return str(packaged_checkpoint()) if checkpoint == PACKAGED_CHECKPOINT else checkpoint
-
-
-def _evaluated(student: Any, distiller: Distiller, rows: Rows) -> dict[str, float]:
-    options = distiller.options
-    return evaluate(student, distiller.tokenizer, rows, max_length=options.max_length, bf16=_bf16(options))
 
 
 def _bf16(options: KDOptions) -> bool:
