@@ -2,6 +2,7 @@
 #   make demo    the whole story on generated text
 #   make test    the test suite            (PYTEST_ARGS="tests/test_compact.py -x")
 #   make bench   the benchmarks            (BENCH_ARGS="bench/bench_compact.py --save-results")
+#   make gpu     on a CUDA machine: tests, sanitizers, benchmarks and their report (GPU_ARGS="--only ops")
 #   make lint    ruff and mypy
 #   make docs    the documentation, into build/site
 #   make setup   only the environment and the compiled kernels
@@ -24,8 +25,9 @@ TORCH := torch==2.13.0
 
 PYTEST_ARGS ?=
 BENCH_ARGS ?= $(wildcard bench/bench_*.py)
+GPU_ARGS ?=
 
-.PHONY: demo test bench lint docs setup clean
+.PHONY: demo test bench gpu lint docs setup clean
 
 demo: $(STAMP)
 	$(ENVIRONMENT)/bin/fastkd demo
@@ -35,6 +37,10 @@ test: $(STAMP)
 
 bench: $(STAMP)
 	$(PYTHON) -m pytest $(BENCH_ARGS)
+
+# a lent GPU machine has its own torch and often no network: nothing is installed, and the kernels are built in place
+gpu:
+	$(or $(wildcard $(PYTHON)),$(SYSTEM_PYTHON)) bench/gpu_report.py $(GPU_ARGS)
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .

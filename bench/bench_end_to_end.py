@@ -22,7 +22,7 @@ and the early-exit engines, all in the order of the file:
 "realised" is the wall-clock speed-up over a baseline divided by the FLOPs speed-up, in FastBERT's convention and for
 the true lengths. Times are medians of interleaved passes; run it on a quiet machine. Where there is none, --one-thread
 measures processor seconds of a single thread, which other programs disturb less, and takes minima. --profile prints
-instead where a packed engine's time goes, and how much of it is Python.
+instead where the stream engine's time goes, and how much of it is Python.
 """
 
 from __future__ import annotations
@@ -214,8 +214,8 @@ def row(setting: Setting, contestant: Contestant, times: dict[Contestant, float]
 
 @torch.inference_mode()
 def show_profile(setting: Setting, speed: float) -> None:
-    """Where the packed engine spends its time; cProfile's own cost counts as Python, so the share is an upper bound."""
-    run = partial(setting.forward, setting.batches, speed, "packed")
+    """Where the stream engine spends its time; cProfile's own cost counts as Python, so the share is an upper bound."""
+    run = partial(setting.stream, speed)
     run()
     profile = cProfile.Profile()
     profile.runcall(run)
@@ -253,7 +253,7 @@ def main(
     compiled: Annotated[bool, typer.Option("--compiled", help="Also torch.compile.")] = False,
     loop: Annotated[bool, typer.Option(help="Also FastBERT's loop.")] = True,
     one_thread: Annotated[bool, typer.Option("--one-thread", help="Processor seconds of one thread.")] = False,
-    profile: Annotated[bool, typer.Option("--profile", help="Profile the packed engine instead.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Profile the stream engine instead.")] = False,
     output: Annotated[Path | None, typer.Option(help="A JSON file.")] = None,
 ) -> None:
     """Time every engine on the first rows of a file."""

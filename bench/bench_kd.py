@@ -1,4 +1,4 @@
-"""Forward and backward of the distillation losses against eager PyTorch and torch.compile.
+"""Forward and backward of the distillation losses against eager PyTorch, torch.compile and, where installed, Liger.
 
 On a GPU every provider is also captured in a CUDA graph (`timing` says which), and the first test prints how many
 kernels each of them launches.
@@ -6,7 +6,8 @@ kernels each of them launches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import common
@@ -17,19 +18,33 @@ from torch.nn import functional as F
 
 import fastkd_kernels as fk
 
+try:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    from liger_kernel.transformers import LigerKLDIVLoss
+except ImportError:
+    LigerFusedLinearJSDLoss = LigerKLDIVLoss = None
+
 M, N, B = 4, 12, 32
 TEMPERATURE = 2.0
 
 Loss = Callable[..., Tensor]
 
 
+def widen(*logits: Tensor) -> list[Tensor]:
+    return [x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in logits]
+
+
 def eager_kd(student: Tensor, teacher: Tensor) -> Tensor:
+    # in bfloat16 its gradients would be wrong in the second digit
+    student, teacher = widen(student, teacher)
     log_q, log_p = (student / TEMPERATURE).log_softmax(-1), (teacher / TEMPERATURE).log_softmax(-1)
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * TEMPERATURE**2
 
 
-def eager_universal(student: Tensor, teacher: Tensor) -> Tensor:
-    attention = torch.einsum("mbc,nbc->mbn", student, teacher).softmax(-1)
+def eager_universal(student: Tensor, teacher: Tensor, attn_scale: float = 1.0) -> Tensor:
+    student, teacher = widen(student, teacher)
+    scores = torch.einsum("mbc,nbc->mbn", student, teacher)
+    attention = (scores if attn_scale == 1 else scores * attn_scale).softmax(-1)
     mixed = torch.einsum("mbn,nbc->mbc", attention, teacher)
     log_q, log_p = (student / TEMPERATURE).log_softmax(-1), (mixed / TEMPERATURE).log_softmax(-1)
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True) * (TEMPERATURE**2 / student.shape[1])
@@ -40,12 +55,18 @@ def eager_mixture(student: Tensor, layers: Tensor, teacher: Tensor, teachers: Te
     return 0.2 * F.cross_entropy(student, labels) + 0.5 * kd + 0.3 * univ
 
 
+def eager_fused(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, labels: Tensor) -> Tensor:
+    logits = F.linear(student, weight)
+    (wide,) = widen(logits)
+    return 0.5 * eager_kd(wide, F.linear(teacher, teacher_weight)) + 0.5 * F.cross_entropy(wide, labels)
+
+
 def our_kd(student: Tensor, teacher: Tensor) -> Tensor:
     return fk.kd_loss(student, teacher, TEMPERATURE)
 
 
-def our_universal(student: Tensor, teacher: Tensor) -> Tensor:
-    return fk.universal_kd_loss(student, teacher, TEMPERATURE)
+def our_universal(student: Tensor, teacher: Tensor, attn_scale: float | str = 1.0) -> Tensor:
+    return fk.universal_kd_loss(student, teacher, TEMPERATURE, attn_scale=attn_scale)
 
 
 def our_mixture(student: Tensor, layers: Tensor, teacher: Tensor, teachers: Tensor, labels: Tensor) -> Tensor:
@@ -53,6 +74,12 @@ def our_mixture(student: Tensor, layers: Tensor, teacher: Tensor, teachers: Tens
         student, teacher, labels, layers, teachers, 0.2, 0.5, 0.3,
         temperature=TEMPERATURE, universal_temperature=TEMPERATURE,
     )  # fmt: skip
+
+
+def our_fused(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, labels: Tensor) -> Tensor:
+    return fk.fused_linear_kd_loss(
+        student, weight, teacher, teacher_weight, labels, temperature=TEMPERATURE, alpha=0.5, beta=0.5
+    )
 
 
 def step(loss: Loss) -> Callable[..., tuple[Tensor, ...]]:
@@ -78,13 +105,33 @@ def checker(eager: Loss) -> Callable[..., None]:
     return check
 
 
+def liger_kd(student: Tensor, teacher: Tensor) -> Tensor:
+    student, teacher = widen(student, teacher)
+    log_q, log_p = (student / TEMPERATURE).log_softmax(-1), (teacher / TEMPERATURE).log_softmax(-1)
+    return LigerKLDIVLoss(reduction="batchmean", log_target=True)(log_q, log_p) * TEMPERATURE**2
+
+
+def liger_fused(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, labels: Tensor) -> Tensor:
+    # its beta of 0 is KL(teacher || student); it has no tau^2
+    loss = LigerFusedLinearJSDLoss(0.5, 0.5 * TEMPERATURE**2, beta=0.0, temperature=TEMPERATURE)
+    return loss(student, weight, teacher, teacher_weight, labels)
+
+
 def compare_losses(
-    compare: Any, op: str, case: str, ours: Loss, eager: Loss, make_inputs: Callable[[], Sequence[Tensor]], moved: int
+    compare: Any,
+    op: str,
+    case: str,
+    ours: Loss,
+    eager: Loss,
+    make_inputs: Callable[[], Sequence[Tensor]],
+    moved: int,
+    others: Mapping[str, Loss] | None = None,
+    memory: bool = False,
 ) -> None:
     torch.compiler.reset()
-    compiled = torch.compile(eager, fullgraph=True)
-    providers = {"fastkd": step(ours), "eager": step(eager), "torch.compile": step(compiled)}
-    compare(op, case, providers, make_inputs, checker(eager), bytes_moved=moved)
+    losses = {"fastkd": ours, "eager": eager, "torch.compile": torch.compile(eager, fullgraph=True), **(others or {})}
+    providers = {name: step(loss) for name, loss in losses.items()}
+    compare(op, case, providers, make_inputs, checker(eager), bytes_moved=moved, memory=memory)
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
@@ -122,34 +169,62 @@ def test_mixture(compare: Any, classes: int) -> None:
     compare_losses(compare, "distillation_loss", case, our_mixture, eager_mixture, make_inputs, moved)
 
 
-WIDE = [(2048, 32_000), (2048, 131_072)] if common.DEVICE.type == "cuda" else [(64, 32_000)]
-WIDE_DTYPE = torch.bfloat16 if common.DEVICE.type == "cuda" else torch.float32
+ON_GPU = common.DEVICE.type == "cuda"
+WIDE = [(2048, 32_000), (8192, 32_000), (2048, 131_072)] if ON_GPU else [(64, 32_000), (256, 32_000), (64, 131_072)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("rows", "classes"), WIDE)
-def test_kd_over_a_vocabulary(compare: Any, rows: int, classes: int) -> None:
+def test_kd_over_a_vocabulary(compare: Any, rows: int, classes: int, dtype: torch.dtype) -> None:
     def make_inputs() -> Sequence[Tensor]:
-        return randn(rows, classes, dtype=WIDE_DTYPE, grad=True), randn(rows, classes, dtype=WIDE_DTYPE)
+        return randn(rows, classes, dtype=dtype, grad=True), randn(rows, classes, dtype=dtype)
 
-    moved = WIDE_DTYPE.itemsize * rows * classes * 3
-    case = f"B={rows} C={classes} {WIDE_DTYPE}"
-    compare_losses(compare, "kd_loss", case, our_kd, eager_kd, make_inputs, moved)
+    moved = dtype.itemsize * rows * classes * 3
+    case = f"B={rows} C={classes} {_short(dtype)}"
+    # its kernel is Triton's, for a GPU
+    others = {"liger": liger_kd} if LigerKLDIVLoss and ON_GPU else {}
+    compare_losses(compare, "kd_loss", case, our_kd, eager_kd, make_inputs, moved, others, memory=True)
 
 
-@pytest.mark.parametrize(("rows", "classes"), WIDE)
-def test_universal_kd_over_a_vocabulary(compare: Any, rows: int, classes: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "classes"), WIDE[:2])
+def test_universal_kd_over_a_vocabulary(compare: Any, rows: int, classes: int, dtype: torch.dtype) -> None:
     rows //= 8
 
     def make_inputs() -> Sequence[Tensor]:
-        # small logits: scores over so many classes saturate otherwise
-        student = randn(1, rows, classes, dtype=WIDE_DTYPE, grad=True)
-        with torch.no_grad():
-            student *= 0.05
-        return student, randn(4, rows, classes, dtype=WIDE_DTYPE) * 0.05
+        return randn(1, rows, classes, dtype=dtype, grad=True), randn(4, rows, classes, dtype=dtype)
 
-    moved = WIDE_DTYPE.itemsize * rows * classes * 6
-    case = f"N=4 M=1 B={rows} C={classes} {WIDE_DTYPE}"
-    compare_losses(compare, "universal_kd_loss", case, our_universal, eager_universal, make_inputs, moved)
+    # scores over so many classes saturate unless they are scaled
+    ours = partial(our_universal, attn_scale="rsqrt_c")
+    eager = partial(eager_universal, attn_scale=classes**-0.5)
+    moved = dtype.itemsize * rows * classes * 6
+    case = f"N=4 M=1 B={rows} C={classes} {_short(dtype)}"
+    compare_losses(compare, "universal_kd_loss", case, ours, eager, make_inputs, moved, memory=True)
+
+
+FUSED = [(4096, 2048, 32_000), (8192, 4096, 128_256)] if ON_GPU else [(256, 256, 32_000), (1024, 256, 32_000)]
+
+
+@pytest.mark.parametrize(("tokens", "hidden", "classes"), FUSED)
+def test_fused_linear(compare: Any, tokens: int, hidden: int, classes: int) -> None:
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+
+    def make_inputs() -> Sequence[Tensor]:
+        student, teacher = (randn(tokens, hidden, dtype=dtype) for _ in range(2))
+        heads = [randn(classes, hidden, dtype=dtype) / hidden**0.5 for _ in range(2)]
+        labels = torch.randint(classes, (tokens,), device=common.DEVICE)
+        return student.requires_grad_(), heads[0].requires_grad_(), teacher, heads[1], labels
+
+    case = f"T={tokens} H={hidden} V={classes} {_short(dtype)}"
+    others = {"liger": liger_fused} if LigerFusedLinearJSDLoss else {}
+    moved = dtype.itemsize * 2 * (2 * tokens + 2 * classes) * hidden
+    compare_losses(
+        compare, "fused_linear_kd_loss", case, our_fused, eager_fused, make_inputs, moved, others, memory=True
+    )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
 
 
 @pytest.mark.skipif(common.DEVICE.type != "cuda", reason="launches are counted on a GPU")

@@ -13,12 +13,13 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from memory import peak_bytes
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OURS = "fastkd"
@@ -52,6 +53,7 @@ class Row:
     speedup: float  # median over rounds of this provider's time divided by that of OURS
     gb_per_s: float | None
     share_of_copy: float | None  # of the bandwidth of a large copy measured in this run
+    peak_mib: float | None = None  # memory that one call adds to its inputs
 
 
 class Clock:
@@ -107,6 +109,7 @@ def compare(
     bytes_moved: int | None = None,
     uncapturable: Collection[str] = (),
     sampling: Sampling | None = None,
+    memory: bool = False,
 ) -> list[Row]:
     """Check every provider, then time them in turns; rows come back in the order of `providers`.
 
@@ -119,6 +122,7 @@ def compare(
         bytes_moved: bytes read and written by one call, for the bandwidth columns.
         uncapturable: providers that wait for the device and so cannot be in a CUDA graph; they are timed eagerly.
         sampling: how long to measure.
+        memory: measure the peak of every provider too.
     """
     sampling = sampling or Sampling()
     first = make_inputs()
@@ -128,16 +132,25 @@ def compare(
         except AssertionError as error:
             raise AssertionError(f"{op} {case}: {name} gives a wrong result, so nothing was timed") from error
 
+    peaks = {name: _peak_mib(provider, first) for name, provider in providers.items()} if memory else {}
+
     copies = [first, *(make_inputs() for _ in range(_rotations(first) - 1))]
     runners = {
         name: _runner(provider, copies, capture=name not in uncapturable, sampling=sampling)
         for name, provider in providers.items()
     }
     samples = _interleave(benchmark, runners, sampling)
-    rows = [_row(op, case, name, runner.timing, samples, bytes_moved) for name, runner in runners.items()]
+    rows = [
+        replace(_row(op, case, name, runner.timing, samples, bytes_moved), peak_mib=peaks.get(name))
+        for name, runner in runners.items()
+    ]
     benchmark.group = op
     benchmark.extra_info.update(case=case, environment=environment(), rows=[asdict(row) for row in rows])
     return rows
+
+
+def _peak_mib(provider: Provider, inputs: Sequence[Any]) -> float:
+    return peak_bytes(lambda: provider(*inputs), on=DEVICE.type) / 2**20
 
 
 def _interleave(benchmark: Any, runners: dict[str, Runner], sampling: Sampling) -> Samples:
@@ -255,13 +268,16 @@ def format_table(rows: Sequence[Row]) -> str:
     """The rows as text; `speedup` is how many times faster OURS is than that row."""
     width = max(len(row.case) for row in rows)
     names = max(len(row.provider) for row in rows)
+    with_memory = any(row.peak_mib is not None for row in rows)
     head = f"{'case':{width}}  {'provider':{names}}  timing   median us      p20      p80   speedup    GB/s  of copy"
+    head += "  peak MiB" if with_memory else ""
     lines = [head, "-" * len(head)]
     for row in rows:
         bandwidth = "" if row.gb_per_s is None else f"{row.gb_per_s:8.1f}  {row.share_of_copy or 0:6.0%}"
+        peak = "" if row.peak_mib is None else f"{row.peak_mib:10.1f}"
         lines.append(
             f"{row.case:{width}}  {row.provider:{names}}  {row.timing:6}  {row.median_us:10.2f} {row.p20_us:8.1f} "
-            f"{row.p80_us:8.1f}  {row.speedup:7.2f}x{bandwidth}"
+            f"{row.p80_us:8.1f}  {row.speedup:7.2f}x{bandwidth:16}{peak}".rstrip()
         )
     return "\n".join(lines)
 

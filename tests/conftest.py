@@ -10,6 +10,8 @@ import torch
 # without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before they are defined
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# without it cuBLAS warns at every product, because the fixture below asks for deterministic algorithms
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -1,4 +1,4 @@
-"""The memory that a call needs at its peak, measured by the operating system: scratch of C++ kernels included."""
+"""The memory that a call needs at its peak: PyTorch's on a GPU, on CPU the process's, scratch of kernels included."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 
-def peak_bytes(step: Callable[[], object]) -> int:
-    """Resident bytes that the second call of `step` adds at its peak; needs Linux."""
+def peak_bytes(step: Callable[[], object], on: str = "cpu") -> int:
+    """Bytes that the second call of `step` adds at its peak, `on` "cpu", which needs Linux, or on "cuda"."""
     step()
     gc.collect()
+    if on == "cuda":
+        return _peak_on_gpu(step)
     try:
         # gives back what the first call has freed, so that the second one's is seen
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -23,6 +26,15 @@ def peak_bytes(step: Callable[[], object]) -> int:
     before = _status("VmRSS")
     step()
     return _status("VmHWM") - before
+
+
+def _peak_on_gpu(step: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _status(field: str) -> int:

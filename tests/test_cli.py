@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from fastkd import cli, demo, steps
 from fastkd.options import parse_speeds
 from fastkd.screen import wants_traceback
+from fastkd.trace import ExitTrace
 
 POSITIVE, NEGATIVE = ("good", "great", "fun", "warm"), ("bad", "dull", "boring", "cold")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -114,11 +115,11 @@ def test_help_answers_without_heavy_imports() -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "COLUMNS": "80"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    for command in ("finetune", "distill", "trace", "sweep", "predict", "bench", "demo"):
+    for command in ("finetune", "distill", "trace", "sweep", "predict", "bench", "report", "demo"):
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["finetune", "distill", "trace", "sweep", "predict", "bench", "demo"])
+@pytest.mark.parametrize("command", ["finetune", "distill", "trace", "sweep", "predict", "bench", "report", "demo"])
 def test_help_of_each_command_has_examples_and_the_next_step(command: str) -> None:
     output = succeeded(command, "--help").stdout
     assert "Examples" in output
@@ -183,6 +184,20 @@ def test_trace_then_sweep(work: Path, model: Path, tmp_path: Path) -> None:
     assert [float(row["speed"]) for row in rows] == [0, 0.25, 0.5, 0.75, 1]
     assert float(rows[0]["speedup_fastbert"]) == 1.0
     assert float(rows[-1]["average_layers"]) == 1.0
+
+
+@pytest.mark.parametrize("limit", [(), ("--limit", 13)])
+def test_trace_names_the_rows_of_the_file(work: Path, model: Path, tmp_path: Path, limit: tuple[object, ...]) -> None:
+    succeeded("trace", model, work / "data", "-o", tmp_path / "trace.safetensors", *limit)
+    trace = ExitTrace.load(tmp_path / "trace.safetensors")
+    assert trace.rows is not None
+    assert trace.labels is not None
+    assert len(set(trace.rows.tolist())) == len(trace) == (13 if limit else 40)
+    lines = (work / "data" / "test.tsv").read_text().splitlines()[1:]
+    traced = [lines[row].split("\t") for row in trace.rows.tolist()]
+    assert [("negative", "positive").index(label) for label, _ in traced] == trace.labels.tolist()
+    # [CLS] and [SEP] stand around the words
+    assert [len(text.split()) + 2 for _, text in traced] == trace.lengths.tolist()
 
 
 def test_sweep_of_a_model_equals_that_of_its_trace(work: Path, model: Path, tmp_path: Path) -> None:
@@ -299,7 +314,8 @@ def test_demo_tells_the_whole_story(work: Path, tmp_path: Path, quick_demo: None
     assert report["accuracy_by_exit"][-1] == report["full_accuracy"] == report["sweep"][0]["accuracy"]
     assert len(report["benchmark"]["rows"]) == 2
     assert {Path(path).name for path in report["files"]} >= {
-        "sweep.csv", "figure3.png", "exits_per_layer.png", "exits_by_difficulty.png", "bench.json", "wall_clock.png"
+        "sweep.csv", "figure3.png", "exits_per_layer.png", "exits_by_difficulty.png", "bench.json", "wall_clock.png",
+        "report.html",
     }  # fmt: skip
     assert all(Path(path).stat().st_size > 0 for path in report["files"])
     assert json.loads((output / "report.json").read_text(encoding="utf-8")) == report

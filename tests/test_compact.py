@@ -226,6 +226,63 @@ def test_every_launch_on_a_gpu_waits_for_nothing(config: CompactConfig) -> None:
     assert gathered[1][:11].equal(survivors[:11].long())
 
 
+def launches() -> dict[str, Callable[..., None]]:
+    """Every kernel that gathers on a GPU, as a function that writes into `out`."""
+
+    def by_extension(config: CompactConfig) -> Callable[..., None]:
+        def run(tensors: list[Tensor], survivors: Tensor, count: Tensor, out: list[Tensor]) -> None:
+            fk.compact(tensors, survivors, count, out, config=config)
+
+        return run
+
+    return {
+        "vector": by_extension(CompactConfig()),
+        "bulk": by_extension(CompactConfig(threads=64, bulk=True)),
+        "triton": module._compact_out_triton,
+    }
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("launch", ["vector", "bulk", "triton"])
+def test_captured_in_a_graph_and_replayed(launch: str) -> None:
+    hidden, ids = torch.zeros(33, 128, 768, device=DEVICE).bfloat16(), torch.arange(33, device=DEVICE)
+    survivors, count = torch.arange(33, dtype=torch.int32, device=DEVICE), count_of(33)
+    out = [torch.empty_like(hidden), torch.empty_like(ids)]
+    run = launches()[launch]
+    run([hidden, ids], survivors, count, out)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run([hidden, ids], survivors, count, out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for kept in (33, 7, 0, 32):
+        hidden.copy_(torch.randn_like(hidden))
+        survivors[:kept] = torch.randperm(33, device=DEVICE)[:kept].sort().values.int()
+        count.fill_(kept)
+        for target in out:
+            target.fill_(5)
+        graph.replay()
+        rows = survivors[:kept].long()
+        assert out[0][:kept].equal(hidden[rows])
+        assert out[1][:kept].equal(rows)
+        assert (out[0][kept:] == 5).all(), "rows from the count on are not written"
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the GPU test above runs them there")
+@pytest.mark.parametrize("launch", ["vector", "bulk", "triton"])
+def test_the_launches_of_the_graph_test_are_right(launch: str) -> None:
+    """The same calls with the kernels of this machine, so that the test above has been run in part."""
+    if launch == "triton" and not _triton.interpreting:
+        pytest.skip("needs Triton's interpreter")
+    hidden, ids, rows = torch.randn(5, 3, 4), torch.arange(5), [4, 0, 2]
+    out = [torch.empty_like(hidden), torch.empty_like(ids)]
+    launches()[launch]([hidden, ids], survivors_of(rows), count_of(2), out)
+    assert out[0][:2].equal(hidden[rows[:2]])
+    assert out[1][:2].tolist() == rows[:2]
+
+
 WRONG: dict[str, tuple[type[Exception], str, Callable[[], object]]] = {
     "survivors dtype": (TypeError, "survivors: got dtype torch.float32", lambda: call(survivors=torch.zeros(2))),
     "survivors shape": (ValueError, "survivors: got shape (1, 2)", lambda: call(survivors=survivors_of([0, 1])[None])),

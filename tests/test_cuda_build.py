@@ -100,7 +100,11 @@ class Kernel:
     capability: int
     name: str
     usage: dict[str, int]
-    opcodes: Counter[str]
+    instructions: list[str]
+
+    @property
+    def opcodes(self) -> Counter[str]:
+        return Counter(self.instructions)
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +116,13 @@ def read_kernels(binary: Path, capability: int) -> Iterator[Kernel]:
     arch = f"--gpu-architecture=sm_{capability}"
     usage = run(cuda_tool("cuobjdump"), arch, "--dump-resource-usage", binary)
     listing = run(cuda_tool("cuobjdump"), arch, "--dump-sass", binary)
-    opcodes = {
-        name: Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", code, re.MULTILINE))
+    instructions = {
+        name: re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", code, re.MULTILINE)
         for name, code in re.findall(r"Function : (\w+)\n(.*?)(?=Function : |\Z)", listing, re.DOTALL)
     }
     for name, line in re.findall(r"Function (\w+):\n(.*)", usage):
         sizes = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", line)}
-        yield Kernel(capability, name, sizes, opcodes[name])
+        yield Kernel(capability, name, sizes, instructions[name])
 
 
 @needs_nvcc
@@ -137,6 +141,20 @@ def test_the_gather_moves_16_bytes_at_a_time(kernels: list[Kernel], capability: 
         wide_loads = sum(n for opcode, n in kernel.opcodes.items() if opcode.startswith("LDG.E.128"))
         assert wide_loads >= 4, kernel.opcodes
         assert kernel.opcodes["STG.E.128"] >= 4, kernel.opcodes
+
+
+@needs_nvcc
+def test_what_the_gather_does_on_the_h200(kernels: list[Kernel]) -> None:
+    """The facts that NOTES-performance.md builds on: four loads in flight a thread, registers for full occupancy."""
+    for kernel in kernels:
+        assert not [name for name in kernel.opcodes if name.startswith(("LDL", "STL"))], "registers in local memory"
+        if kernel.capability != 90 or "compact_vector" not in kernel.name:
+            continue
+        moves = [name for name in kernel.instructions if name.startswith(("LDG.E.128", "STG.E.128"))]
+        first_store = next(at for at, name in enumerate(moves) if name.startswith("STG"))
+        assert first_store >= 4, f"a store waits for fewer than four loads: {moves}"
+        assert kernel.usage["REG"] <= 32, "2048 threads of a multiprocessor share 65536 registers"
+        assert kernel.usage["SHARED"] <= 1024, "the driver's own kilobyte and nothing else"
 
 
 @needs_nvcc

@@ -14,6 +14,8 @@ from PIL import Image
 from fastkd import figures
 from fastkd.benchmark import BenchmarkRow
 from fastkd.trace import Sweep, SweepRow
+from fastkd.training_log import TrainingPoint
+from fastkd.uncertainty import Arrivals, IntervalAccuracy
 
 
 def sweep(steepness: float = 5.0, rows: int = 11, labelled: bool = True) -> Sweep:
@@ -43,6 +45,15 @@ def benchmark_rows() -> list[BenchmarkRow]:
     ]  # fmt: skip
 
 
+HEADS = [IntervalAccuracy(layer, [60, 30, 0, 10], [0.95, 0.8, None, 0.4]) for layer in (1, 2, 3, 4)]
+REACHED = [Arrivals(1, 100, [50, 30, 20]), Arrivals(2, 50, [10, 20, 20]), Arrivals(3, 0, [0, 0, 0])]
+POINTS = [
+    TrainingPoint("finetune", 1, 0.8, None, 1.0),
+    TrainingPoint("finetune", 2, 0.9, None, 1.0),
+    TrainingPoint("distill", 3, 0.9, 0.7, 0.4, {1: 0.6, 2: 0.9}),
+    TrainingPoint("distill", 4, 0.9, 0.85, 0.2, {1: 0.7, 2: 0.9}),
+]
+
 PICTURES: dict[str, Callable[[Path], None]] = {
     "speed_accuracy": lambda path: figures.speed_accuracy({"entropy": sweep(), "margin": sweep(2)}, path),
     "speed_speedup": lambda path: figures.speed_speedup({"entropy": sweep(), "margin": sweep(2)}, path),
@@ -51,6 +62,9 @@ PICTURES: dict[str, Callable[[Path], None]] = {
     "exits_per_layer": lambda path: figures.exits_per_layer(sweep(), path),
     "many speeds": lambda path: figures.exits_per_layer(sweep(rows=101), path),
     "exits_by_group": lambda path: figures.exits_by_group({"plain": [1, 1, 2], "hard": [6, 5]}, 6, path, "title"),
+    "accuracy_by_uncertainty": lambda path: figures.accuracy_by_uncertainty(HEADS, path),
+    "uncertainty_per_layer": lambda path: figures.uncertainty_per_layer({0.0: REACHED, 0.5: REACHED[:2]}, path),
+    "training": lambda path: figures.training(POINTS, path),
     "wall_clock": lambda path: figures.wall_clock(benchmark_rows(), path),
 }
 
@@ -94,7 +108,19 @@ def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:
         figures.exits_by_group({"empty": []}, 6, tmp_path / "a.png", "title")
     with pytest.raises(ValueError, match="rows: got none"):
         figures.wall_clock([], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="heads: got none with an accuracy"):
+        figures.accuracy_by_uncertainty([IntervalAccuracy(1, [3], [None])], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="reached: got no speeds"):
+        figures.uncertainty_per_layer({}, tmp_path / "a.png")
+    with pytest.raises(ValueError, match="points: got none"):
+        figures.training([], tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("suffix", "start"), [("svg", b"<?xml"), ("pdf", b"%PDF"), ("png", b"\x89PNG")])
+def test_the_suffix_is_the_format(tmp_path: Path, suffix: str, start: bytes) -> None:
+    figures.training(POINTS, tmp_path / f"a.{suffix}")
+    assert (tmp_path / f"a.{suffix}").read_bytes().startswith(start)
 
 
 def test_failed_drawing_leaves_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

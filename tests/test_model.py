@@ -38,7 +38,7 @@ def uncertainty_of(model: Any, batch: dict[str, Tensor], criterion: str, top_n: 
     """[B, K], what every head thinks of every row."""
     with torch.no_grad():
         logits = model.all_exit_logits(**batch)
-    record = fk.ExitRecord.allocate(*logits.shape[::2])
+    record = fk.ExitRecord.allocate(*logits.shape[::2], logits.device)
     gates = [
         fk.exit_gate(head, 0.0, criterion, top_n=top_n, record=record, layer=layer)
         for layer, head in zip(model.exit_layers, logits.unbind(1), strict=True)

@@ -196,7 +196,7 @@ def test_an_error_of_the_input_comes_after_all_that_was_read() -> None:
 @pytest.mark.parametrize("at_call", [1, 4, 9, 14])
 @pytest.mark.parametrize("criterion", ["entropy", "patience"])
 def test_ctrl_c_loses_nothing(at_call: int, criterion: str) -> None:
-    """Interrupted in the middle of a layer, whose input is already overwritten: iterating on gives every answer."""
+    """Interrupted in the middle of a run: iterating on gives every answer."""
     model, rows = early_exit_model(), encoded_rows()
     speed = speed_of(model, rows) if criterion == "entropy" else 0.5
     stream = model.stream(rows, speed=speed, criterion=criterion, tokens_per_run=60, look_ahead=8)

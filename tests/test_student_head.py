@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import re
 import threading
 import weakref
 from collections.abc import Callable
@@ -740,22 +741,32 @@ def test_one_class_cannot_exit(backend: str, labels: int) -> None:
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_no_synchronisation_and_graph_replay() -> None:
-    head, hidden_states = random_head(), torch.randn(5, 7, 48, device=DEVICE)
-    expected = fk.student_head_exit(hidden_states, head, 0.6)
+def test_both_ops_wait_for_nothing_and_replay_from_a_graph(layout: str, dtype: torch.dtype) -> None:
+    head, lengths = random_head(dtype=dtype), torch.tensor([7, 1, 70, 64, 3], device=DEVICE)
+    hidden_states, masks = laid_out(torch.randn(5, 70, 48, device=DEVICE).to(dtype), lengths, layout)
+
+    def both() -> tuple[Tensor, fk.ExitGateOutput]:
+        return fk.student_head(hidden_states, head, **masks), fk.student_head_exit(hidden_states, head, 0.6, **masks)
+
+    both()  # folds the head and compiles the kernels, once
     torch.cuda.set_sync_debug_mode("error")
     try:
-        fk.student_head_exit(hidden_states, head, 0.6)
+        both()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits, exits = both()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = fk.student_head_exit(hidden_states, head, 0.6)
     for _ in range(3):
+        hidden_states.copy_(torch.randn_like(hidden_states))
+        expected_logits, expected_exits = both()
         graph.replay()
-        assert captured.kept().tolist() == expected.kept().tolist()
-        assert torch.equal(captured.uncertainty, expected.uncertainty)
+        assert torch.equal(logits, expected_logits)
+        assert exits.kept().tolist() == expected_exits.kept().tolist()
+        assert torch.equal(exits.uncertainty, expected_exits.uncertainty)
 
 
 # --- machine code ---------------------------------------------------------------------------------------------------
@@ -869,3 +880,19 @@ def assert_streams_and_multiplies(cubin: Cubin) -> None:
     assert all(name.endswith(".128") for name in copies), f"a copy of less than 16 bytes: {cubin} {opcodes}"
     mnemonic = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}[cubin.capability]
     assert any(name.startswith(mnemonic) for name in opcodes), f"no {mnemonic}: {cubin} {opcodes}"
+
+
+@needs_triton
+def test_what_the_h200_runs() -> None:
+    """The facts that NOTES-performance.md builds on, of the launches that bench/gpu_report.py measures."""
+    for cubin in compile_kernels([_specification(dtype, "padded", "entropy") for dtype in DTYPES], [90]):
+        opcodes = cubin.opcodes()
+        assert cubin.spec.options["num_warps"] * 32 * cubin.registers <= 65536, "one program must fit a multiprocessor"
+        assert not [name for name in opcodes if name.startswith(("LDL", "STL"))], "registers went to local memory"
+        assert sum(count for name, count in opcodes.items() if name.startswith("HGMMA")) >= 1
+        assert not [name for name in opcodes if re.match(r"HMMA|IMMA|DMMA", name)], "a slower matrix unit is used"
+        # both folded matrices of two attention heads, 16 bytes a thread: 4 * 128 * 128 * 4 bytes / 256 threads / 16
+        assert opcodes["LDG.E.128"] >= 64, opcodes
+        narrow_loads = [name for name in opcodes if re.match(r"LDG\.E\.(U8|U16|S8|S16)$", name)]
+        assert not narrow_loads, f"features are loaded one by one: {narrow_loads}"
+        assert sum(count for name, count in opcodes.items() if name.startswith("ATOMG")) == 1, "one ticket a program"

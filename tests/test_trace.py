@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +168,17 @@ def test_saved_trace_is_the_same_trace(tmp_path: Path, family: str, labelled: bo
     if not labelled:
         batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
     trace = early_exit_model(family, exit_layers=[2], head="linear").trace(batches)
+    if labelled:
+        trace = replace(trace, rows=torch.arange(12).flip(0))
     path = tmp_path / "deep" / "dev.safetensors"
     trace.save(path)
     assert [file.name for file in path.parent.iterdir()] == ["dev.safetensors"]
     again = fastkd.ExitTrace.load(path)
     assert torch.equal(again.logits, trace.logits)
     assert torch.equal(again.lengths, trace.lengths)
-    assert (again.labels is None) == (not labelled)
+    assert (again.labels is None) == (again.rows is None) == (not labelled)
+    if again.rows is not None:
+        assert again.rows.tolist() == list(range(11, -1, -1))
     assert (again.exit_layers, again.max_length, again.shape) == ([2, 4], 16, trace.shape)
     assert again.sweep([0.0, 0.7]).to_dicts() == trace.sweep([0.0, 0.7]).to_dicts()
 

@@ -78,6 +78,12 @@ def _accuracies(model: fastkd.EarlyExitForSequenceClassification, dev: Rows) -> 
     return torch.cat(right).double().mean(0).tolist()
 
 
+def _early_exit(model: fastkd.EarlyExitForSequenceClassification, dev: Rows) -> fastkd.SweepRow:
+    """At the speed that the log records."""
+    tokens = tokenize(dev, tokenizer_of("bert"), 16)
+    return model.trace(LengthSortedBatches(tokens, tokenizer_of("bert"), 16)).sweep([0.5], seq_len=16)[0]
+
+
 def _leftovers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -241,6 +247,9 @@ def test_distill_trains_the_students_alone_and_needs_no_labels(finetuned: Path, 
     assert result.metrics["accuracy_layer_4"] == load_accuracy(finetuned)
     accuracies = [result.metrics[f"accuracy_layer_{layer}"] for layer in (1, 2, 3, 4)]
     assert accuracies == pytest.approx(_accuracies(model, rows(40, seed=1)))
+    early = _early_exit(model, rows(40, seed=1))
+    assert result.metrics["accuracy_speed_0.5"] == pytest.approx(early.accuracy)
+    assert result.metrics["flops_share_speed_0.5"] == pytest.approx(1 / early.speedup["fastbert"], rel=0.02)
     losses = [entry["loss"] for entry in result.log_history if "loss" in entry]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     assert load(tmp_path / "out").config.exits_trained

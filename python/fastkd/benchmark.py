@@ -20,7 +20,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,9 +93,24 @@ class Benchmark:
 
     rows: list[BenchmarkRow]
     machine: dict[str, Any]
+    criterion: str = "entropy"
 
     def to_dict(self) -> dict[str, Any]:
-        return {"machine": self.machine, "rows": [row.to_dict() for row in self.rows]}
+        rows = [row.to_dict() for row in self.rows]
+        return {"machine": self.machine, "criterion": self.criterion, "rows": rows}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Benchmark:
+        """What `to_dict` gave; files of versions that did not write the criterion were measured with entropy."""
+        known = {field.name for field in fields(BenchmarkRow)}
+        rows = [
+            BenchmarkRow(
+                **{name: item for name, item in row.items() if name in known},
+                flops_speedups={name: row[f"flops_speedup_{name}"] for name in CONVENTIONS},
+            )
+            for row in value["rows"]
+        ]
+        return cls(rows, dict(value["machine"]), value.get("criterion", "entropy"))
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         write_json(path, self.to_dict())
@@ -162,7 +177,7 @@ def benchmark(
                 raise ValueError("batches_of: gave no batches; expected at least one row of data")
             setting = _Setting(cast, batches, dtype, batch_size, criterion, top_n)
             rows += setting.measure(speeds, repeats, lambda what: on_progress(what))
-    return Benchmark(rows, machine_facts(model.device))
+    return Benchmark(rows, machine_facts(model.device), criterion or model.config.criterion)
 
 
 def passes(speeds: Sequence[float], batch_sizes: Sequence[int], dtypes: Sequence[str], repeats: int) -> int:

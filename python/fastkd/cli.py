@@ -1,4 +1,4 @@
-"""The command line: `fastkd finetune | distill | trace | sweep | predict | bench | demo`.
+"""The command line: `fastkd finetune | distill | trace | sweep | predict | bench | report | demo`.
 
 Results go to standard output, progress and warnings to standard error. With --json standard output is one JSON value
 and nothing else. Bad input is one sentence and exit code 2, whatever was wrong. Heavy imports wait until a command
@@ -15,6 +15,9 @@ from typing import Annotated, Any
 import typer
 
 from fastkd.commands.import_fastbert import import_fastbert
+from fastkd.commands.kd import kd
+from fastkd.commands.kd_table import kd_table
+from fastkd.commands.report import report
 from fastkd.options import (
     BatchSize,
     Bf16,
@@ -39,7 +42,9 @@ from fastkd.options import (
     TopN,
     TrainFile,
     TrainRows,
+    curve_name,
     parse_speeds,
+    source_names,
     whole_numbers,
     words,
 )
@@ -88,7 +93,8 @@ def options(
       3. [cyan]fastkd trace[/]     one pass records what every head says
       4. [cyan]fastkd sweep[/]     accuracy and FLOPs at every speed: table, CSV, pictures
       5. [cyan]fastkd bench[/]     measured seconds, against the full model at its best
-      6. [cyan]fastkd predict[/]   answers for files and pipes, at the speed you chose
+      6. [cyan]fastkd report[/]    one page with a slider that shows all of it
+      7. [cyan]fastkd predict[/]   answers for files and pipes, at the speed you chose
     """
     wants_traceback.set(traceback)
 
@@ -302,10 +308,10 @@ def sweep(
         criteria = [item.value for item in criterion or [Criterion.entropy]]
         traces = {
             name: steps.load_or_make_trace(screen, source, data, split, limit, max_length, batch_size, seed, device)
-            for name, source in zip(_names(sources), sources, strict=True)
+            for name, source in zip(source_names(sources), sources, strict=True)
         }
         sweeps = {
-            _curve_name(name, item, len(traces), len(criteria)): recorded.sweep(
+            curve_name(name, item, len(traces), len(criteria)): recorded.sweep(
                 chosen, item, top_n if item == "top_n" else None, seq_len=seq_len
             )
             for name, recorded in traces.items()
@@ -510,6 +516,15 @@ def demo(
 
 
 app.command(
+    epilog="[bold]Next:[/] [cyan]fastkd kd-table GRID.yaml[/] compares methods on your tasks, with several seeds."
+)(kd)
+app.command(
+    epilog="[bold]Next:[/] [cyan]fastkd kd --method METHOD --teacher DIR[/] trains the student that you liked best."
+)(kd_table)
+app.command(
+    epilog="[bold]Next:[/] [cyan]fastkd predict MODEL INPUT --speed S[/] with the speed that you chose on the page."
+)(report)
+app.command(
     "import-fastbert",
     epilog="[bold]Next:[/] [cyan]fastkd sweep MODEL --data DATA[/] shows what each speed costs and wins.",
 )(import_fastbert)
@@ -535,18 +550,6 @@ def _train_options(
 
 def _layers(text: str | None) -> list[int] | None:
     return None if text is None else whole_numbers(text, "--exit-layers")
-
-
-def _names(sources: Sequence[str]) -> list[str]:
-    """A short name for each source: its stem, or as much of the path as tells them apart."""
-    stems = [Path(source).stem for source in sources]
-    return stems if len(set(stems)) == len(stems) else [str(Path(source).with_suffix("")) for source in sources]
-
-
-def _curve_name(source: str, criterion: str, sources: int, criteria: int) -> str:
-    if sources > 1 and criteria > 1:
-        return f"{source}, {criterion}"
-    return source if sources > 1 else criterion
 
 
 def _data_arguments(data: Path | None, train: Path | None, dev: Path | None) -> str:

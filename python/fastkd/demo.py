@@ -25,6 +25,7 @@ from fastkd.benchmark import Benchmark
 from fastkd.data import DataFolder, Rows, load_folder
 from fastkd.files import write_json, write_text
 from fastkd.modeling import EarlyExitForSequenceClassification
+from fastkd.report import read_source, write_page
 from fastkd.screen import Screen, benchmark_table, share, sweep_table
 from fastkd.trace import ExitTrace, Sweep
 
@@ -140,6 +141,10 @@ class DemoResult:
     files: list[Path]
     next_command: str
 
+    @property
+    def page(self) -> Path:
+        return self.output / "report.html"
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "model": str(self.output / "model"),
@@ -148,7 +153,7 @@ class DemoResult:
             "sweep": self.sweep.to_dicts(),
             "benchmark": self.benchmark.to_dict(),
             "stages": self.timings.stages,
-            "files": [str(path) for path in self.files],
+            "files": [str(path) for path in (*self.files, self.page)],
             "next": self.next_command,
         }
 
@@ -160,7 +165,7 @@ def run_demo(
 
     Args:
         screen: where to tell the story.
-        output: folder for the model, tables, pictures and `report.json`.
+        output: folder for the model, tables, pictures, `report.json` and `report.html`.
         data: folder with train and test (and dev) files; None generates a corpus.
         options: see there.
         start_over: forget what an earlier run left in `output`.
@@ -201,6 +206,8 @@ def run_demo(
     screen.out.print(benchmark_table(measured, screen.is_narrow))
     command = _write_examples(test, output, options.shown_speed)
     result = DemoResult(output, sweep[0].accuracy, accuracies, sweep, measured, timings, files, command)
+    name = _name_of(data)
+    write_page({name: (read_source(output, name), "entropy")}, result.page, speed=options.shown_speed)
     write_json(output / "report.json", result.to_dict())
     _tell_end(screen, result, options.shown_speed)
     return result
@@ -333,7 +340,7 @@ def _tell_end(screen: Screen, result: DemoResult, speed: float) -> None:
             f"At speed {speed:g}: {share(shown.accuracy)} of {share(result.full_accuracy)} ({lost:+.2f} points lost), "
             f"{shown.average_layers:.2f} layers on average, {shown.speedup['fastbert']:.2f}x fewer FLOPs{measured}."
         )
-    screen.out.print(f"pictures and tables: [bold]{result.output}[/]")
+    screen.out.print(f"pictures and tables: [bold]{result.output}[/]; all of it with a slider: [bold]{result.page}[/]")
     screen.next_step(result.next_command, f"fastkd sweep {result.output / 'trace.safetensors'} --criterion margin")
 
 

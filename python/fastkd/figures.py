@@ -1,8 +1,8 @@
-"""Pictures of the speed-accuracy trade-off: figure 3 of FastBERT (ACL 2020), and what lies behind it.
+"""Pictures of the speed-accuracy trade-off: figures 3, 4, 6 and 7 of FastBERT (ACL 2020), and what lies behind them.
 
-Every function draws one PNG from sweeps (`ExitTrace.sweep`) given by name, so that several datasets, criteria or
-models share one plane. Colours are Okabe and Ito's, which colour-blind readers can tell apart; curves also differ in
-marker. Files are written under a temporary name and renamed.
+Every function draws one file, PNG, SVG or PDF by its suffix. Sweeps (`ExitTrace.sweep`) are given by name, so that
+several datasets, criteria or models share one plane. Colours are Okabe and Ito's, which colour-blind readers can tell
+apart; curves also differ in marker. Files are written under a temporary name and renamed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fastkd.files import atomic_path
+from fastkd.training_log import RECORDED_SPEED
 
 if TYPE_CHECKING:
     from fastkd.benchmark import BenchmarkRow
     from fastkd.trace import Sweep, SweepRow
+    from fastkd.training_log import TrainingPoint
+    from fastkd.uncertainty import Arrivals, IntervalAccuracy
 
 PathLike = str | os.PathLike[str]
 
@@ -96,7 +99,7 @@ def exits_by_group(groups: Mapping[str, Sequence[int]], layers: int, path: PathL
     Args:
         groups: exit layers (1 = after the first) of the rows of each group, such as the difficulties of a corpus.
         layers: number of layers of the model.
-        path: the PNG.
+        path: the file.
         title: of the picture.
 
     Raises:
@@ -146,6 +149,101 @@ def wall_clock(rows: Sequence[BenchmarkRow], path: PathLike) -> None:
         _legend(axes, len(curves))
 
     _save(path, draw)
+
+
+def accuracy_by_uncertainty(heads: Sequence[IntervalAccuracy], path: PathLike) -> None:
+    """Accuracy over intervals of uncertainty at the bottom, a middle and the top head (figure 4); bars lie behind it.
+
+    The bars are the share of the head's rows in each interval.
+
+    Raises:
+        ValueError: no heads, or none with an accuracy.
+    """
+    if not any(value is not None for head in heads for value in head.accuracies):
+        raise ValueError("heads: got none with an accuracy; trace rows with labels to draw it")
+    shown = [heads[index] for index in sorted({0, (len(heads) - 1) // 2, len(heads) - 1})]
+    figure, panels = _panels(len(shown))
+    for number, (axes, head) in enumerate(zip(panels, shown, strict=True)):
+        parts = len(head.counts)
+        centres = [(part + 0.5) / parts for part in range(parts)]
+        total = max(sum(head.counts), 1)
+        axes.bar(centres, [count / total for count in head.counts], width=0.9 / parts, color="#D5DAE1", label="rows")
+        known = [(x, y) for x, y in zip(centres, head.accuracies, strict=True) if y is not None]
+        _curve(axes, number, "accuracy", [x for x, _ in known], [y for _, y in known])
+        axes.set(xlabel="uncertainty", title=f"Head after layer {head.layer}", xlim=(0, 1), ylim=(0, 1.02))
+        axes.yaxis.set_major_formatter(_PERCENT)
+    panels[0].legend(frameon=False, fontsize=9)
+    _write(figure, path)
+
+
+def uncertainty_per_layer(reached: Mapping[float, Sequence[Arrivals]], path: PathLike) -> None:
+    """The uncertainty of the rows that reach each layer, one panel for each speed (figure 6).
+
+    Below the dashed line rows leave; above each layer stands the share of all rows that reach it.
+
+    Raises:
+        ValueError: no speeds.
+    """
+    if not reached:
+        raise ValueError("reached: got no speeds, expected at least one")
+    figure, panels = _panels(len(reached))
+    for axes, (speed, heads) in zip(panels, reached.items(), strict=True):
+        for position, head in enumerate(heads):
+            _draw_violin(axes, position, head.counts)
+            share = head.rows / max(heads[0].rows, 1)
+            axes.text(position, 1.02, f"{100 * share:.0f}%", ha="center", va="bottom", fontsize=8, color=_GREY)
+        axes.axhline(speed, color=_COLOURS[1], linestyle="--", linewidth=1.2)
+        axes.set_xticks(range(len(heads)), [str(head.layer) for head in heads])
+        axes.set(xlabel="layer", ylabel="uncertainty", ylim=(0, 1.1), title=f"Speed {speed:g}")
+    _write(figure, path)
+
+
+def training(points: Sequence[TrainingPoint], path: PathLike) -> None:
+    """Accuracy and FLOPs on the dev rows over fine-tuning and self-distillation (figure 7).
+
+    Raises:
+        ValueError: no points.
+    """
+    if not points:
+        raise ValueError("points: got none; train with dev rows, so that something is evaluated")
+    figure = Figure(figsize=(6.8, 5.0), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
+    for axes in (upper, lower):
+        _style(axes)
+    epochs = [point.epoch for point in points]
+    _curve(upper, 0, "full model", epochs, [point.accuracy for point in points])
+    if any(point.accuracy_at_speed is not None for point in points):
+        _curve(upper, 1, f"at speed {RECORDED_SPEED:g}", epochs, [point.accuracy_at_speed for point in points])
+    for axes in (upper, lower):
+        tuned = [point.epoch for point in points if point.stage == "finetune"]
+        if tuned and len(tuned) < len(points):
+            axes.axvline(tuned[-1], color=_GREY, linestyle="--", linewidth=1)
+    known = [(point.epoch, point.flops_share) for point in points if point.flops_share is not None]
+    _curve(lower, 2, "FLOPs", [x for x, _ in known], [y for _, y in known])
+    upper.set(ylabel="accuracy", title="Fine-tuning, then self-distillation")
+    upper.yaxis.set_major_formatter(_PERCENT)
+    upper.legend(frameon=False, fontsize=9)
+    lower.set(xlabel="epoch", ylabel="FLOPs", ylim=(0, 1.08))
+    lower.yaxis.set_major_formatter(_PERCENT)
+    _write(figure, path)
+
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(4.6 * count, 3.8), layout="constrained")
+    panels = list(figure.subplots(1, count, squeeze=False)[0])
+    for axes in panels:
+        _style(axes)
+    return figure, panels
+
+
+def _draw_violin(axes: Axes, position: int, counts: Sequence[int]) -> None:
+    widest = max(counts)
+    if not widest:
+        return
+    centres = [(part + 0.5) / len(counts) for part in range(len(counts))]
+    widths = [0.42 * count / widest for count in counts]
+    left, right = [position - width for width in widths], [position + width for width in widths]
+    axes.fill_betweenx(centres, left, right, color=_COLOURS[0], alpha=0.75, linewidth=0)
 
 
 _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.4g}%")
@@ -268,4 +366,4 @@ def _style(axes: Axes) -> None:
 
 def _write(figure: Figure, path: PathLike) -> None:
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=_DPI, format="png")
+        figure.savefig(temporary, dpi=_DPI)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -100,3 +101,16 @@ def whole_numbers(text: str, option: str) -> list[int]:
 
 def words(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def source_names(sources: Sequence[str]) -> list[str]:
+    """A short name for each source: its stem, or as much of the path as tells them apart."""
+    stems = [Path(source).stem for source in sources]
+    return stems if len(set(stems)) == len(stems) else [str(Path(source).with_suffix("")) for source in sources]
+
+
+def curve_name(source: str, criterion: str, sources: int, criteria: int) -> str:
+    """As much of source and criterion as tells the curves apart."""
+    if sources > 1 and criteria > 1:
+        return f"{source}, {criterion}"
+    return source if sources > 1 else criterion

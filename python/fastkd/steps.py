@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def load_plain(
 
     The new heads are drawn from `seed`; the weights are float32, whatever the checkpoint holds, as training needs them.
     """
-    _quieten()
+    quieten()
     path = str(packaged_checkpoint()) if checkpoint == PACKAGED_CHECKPOINT else checkpoint
     names = folder.label_names
     labels: dict[str, Any] = {"id2label": dict(enumerate(names))} if names else {"num_labels": folder.num_labels}
@@ -71,7 +72,7 @@ def load_model(
         ValueError: not a model of this project, or an unknown device.
         OSError: nothing to load.
     """
-    _quieten()
+    quieten()
     target = pick_device(device)
     config = AutoConfig.from_pretrained(checkpoint)
     if not isinstance(config, EarlyExitConfig):
@@ -164,17 +165,22 @@ def set_input_format(
 
 @contextlib.contextmanager
 def training_progress(screen: Screen, what: str) -> Iterator[Any]:
-    """A `TrainerCallback` that moves a progress bar."""
+    """A `TrainerCallback` that moves a progress bar of its own."""
     with screen.progress(what, None) as update:
+        yield progress_callback(update, what)
 
-        class Bar(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                update(state.global_step, "", state.max_steps)
 
-            def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                update(state.global_step, what, state.max_steps)
+def progress_callback(update: Callable[..., None], what: str) -> TrainerCallback:
+    """Moves the progress bar that `update` belongs to."""
 
-        yield Bar()
+    class Bar(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            update(state.global_step, what, state.max_steps)
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            update(state.global_step, what, state.max_steps)
+
+    return Bar()
 
 
 def run_trace(
@@ -190,7 +196,8 @@ def run_trace(
     encoded = tokenize(rows, tokenizer, max_length or length_limit(model, tokenizer))
     batches = LengthSortedBatches(encoded, tokenizer, batch_size)
     with screen.progress("tracing", len(batches)) as update:
-        return model.trace(_counted(batches, update)), batches.order
+        trace = model.trace(_counted(batches, update))
+    return replace(trace, rows=torch.tensor(batches.order)), batches.order
 
 
 def make_trace(
@@ -200,9 +207,14 @@ def make_trace(
     """The trace of a model folder on the rows of a file or of one split of a folder."""
     model, tokenizer = load_model(checkpoint, device)
     rows = load_data(data, split, model, require_labels=False)
+    numbers = torch.arange(len(rows))
     if limit is not None:
+        # the numbers are drawn as the rows are, so that the trace names rows of the whole file
+        drawn = datasets.Dataset.from_dict({"row": numbers.tolist()})
+        numbers = torch.tensor(replace(rows, dataset=drawn).sample(limit, seed).dataset["row"][:])
         rows = rows.sample(limit, seed)
-    return run_trace(screen, model, tokenizer, rows, max_length=max_length, batch_size=batch_size)[0]
+    trace, order = run_trace(screen, model, tokenizer, rows, max_length=max_length, batch_size=batch_size)
+    return replace(trace, rows=numbers[order])
 
 
 def load_or_make_trace(
@@ -286,7 +298,7 @@ def write_benchmark(measured: benchmark.Benchmark, folder: Path) -> list[Path]:
     return files
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Libraries keep their progress bars and hints to themselves; errors still come through."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.set_verbosity_error()

@@ -116,6 +116,7 @@ class ExitTrace:
         exit_layers: the K layers that have a head, 1-based; the last is `shape.num_hidden_layers`.
         max_length: the longest row as it was fed, padding included.
         shape: the sizes on which operations depend.
+        rows: [n] int64, the row of the data (0 is the first) that each one is; None where nobody said.
     """
 
     logits: Tensor
@@ -124,6 +125,7 @@ class ExitTrace:
     exit_layers: list[int]
     max_length: int
     shape: FlopsShape
+    rows: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.logits.dim() != 3 or self.logits.shape[1] != len(self.exit_layers):
@@ -131,7 +133,7 @@ class ExitTrace:
                 f"logits: got shape {tuple(self.logits.shape)}, expected [n, {len(self.exit_layers)}, C], one head an "
                 "exit layer"
             )
-        for name, value in (("labels", self.labels), ("lengths", self.lengths)):
+        for name, value in (("labels", self.labels), ("lengths", self.lengths), ("rows", self.rows)):
             if value is not None and value.shape != self.logits.shape[:1]:
                 raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{self.logits.shape[0]}]")
 
@@ -228,8 +230,9 @@ class ExitTrace:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; it is either whole or absent."""
         tensors = {"logits": self.logits.contiguous(), "lengths": self.lengths.contiguous()}
-        if self.labels is not None:
-            tensors["labels"] = self.labels.contiguous()
+        for name, value in (("labels", self.labels), ("rows", self.rows)):
+            if value is not None:
+                tensors[name] = value.contiguous()
         metadata = {
             "format": _FORMAT,
             "exit_layers": json.dumps(self.exit_layers),
@@ -267,6 +270,7 @@ class ExitTrace:
             exit_layers=json.loads(metadata["exit_layers"]),
             max_length=json.loads(metadata["max_length"]),
             shape=FlopsShape(**json.loads(metadata["shape"])),
+            rows=tensors.get("rows"),
         )
 
 

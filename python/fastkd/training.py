@@ -36,6 +36,7 @@ from torch.nn import functional as F
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
@@ -47,11 +48,13 @@ from transformers import (
 
 from fastkd.data import DataError, LengthGroupedSampler, Rows, ShuffledOnceSampler, padding_collator, tokenize
 from fastkd.files import atomic_folder, write_json
+from fastkd.flops import FlopsShape
 from fastkd.input_format import input_format_of
 from fastkd.modeling import EarlyExitForSequenceClassification
 from fastkd.optimizers import BiasedAdamW
+from fastkd.trace import ExitTrace
+from fastkd.training_log import LOG_FILE, RECORDED_SPEED
 
-LOG_FILE = "trainer_log.json"
 _RUN_FILE = "run.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # what may differ between a killed run and its continuation without changing the weights
@@ -136,13 +139,13 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "learning_rate", "max_length", "eval_batch_size", "logging_steps"):
-            _require(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
+            require(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
         for name in ("max_steps", "eval_steps", "early_stopping_patience", "schedule_epochs"):
             value = getattr(self, name)
-            _require(name, value, value is None or value > 0, "a number above 0, or None")
+            require(name, value, value is None or value > 0, "a number above 0, or None")
         for name in ("weight_decay", "max_grad_norm", "adam_epsilon"):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        _require("warmup", self.warmup, 0 <= self.warmup < 1, "a share of the steps in [0, 1)")
+            require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        require("warmup", self.warmup, 0 <= self.warmup < 1, "a share of the steps in [0, 1)")
 
     @classmethod
     def preset(cls: type[_Options], parity: str, **changes: Any) -> _Options:
@@ -183,7 +186,7 @@ class FinetuneOptions(TrainOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         factor = self.head_learning_rate_factor
-        _require("head_learning_rate_factor", factor, factor > 0, "a number above 0")
+        require("head_learning_rate_factor", factor, factor > 0, "a number above 0")
 
 
 @dataclass(frozen=True)
@@ -214,8 +217,8 @@ class DistillOptions(TrainOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require("temperature", self.temperature, self.temperature > 0, "a number above 0")
-        _require("direction", self.direction, self.direction in ("forward", "reverse"), "'forward' or 'reverse'")
+        require("temperature", self.temperature, self.temperature > 0, "a number above 0")
+        require("direction", self.direction, self.direction in ("forward", "reverse"), "'forward' or 'reverse'")
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,8 @@ class TrainResult:
         steps: optimiser steps, those before a kill included.
         train_loss: mean loss over the steps of this process.
         metrics: of the kept weights on the dev rows, without a prefix: `loss`, and `accuracy` (`pearson` and `mse` for
-            regression) after `finetune`, `accuracy_layer_<n>` (...) after `distill`. Empty without dev rows.
+            regression) after `finetune`, `accuracy_layer_<n>` (...) after `distill`, and what early exit does at speed
+            0.5: `accuracy_speed_0.5`, `flops_share_speed_0.5` (of the full model's FLOPs). Empty without dev rows.
         seconds: time in the training loop of this process, evaluation included.
         log_history: every log of `transformers.Trainer`.
     """
@@ -267,8 +271,8 @@ def finetune(
         FileExistsError: `output_dir`, or the checkpoints of an unfinished run, would be lost.
         ValueError: a resumed run was started with other rows or options; a tokenizer that is not the model's.
     """
-    _check_labels(model, train, "train", required=True)
-    _check_labels(model, dev, "dev", required=True)
+    check_labels(model, train, "train", required=True)
+    check_labels(model, dev, "dev", required=True)
     config = model.config
     if train.label_names is not None:
         config.id2label = dict(enumerate(train.label_names))
@@ -310,14 +314,14 @@ def distill(
             f"model: it has heads after the layers {model.exit_layers} only, so there is none to distil into; "
             "load it with exit_layers=None for a head after every layer"
         )
-    _check_labels(model, train, "train", required=False)
-    _check_labels(model, dev, "dev", required=False)
+    check_labels(model, train, "train", required=False)
+    check_labels(model, dev, "dev", required=False)
     stage = _Stage(
         name="distill",
         objective=_SelfDistillation(model, options),
         trained=model.student_heads,
         head_learning_rate=options.learning_rate,
-        metrics=_ExitMetrics(model.exit_layers),
+        metrics=_ExitMetrics(model.exit_layers, FlopsShape.of(model.config), options.max_length),
         best_metric="loss",
     )
     return _run(stage, train, dev, Path(output_dir), options, tokenizer, callbacks, exits_trained=True)
@@ -460,35 +464,51 @@ def _teacher_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class _ExitMetrics:
-    """The score of every head, [n, K, C] logits in the order of `exit_layers`."""
+    """The score of every head, [n, K, C] logits in the order of `exit_layers`, and what early exit would do."""
 
     exit_layers: Sequence[int]
+    shape: FlopsShape
+    max_length: int
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         logits, labels = numpy.asarray(prediction.predictions), numpy.asarray(prediction.label_ids)
-        return {
+        scores = {
             f"{name}_layer_{layer}": value
             for index, layer in enumerate(self.exit_layers)
             for name, value in _score(logits[:, index], labels).items()
         }
+        is_regression = logits.shape[-1] == 1
+        return scores if is_regression else scores | self._early_exit(torch.from_numpy(logits).float(), labels)
+
+    def _early_exit(self, logits: Tensor, labels: numpy.ndarray) -> dict[str, float]:
+        lengths = torch.full((len(logits),), self.max_length, dtype=torch.int32)
+        trace = ExitTrace(
+            logits, torch.from_numpy(labels), lengths, list(self.exit_layers), self.max_length, self.shape
+        )
+        row = trace.sweep([RECORDED_SPEED])[0]
+        assert row.accuracy is not None
+        name = f"speed_{RECORDED_SPEED:g}"
+        return {f"accuracy_{name}": row.accuracy, f"flops_share_{name}": 1 / row.speedup["fastbert"]}
 
 
 # The run
 
 
-class _ObjectiveTrainer(Trainer):
+class ObjectiveTrainer(Trainer):
     """A Trainer over an objective: two learning rates, its own order of rows, evaluation that needs no labels."""
 
     def __init__(
         self,
         *,
         head_learning_rate: float,
+        head_names: tuple[str, ...],
         sampler: LengthGroupedSampler | ShuffledOnceSampler,
         options: TrainOptions,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.head_learning_rate = head_learning_rate
+        self.head_names = head_names
         self.options = options
         self.sampler = sampler
         if isinstance(sampler, LengthGroupedSampler):
@@ -518,7 +538,7 @@ class _ObjectiveTrainer(Trainer):
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in objective.named_parameters():
             if parameter.requires_grad:
-                groups.setdefault((name.startswith("model.heads."), name in decaying), []).append(parameter)
+                groups.setdefault((name.startswith(self.head_names), name in decaying), []).append(parameter)
         optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, objective)
         if not self.options.bias_correction:
             optimizer_class = BiasedAdamW
@@ -580,14 +600,14 @@ def _run(
     model = stage.objective.model
     if options.early_stopping_patience is not None and dev is None:
         raise ValueError("early_stopping_patience: it needs an evaluation; pass dev rows")
-    _check_tokenizer(tokenizer, model)
+    check_tokenizer(tokenizer, model)
     _check_max_length(options.max_length, model)
-    _check_dtypes(stage.trained)
+    check_dtypes(stage.trained)
     train_tokens = tokenize(train, tokenizer, options.max_length)
     dev_tokens = None if dev is None else tokenize(dev, tokenizer, options.max_length)
 
     checkpoints = output_dir.with_name(f"{output_dir.name}.checkpoints")
-    arguments = _training_arguments(stage, checkpoints, options, evaluates=dev is not None)
+    arguments = training_arguments(checkpoints, options, best_metric=stage.best_metric, evaluates=dev is not None)
     record = {
         "stage": stage.name,
         "options": json.loads(json.dumps(asdict(options), default=str)),
@@ -596,8 +616,8 @@ def _run(
         "processes": arguments.world_size,
     }
     if arguments.process_index == 0:
-        _check_outputs(output_dir, checkpoints, options, record)
-    with _only_trainable(model, stage.trained):
+        check_outputs(output_dir, checkpoints, options, record)
+    with only_trainable(model, stage.trained):
         trainer = _trainer(stage, train_tokens, dev_tokens, arguments, options, tokenizer, callbacks)
         # no process may look for checkpoints before the first one has put the folder in order
         trainer.accelerator.wait_for_everyone()
@@ -611,7 +631,7 @@ def _run(
         output_dir=output_dir,
         steps=output.global_step,
         train_loss=output.training_loss,
-        metrics=_kept_metrics(trainer.state, options.keep_last),
+        metrics=kept_metrics(trainer.state, options.keep_last),
         seconds=output.metrics["train_runtime"],
         log_history=trainer.state.log_history,
     )
@@ -623,9 +643,10 @@ def _run(
     return result
 
 
-def _training_arguments(
-    stage: _Stage, checkpoints: Path, options: TrainOptions, *, evaluates: bool
+def training_arguments(
+    checkpoints: Path, options: TrainOptions, *, best_metric: str, evaluates: bool
 ) -> TrainingArguments:
+    """The arguments of a `Trainer` that writes to `checkpoints`; `best_metric` decides which weights are kept."""
     use_cpu = not torch.accelerator.is_available()
     every = {"strategy": "epoch"} if options.eval_steps is None else {"strategy": "steps", "steps": options.eval_steps}
     arguments: dict[str, Any] = {
@@ -650,8 +671,8 @@ def _training_arguments(
         "report_to": "none",
         "save_total_limit": 1,
         "load_best_model_at_end": evaluates and not options.keep_last,
-        "metric_for_best_model": stage.best_metric if evaluates else None,
-        "greater_is_better": stage.best_metric != "loss" if evaluates else None,
+        "metric_for_best_model": best_metric if evaluates else None,
+        "greater_is_better": best_metric != "loss" if evaluates else None,
         "restore_callback_states_from_checkpoint": True,
         "remove_unused_columns": False,
         "label_names": ["labels"],
@@ -670,7 +691,7 @@ def _trainer(
     options: TrainOptions,
     tokenizer: PreTrainedTokenizerBase,
     callbacks: Sequence[TrainerCallback],
-) -> _ObjectiveTrainer:
+) -> ObjectiveTrainer:
     group = arguments.per_device_train_batch_size * arguments.world_size
     sampler: LengthGroupedSampler | ShuffledOnceSampler
     if options.shuffle_once:
@@ -681,15 +702,16 @@ def _trainer(
     if options.early_stopping_patience is not None:
         added.append(EarlyStoppingCallback(options.early_stopping_patience))
     unused = ["length"] if stage.name == "finetune" else ["length", "labels"]
-    trainer = _ObjectiveTrainer(
+    trainer = ObjectiveTrainer(
         model=stage.objective,
         args=arguments,
         train_dataset=train.remove_columns([name for name in unused if name in train.column_names]),
-        eval_dataset=None if dev is None else _sorted_by_length(dev),
+        eval_dataset=None if dev is None else sorted_by_length(dev),
         data_collator=padding_collator(tokenizer),
         compute_metrics=stage.metrics,
         callbacks=added,
         head_learning_rate=stage.head_learning_rate,
+        head_names=("model.heads.",),
         sampler=sampler,
         options=options,
     )
@@ -698,13 +720,14 @@ def _trainer(
     return trainer
 
 
-def _sorted_by_length(tokens: datasets.Dataset) -> datasets.Dataset:
+def sorted_by_length(tokens: datasets.Dataset) -> datasets.Dataset:
+    """Longest first, without the column `length`."""
     lengths = tokens["length"][:]
     order = sorted(range(len(tokens)), key=lengths.__getitem__, reverse=True)
     return tokens.select(order).remove_columns("length")
 
 
-def _kept_metrics(state: TrainerState, keep_last: bool) -> dict[str, float]:
+def kept_metrics(state: TrainerState, keep_last: bool) -> dict[str, float]:
     """The dev metrics of the weights that were kept, from the log."""
     for entry in reversed(state.log_history):
         if "eval_loss" in entry and (keep_last or entry["step"] == state.best_global_step):
@@ -727,7 +750,7 @@ def _redraw(heads: nn.Module, seed: int) -> None:
 
 
 @contextmanager
-def _only_trainable(model: nn.Module, trained: Sequence[nn.Module]) -> Iterator[None]:
+def only_trainable(model: nn.Module, trained: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, exactly the parameters of `trained` ask for gradients; afterwards each parameter does as before."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     chosen = {parameter for module in trained for parameter in module.parameters()}
@@ -743,14 +766,14 @@ def _only_trainable(model: nn.Module, trained: Sequence[nn.Module]) -> Iterator[
 # Checks before the work
 
 
-def _require(name: str, value: Any, is_right: bool, expected: str) -> None:
+def require(name: str, value: Any, is_right: bool, expected: str) -> None:
+    """Raise ValueError about the argument `name` unless `is_right`; an infinite or undefined float never is."""
     if not is_right or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"{name}: got {value!r}, expected {expected}")
 
 
-def _check_labels(
-    model: EarlyExitForSequenceClassification, rows: Rows | None, argument: str, *, required: bool
-) -> None:
+def check_labels(model: PreTrainedModel, rows: Rows | None, argument: str, *, required: bool) -> None:
+    """Raise DataError where the labels of `rows` are missing or not the model's."""
     if rows is None:
         return
     if rows.num_labels is None:
@@ -778,7 +801,8 @@ def _described(num_labels: int) -> str:
     return "a number as its label (regression)" if num_labels == 1 else f"{num_labels} labels"
 
 
-def _check_dtypes(trained: Sequence[nn.Module]) -> None:
+def check_dtypes(trained: Sequence[nn.Module]) -> None:
+    """Raise ValueError unless all weights to be trained are float32."""
     wrong = {parameter.dtype for module in trained for parameter in module.parameters()} - {torch.float32}
     if wrong:
         raise ValueError(
@@ -787,7 +811,8 @@ def _check_dtypes(trained: Sequence[nn.Module]) -> None:
         )
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: EarlyExitForSequenceClassification) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Raise ValueError for a tokenizer with more tokens than the model embeds."""
     embedded = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > embedded:
         raise ValueError(
@@ -810,7 +835,7 @@ def _check_max_length(max_length: int, model: EarlyExitForSequenceClassification
         raise ValueError(f"max_length: got {max_length}, the model has {limit} positions; pass at most that")
 
 
-def _check_outputs(output_dir: Path, checkpoints: Path, options: TrainOptions, record: dict[str, Any]) -> None:
+def check_outputs(output_dir: Path, checkpoints: Path, options: TrainOptions, record: dict[str, Any]) -> None:
     """Refuse to lose anything; put the folder of the checkpoints in order, with the record of this run in it."""
     is_taken = output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir()))
     if is_taken and not options.overwrite:

@@ -6,7 +6,6 @@ attention that this file registers with transformers. On a CPU the layers are ru
 * linear layers multiply by weights that were rearranged once for oneDNN, with queries, keys and values in one product
   and the activation inside its product; the copies are made again when a parameter changes;
 * row counts are rounded up to a few sizes, because oneDNN prepares a primitive for every new one;
-* the feed-forward runs over blocks of rows whose intermediate activations stay in the second-level cache;
 * sums and normalisations are one pass (`fastkd_kernels.add_layer_norm`).
 """
 
@@ -35,9 +34,6 @@ if TYPE_CHECKING:
 
 ATTENTION = "fastkd_packed"
 """The name under which the packed attention is registered with transformers."""
-
-# what an intermediate activation may take of a core's second-level cache, which has 1 MiB or more on today's servers
-_BLOCK_BYTES = 768 * 1024
 
 _USUAL_LENGTH = 32  # tokens of the sequences on which costs are measured
 
@@ -162,38 +158,27 @@ class _CpuLayer:
         self._expand = PackedLinear([parts.expand], fused or ("none", ""))
         self._activation = None if fused else parts.activation
         self._contract = PackedLinear([parts.contract])
-        self._block = 0
 
     def refresh(self) -> None:
-        self._block = _block_rows(self.parts.expand)
         for linear in (self._project, self._output, self._expand, self._contract):
             linear.refresh()
 
     def __call__(self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """The layer's output [R, H], written over its input; rows behind the last sequence stay finite."""
+        """The layer's output [R, H]; rows behind the last sequence stay finite."""
         parts, width = self.parts, hidden_states.shape[1]
         projected = self._project(hidden_states).view(hidden_states.shape[0], 3, self._heads, width // self._heads)
         query, key, value = projected.unbind(1)
         attended = fk.varlen_attention(query, key, value, cu_seqlens, max_seqlen).flatten(1)
-        for residual, context in zip(hidden_states.split(self._block), attended.split(self._block), strict=True):
-            middle = self._output(context)
-            _add_norm(middle, residual, parts.attention_norm, out=middle)
-            expanded = self._expand(middle)
-            if self._activation is not None:
-                expanded = self._activation(expanded)
-            _add_norm(self._contract(expanded), middle, parts.feed_forward_norm, out=residual)
-        return hidden_states
+        middle = _add_norm(self._output(attended), hidden_states, parts.attention_norm)
+        expanded = self._expand(middle)
+        if self._activation is not None:
+            expanded = self._activation(expanded)
+        return _add_norm(self._contract(expanded), middle, parts.feed_forward_norm)
 
 
-def _block_rows(expand: nn.Linear) -> int:
-    """Rows whose intermediate activations stay in the cache; not so few that the products become inefficient."""
-    rows = _BLOCK_BYTES // (expand.out_features * expand.weight.element_size())
-    return min(max(rows // 64 * 64, 128), 256)
-
-
-def _add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm, out: Tensor) -> None:
-    # the op below `fk.add_layer_norm`, whose checks in Python would take as long as the work on so few rows
-    torch.ops.fastkd_kernels.add_layer_norm_.default(x, residual, norm.weight, norm.bias, norm.eps, out)
+def _add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """The normalised sum, written over x."""
+    return fk.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, out=x)
 
 
 def _is_plain(layer: nn.Module, parts: backbones.LayerParts) -> bool:
@@ -349,7 +334,7 @@ class PackedEncoder:
         return hidden_states if out is None else out.copy_(hidden_states)
 
     def layer(self, number: int, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-        """The output of layer `number` (1 is the first) for packed rows [R, H], whose memory may be reused for it."""
+        """The output of layer `number` (1 is the first) for packed rows [R, H]."""
         return self._layers[number - 1](hidden_states, cu_seqlens, max_seqlen)
 
     def _positions(self, tokens: PackedTokens, rows: int) -> Tensor:

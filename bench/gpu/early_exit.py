@@ -1,0 +1,264 @@
+"""Whole early-exit BERT against the best full model, with random weights and an imposed exit pattern.
+
+Heads, gates and compactions all run; only what the gate compares with is replayed: a row that is to leave after this
+layer gets a speed of 1, any other a speed of 0. Which rows leave where follows a truncated geometric distribution with
+the wanted average, shuffled over the workload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig
+
+import fastkd
+from fastkd.benchmark import interleaved
+from fastkd.engines.graphs import GraphEngine
+from fastkd_kernels.ops.student_head import student_head_reference
+from gpu.records import ModelRow
+from gpu.timing import Timer, quantiles
+
+Answers = tuple[Tensor, Tensor | None]
+"""Predictions of all rows, and the layers they left after."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What is measured: batch sizes and average depths on how many rows of how many tokens."""
+
+    config: Mapping[str, int]
+    tokens: int
+    batch_sizes: Sequence[int]
+    average_layers: Sequence[float]
+    dtype: torch.dtype
+    repeats: int
+    compile_backend: str
+
+    def rows(self, batch_size: int) -> int:
+        """Rows of the workload: enough batches that their random mixtures average out."""
+        return max(64, min(8 * batch_size, 512), 2 * batch_size) if self.tokens > 16 else 2 * batch_size
+
+
+FULL = Scale({}, 128, (1, 8, 32, 128), (1.14, 2.79), torch.bfloat16, 9, "inductor")
+REHEARSAL = Scale(
+    {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 16,
+    },
+    6, (1, 4), (1.5,), torch.float32, 2, "eager",
+)  # fmt: skip
+
+
+def exit_pattern(rows: int, average: float, layers: int, seed: int = 0) -> Tensor:
+    """[rows] int64 exit layers from 1 to `layers` whose mean is near `average`, geometrically distributed."""
+    if not 1 <= average <= (1 + layers) / 2:
+        raise ValueError(f"average: got {average}, expected 1 to {(1 + layers) / 2}, half of the depth")
+    low, high = 0.0, 1.0  # the share that goes on from each layer
+    for _ in range(60):
+        stays = (low + high) / 2
+        mean = sum(stays**layer for layer in range(layers))
+        low, high = (stays, high) if mean < average else (low, stays)
+    # the share of rows that is still there after each layer, at the middle of every row's quantile
+    beyond = 1 - (torch.arange(rows, dtype=torch.float64) + 0.5) / rows
+    reached = torch.tensor([low**layer for layer in range(1, layers)], dtype=torch.float64)
+    depths = 1 + (beyond[:, None] < reached[None, :]).sum(1)
+    return depths[torch.randperm(rows, generator=torch.Generator().manual_seed(seed))]
+
+
+class Replay:
+    """Makes a model's gates decide as an exit pattern says, at the cost of the decision they would have taken."""
+
+    def __init__(self, model: fastkd.EarlyExitForSequenceClassification, batches: Sequence[Tensor]) -> None:
+        self._speeds = [
+            {
+                layer: (exits[exits >= layer] == layer).float().to(model.device)
+                for layer in range(1, model.num_layers + 1)
+            }
+            for exits in batches
+        ]
+        self.batch = 0
+        for head in model.heads.values():
+            head.decide = partial(self._decide, type(head).decide.__get__(head))
+
+    def _decide(
+        self, decide: Callable[..., Any], hidden_states: Tensor, mask: Any, speed: Any, *rest: Any, **named: Any
+    ) -> Any:
+        # the last layer answers whoever is left, which an engine says with a speed of 0; one with a speed for each row
+        # was told the pattern itself
+        if not isinstance(speed, Tensor) and speed > 0:
+            speed = self._speeds[self.batch][named["layer"]]
+        return decide(hidden_states, mask, speed, *rest, **named)
+
+
+class Setting:
+    """One batch size: the model, its workload, and everybody who answers it."""
+
+    def __init__(self, scale: Scale, batch_size: int, timer: Timer) -> None:
+        torch.manual_seed(0)
+        self.scale = scale
+        self.batch_size = batch_size
+        self.timer = timer
+        config = fastkd.EarlyExitConfig(BertConfig(**scale.config), num_labels=4, exits_trained=True)
+        model = fastkd.EarlyExitForSequenceClassification(config).eval()
+        self.model = nn.Module.to(model, device=timer.device, dtype=scale.dtype)
+        vocabulary = model.config.backbone.vocab_size
+        self.rows = scale.rows(batch_size)
+        ids = torch.randint(vocabulary, (self.rows, scale.tokens), device=timer.device)
+        self.batches = list(ids.split(batch_size))
+
+    # --- the full model ---
+
+    def full_models(self, problems: list[str]) -> dict[str, Callable[[], Answers]]:
+        """Every way to run all layers that works here."""
+        compiled = self._compile(self._full_in_torch, None)
+        reduced = self._compile(self._full_in_torch, "reduce-overhead")
+        ways: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
+            "eager": lambda: self._full,
+            "eager in a CUDA graph": lambda: self._graphed(self._full),
+            "torch.compile": lambda: compiled,
+            "torch.compile reduce-overhead": lambda: reduced,
+            "torch.compile in a CUDA graph": lambda: self._graphed(compiled),
+        }
+        contestants: dict[str, Callable[[], Answers]] = {}
+        for name, make in ways.items():
+            try:
+                forward = make()
+                contestants[name] = partial(self._answer_in_full, forward)
+                contestants[name]()
+            except Exception as error:  # one way that does not run here must not cost the others
+                contestants.pop(name, None)
+                text = " ".join(str(error).split())[:200]
+                problems.append(f"full model, batch {self.batch_size}: {name}: {type(error).__name__}: {text}")
+        return contestants
+
+    def _compile(self, function: Callable[..., Tensor], mode: str | None) -> Callable[[Tensor], Tensor]:
+        if self.scale.compile_backend == "inductor":
+            return torch.compile(function, mode=mode, dynamic=False)
+        return torch.compile(function, backend=self.scale.compile_backend, dynamic=False)
+
+    def _full(self, input_ids: Tensor) -> Tensor:
+        return self.model.teacher_head(self._encode(input_ids), None).argmax(-1)
+
+    def _full_in_torch(self, input_ids: Tensor) -> Tensor:
+        """The same with the head in plain PyTorch, so that the compiler sees all of it."""
+        return student_head_reference(self._encode(input_ids), self.model.teacher_head.weights()).argmax(-1)
+
+    def _encode(self, input_ids: Tensor) -> Tensor:
+        hidden_states = self.model.backbone.embeddings(input_ids=input_ids)
+        for layer in self.model.layers:
+            hidden_states = layer(hidden_states, None)
+        return hidden_states
+
+    def _graphed(self, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        static = self.batches[0].clone()
+        answers: list[Tensor] = []
+        for _ in range(3):
+            forward(static)
+        replay = self.timer.capture([lambda: answers.append(forward(static))])
+
+        def run(input_ids: Tensor) -> Tensor:
+            static.copy_(input_ids)
+            replay()
+            return answers[-1].clone()
+
+        return run
+
+    def _answer_in_full(self, forward: Callable[[Tensor], Tensor]) -> Answers:
+        return torch.cat([forward(ids).clone() for ids in self.batches]).cpu(), None
+
+    # --- early exit ---
+
+    def early_exits(self, pattern: Tensor) -> dict[str, Callable[[], Answers]]:
+        """Every engine, on this pattern."""
+        patterns = pattern.split(self.batch_size)
+        layers = torch.arange(1, self.model.num_layers + 1)[:, None]
+        speeds = [(exits[None, :] <= layers).float().to(self.timer.device) for exits in patterns]
+        return {
+            "batch": partial(self._answer_in_batches, Replay(self.model, patterns)),
+            "graphs": partial(self._answer_by_graphs, speeds),
+        }
+
+    @cached_property
+    def _graphs(self) -> GraphEngine:
+        return GraphEngine(self.model, None if self.timer.device.type == "cuda" else self._plain_calls)
+
+    def _plain_calls(self, stage: Callable[[], object]) -> Callable[[], None]:
+        return self.timer.capture([stage])
+
+    def _answer_by_graphs(self, speeds: Sequence[Tensor]) -> Answers:
+        records = [self._graphs.run(ids, None, limits) for ids, limits in zip(self.batches, speeds, strict=True)]
+        predictions = torch.cat([record.logits.argmax(-1) for record in records])
+        return predictions.cpu(), torch.cat([record.exit_layer for record in records]).cpu()
+
+    def _answer_in_batches(self, replay: Replay) -> Answers:
+        predictions, layers = [], []
+        for number, ids in enumerate(self.batches):
+            replay.batch = number
+            output = self.model(input_ids=ids, speed=0.5)
+            predictions.append(output.logits.argmax(-1))
+            layers.append(output.exit_layer)
+        return torch.cat(predictions).cpu(), torch.cat(layers).cpu()
+
+    def flops_speedup(self, pattern: Tensor) -> float:
+        """Full model over early exit, FastBERT's convention."""
+        config, tokens = self.model.config, self.scale.tokens
+        full = fastkd.flops(config, tokens)
+        spent = sum(fastkd.flops(config, tokens, layers=layer, heads=layer) for layer in pattern.tolist())
+        return full * len(pattern) / spent
+
+    # --- measuring ---
+
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Compile everything and run it once."""
+        self.full_models([])
+        pattern = exit_pattern(self.rows, self.scale.average_layers[0], self.model.num_layers)
+        for answer in self.early_exits(pattern).values():
+            answer()
+
+    @torch.inference_mode()
+    def measure(self, problems: list[str]) -> list[ModelRow]:
+        """Every engine at every average depth against the fastest full model, all taking turns."""
+        full = self.full_models(problems)
+        rows = []
+        for average in self.scale.average_layers:
+            pattern = exit_pattern(self.rows, average, self.model.num_layers)
+            rows += self._measure_pattern(pattern, full)
+        return rows
+
+    def _measure_pattern(self, pattern: Tensor, full: Mapping[str, Callable[[], Answers]]) -> list[ModelRow]:
+        early = self.early_exits(pattern)
+        for engine, answer in early.items():
+            _, layers = answer()
+            if layers is None or not torch.equal(layers.long(), pattern):
+                raise AssertionError(f"engine {engine} did not follow the imposed exit pattern")
+        seconds, _ = interleaved({**full, **early}, self.scale.repeats)
+        medians = {name: quantiles(values).median / 1e6 for name, values in seconds.items()}
+        best = min(full, key=medians.__getitem__)
+        rows = []
+        for engine in early:
+            spread = quantiles(seconds[engine])
+            rows.append(
+                ModelRow(
+                    batch_size=self.batch_size,
+                    rows=self.rows,
+                    average_layers=pattern.double().mean().item(),
+                    engine=engine,
+                    seconds=medians[engine],
+                    p20_seconds=spread.p20 / 1e6,
+                    p80_seconds=spread.p80 / 1e6,
+                    full_engine=best,
+                    full_seconds=medians[best],
+                    flops_speedup=self.flops_speedup(pattern),
+                )
+            )
+        return rows

@@ -1,0 +1,192 @@
+"""Launch configurations against each other: what beats an op's heuristic, shape by shape.
+
+A configuration replaces the heuristic while a provider runs, so what is timed is what the op would launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import fastkd_kernels as fk
+from fastkd_kernels.ops.compact import CompactConfig
+from fastkd_kernels.ops.exit_gate import ExitGateConfig
+from fastkd_kernels.ops.student_head import StudentHeadConfig
+from gpu import cases
+from gpu.cases import DTYPES, LABELS, SPEED, WIDTH
+from gpu.records import SweepRow
+from gpu.timing import Provider, Sampling, Timer, measure
+
+HEURISTIC = "heuristic"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """On what shapes configurations are compared."""
+
+    gate_shapes: Sequence[tuple[int, int]]
+    head_shapes: Sequence[tuple[int, int, int, str]]
+    head_options: Sequence[tuple[int, int, int, int]]
+    """block_tokens, block_hidden, num_warps, num_stages"""
+    compact_batches: Sequence[int]
+    compact_row: tuple[int, int]
+
+
+FULL = Scale(
+    gate_shapes=((32, 4), (256, 4), (1024, 10), (4096, 2), (4096, 40), (65536, 1024)),
+    head_shapes=((256, 128, 768, "bf16"), (32, 128, 768, "bf16"), (8, 128, 768, "bf16"), (1, 128, 768, "bf16")),
+    head_options=tuple(product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))),
+    compact_batches=(2, 8, 32, 128, 512, 2048),
+    compact_row=(128, 768),
+)
+REHEARSAL = Scale(
+    gate_shapes=((40, 4),),
+    head_shapes=((2, 5, 32, "fp32"),),
+    head_options=((64, 32, 4, 2),),
+    compact_batches=(4,),
+    compact_row=(5, 32),
+)
+
+
+@dataclass(frozen=True)
+class Swept:
+    """One op on one shape with its configurations; "heuristic" is what is launched without the sweep."""
+
+    op: str
+    name: str
+    configs: Mapping[str, Callable[..., Any]]
+    make_inputs: Callable[[], Sequence[Any]]
+    basis: str
+
+
+def cases_of(scale: Scale, device: torch.device) -> Iterator[Swept]:
+    """Every shape of every op."""
+    yield from _student_heads(scale, device)
+    yield from _exit_gates(scale, device)
+    yield from _compactions(scale, device)
+
+
+def _exit_gates(scale: Scale, device: torch.device) -> Iterator[Swept]:
+    for rows, columns in scale.gate_shapes:
+        usual = ExitGateConfig.heuristic(rows, columns)
+        configs = {HEURISTIC: _gate(None)}
+        for block_rows, warps, one_program in product((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), (1, 2, 4, 8), (0, 1)):
+            elements = block_rows * usual.block_columns
+            tiles = -(-rows // block_rows)
+            if not 128 * warps <= 4 * elements <= 4 * 16384 or (one_program and tiles > 16):
+                continue
+            config = replace(
+                usual, block_rows=block_rows, num_warps=warps, programs=1 if one_program or tiles == 1 else tiles
+            )
+            if config != usual:
+                configs[f"rows {block_rows}, warps {warps}, programs {config.programs}"] = _gate(config)
+        make_inputs = cases._gate_inputs(rows, columns, torch.float32, device)
+        yield Swept("exit_gate", f"[{rows}, {columns}] fp32", configs, make_inputs, "cold" if rows > 4096 else "warm")
+
+
+def _gate(config: ExitGateConfig | None) -> Callable[..., Any]:
+    def run(logits: Tensor) -> Any:
+        with _instead_of(ExitGateConfig, config):
+            return fk.exit_gate(logits, SPEED)[:3]
+
+    return run
+
+
+def _student_heads(scale: Scale, device: torch.device) -> Iterator[Swept]:
+    for batch, tokens, hidden, dtype in scale.head_shapes:
+        usual = StudentHeadConfig.heuristic(DTYPES[dtype], hidden, WIDTH, LABELS)
+        configs = {HEURISTIC: _head(None)}
+        for block_tokens, block_hidden, warps, stages in scale.head_options:
+            if hidden % block_hidden:
+                continue
+            config = replace(
+                usual, block_tokens=block_tokens, block_hidden=block_hidden, num_warps=warps, num_stages=stages
+            )
+            if config != usual:
+                name = f"tokens {block_tokens}, hidden {block_hidden}, warps {warps}, stages {stages}"
+                configs[name] = _head(config)
+        make_inputs = cases._head_inputs(batch, tokens, hidden, DTYPES[dtype], device)
+        yield Swept("student_head_exit", f"[{batch}, {tokens}, {hidden}] {dtype}", configs, make_inputs, "cold")
+
+
+def _head(config: StudentHeadConfig | None) -> Callable[..., Any]:
+    @torch.no_grad()
+    def run(hidden_states: Tensor, head: fk.StudentHeadWeights) -> Any:
+        with _instead_of(StudentHeadConfig, config):
+            out = fk.student_head_exit(hidden_states, head, SPEED)
+        return out.uncertainty, out.survivors, out.count
+
+    return run
+
+
+def _compactions(scale: Scale, device: torch.device) -> Iterator[Swept]:
+    tokens, hidden = scale.compact_row
+    for batch in scale.compact_batches:
+        configs = {HEURISTIC: _compaction(None)}
+        for threads, bulk in product((32, 64, 128, 256, 512, 1024), (False, True)):
+            config = CompactConfig(threads, bulk)
+            if config != CompactConfig():
+                configs[f"{'bulk' if bulk else 'vector'}, threads {threads}"] = _compaction(config)
+        make_inputs = cases._compact_inputs(batch, tokens, hidden, torch.bfloat16, device)
+        yield Swept("compact", f"[{batch}, {tokens}, {hidden}] bf16, half kept", configs, make_inputs, "cold")
+
+
+def _compaction(config: CompactConfig | None) -> Callable[..., Any]:
+    return lambda hidden_states, rows, keep: fk.compact([hidden_states], rows, config=config)[0]
+
+
+def _instead_of(config_class: type, config: object) -> AbstractContextManager[Any]:
+    """Every launch takes `config`; None leaves the heuristic alone."""
+    if config is None:
+        return nullcontext()
+    return mock.patch.object(config_class, "heuristic", return_value=config)
+
+
+def compile_all(swept: Swept, mine: Callable[[int], bool], has_time: Callable[[], bool]) -> None:
+    """Launch each configuration once: the compiled kernels stay on disk for the process that times them."""
+    inputs = swept.make_inputs()
+    for number, run in enumerate(swept.configs.values()):
+        if mine(number) and has_time():
+            try:
+                run(*inputs)
+            except Exception:  # the process that times it says so
+                continue
+
+
+def measure_configs(swept: Swept, timer: Timer, sampling: Sampling, problems: list[str]) -> list[SweepRow]:
+    """Every configuration that runs and agrees with the heuristic's result."""
+    cases.fresh_tickets()
+    inputs = swept.make_inputs()
+    expected = swept.configs[HEURISTIC](*inputs)
+    providers = {}
+    for name, run in swept.configs.items():
+        try:
+            _check_same(run(*inputs), expected)
+            providers[name] = Provider(run)
+        except Exception as error:  # too much shared memory for this GPU, say
+            text = " ".join(str(error).split())[:120]
+            problems.append(f"sweep of {swept.op} {swept.name}: {name}: {type(error).__name__}: {text}")
+    times = measure(timer, providers, swept.make_inputs, sampling)
+    rows = []
+    for name, measured in times.items():
+        quantiles = measured.cold if swept.basis == "cold" and measured.cold is not None else measured.warm
+        rows.append(SweepRow(swept.op, swept.name, name, quantiles.median, heuristic=name == HEURISTIC))
+    return rows
+
+
+def _check_same(result: Any, expected: Any) -> None:
+    if isinstance(result, Tensor):
+        torch.testing.assert_close(result, expected, rtol=0, atol=0)
+        return
+    uncertainty, survivors, count = result
+    # sums in another order may move an uncertainty by a rounding, and rows that sit on the speed with it
+    torch.testing.assert_close(uncertainty, expected[0], rtol=1e-3, atol=1e-3)
+    kept = (~(uncertainty <= SPEED)).nonzero().flatten()
+    assert survivors[: int(count)].tolist() == kept.tolist(), "survivors are not the rows above the speed, in order"

@@ -1,0 +1,94 @@
+"""`fastkd report`: one page, and pictures for papers."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastkd.options import Criteria, Criterion, Json, TopN, curve_name, source_names
+from fastkd.screen import screen_for
+
+
+class PictureFormat(str, Enum):
+    """How pictures are written."""
+
+    png = "png"
+    svg = "svg"
+    pdf = "pdf"
+
+
+def report(
+    sources: Annotated[
+        list[Path],
+        typer.Argument(help="Trace files, or folders with trace.safetensors as fastkd demo leaves them."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+    bench: Annotated[Path | None, typer.Option(help="bench.json of fastkd bench.")] = None,
+    log: Annotated[
+        list[Path] | None, typer.Option(help="trainer_log.json, or the model folder it lies in; one a stage.")
+    ] = None,
+    examples: Annotated[
+        Path | None, typer.Option(help="The file that was traced: its texts that left first and last are shown.")
+    ] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="Calibrated model folder, or the certificate as JSON.")
+    ] = None,
+    criterion: Criteria = None,
+    top_n: TopN = None,
+    speed: Annotated[float, typer.Option(help="Where the slider stands at first.")] = 0.5,
+    title: Annotated[str, typer.Option(help="Of the page.")] = "What speed costs and wins",
+    figures: Annotated[Path | None, typer.Option(help="Also write the figures to this folder, for papers.")] = None,
+    picture_format: Annotated[PictureFormat, typer.Option("--format", help="Of those figures.")] = PictureFormat.png,
+    as_json: Json = False,
+) -> None:
+    """One page that shows what every speed costs and wins.
+
+    A slider moves the speed on all charts: FastBERT's figures 3, 4, 6 and 7,
+    seconds beside FLOPs, the texts that left first and last, the certificate.
+    The page needs no network. Of a folder all that lies beside the trace is
+    used: bench.json, the logs and the certificate in finetuned and model.
+
+    [bold]Examples[/]
+
+    \b
+      [cyan]fastkd report demo-output -o report.html[/]
+      [cyan]fastkd report trace.safetensors --bench bench/bench.json --log tuned --log model[/]
+      [cyan]fastkd report trace.safetensors --criterion entropy --criterion margin[/]
+      [cyan]fastkd report ag_news-output sst2-output --figures paper --format svg[/]
+    """
+    with screen_for(as_json) as screen:
+        from fastkd.configuration import check_speed
+        from fastkd.report import read_source, write_page, write_pictures
+        from fastkd.report.sources import Extras
+
+        check_speed(speed)
+        extras = Extras(bench, log or [], examples, certificate)
+        if extras and len(sources) > 1:
+            raise ValueError(
+                f"sources: got {len(sources)}, but --bench, --log, --examples and --certificate belong to one; name "
+                "folders that hold these files beside their trace"
+            )
+        criteria = [item.value for item in criterion or [Criterion.entropy]]
+        found = {
+            name: read_source(path, name, extras)
+            for name, path in zip(source_names([str(path) for path in sources]), sources, strict=True)
+        }
+        curves = {
+            (name if len(criteria) == 1 else curve_name(name, item, len(found), len(criteria))): (source, item)
+            for name, source in found.items()
+            for item in criteria
+        }
+        write_page(curves, output, title=title, speed=speed, top_n=top_n)
+        files = [output]
+        screen.out.print(
+            f"page: [bold]{output}[/] ({output.stat().st_size / 1e6:.1f} MB, needs no network)", soft_wrap=True
+        )
+        if figures is not None:
+            files += write_pictures(curves, figures, picture_format.value, top_n)
+            screen.out.print(
+                f"figures: [bold]{figures}[/] ({', '.join(path.name for path in files[1:])})", soft_wrap=True
+            )
+        screen.result({"page": str(output), "files": [str(path) for path in files]})

@@ -1,0 +1,328 @@
+"""Engine `graphs`: on a GPU, everything up to the next decision is one CUDA graph, which costs the host one launch.
+
+A stage is the layers up to the next head, that head with its gate, and the compaction of what stays. Each stage is
+captured once for each bucket of rows and replayed from then on; between two stages the host reads one number, how many
+rows are left, and picks the next bucket. Rows that only fill a bucket up belong to a row of the record that nobody
+reads, and always leave.
+
+Weights may change: layers read them where they are, and stages are captured again when a parameter has a new version.
+What is hooked to modules runs while a stage is captured and not when it is replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import fastkd_kernels as fk
+from fastkd import backbones
+from fastkd.engines.batch import warn_about_nan
+
+if TYPE_CHECKING:
+    from fastkd.modeling import EarlyExitForSequenceClassification
+
+TOKEN_STEP = 32
+"""Lengths are padded to multiples of this."""
+MAX_SHAPES = 16
+"""Input shapes whose stages are kept; of more, those that came first are forgotten."""
+
+Recorder = Callable[[Callable[[], Any]], Callable[[], None]]
+"""Turns a function without arguments into what replays it on the same memory."""
+
+
+def bucket(rows: int) -> int:
+    """`rows` rounded up by less than a quarter: exact to 8, then four sizes for each power of two."""
+    step = 1 << max((rows - 1).bit_length() - 3, 0)
+    return -(-rows // step) * step
+
+
+@dataclass
+class _Stage:
+    """One captured stage at one number of rows."""
+
+    replay: Callable[[], None]
+    count: Tensor | None  # [1] rows that stay; None after the last layer
+
+
+@dataclass
+class _Memory:
+    """What the stages of one input shape read and write; graphs know it by its addresses.
+
+    A stage reads one buffer of a pair and compacts into the other.
+    """
+
+    rows: int
+    input_ids: Tensor  # [R, T]
+    segments: Tensor | None  # [R, T]
+    hidden_states: tuple[Tensor, Tensor]  # [R, T, H] each
+    masks: tuple[Tensor, Tensor] | None  # [R, T] bool each
+    row_ids: tuple[Tensor, Tensor]  # [R] int64 each
+    first_ids: Tensor  # [R] int64, those of the first stage
+    limits: Tensor  # [stages, R + 1] speeds by row of the record
+    record: fk.ExitRecord  # R + 1 rows, the last one for rows that only fill a bucket up
+    filled: int = 0  # how many rows `first_ids` numbers
+    speed: float | None = None  # what `limits` holds
+    stages: dict[tuple[int, int], _Stage] = field(default_factory=dict)
+
+
+class GraphEngine:
+    """Answers batches of one model; keeps captured stages and their memory as long as it lives.
+
+    Args:
+        model: in evaluation mode, with heads that were trained, attention implementation "sdpa".
+        recorder: how a stage is captured; default: CUDA graphs that share one memory pool.
+
+    Raises:
+        ValueError: without `recorder`, a model that is not on a GPU; an attention implementation other than "sdpa".
+    """
+
+    def __init__(self, model: EarlyExitForSequenceClassification, recorder: Recorder | None = None) -> None:
+        if recorder is None and model.device.type != "cuda":
+            raise ValueError(f"model: got one on {model.device}, CUDA graphs need a CUDA device; use the batch engine")
+        attention = model.backbone.config._attn_implementation
+        if attention != "sdpa":
+            raise ValueError(
+                f"model: got attention implementation {attention!r}, the graphs engine needs 'sdpa'; call "
+                "model.set_attn_implementation('sdpa') or use the batch engine"
+            )
+        self._model = model
+        self._recorder = _CudaGraphs() if recorder is None else recorder
+        self._bounds = list(zip([0, *model.exit_layers], model.exit_layers, strict=False))
+        self._memories: dict[tuple[Any, ...], _Memory] = {}
+        self._parameters = list(model.parameters())
+        self._stamp = self._read_stamp()
+
+    def run(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        speed: float | Tensor,
+        criterion: str = "entropy",
+        top_n: int | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> fk.ExitRecord:
+        """Answer every sequence at the first head that is certain enough; as engine `batch` does.
+
+        Args:
+            input_ids: [B, T] int64, B > 0.
+            attention_mask: [B, T] bool, True where a token counts, or None where nothing is padded.
+            speed: as in `fastkd_kernels.exit_gate`; or float32 [number of heads, B], a speed for each head and row.
+            criterion, top_n: as in `fastkd_kernels.exit_gate`.
+            token_type_ids: [B, T] int64, or None where all are of segment 0.
+
+        Returns:
+            The logits, uncertainty and exit layer of all B sequences, in memory of their own.
+        """
+        # outside of inference mode, because its tensors could not be written to by later calls without it
+        with torch.inference_mode(False), torch.no_grad():
+            self._forget_if_changed()
+            memory = self._memory(input_ids, attention_mask, token_type_ids, criterion, top_n)
+            rows = input_ids.shape[0]
+            self._fill(memory, input_ids, attention_mask, token_type_ids, speed)
+            for number in range(len(self._bounds)):
+                stage = self._stage(memory, number, bucket(rows), criterion, top_n)
+                stage.replay()
+                if stage.count is None:
+                    break
+                rows = int(stage.count)
+                if rows == 0:
+                    break
+            answers = _first_rows(memory.record, input_ids.shape[0])
+            if rows:
+                warn_about_nan([answers.uncertainty.sum()])
+            return answers
+
+    def _read_stamp(self) -> tuple[Any, ...]:
+        first = self._parameters[0]
+        return first.data_ptr(), first.dtype, _steps.count, [parameter._version for parameter in self._parameters]
+
+    def _forget_if_changed(self) -> None:
+        """Heads are folded into other tensors when they are captured, so a graph knows nothing of new weights."""
+        stamp = self._read_stamp()
+        if stamp != self._stamp:
+            self._memories.clear()
+            self._stamp = stamp
+
+    def _memory(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        criterion: str,
+        top_n: int | None,
+    ) -> _Memory:
+        rows, tokens = bucket(input_ids.shape[0]), self._padded(input_ids.shape[1])
+        masked = attention_mask is not None or tokens > input_ids.shape[1]
+        key = (rows, tokens, masked, token_type_ids is not None, criterion, top_n)
+        if key not in self._memories:
+            if len(self._memories) == MAX_SHAPES:
+                self._memories.pop(next(iter(self._memories)))
+            self._memories[key] = self._allocate(rows, tokens, masked, token_type_ids is not None)
+        return self._memories[key]
+
+    def _padded(self, tokens: int) -> int:
+        """Few lengths, so that few stages are captured."""
+        padded = -(-tokens // TOKEN_STEP) * TOKEN_STEP
+        return padded if padded <= backbones.longest_input(self._model.config.backbone) else tokens
+
+    def _allocate(self, rows: int, tokens: int, masked: bool, segmented: bool) -> _Memory:
+        model, device = self._model, self._model.device
+        shape = (rows, tokens, model.config.hidden_size)
+
+        def twice(make: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+            return make(), make()
+
+        return _Memory(
+            rows=rows,
+            input_ids=torch.zeros(rows, tokens, dtype=torch.int64, device=device),
+            segments=torch.zeros(rows, tokens, dtype=torch.int64, device=device) if segmented else None,
+            # zeros, because rows that fill a bucket up have to be finite
+            hidden_states=twice(lambda: torch.zeros(shape, dtype=model.dtype, device=device)),
+            masks=twice(lambda: torch.ones(shape[:2], dtype=torch.bool, device=device)) if masked else None,
+            row_ids=twice(lambda: torch.full((rows,), rows, dtype=torch.int64, device=device)),
+            first_ids=torch.full((rows,), rows, dtype=torch.int64, device=device),
+            limits=torch.ones(len(self._bounds), rows + 1, device=device),
+            record=fk.ExitRecord.allocate(rows + 1, model.config.num_classes, device),
+        )
+
+    def _fill(
+        self,
+        memory: _Memory,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        speed: float | Tensor,
+    ) -> None:
+        rows, tokens = input_ids.shape
+        memory.input_ids[:rows, :tokens].copy_(input_ids)
+        if tokens < memory.input_ids.shape[1]:
+            memory.input_ids[:rows, tokens:].fill_(self._model.config.backbone.pad_token_id or 0)
+        if memory.segments is not None:
+            assert token_type_ids is not None
+            memory.segments[:rows, :tokens].copy_(token_type_ids)
+        if memory.masks is not None:
+            mask = memory.masks[0][:rows]
+            mask[:, tokens:].fill_(False)
+            if attention_mask is None:
+                mask[:, :tokens].fill_(True)
+            else:
+                mask[:, :tokens].copy_(attention_mask)
+        if memory.filled != rows:
+            torch.arange(rows, out=memory.first_ids[:rows])
+            memory.first_ids[rows:].fill_(memory.rows)
+            memory.filled = rows
+        if isinstance(speed, Tensor):
+            memory.limits[:, :rows].copy_(speed)
+            memory.speed = None
+        elif memory.speed != speed:
+            memory.limits[:, :-1].fill_(speed)
+            memory.speed = speed
+
+    def _stage(self, memory: _Memory, number: int, rows: int, criterion: str, top_n: int | None) -> _Stage:
+        stage = memory.stages.get((number, rows))
+        if stage is None:
+            stage = memory.stages[number, rows] = self._capture(memory, number, rows, criterion, top_n)
+        return stage
+
+    def _capture(self, memory: _Memory, number: int, rows: int, criterion: str, top_n: int | None) -> _Stage:
+        is_last = number == len(self._bounds) - 1
+        count = None if is_last else torch.zeros(1, dtype=torch.int32, device=self._model.device)
+
+        def run() -> None:
+            staying = self._run_stage(memory, number, rows, criterion, top_n)
+            if count is not None:
+                count.copy_(staying)
+
+        # recording may run the stage, and what was said before is all that a stage both reads and writes
+        history = memory.record.history.clone()
+        stage = _Stage(self._recorder(run), count)
+        memory.record.history.copy_(history)
+        return stage
+
+    def _run_stage(self, memory: _Memory, number: int, rows: int, criterion: str, top_n: int | None) -> Tensor:
+        """The layers of a stage on the first `rows` rows, its head and compaction; returns how many rows stay, [1]."""
+        model, (first, last) = self._model, self._bounds[number]
+        source, target = number % 2, (number + 1) % 2
+        mask = None if memory.masks is None else memory.masks[source][:rows]
+        row_ids = (memory.row_ids[source] if number else memory.first_ids)[:rows]
+        hidden_states = memory.hidden_states[source][:rows]
+        if number == 0:
+            segments = None if memory.segments is None else memory.segments[:rows]
+            hidden_states = model._family.embed(model.backbone, memory.input_ids[:rows], segments, None, None)
+            if criterion == "patience":
+                memory.record.history.copy_(_NOTHING_SAID.to(memory.record.history.device))
+        layer_mask = None if mask is None else mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
+        for layer in model.layers[first:last]:
+            hidden_states = layer(hidden_states, layer_mask)
+        is_last = last == model.num_layers
+        decided = model.heads_by_layer[last].decide(
+            hidden_states,
+            mask,
+            0.0 if is_last else memory.limits[number].index_select(0, row_ids),
+            criterion,
+            top_n,
+            row_ids=row_ids,
+            record=memory.record,
+            layer=last,
+        )
+        if is_last:
+            assert decided.logits is not None
+            memory.record.write(row_ids, decided.logits, decided.uncertainty, last)
+            return decided.count
+        memory.row_ids[target].fill_(memory.rows)
+        kept = [hidden_states, row_ids] if mask is None else [hidden_states, row_ids, mask]
+        out = [memory.hidden_states[target], memory.row_ids[target]]
+        if memory.masks is not None:
+            out.append(memory.masks[target])
+        fk.compact(kept, decided.survivors, decided.count, out=out)
+        return decided.count
+
+
+def _first_rows(record: fk.ExitRecord, rows: int) -> fk.ExitRecord:
+    """Copies of the first `rows` rows."""
+    fields = (record.logits, record.uncertainty, record.exit_layer, record.history)
+    return fk.ExitRecord(*(tensor[:rows].clone() for tensor in fields))
+
+
+_NOTHING_SAID = torch.tensor([-1, 0], dtype=torch.int32)
+"""A row of `ExitRecord.history` before the first layer."""
+
+
+class _CudaGraphs:
+    """Captures into CUDA graphs that share one memory pool: they are never replayed at the same time."""
+
+    WARM_UPS = 2
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], Any]) -> Callable[[], None]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(self.WARM_UPS):
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            run()
+        return graph.replay
+
+
+class _OptimizerSteps:
+    """Counts the steps of every optimizer: a fused one changes parameters without raising their version."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        register_optimizer_step_post_hook(self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.count += 1
+
+
+_steps = _OptimizerSteps()

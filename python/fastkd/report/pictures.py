@@ -1,0 +1,68 @@
+"""The figures of the page as files for papers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from fastkd import figures
+from fastkd.benchmark import Benchmark
+from fastkd.report.sources import Source, measured_with
+from fastkd.training_log import training_curve
+from fastkd.uncertainty import accuracy_by_interval, arrivals, head_uncertainties
+
+FORMATS = ("png", "svg", "pdf")
+SWEPT_SPEEDS = [step / 20 for step in range(21)]
+SHOWN_SPEEDS = (0.0, 0.3, 0.5, 0.8)
+"""Of figure 6, as in the paper."""
+
+
+def write_pictures(
+    curves: Mapping[str, tuple[Source, str]], folder: Path, form: str = "png", top_n: int | None = None
+) -> list[Path]:
+    """Write FastBERT's figures 3, 4, 6 and 7 and the measured speed-ups, as far as there is data for them.
+
+    Args:
+        curves: by name, a source and the criterion that decides who leaves.
+        folder: made where it is missing.
+        form: "png", "svg" or "pdf".
+        top_n: classes that the "top_n" criterion looks at.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: an unknown form, no curves, or as `fastkd_kernels.exit_gate`.
+    """
+    if form not in FORMATS:
+        raise ValueError(f"format: got {form!r}, expected one of {', '.join(FORMATS)}")
+    files: list[Path] = []
+
+    def path(stem: str) -> Path:
+        files.append(folder / f"{stem}.{form}")
+        return files[-1]
+
+    sweeps = {
+        name: source.trace.sweep(SWEPT_SPEEDS, criterion, top_n if criterion == "top_n" else None)
+        for name, (source, criterion) in curves.items()
+    }
+    is_labelled = all(source.trace.labels is not None for source, _ in curves.values())
+    if is_labelled:
+        figures.figure3(sweeps, path("figure3"))
+    else:
+        figures.speed_speedup(sweeps, path("speed_speedup"))
+    for name, (source, criterion) in curves.items():
+        suffix = "" if len(curves) == 1 else "-" + "".join(sign if sign.isalnum() else "-" for sign in name)
+        trace, chosen_top_n = source.trace, top_n if criterion == "top_n" else None
+        uncertainties = head_uncertainties(trace, criterion, chosen_top_n)
+        if trace.labels is not None:
+            figures.accuracy_by_uncertainty(accuracy_by_interval(trace, uncertainties), path(f"figure4{suffix}"))
+        left = {speed: trace.answers(speed, criterion, chosen_top_n).exit_layer for speed in SHOWN_SPEEDS}
+        reached = {speed: arrivals(trace, uncertainties, layers, bins=50) for speed, layers in left.items()}
+        figures.uncertainty_per_layer(reached, path(f"figure6{suffix}"))
+        points = training_curve(source.logs)
+        if points:
+            figures.training(points, path(f"figure7{suffix}"))
+        if source.benchmark is not None and measured_with(source.benchmark) == criterion:
+            figures.wall_clock(Benchmark.from_dict(source.benchmark).rows, path(f"wall_clock{suffix}"))
+    return files

@@ -1,0 +1,195 @@
+"""The graphs engine with plain calls in the place of CUDA graphs: it answers as the batch engine does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_model import CRITERIA, TOLERANCE, infer, mixed_speed
+from tiny_models import LAYERS, early_exit_model, one_thread, random_batch  # noqa: F401  # one is a fixture
+from torch import Tensor
+
+import fastkd
+import fastkd_kernels as fk
+from fastkd.engines import graphs
+from fastkd.engines.graphs import GraphEngine, bucket
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Plain:
+    """In the place of CUDA graphs: runs a stage when it is recorded, as a warm-up does, and again at every replay."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+
+    def __call__(self, run: Callable[[], Any]) -> Callable[[], None]:
+        self.recorded += 1
+        run()
+        return run
+
+
+def recorder() -> Plain | None:
+    """On a GPU the real thing."""
+    return Plain() if DEVICE.type == "cpu" else None
+
+
+def on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.to(DEVICE) for name, value in batch.items()}
+
+
+def answer(engine: GraphEngine, batch: dict[str, Tensor], speed: float | Tensor, **options: Any) -> fk.ExitRecord:
+    return engine.run(
+        batch["input_ids"],
+        batch["attention_mask"].bool(),
+        speed,
+        token_type_ids=batch.get("token_type_ids"),
+        **options,
+    )
+
+
+def assert_same(record: fk.ExitRecord, output: fastkd.EarlyExitOutput) -> None:
+    assert torch.equal(record.exit_layer, output.exit_layer)
+    torch.testing.assert_close(record.logits, output.logits, **TOLERANCE)
+    torch.testing.assert_close(record.uncertainty, output.uncertainty, **TOLERANCE)
+
+
+@pytest.mark.parametrize(("criterion", "top_n"), CRITERIA)
+@pytest.mark.parametrize("head", ["fastbert", "linear"])
+def test_it_answers_as_the_batch_engine_does(head: str, criterion: str, top_n: int | None) -> None:
+    model = early_exit_model(head=head).to(DEVICE)
+    engine = GraphEngine(model, recorder())
+    batch = on_device(random_batch())
+    speed = mixed_speed(model, batch, criterion, top_n)
+    options: dict[str, Any] = {"criterion": criterion, "top_n": top_n}
+    expected = infer(model, batch, speed, **options)
+    assert len(expected.exit_layer.unique()) > 1, "the speed should split the batch"
+    for _ in range(3):  # captured, then replayed on memory that the run before has used
+        assert_same(answer(engine, batch, speed, **options), expected)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra"])
+def test_every_family(family: str) -> None:
+    model = early_exit_model(family).to(DEVICE)
+    batch = on_device(random_batch(family))
+    speed = mixed_speed(model, batch)
+    assert_same(answer(GraphEngine(model, recorder()), batch, speed), infer(model, batch, speed))
+
+
+@pytest.mark.parametrize("exit_layers", [[1], [2, 4], [4]])
+def test_layers_between_heads_are_one_stage(exit_layers: list[int]) -> None:
+    model = early_exit_model(exit_layers=exit_layers).to(DEVICE)
+    batch, plain = on_device(random_batch()), Plain()
+    engine = GraphEngine(model, plain)
+    assert_same(answer(engine, batch, 0.6), infer(model, batch, 0.6))
+    assert plain.recorded <= len(model.exit_layers)
+
+
+def test_batches_of_other_sizes_and_lengths() -> None:
+    model = early_exit_model().to(DEVICE)
+    engine = GraphEngine(model, recorder())
+    for rows, longest in ((13, 11), (3, 11), (1, 5), (9, 33), (13, 11)):
+        batch = on_device(random_batch(rows=rows, longest=longest, seed=rows))
+        speed = mixed_speed(model, batch) if rows > 1 else 0.5
+        assert_same(answer(engine, batch, speed), infer(model, batch, speed))
+
+
+def test_without_padding_there_is_no_mask() -> None:
+    model = early_exit_model().to(DEVICE)
+    engine = GraphEngine(model, recorder())
+    ids = torch.randint(5, 320, (6, graphs.TOKEN_STEP), device=DEVICE)
+    for tokens in (graphs.TOKEN_STEP, 7):
+        expected = infer(model, {"input_ids": ids[:, :tokens]}, 0.6)
+        assert_same(engine.run(ids[:, :tokens], None, 0.6), expected)
+    assert [memory.masks is None for memory in engine._memories.values()] == [True, False]
+
+
+@pytest.mark.parametrize(("speed", "layer"), [(1.0, 1), (1e-9, LAYERS), (0.0, LAYERS)])
+def test_everybody_and_nobody_leaves(speed: float, layer: int) -> None:
+    model = early_exit_model().to(DEVICE)
+    batch, plain = on_device(random_batch()), Plain()
+    record = answer(GraphEngine(model, plain), batch, speed)
+    assert record.exit_layer.tolist() == [layer] * 13
+    assert plain.recorded == layer, "no stage runs for an empty batch"
+    if layer == LAYERS:
+        torch.testing.assert_close(record.logits, infer(model, batch, 0.0).logits, **TOLERANCE)
+
+
+def test_a_speed_for_each_head_and_row_imposes_the_exits() -> None:
+    model = early_exit_model().to(DEVICE)
+    batch = on_device(random_batch())
+    engine = GraphEngine(model, recorder())
+    for seed in range(3):
+        wanted = torch.randint(1, LAYERS + 1, (13,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        speeds = (wanted[None, :] <= torch.arange(1, LAYERS + 1, device=DEVICE)[:, None]).float()
+        record = answer(engine, batch, speeds)
+        assert torch.equal(record.exit_layer.long(), wanted)
+    assert_same(answer(engine, batch, 0.5), infer(model, batch, 0.5))
+
+
+def test_stages_are_recorded_once_until_a_weight_changes() -> None:
+    model, plain = early_exit_model().to(DEVICE), Plain()
+    engine, batch = GraphEngine(model, plain), on_device(random_batch())
+    answer(engine, batch, 0.5)
+    recorded = plain.recorded
+    answer(engine, batch, 0.5)
+    assert plain.recorded == recorded
+    with torch.no_grad():
+        model.heads["0"].classifier.bias += 1.0
+    assert_same(answer(engine, batch, 0.5), infer(model, batch, 0.5))
+    assert plain.recorded > recorded
+    recorded = plain.recorded
+    optimizer = torch.optim.SGD(model.heads.parameters(), lr=0.1)
+    optimizer.step()
+    answer(engine, batch, 0.5)
+    assert plain.recorded > recorded, "a fused optimizer raises no version"
+
+
+def test_answers_are_not_overwritten_by_the_next_batch() -> None:
+    model = early_exit_model().to(DEVICE)
+    engine = GraphEngine(model, recorder())
+    with torch.inference_mode():
+        first = answer(engine, on_device(random_batch(seed=1)), 0.5)
+    kept = first.logits.clone()
+    answer(engine, on_device(random_batch(seed=2)), 0.5)
+    assert torch.equal(first.logits, kept)
+
+
+def test_old_shapes_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MAX_SHAPES", 2)
+    engine = GraphEngine(early_exit_model().to(DEVICE), recorder())
+    for rows in (1, 2, 3):
+        answer(engine, on_device(random_batch(rows=rows)), 0.5)
+    assert [key[0] for key in engine._memories] == [2, 3]
+
+
+@pytest.mark.parametrize("head", ["fastbert", "linear"])
+def test_nan_logits_stay_and_are_reported(head: str) -> None:
+    model = early_exit_model(head=head).to(DEVICE)
+    batch = on_device(random_batch())
+    with torch.no_grad():
+        model.heads[str(LAYERS - 1)].classifier.bias.fill_(torch.nan)
+    with pytest.warns(RuntimeWarning, match="NaN logits"):
+        record = answer(GraphEngine(model, recorder()), batch, 1e-9)
+    assert record.exit_layer.tolist() == [LAYERS] * 13
+
+
+def test_buckets_are_few_and_near() -> None:
+    sizes = [bucket(rows) for rows in range(1, 257)]
+    assert all(rows <= size < 1.25 * rows + 1 for rows, size in enumerate(sizes, start=1))
+    assert sizes[:8] == list(range(1, 9))
+    assert len(set(sizes)) < 30
+    assert all(bucket(size) == size for size in sizes)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="this machine has a GPU")
+def test_it_needs_a_gpu() -> None:
+    with pytest.raises(ValueError, match="model: got one on cpu, CUDA graphs need a CUDA device"):
+        GraphEngine(early_exit_model())
+
+
+def test_it_needs_sdpa() -> None:
+    with pytest.raises(ValueError, match="'eager', the graphs engine needs 'sdpa'"):
+        GraphEngine(early_exit_model(attn_implementation="eager"), Plain())

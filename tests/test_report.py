@@ -1,0 +1,293 @@
+"""The report: its numbers are those of the sweep, whatever is missing, and they reach the page."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from report_sources import LOGS, benchmark, certificate, corpus_rows, made_up_trace, report_folder
+from typer.testing import CliRunner
+
+from fastkd import cli
+from fastkd.benchmark import Benchmark
+from fastkd.report import Source, read_source, write_page, write_pictures
+from fastkd.report.content import EXAMPLES, SPEEDS, page_content
+from fastkd.report.sources import Extras
+from fastkd.training_log import read_log, training_curve
+from fastkd.uncertainty import accuracy_by_interval, arrivals, head_uncertainties
+
+CRITERIA = [("entropy", None), ("max_prob", None), ("margin", None), ("top_n", 2), ("patience", None)]
+
+
+@pytest.fixture(scope="module")
+def rows() -> Any:
+    return corpus_rows()
+
+
+@pytest.fixture(scope="module")
+def source(rows: Any) -> Source:
+    return Source("corpus", made_up_trace(rows), benchmark().to_dict(), LOGS, certificate(), rows, rows.label_names)
+
+
+def succeeded(*arguments: object) -> Any:
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result
+
+
+def refused(*arguments: object) -> str:
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert result.exit_code == 2, result.output + repr(result.exception)
+    return " ".join(result.output.split())
+
+
+def embedded(page: Path) -> dict[str, Any]:
+    """The numbers in a page."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text("utf-8"), re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
+# What the heads' uncertainty is worth
+
+
+@pytest.mark.parametrize(("criterion", "top_n"), CRITERIA)
+def test_arrivals_are_who_has_not_left(rows: Any, criterion: str, top_n: int | None) -> None:
+    trace = made_up_trace(rows, exit_layers=(1, 3, 4, 6))
+    uncertainties = head_uncertainties(trace, criterion, top_n)
+    for speed in (0.0, 0.2, 0.5, 1.0):
+        answers = trace.answers(speed, criterion, top_n)
+        # each row's answer carries the uncertainty of the head that gave it
+        heads = torch.tensor([trace.exit_layers.index(layer) for layer in answers.exit_layer.tolist()])
+        if speed > 0 or criterion != "patience":  # at speed 0 only the last head looks, so nothing repeats
+            assert torch.equal(uncertainties[torch.arange(len(trace)), heads], answers.uncertainty)
+        found = arrivals(trace, uncertainties, answers.exit_layer, bins=7)
+        assert [entry.layer for entry in found] == [1, 3, 4, 6]
+        for entry in found:
+            assert entry.rows == sum(layer >= entry.layer for layer in answers.exit_layer.tolist()) == sum(entry.counts)
+
+
+def test_accuracy_by_interval_against_a_plain_loop(rows: Any) -> None:
+    trace = made_up_trace(rows)
+    uncertainties = head_uncertainties(trace)
+    found = accuracy_by_interval(trace, uncertainties, intervals=5)
+    assert trace.labels is not None
+    for index, head in enumerate(found):
+        groups: list[list[bool]] = [[] for _ in range(5)]
+        for row in range(len(trace)):
+            part = min(int(float(uncertainties[row, index]) * 5), 4)
+            groups[part].append(bool(trace.logits[row, index].argmax() == trace.labels[row]))
+        assert head.counts == [len(group) for group in groups]
+        assert head.accuracies == [pytest.approx(sum(group) / len(group)) if group else None for group in groups]
+
+
+def test_nan_is_in_no_interval(rows: Any) -> None:
+    trace = made_up_trace(rows)
+    trace.logits[0, 0] = torch.nan
+    assert sum(accuracy_by_interval(trace, head_uncertainties(trace))[0].counts) == len(trace) - 1
+    content = page_content({"broken": (Source("broken", trace, examples=rows), "entropy")}, "t", 0.5)
+    assert content["curves"][0]["arrivals"][100][0][0] == len(trace)
+
+
+# The training log
+
+
+def test_training_curve_counts_epochs_through() -> None:
+    points = training_curve(list(reversed(LOGS)))
+    assert [(point.stage, point.epoch) for point in points] == [
+        ("finetune", 1), ("finetune", 2), ("distill", 3), ("distill", 4),
+    ]  # fmt: skip
+    assert [point.flops_share for point in points] == [1, 1, 0.6, 0.2]
+    assert [point.accuracy for point in points] == [0.8, 0.9, 0.9, 0.9]
+    assert [point.accuracy_at_speed for point in points] == [None, None, 0.85, 0.89]
+    assert points[-1].accuracy_by_layer == {1: 0.8, 6: 0.9}
+
+
+def test_log_without_what_newer_versions_record() -> None:
+    old = json.loads(json.dumps(LOGS[1]))
+    for entry in old["log_history"]:
+        for name in [name for name in entry if "speed" in name]:
+            del entry[name]
+    assert [point.flops_share for point in training_curve([old])] == [None, None]
+
+
+def test_wrong_logs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at most one of each stage"):
+        training_curve([LOGS[0], LOGS[0]])
+    with pytest.raises(FileNotFoundError, match=r"no file .*trainer_log\.json"):
+        read_log(tmp_path)
+    (tmp_path / "trainer_log.json").write_text("{}")
+    with pytest.raises(ValueError, match="no log of finetune or distill"):
+        read_log(tmp_path)
+    (tmp_path / "trainer_log.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        read_log(tmp_path)
+
+
+# The numbers of the page
+
+
+@pytest.mark.parametrize(("criterion", "top_n"), CRITERIA)
+def test_numbers_are_those_of_the_sweep(source: Source, criterion: str, top_n: int | None) -> None:
+    (curve,) = page_content({"one": (source, criterion)}, "t", 0.5, top_n)["curves"]
+    sweep = source.trace.sweep(SPEEDS, criterion, top_n)
+    assert curve["accuracy"] == [row.accuracy for row in sweep]
+    assert curve["averageLayers"] == [row.average_layers for row in sweep]
+    assert curve["speedup"] == [row.speedup["fastbert"] for row in sweep]
+    assert curve["exits"] == [row.exits_per_layer for row in sweep]
+    assert curve["fullFlops"] == sweep[0].flops["fastbert"]
+    # seconds were measured with entropy: they say nothing about another criterion
+    assert (curve["benchmark"] is not None) == (criterion == "entropy")
+
+
+def test_examples_are_the_first_and_the_last_to_leave(source: Source) -> None:
+    (curve,) = page_content({"one": (source, "entropy")}, "t", 0.5)["curves"]
+    examples = curve["examples"]
+    assert source.examples is not None
+    assert source.trace.rows is not None
+    for step in (0, 60, 200):
+        answers = source.trace.answers(SPEEDS[step])
+        keys = sorted(zip(answers.exit_layer.tolist(), answers.uncertainty.tolist(), strict=True))
+        assert [tuple(entry[1:3]) for entry in examples["first"][step]] == [
+            (layer, pytest.approx(value, abs=1e-4)) for layer, value in keys[:EXAMPLES]
+        ]
+        assert [entry[1] for entry in examples["last"][step]] == [layer for layer, _ in keys[: -EXAMPLES - 1 : -1]]
+        for row, *_, predicted in examples["first"][step] + examples["last"][step]:
+            original = source.examples.dataset[int(source.trace.rows[row])]
+            assert examples["texts"][row] == original["text_a"]
+            assert examples["labels"][row] == original["label"]
+            assert predicted == answers.prediction[row]
+
+
+def test_page_is_one_file_that_asks_for_no_other(source: Source, tmp_path: Path) -> None:
+    path = tmp_path / "made" / "report.html"
+    write_page({"one": (source, "entropy")}, path, title="A <title> & more", speed=0.333)
+    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+    page = path.read_text("utf-8")
+    assert not re.search(r'(?:src|href)="(?!#|data:)', page)
+    assert not re.search(r"@import|url\(", page)
+    assert "<title>A &lt;title&gt; &amp; more</title>" in page
+    assert not re.search(r"<!--[A-Z]+-->", page)
+    assert embedded(path)["speed"] == 0.335
+    assert path.stat().st_size < 3e6
+
+
+def test_texts_cannot_break_out_of_the_page(rows: Any, tmp_path: Path) -> None:
+    trace = made_up_trace(rows)
+    hostile = "</script><script>document.title='broken'</script> <!--PROGRAM--> <img src=x onerror=alert(1)>"
+    write_page({hostile: (Source(hostile, trace), "entropy")}, tmp_path / "report.html")
+    assert embedded(tmp_path / "report.html")["curves"][0]["name"] == hostile
+    assert hostile not in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_bare_trace_is_enough(rows: Any, tmp_path: Path) -> None:
+    trace = made_up_trace(rows, labelled=False)
+    write_page({"bare": (Source("bare", trace), "entropy")}, tmp_path / "report.html")
+    (curve,) = embedded(tmp_path / "report.html")["curves"]
+    assert [curve[name] for name in ("accuracy", "benchmark", "certificate", "examples")] == [None] * 4
+    assert curve["training"] == []
+
+
+def test_nothing_to_show_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="curves: got none"):
+        write_page({}, tmp_path / "report.html")
+    assert not list(tmp_path.iterdir())
+
+
+# Where the parts come from
+
+
+def test_folder_gives_all_that_lies_beside_its_trace(rows: Any, tmp_path: Path) -> None:
+    folder = report_folder(tmp_path / "run", rows)
+    found = read_source(folder, "run")
+    assert found.benchmark == json.loads((folder / "bench.json").read_text())
+    assert [log["stage"] for log in found.logs] == ["finetune", "distill"]
+    assert found.certificate == certificate()
+    assert found.label_names == list(rows.label_names)
+    assert found.examples is not None, "the corpus that a demo generated"
+    alone = read_source(folder / "trace.safetensors", "alone")
+    assert (alone.benchmark, list(alone.logs), alone.certificate, alone.examples) == (None, [], None, None)
+
+
+def test_named_files_go_with_a_lone_trace(rows: Any, tmp_path: Path) -> None:
+    folder = report_folder(tmp_path / "run", rows)
+    extras = Extras(folder / "bench.json", [folder / "model"], folder / "corpus" / "test.tsv", folder / "model")
+    found = read_source(folder / "trace.safetensors", "alone", extras)
+    assert found.benchmark is not None
+    assert [log["stage"] for log in found.logs] == ["distill"]
+    assert found.certificate == certificate()
+    assert found.examples is not None
+
+
+def test_examples_must_be_what_was_traced(rows: Any) -> None:
+    trace = made_up_trace(rows)
+    with pytest.raises(ValueError, match="does not say which rows"):
+        Source("a", made_up_trace(rows, numbered=False), examples=rows)
+    with pytest.raises(ValueError, match="has 10 rows, but row"):
+        Source("a", trace, examples=rows.sample(10))
+    with pytest.raises(ValueError, match=r"labels in .* are not those of the trace"):
+        Source("a", trace, examples=corpus_rows(seed=99))
+
+
+def test_certificate_files(tmp_path: Path) -> None:
+    from fastkd.report.sources import read_certificate
+
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="was not calibrated"):
+        read_certificate(tmp_path)
+    (tmp_path / "other.json").write_text("[1]")
+    with pytest.raises(ValueError, match="holds a list, expected an object"):
+        read_certificate(tmp_path / "other.json")
+    (tmp_path / "mine.json").write_text(json.dumps(certificate()))
+    assert read_certificate(tmp_path / "mine.json") == certificate()
+
+
+def test_benchmark_comes_back_from_its_file() -> None:
+    measured = benchmark()
+    again = Benchmark.from_dict(json.loads(json.dumps(measured.to_dict())))
+    assert again == measured
+    older = measured.to_dict()
+    del older["criterion"]
+    assert Benchmark.from_dict(older).criterion == "entropy"
+
+
+# The command and the pictures
+
+
+def test_command_writes_page_and_figures(rows: Any, tmp_path: Path) -> None:
+    folder = report_folder(tmp_path / "run", rows)
+    done = succeeded(
+        "report", folder, "-o", tmp_path / "page.html", "--criterion", "entropy", "--criterion", "margin",
+        "--figures", tmp_path / "figures", "--format", "svg", "--json",
+    )  # fmt: skip
+    files = json.loads(done.stdout)["files"]
+    assert {Path(file).name for file in files[1:]} == {
+        "figure3.svg", "figure4-entropy.svg", "figure6-entropy.svg", "figure7-entropy.svg", "wall_clock-entropy.svg",
+        "figure4-margin.svg", "figure6-margin.svg", "figure7-margin.svg",
+    }  # fmt: skip
+    for file in files[1:]:
+        text = Path(file).read_text("utf-8")
+        assert text.startswith("<?xml")
+        assert text.rstrip().endswith("</svg>")
+    assert [curve["name"] for curve in embedded(tmp_path / "page.html")["curves"]] == ["entropy", "margin"]
+
+
+def test_figures_of_an_unlabelled_trace(rows: Any, tmp_path: Path) -> None:
+    files = write_pictures({"a": (Source("a", made_up_trace(rows, labelled=False)), "entropy")}, tmp_path, "png")
+    assert [file.name for file in files] == ["speed_speedup.png", "figure6.png"]
+    with pytest.raises(ValueError, match="format: got 'gif'"):
+        write_pictures({}, tmp_path, "gif")
+
+
+def test_command_refuses_what_it_cannot_use(rows: Any, tmp_path: Path) -> None:
+    folder = report_folder(tmp_path / "run", rows)
+    assert "no file" in refused("report", tmp_path / "missing.safetensors")
+    assert "belong to one" in refused("report", folder, folder, "--bench", folder / "bench.json")
+    assert "speed: got 7" in refused("report", folder, "--speed", "7", "-o", tmp_path / "a.html")
+    (tmp_path / "bench.json").write_text('{"rows": [{"speed": 0.5}]}')
+    assert "holds no measurements" in refused("report", folder, "--bench", tmp_path / "bench.json")
+    assert not (tmp_path / "a.html").exists()
