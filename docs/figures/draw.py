@@ -181,6 +181,48 @@ def compact() -> Drawing:
     return drawing
 
 
+def packed() -> Drawing:
+    """The padded and the packed layout of four sequences."""
+    drawing = Drawing(760, 250, "Four sequences padded to the longest, and packed one behind the other")
+    lengths, cell = [7, 3, 5, 2], 26
+    drawing.text(30, 24, "padded: 28 tokens are computed", "bold small")
+    for row, length in enumerate(lengths):
+        for token in range(max(lengths)):
+            style = ("bluebox" if row % 2 == 0 else "orangebox") if token < length else "gone"
+            drawing.box(30 + token * (cell + 2), 36 + row * (cell + 4), cell, cell, style)
+    drawing.text(300, 54, "dashed: padding, computed for nothing", "small soft")
+    drawing.text(30, 184, "packed: 17 tokens, and cu_seqlens = 0, 7, 10, 15, 17", "bold small")
+    x = 30
+    for row, length in enumerate(lengths):
+        for _ in range(length):
+            drawing.box(x, 196, cell, cell, "bluebox" if row % 2 == 0 else "orangebox")
+            x += cell + 2
+        drawing.text(x - length * (cell + 2) / 2, 242, f"sequence {row + 1}", "middle small soft")
+    return drawing
+
+
+def stream() -> Drawing:
+    """Survivors of several batches in one queue a layer."""
+    drawing = Drawing(760, 300, "In the stream engine the survivors of several batches wait at their layer")
+    drawing.text(30, 26, "input", "bold")
+    for number in range(3):
+        drawing.box(30, 44 + number * 70, 90, 48, "box", f"batch {number + 1}")
+        drawing.path([(120, 68 + number * 70), (176, 138)])
+    queues = ((180, "layer 1", 8, "full: runs"), (370, "layer 2", 5, "fills up"), (560, "layer 3", 2, "waits"))
+    for x, name, waiting, state in queues:
+        drawing.text(x + 50, 64, name, "middle bold")
+        drawing.box(x, 78, 100, 120, "nobox")
+        for slot in range(8):
+            style = "bluebox" if slot < waiting else "gone"
+            drawing.box(x + 8 + 44 * (slot % 2), 86 + 28 * (slot // 2), 40, 22, style)
+        drawing.text(x + 50, 218, state, "middle small soft")
+        drawing.path([(x + 100, 138), (x + 188, 138)])
+        drawing.text(x + 144, 130, "stay", "middle small soft")
+        drawing.path([(x + 50, 226), (x + 50, 252)])
+    drawing.text(400, 274, "certain: answers, given in the order of the input", "middle orange bold small")
+    return drawing
+
+
 def measured() -> Drawing:
     """Speed-up in FLOPs against seconds, AG News on two CPU cores, from the table in the README."""
     drawing = Drawing(760, 360, "AG News on two CPU cores: speed-up promised by FLOPs and measured in seconds")
@@ -218,6 +260,8 @@ FIGURES: dict[str, Callable[[], Drawing]] = {
     "exit_gate": exit_gate,
     "student_head": student_head,
     "compact": compact,
+    "packed": packed,
+    "stream": stream,
     "measured": measured,
 }
 

@@ -65,10 +65,26 @@ def with_input_format(tokenizer: PreTrainedTokenizerBase, input_format: str) -> 
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], pairs: Sequence[str | None] | None, max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    pairs: Sequence[str | None] | None,
+    max_length: int,
+    *,
+    truncate: bool = True,
+    **options: Any,
 ) -> BatchEncoding | dict[str, list[Any]]:
-    """Token ids (and what else the model takes) of each text or pair, at most `max_length` long, not padded."""
+    """Token ids (and what else the model takes) of each text or pair, not padded.
+
+    Args:
+        tokenizer: of the model.
+        texts, pairs: first and second texts; None for single texts.
+        max_length: tokens, special ones included.
+        truncate: False leaves longer rows as they are.
+        options: of the tokenizer.
+    """
     if pairs is None or input_format_of(tokenizer) == "standard":
-        return tokenizer(texts, pairs, truncation=True, max_length=max_length)
-    encoded = tokenizer(texts, pairs)
+        return tokenizer(texts, pairs, truncation=truncate, max_length=max_length, **options)
+    encoded = tokenizer(texts, pairs, **options)
+    if not truncate:
+        return encoded
     return {name: [values[:max_length] for values in rows] for name, rows in encoded.items()}

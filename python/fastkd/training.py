@@ -601,6 +601,7 @@ def _run(
     if options.early_stopping_patience is not None and dev is None:
         raise ValueError("early_stopping_patience: it needs an evaluation; pass dev rows")
     check_tokenizer(tokenizer, model)
+    _check_input_format(tokenizer, model)
     _check_max_length(options.max_length, model)
     check_dtypes(stage.trained)
     train_tokens = tokenize(train, tokenizer, options.max_length)
@@ -819,6 +820,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
             f"tokenizer: it has {len(tokenizer)} tokens, the model embeds {embedded}; pass the tokenizer that was "
             "saved with the model"
         )
+
+
+def _check_input_format(tokenizer: PreTrainedTokenizerBase, model: EarlyExitForSequenceClassification) -> None:
     wanted, own = model.config.input_format, input_format_of(tokenizer)
     if wanted != own:
         raise ValueError(

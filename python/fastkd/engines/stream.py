@@ -26,6 +26,7 @@ from fastkd.data import PAIR_COLUMNS, TEXT_COLUMNS
 from fastkd.engines.batch import warn_about_nan
 from fastkd.engines.packed import PackedTokens, answer_all, bounds, bucket, encoder_of
 from fastkd.engines.schedule import Schedule
+from fastkd.input_format import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -522,9 +523,10 @@ class _Reader:
 
     def _tokenize(self, first: list[str], second: list[str | None] | None) -> Any:
         assert self._tokenizer is not None
-        return self._tokenizer(
-            first, second, truncation=self._truncate, max_length=self._limit, return_attention_mask=False, verbose=False
-        )
+        return encode(
+            self._tokenizer, first, second, self._limit, truncate=self._truncate, return_attention_mask=False,
+            verbose=False,
+        )  # fmt: skip
 
     def _checked(
         self, position: int, line: int, ids: Sequence[int], segments: Sequence[int] | None, now: float
