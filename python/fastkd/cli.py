@@ -338,6 +338,9 @@ def predict(
     ] = None,
     criterion: OneCriterion = None,
     top_n: TopN = None,
+    exit_layers: Annotated[
+        str | None, typer.Option(help="Decide after these layers only, as in 2,4; default: all that have a head.")
+    ] = None,
     input_format: Annotated[
         str | None, typer.Option("--format", help="tsv, jsonl or text; default: by suffix, or by the first line.")
     ] = None,
@@ -360,7 +363,7 @@ def predict(
     text one sentence a line. Answers come in input order. Any size: memory is
     bounded, and rows that stay wait at their layer for company. A row that
     cannot be answered keeps its place, says why in the error column, and makes
-    the exit code 1.
+    the exit code 1. Ctrl-C keeps the answers so far beside the output.
 
     [bold]Examples[/]
 
@@ -385,6 +388,7 @@ def predict(
                 input_format=input_format, output_format=output_format or from_json, bad_rows=bad_rows,
                 on_progress=lambda rows: update(rows, ""),
                 speed=speed, criterion=criterion and criterion.value, top_n=top_n,
+                exit_layers=exit_layers and whole_numbers(exit_layers, "--exit-layers"),
                 batch_size=batch_size, window=window, max_length=max_length,
             )  # fmt: skip
         _report_predictions(screen, summary, model.num_layers, output)

@@ -291,7 +291,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
     ) -> packed.PackedEncoder | None:
         """What the packed engine runs on; None where padding is kept; ValueError where it was asked for and cannot."""
         if engine not in (None, "batch", "packed"):
-            raise ValueError(f"engine: got {engine!r}, expected 'batch' or 'packed'; streams have their own method")
+            raise ValueError(f"engine: got {engine!r}, expected 'batch' or 'packed', or call model.stream(rows)")
         if engine == "batch" or (engine is None and not packed.supports(self)):
             return None
         wants_grad = self.training or (torch.is_grad_enabled() and not leaves_early)
