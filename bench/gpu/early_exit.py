@@ -203,7 +203,7 @@ class Setting:
         predictions, layers = [], []
         for number, ids in enumerate(self.batches):
             replay.batch = number
-            output = self.model(input_ids=ids, speed=0.5)
+            output = self.model(input_ids=ids, speed=0.5, engine="batch")
             predictions.append(output.logits.argmax(-1))
             layers.append(output.exit_layer)
         return torch.cat(predictions).cpu(), torch.cat(layers).cpu()

@@ -34,15 +34,8 @@ import pyarrow.parquet
 import torch
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-PAIR_COLUMNS = (
-    ("text_a", "text_b"),
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("text1", "text2"),
-    ("question", "sentence"),
-)
-TEXT_COLUMNS = ("text_a", "text", "sentence", "content")
+from fastkd.columns import PAIR_COLUMNS, TEXT_COLUMNS
+
 LABEL_COLUMNS = ("label", "labels", "label_id", "class", "category")
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test",)}
 
