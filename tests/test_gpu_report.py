@@ -488,6 +488,7 @@ def test_good(): pass
 def test_bad(): assert False
 @pytest.mark.skip
 def test_skipped(): pass
+def test_nothing_spills(): assert False
 @pytest.fixture
 def broken(): raise RuntimeError
 def test_error(broken): pass
@@ -507,6 +508,7 @@ def test_outcomes_are_written_as_they_come(tmp_path: Path) -> None:
     found = outcomes.read(lines)
     assert found["test_exit_gate"] == Outcomes(passed=1)
     assert found["test_later"] == Outcomes(1, ("test_later::test_bad", "test_later::test_error"), 1)
+    assert found["test_later, machine code"].failed == ("test_later, machine code::test_nothing_spills",)
     assert found["test_absent"].failed == ("test_absent::its collection",)
     ran = [json.loads(line)["file"] for line in lines.read_text().splitlines()[:-1] if "outcome" in line]
     assert ran.index("test_exit_gate") < ran.index("test_later"), "what proves the rows runs first"
