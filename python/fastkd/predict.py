@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO
 import torch
 
 from fastkd.backbones import longest_input
-from fastkd.data import PAIR_COLUMNS, TEXT_COLUMNS
+from fastkd.columns import PAIR_COLUMNS, TEXT_COLUMNS
 from fastkd.files import atomic_path
 from fastkd.input_format import encode
 
