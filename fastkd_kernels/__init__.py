@@ -6,8 +6,11 @@ Every op has three backends: `cuda` (Triton kernels and the CUDA extension), `cp
 
 from fastkd_kernels._backend import BackendUnavailableError, backend
 from fastkd_kernels.ops.compact import compact
+from fastkd_kernels.ops.distillation_loss import distillation_loss
 from fastkd_kernels.ops.exit_gate import CRITERIA, ExitGateOutput, ExitRecord, exit_gate
+from fastkd_kernels.ops.kd_loss import kd_loss
 from fastkd_kernels.ops.student_head import StudentHeadWeights, student_head, student_head_exit
+from fastkd_kernels.ops.universal_kd_loss import universal_kd_loss
 
 __version__ = "0.1.0"
 
@@ -20,7 +23,10 @@ __all__ = [
     "__version__",
     "backend",
     "compact",
+    "distillation_loss",
     "exit_gate",
+    "kd_loss",
     "student_head",
     "student_head_exit",
+    "universal_kd_loss",
 ]

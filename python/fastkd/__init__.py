@@ -1,6 +1,6 @@
 """Early-exit BERT and knowledge distillation on the fused ops of fastkd_kernels.
 
-Importing this package registers the early-exit model with transformers, so that `AutoModelForSequenceClassification`
+Importing this package registers its models with transformers, so that `AutoModelForSequenceClassification`
 and `pipeline("text-classification")` load saved models.
 """
 
@@ -15,25 +15,56 @@ if TYPE_CHECKING:
     from fastkd.configuration import EarlyExitConfig
     from fastkd.data import load_folder, load_rows
     from fastkd.flops import flops
+    from fastkd.losses import (
+        ALPKDLoss,
+        AnnealingKDLoss,
+        DIHLoss,
+        DistilBertLoss,
+        KDLoss,
+        MHKDLoss,
+        PKDLoss,
+        RAILKDLoss,
+        UniversalKDLoss,
+        UniversalKDMixtureLoss,
+        VanillaKDLoss,
+    )
     from fastkd.modeling import EarlyExitForSequenceClassification, EarlyExitOutput
+    from fastkd.probe import LayerProbe, PseudoClassifiers
+    from fastkd.students import BiLSTMForSequenceClassification, GatedCNNForSequenceClassification, student_from_teacher
     from fastkd.trace import ExitTrace, Sweep, SweepRow
     from fastkd.training import DistillOptions, FinetuneOptions, distill, finetune
 
 # training needs datasets and the Trainer, whose import takes longer than everything else together
 _HOME = {
+    "ALPKDLoss": "fastkd.losses",
+    "AnnealingKDLoss": "fastkd.losses",
+    "BiLSTMForSequenceClassification": "fastkd.students",
+    "DIHLoss": "fastkd.losses",
+    "DistilBertLoss": "fastkd.losses",
     "DistillOptions": "fastkd.training",
     "EarlyExitConfig": "fastkd.configuration",
     "EarlyExitForSequenceClassification": "fastkd.modeling",
     "EarlyExitOutput": "fastkd.modeling",
     "ExitTrace": "fastkd.trace",
     "FinetuneOptions": "fastkd.training",
+    "GatedCNNForSequenceClassification": "fastkd.students",
+    "KDLoss": "fastkd.losses",
+    "LayerProbe": "fastkd.probe",
+    "MHKDLoss": "fastkd.losses",
+    "PKDLoss": "fastkd.losses",
+    "PseudoClassifiers": "fastkd.probe",
+    "RAILKDLoss": "fastkd.losses",
     "Sweep": "fastkd.trace",
     "SweepRow": "fastkd.trace",
+    "UniversalKDLoss": "fastkd.losses",
+    "UniversalKDMixtureLoss": "fastkd.losses",
+    "VanillaKDLoss": "fastkd.losses",
     "distill": "fastkd.training",
     "finetune": "fastkd.training",
     "flops": "fastkd.flops",
     "load_folder": "fastkd.data",
     "load_rows": "fastkd.data",
+    "student_from_teacher": "fastkd.students",
 }
 
 
@@ -53,20 +84,37 @@ def _is_command() -> bool:
 
 if not _is_command():
     importlib.import_module("fastkd.modeling")  # registers the model
+    importlib.import_module("fastkd.students")
     from fastkd.flops import flops  # a submodule of the same name hides it from __getattr__
 
 __all__ = [
+    "ALPKDLoss",
+    "AnnealingKDLoss",
+    "BiLSTMForSequenceClassification",
+    "DIHLoss",
+    "DistilBertLoss",
     "DistillOptions",
     "EarlyExitConfig",
     "EarlyExitForSequenceClassification",
     "EarlyExitOutput",
     "ExitTrace",
     "FinetuneOptions",
+    "GatedCNNForSequenceClassification",
+    "KDLoss",
+    "LayerProbe",
+    "MHKDLoss",
+    "PKDLoss",
+    "PseudoClassifiers",
+    "RAILKDLoss",
     "Sweep",
     "SweepRow",
+    "UniversalKDLoss",
+    "UniversalKDMixtureLoss",
+    "VanillaKDLoss",
     "distill",
     "finetune",
     "flops",
     "load_folder",
     "load_rows",
+    "student_from_teacher",
 ]

@@ -14,7 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
-from fastkd.commands.report import report
+from fastkd.commands import kd as kd_command
+from fastkd.commands import kd_table as kd_table_command
+from fastkd.commands import report as report_command
 from fastkd.options import (
     BatchSize,
     Bf16,
@@ -500,7 +502,13 @@ def demo(
 
 app.command(
     epilog="[bold]Next:[/] [cyan]fastkd predict MODEL INPUT --speed S[/] with the speed that you chose on the page."
-)(report)
+)(report_command.report)
+app.command(
+    epilog="[bold]Next:[/] [cyan]fastkd kd-table GRID.yaml[/] compares methods on your tasks, with several seeds."
+)(kd_command.kd)
+app.command(
+    epilog="[bold]Next:[/] [cyan]fastkd kd --method METHOD --teacher DIR[/] trains the student that you liked best."
+)(kd_table_command.kd_table)
 
 
 # What the commands share

@@ -51,7 +51,7 @@ def load_plain(
 
     The new heads are drawn from `seed`; the weights are float32, whatever the checkpoint holds, as training needs them.
     """
-    _quieten()
+    quieten()
     path = str(packaged_checkpoint()) if checkpoint == PACKAGED_CHECKPOINT else checkpoint
     names = folder.label_names
     labels: dict[str, Any] = {"id2label": dict(enumerate(names))} if names else {"num_labels": folder.num_labels}
@@ -71,7 +71,7 @@ def load_model(
         ValueError: not a model of this project, or an unknown device.
         OSError: nothing to load.
     """
-    _quieten()
+    quieten()
     target = pick_device(device)
     config = AutoConfig.from_pretrained(checkpoint)
     if not isinstance(config, EarlyExitConfig):
@@ -154,17 +154,22 @@ def set_length(
 
 @contextlib.contextmanager
 def training_progress(screen: Screen, what: str) -> Iterator[Any]:
-    """A `TrainerCallback` that moves a progress bar."""
+    """A `TrainerCallback` that moves a progress bar of its own."""
     with screen.progress(what, None) as update:
+        yield progress_callback(update, what)
 
-        class Bar(TrainerCallback):
-            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                update(state.global_step, "", state.max_steps)
 
-            def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-                update(state.global_step, what, state.max_steps)
+def progress_callback(update: Callable[..., None], what: str) -> TrainerCallback:
+    """Moves the progress bar that `update` belongs to."""
 
-        yield Bar()
+    class Bar(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            update(state.global_step, what, state.max_steps)
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            update(state.global_step, what, state.max_steps)
+
+    return Bar()
 
 
 def run_trace(
@@ -282,7 +287,7 @@ def write_benchmark(measured: benchmark.Benchmark, folder: Path) -> list[Path]:
     return files
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Libraries keep their progress bars and hints to themselves; errors still come through."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.set_verbosity_error()

@@ -18,7 +18,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -34,6 +33,7 @@ from torch.nn import functional as F
 from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
@@ -44,7 +44,7 @@ from transformers import (
 )
 
 from fastkd.data import DataError, LengthGroupedSampler, Rows, padding_collator, tokenize
-from fastkd.files import write_json
+from fastkd.files import atomic_folder, write_json
 from fastkd.flops import FlopsShape
 from fastkd.modeling import EarlyExitForSequenceClassification
 from fastkd.trace import ExitTrace
@@ -102,13 +102,13 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "learning_rate", "max_length", "eval_batch_size", "logging_steps"):
-            _require(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
+            require(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
         for name in ("max_steps", "eval_steps", "early_stopping_patience"):
             value = getattr(self, name)
-            _require(name, value, value is None or value > 0, "a whole number above 0, or None")
+            require(name, value, value is None or value > 0, "a whole number above 0, or None")
         for name in ("weight_decay", "max_grad_norm"):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        _require("warmup", self.warmup, 0 <= self.warmup < 1, "a share of the steps in [0, 1)")
+            require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        require("warmup", self.warmup, 0 <= self.warmup < 1, "a share of the steps in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class FinetuneOptions(TrainOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         factor = self.head_learning_rate_factor
-        _require("head_learning_rate_factor", factor, factor > 0, "a number above 0")
+        require("head_learning_rate_factor", factor, factor > 0, "a number above 0")
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ class DistillOptions(TrainOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require("temperature", self.temperature, self.temperature > 0, "a number above 0")
-        _require("direction", self.direction, self.direction in ("forward", "reverse"), "'forward' or 'reverse'")
+        require("temperature", self.temperature, self.temperature > 0, "a number above 0")
+        require("direction", self.direction, self.direction in ("forward", "reverse"), "'forward' or 'reverse'")
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,8 @@ def finetune(
         FileExistsError: `output_dir`, or the checkpoints of an unfinished run, would be lost.
         ValueError: a resumed run was started with other rows or options; a tokenizer that is not the model's.
     """
-    _check_labels(model, train, "train", required=True)
-    _check_labels(model, dev, "dev", required=True)
+    check_labels(model, train, "train", required=True)
+    check_labels(model, dev, "dev", required=True)
     config = model.config
     if train.label_names is not None:
         config.id2label = dict(enumerate(train.label_names))
@@ -240,8 +240,8 @@ def distill(
             f"model: it has heads after the layers {model.exit_layers} only, so there is none to distil into; "
             "load it with exit_layers=None for a head after every layer"
         )
-    _check_labels(model, train, "train", required=False)
-    _check_labels(model, dev, "dev", required=False)
+    check_labels(model, train, "train", required=False)
+    check_labels(model, dev, "dev", required=False)
     stage = _Stage(
         name="distill",
         objective=_SelfDistillation(model, options),
@@ -419,12 +419,15 @@ class _ExitMetrics:
 # The run
 
 
-class _ObjectiveTrainer(Trainer):
+class ObjectiveTrainer(Trainer):
     """A Trainer over an objective: two learning rates, batches by length, evaluation that needs no labels."""
 
-    def __init__(self, *, head_learning_rate: float, sampler: LengthGroupedSampler, **kwargs: Any) -> None:
+    def __init__(
+        self, *, head_learning_rate: float, head_names: tuple[str, ...], sampler: LengthGroupedSampler, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.head_learning_rate = head_learning_rate
+        self.head_names = head_names
         self.sampler = sampler
         self.add_callback(_SamplerEpoch(sampler))
 
@@ -439,7 +442,7 @@ class _ObjectiveTrainer(Trainer):
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in objective.named_parameters():
             if parameter.requires_grad:
-                groups.setdefault((name.startswith("model.heads."), name in decaying), []).append(parameter)
+                groups.setdefault((name.startswith(self.head_names), name in decaying), []).append(parameter)
         optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, objective)
         self.optimizer = optimizer_class(
             [
@@ -491,14 +494,14 @@ def _run(
     model = stage.objective.model
     if options.early_stopping_patience is not None and dev is None:
         raise ValueError("early_stopping_patience: it needs an evaluation; pass dev rows")
-    _check_tokenizer(tokenizer, model)
+    check_tokenizer(tokenizer, model)
     _check_max_length(options.max_length, model)
-    _check_dtypes(stage.trained)
+    check_dtypes(stage.trained)
     train_tokens = tokenize(train, tokenizer, options.max_length)
     dev_tokens = None if dev is None else tokenize(dev, tokenizer, options.max_length)
 
     checkpoints = output_dir.with_name(f"{output_dir.name}.checkpoints")
-    arguments = _training_arguments(stage, checkpoints, options, evaluates=dev is not None)
+    arguments = training_arguments(checkpoints, options, best_metric=stage.best_metric, evaluates=dev is not None)
     record = {
         "stage": stage.name,
         "options": json.loads(json.dumps(asdict(options), default=str)),
@@ -507,8 +510,8 @@ def _run(
         "processes": arguments.world_size,
     }
     if arguments.process_index == 0:
-        _check_outputs(output_dir, checkpoints, options, record)
-    with _only_trainable(model, stage.trained):
+        check_outputs(output_dir, checkpoints, options, record)
+    with only_trainable(model, stage.trained):
         trainer = _trainer(stage, train_tokens, dev_tokens, arguments, options, tokenizer, callbacks)
         # no process may look for checkpoints before the first one has put the folder in order
         trainer.accelerator.wait_for_everyone()
@@ -522,7 +525,7 @@ def _run(
         output_dir=output_dir,
         steps=output.global_step,
         train_loss=output.training_loss,
-        metrics=_kept_metrics(trainer.state),
+        metrics=kept_metrics(trainer.state),
         seconds=output.metrics["train_runtime"],
         log_history=trainer.state.log_history,
     )
@@ -534,9 +537,10 @@ def _run(
     return result
 
 
-def _training_arguments(
-    stage: _Stage, checkpoints: Path, options: TrainOptions, *, evaluates: bool
+def training_arguments(
+    checkpoints: Path, options: TrainOptions, *, best_metric: str, evaluates: bool
 ) -> TrainingArguments:
+    """The arguments of a `Trainer` that writes to `checkpoints`; `best_metric` decides which weights are kept."""
     use_cpu = not torch.accelerator.is_available()
     every = {"strategy": "epoch"} if options.eval_steps is None else {"strategy": "steps", "steps": options.eval_steps}
     arguments: dict[str, Any] = {
@@ -560,8 +564,8 @@ def _training_arguments(
         "report_to": "none",
         "save_total_limit": 1,
         "load_best_model_at_end": evaluates,
-        "metric_for_best_model": stage.best_metric if evaluates else None,
-        "greater_is_better": stage.best_metric != "loss" if evaluates else None,
+        "metric_for_best_model": best_metric if evaluates else None,
+        "greater_is_better": best_metric != "loss" if evaluates else None,
         "restore_callback_states_from_checkpoint": True,
         "remove_unused_columns": False,
         "label_names": ["labels"],
@@ -580,22 +584,23 @@ def _trainer(
     options: TrainOptions,
     tokenizer: PreTrainedTokenizerBase,
     callbacks: Sequence[TrainerCallback],
-) -> _ObjectiveTrainer:
+) -> ObjectiveTrainer:
     group = arguments.per_device_train_batch_size * arguments.world_size
     sampler = LengthGroupedSampler(train["length"][:], group, arguments.seed)
     added = list(callbacks)
     if options.early_stopping_patience is not None:
         added.append(EarlyStoppingCallback(options.early_stopping_patience))
     unused = ["length"] if stage.name == "finetune" else ["length", "labels"]
-    trainer = _ObjectiveTrainer(
+    trainer = ObjectiveTrainer(
         model=stage.objective,
         args=arguments,
         train_dataset=train.remove_columns([name for name in unused if name in train.column_names]),
-        eval_dataset=None if dev is None else _sorted_by_length(dev),
+        eval_dataset=None if dev is None else sorted_by_length(dev),
         data_collator=padding_collator(tokenizer),
         compute_metrics=stage.metrics,
         callbacks=added,
         head_learning_rate=stage.head_learning_rate,
+        head_names=("model.heads.",),
         sampler=sampler,
     )
     # it prints to standard output, which belongs to the caller
@@ -603,13 +608,14 @@ def _trainer(
     return trainer
 
 
-def _sorted_by_length(tokens: datasets.Dataset) -> datasets.Dataset:
+def sorted_by_length(tokens: datasets.Dataset) -> datasets.Dataset:
+    """Longest first, without the column `length`."""
     lengths = tokens["length"][:]
     order = sorted(range(len(tokens)), key=lengths.__getitem__, reverse=True)
     return tokens.select(order).remove_columns("length")
 
 
-def _kept_metrics(state: TrainerState) -> dict[str, float]:
+def kept_metrics(state: TrainerState) -> dict[str, float]:
     """The dev metrics of the weights that were kept, from the log."""
     for entry in reversed(state.log_history):
         if "eval_loss" in entry and entry["step"] == state.best_global_step:
@@ -623,7 +629,7 @@ def _kept_metrics(state: TrainerState) -> dict[str, float]:
 
 
 @contextmanager
-def _only_trainable(model: nn.Module, trained: Sequence[nn.Module]) -> Iterator[None]:
+def only_trainable(model: nn.Module, trained: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, exactly the parameters of `trained` ask for gradients; afterwards each parameter does as before."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     chosen = {parameter for module in trained for parameter in module.parameters()}
@@ -639,14 +645,14 @@ def _only_trainable(model: nn.Module, trained: Sequence[nn.Module]) -> Iterator[
 # Checks before the work
 
 
-def _require(name: str, value: Any, is_right: bool, expected: str) -> None:
+def require(name: str, value: Any, is_right: bool, expected: str) -> None:
+    """Raise ValueError about the argument `name` unless `is_right`; an infinite or undefined float never is."""
     if not is_right or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"{name}: got {value!r}, expected {expected}")
 
 
-def _check_labels(
-    model: EarlyExitForSequenceClassification, rows: Rows | None, argument: str, *, required: bool
-) -> None:
+def check_labels(model: PreTrainedModel, rows: Rows | None, argument: str, *, required: bool) -> None:
+    """Raise DataError where the labels of `rows` are missing or not the model's."""
     if rows is None:
         return
     if rows.num_labels is None:
@@ -674,7 +680,8 @@ def _described(num_labels: int) -> str:
     return "a number as its label (regression)" if num_labels == 1 else f"{num_labels} labels"
 
 
-def _check_dtypes(trained: Sequence[nn.Module]) -> None:
+def check_dtypes(trained: Sequence[nn.Module]) -> None:
+    """Raise ValueError unless all weights to be trained are float32."""
     wrong = {parameter.dtype for module in trained for parameter in module.parameters()} - {torch.float32}
     if wrong:
         raise ValueError(
@@ -683,7 +690,8 @@ def _check_dtypes(trained: Sequence[nn.Module]) -> None:
         )
 
 
-def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: EarlyExitForSequenceClassification) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Raise ValueError for a tokenizer with more tokens than the model embeds."""
     embedded = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
     if len(tokenizer) > embedded:
         raise ValueError(
@@ -700,7 +708,7 @@ def _check_max_length(max_length: int, model: EarlyExitForSequenceClassification
         raise ValueError(f"max_length: got {max_length}, the model has {limit} positions; pass at most that")
 
 
-def _check_outputs(output_dir: Path, checkpoints: Path, options: TrainOptions, record: dict[str, Any]) -> None:
+def check_outputs(output_dir: Path, checkpoints: Path, options: TrainOptions, record: dict[str, Any]) -> None:
     """Refuse to lose anything; put the folder of the checkpoints in order, with the record of this run in it."""
     is_taken = output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir()))
     if is_taken and not options.overwrite:
@@ -764,29 +772,7 @@ def _save(
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "log_history": result.log_history,
     }
-    with _atomic_folder(result.output_dir) as folder:
+    with atomic_folder(result.output_dir) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         write_json(folder / LOG_FILE, log)
-
-
-@contextmanager
-def _atomic_folder(target: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `target`; put it in its place if the block succeeds, delete it otherwise."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    # mkdtemp makes its folder private; one made inside follows the user's umask
-    fresh, replaced = holder / "new", holder / "old"
-    try:
-        fresh.mkdir()
-        yield fresh
-        if target.exists():
-            target.rename(replaced)
-        try:
-            fresh.rename(target)
-        except OSError:
-            if replaced.exists():
-                replaced.rename(target)
-            raise
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)

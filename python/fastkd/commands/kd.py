@@ -1,0 +1,166 @@
+"""`fastkd kd`: a student learns from a teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastkd.options import (
+    Bf16,
+    DataOption,
+    DevFile,
+    Epochs,
+    Json,
+    MaxLength,
+    MaxSteps,
+    Overwrite,
+    Resume,
+    Seed,
+    TrainFile,
+    TrainRows,
+    words,
+)
+from fastkd.screen import screen_for
+
+
+def kd(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the finished student.")],
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub name of a fine-tuned classifier; not needed with --method none."),
+    ] = None,
+    student: Annotated[
+        str,
+        typer.Option(
+            help="layers:3 (evenly spaced layers of the teacher), layers:3:first, layers:0,2,4, bilstm, gated-cnn, or "
+            "the folder of any encoder; minilm is the packaged one."
+        ),
+    ] = "layers:3",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="none, kd, takd, pkd-skip, pkd-last, alp-kd, alp-kd-no, alp-kd-po, rail-kd, distilbert, mhkd, dih, "
+            "annealing, universal-il, universal-ca, universal-cg or universal-cg-two-stage."
+        ),
+    ] = "universal-il",
+    argument: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="An argument of the method's loss, as in gamma=0.5; repeat it."
+        ),
+    ] = None,
+    data: DataOption = None,
+    train: TrainFile = None,
+    dev: DevFile = None,
+    train_rows: TrainRows = None,
+    regression: Annotated[
+        bool, typer.Option(help="Labels are numbers; known from a teacher, if there is one.")
+    ] = False,
+    metric: Annotated[
+        str | None, typer.Option(help="Dev rows choose the weights by accuracy, f1, matthews, pearson or spearman.")
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Keep the teacher's answers in this folder for further runs; default: for this run only."),
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Run the teacher in every step instead.")] = False,
+    assistants: Annotated[
+        str | None, typer.Option(help="takd: the students between, as in layers:5,layers:4; default: one.")
+    ] = None,
+    pool: Annotated[str | None, typer.Option(help="How layers are pooled: cls, mean, max or last.")] = None,
+    freeze_embeddings: Annotated[
+        bool, typer.Option("--freeze-embeddings", help="Word embeddings stay as they are.")
+    ] = False,
+    epochs: Epochs = 3.0,
+    max_steps: MaxSteps = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 32,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the student's body.")] = 5e-5,
+    head_factor: Annotated[float, typer.Option(help="Everything new learns so many times faster.")] = 10.0,
+    max_length: MaxLength = None,
+    bf16: Bf16 = None,
+    seed: Seed = 42,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Distil a teacher into a smaller model, by Universal-KD or any rival.
+
+    The student is a plain checkpoint: AutoModelForSequenceClassification and
+    pipeline load it. What the teacher says is computed once. A run that was
+    killed continues with --resume to the same weights. Works under torchrun
+    and accelerate launch.
+
+    [bold]Examples[/]
+
+    \b
+      [cyan]fastkd kd --method none --student minilm --data data -o teacher[/]
+      [cyan]fastkd kd --teacher teacher --student layers:3 --data data -o student[/]
+      [cyan]fastkd kd --method kd --teacher teacher --student bilstm --data data -o small[/]
+      [cyan]fastkd kd --teacher teacher --data data --set gamma=1 --set attn_scale=rsqrt_c -o s2[/]
+    """
+    with screen_for(as_json) as screen:
+        arguments = parsed_arguments(argument or [])
+        if cache is not None and no_cache:
+            raise ValueError("--no-cache: goes without --cache")
+
+        from fastkd import distiller, steps
+        from fastkd.kd_table import checkpoint_path
+        from fastkd.methods import method_of
+        from fastkd.teacher import Teacher
+
+        steps.quieten()
+        pool = pool or method_of(method).pool
+        loaded = None if teacher is None else Teacher.load(checkpoint_path(teacher), pool)
+        num_labels = 1 if regression else None
+        folder = steps.load_splits(
+            data, train, dev, num_labels=num_labels, model=None if loaded is None else loaded.model
+        )  # fmt: skip
+        name = student if distiller.is_made_of_teacher(student) else checkpoint_path(student)
+        options: dict[str, Any] = {
+            "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate,
+            "head_learning_rate_factor": head_factor, "bf16": bf16, "seed": seed, "progress": False, "pool": pool,
+            "resume": resume, "overwrite": overwrite, "arguments": arguments, "freeze_embeddings": freeze_embeddings,
+            "metric": () if metric is None else tuple(words(metric)),
+            "assistants": () if assistants is None else tuple(words(assistants)),
+        }  # fmt: skip
+        trained = distiller.Distiller(
+            loaded, name, method, distiller.KDOptions(**options), cache=cache if cache is not None else not no_cache
+        )
+        trained.set_length(max_length)
+        rows = folder.train if train_rows is None else folder.train.sample(train_rows, seed)
+        with screen.progress("distilling", None) as update:
+            done = trained.train(
+                rows, folder.dev, output, [steps.progress_callback(update, "distilling")],
+                on_teacher=lambda answered, total: update(answered, "asking the teacher", total),
+            )  # fmt: skip
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in done.metrics.items() if name != "score")
+        screen.out.print(f"{done.steps} steps in {done.seconds:.0f} s; {shown or 'no dev rows, so nothing evaluated'}")
+        screen.out.print(f"student: [bold]{done.output_dir}[/]")
+        screen.next_step(
+            f"fastkd kd --teacher {output} --data {data or 'DATA'} -o smaller"
+            if method == "none"
+            else "fastkd kd-table GRID.yaml -o table"
+        )
+        screen.result(
+            {"student": str(done.output_dir), "method": method, "steps": done.steps, "metrics": done.metrics}
+            | {"seconds": round(done.seconds, 2), "train_loss": done.train_loss}
+        )
+
+
+def parsed_arguments(texts: list[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs, values as YAML reads them.
+
+    Raises:
+        ValueError: a text of another form.
+    """
+    import yaml
+
+    arguments = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name.strip():
+            raise ValueError(f"--set: got {text!r}, expected NAME=VALUE, as in gamma=0.5")
+        arguments[name.strip()] = yaml.safe_load(value)
+    return arguments
