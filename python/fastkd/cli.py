@@ -17,6 +17,7 @@ import typer
 from fastkd.commands import kd as kd_command
 from fastkd.commands import kd_table as kd_table_command
 from fastkd.commands import report as report_command
+from fastkd.commands import table2 as table2_command
 from fastkd.options import (
     BatchSize,
     Bf16,
@@ -503,6 +504,9 @@ def demo(
 app.command(
     epilog="[bold]Next:[/] [cyan]fastkd predict MODEL INPUT --speed S[/] with the speed that you chose on the page."
 )(report_command.report)
+app.command(epilog="[bold]Next:[/] [cyan]fastkd report OUTPUT/DATA[/] shows every speed of a data set's model.")(
+    table2_command.table2
+)
 app.command(
     epilog="[bold]Next:[/] [cyan]fastkd kd-table GRID.yaml[/] compares methods on your tasks, with several seeds."
 )(kd_command.kd)
