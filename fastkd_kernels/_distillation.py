@@ -159,11 +159,18 @@ def scaled_gradient(gradient: Tensor, grad_output: Tensor, factor: float) -> Ten
         factor: of the reduction.
     """
     scale = grad_output if factor == 1 else grad_output * factor
-    if scale.dim():
-        scale = scale.unsqueeze(-1)
+    if not scale.dim():
+        # a scalar is multiplied with at its own precision, and without a copy of the gradient at that precision
+        return gradient * scale
+    scale = scale.unsqueeze(-1)
     if gradient.dtype in (torch.float32, torch.float64):
         return gradient * scale
     return (gradient.float() * scale).to(gradient.dtype)
+
+
+def scaled_gradients(gradients: Sequence[Tensor], grad_output: Tensor, factor: float) -> list[Tensor]:
+    """`scaled_gradient` of gradients that share their number of classes, or a scalar `grad_output`."""
+    return [scaled_gradient(gradient, grad_output, factor) for gradient in gradients]
 
 
 def summed_over_layers(gradient: Tensor, grad_output: Tensor, factor: float) -> Tensor:
@@ -199,7 +206,7 @@ class FusedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         compute: Callable[..., tuple[Tensor, ...]],
-        scale: Callable[[Tensor, Tensor, float], Tensor],
+        scale: Callable[[Sequence[Tensor], Tensor, float], list[Tensor]],
         factor: float,
         options: tuple[Any, ...],
         *tensors: Any,
@@ -208,7 +215,8 @@ class FusedLoss(torch.autograd.Function):
         loss, *gradients = compute(*tensors, *options)
         ctx.save_for_backward(*gradients)
         ctx.scale, ctx.factor = scale, factor
-        ctx.differentiable = [(tensor.dim(), tensor.dtype) for tensor in tensors[: len(gradients)]]
+        differentiable = tensors[: len(gradients)]
+        ctx.differentiable = [None if tensor is None else (tensor.dim(), tensor.dtype) for tensor in differentiable]
         ctx.inputs = len(tensors)
         return loss
 
@@ -216,17 +224,22 @@ class FusedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         results: list[Tensor | None] = [None] * ctx.inputs
         create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        grad_output = grad_output.detach()
+        whole = []
         for position, gradient in enumerate(ctx.saved_tensors):
             if not ctx.needs_input_grad[4 + position]:
                 continue
             dims, dtype = ctx.differentiable[position]
             if gradient.dim() == dims:
-                result = ctx.scale(gradient, grad_output.detach(), ctx.factor)
+                whole.append((position, gradient))
             else:
-                result = summed_over_layers(gradient, grad_output.detach(), ctx.factor).to(dtype)
-            if create_graph:
-                result = _DifferentiatedOnce.apply(result, torch.zeros((), requires_grad=True))
+                results[position] = summed_over_layers(gradient, grad_output, ctx.factor).to(dtype)
+        scaled = ctx.scale([gradient for _, gradient in whole], grad_output, ctx.factor)
+        for (position, _), result in zip(whole, scaled, strict=True):
             results[position] = result
+        if create_graph:
+            anchor = torch.zeros((), requires_grad=True)
+            results = [None if result is None else _DifferentiatedOnce.apply(result, anchor) for result in results]
         return None, None, None, None, *results
 
 
@@ -246,11 +259,11 @@ def fused_loss(
         launch: the Triton kernel behind it, which eager mode calls without the cost of the dispatcher, and the
             interpreter for tensors that are not on a GPU.
     """
-    compute, scale = op, scaled_gradient
+    compute, scale = op, scaled_gradients
     if backend == "cuda" and not torch.compiler.is_compiling():
         from fastkd_kernels import _distillation_triton
 
-        compute, scale = launch, _distillation_triton.scaled_gradient
+        compute, scale = launch, _distillation_triton.scaled_gradients
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return FusedLoss.apply(compute, scale, factor, options, *tensors)
     return compute(*tensors, *options)[0]

@@ -6,6 +6,9 @@ codes of divergence, mix and attention space are the positions in the tuples of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import zip_longest
+
 import torch
 import triton
 import triton.language as tl
@@ -179,11 +182,12 @@ def arrival_counter(device: torch.device) -> Tensor:
 
 
 @triton.jit
-def _scale_kernel(
+def _scale_block(
     gradient,  # [rows, C]
     out,  # [rows, C]
-    grad_output,  # one value a row, or a scalar
     size,  # rows * C
+    block,
+    grad_output,
     C,
     inner_rows,
     outer_stride,
@@ -192,7 +196,7 @@ def _scale_kernel(
     PER_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
     if PER_ROW:
         row = index // C
@@ -204,24 +208,66 @@ def _scale_kernel(
     tl.store(out + index, value.to(out.dtype.element_ty), mask=inside)
 
 
-def scaled_gradient(gradient: Tensor, grad_output: Tensor, factor: float) -> Tensor:
-    """`_distillation.scaled_gradient` in one launch, for a contiguous gradient."""
-    out = torch.empty_like(gradient)
-    size, classes = gradient.numel(), gradient.shape[-1]
-    if size == 0:
-        return out
+@triton.jit
+def _scale_kernel(
+    gradient,  # [rows, C]
+    out,  # [rows, C]
+    size,  # rows * C
+    blocks,  # of `gradient`; the programs beyond are those of the second one
+    second,  # [other rows, C]
+    second_out,  # [other rows, C]
+    second_size,
+    grad_output,  # one value a row, or a scalar
+    C,
+    inner_rows,
+    outer_stride,
+    inner_stride,
+    factor,
+    PER_ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    if program < blocks:
+        _scale_block(
+            gradient, out, size, program,
+            grad_output, C, inner_rows, outer_stride, inner_stride, factor, PER_ROW, BLOCK,
+        )  # fmt: skip
+    else:
+        _scale_block(
+            second, second_out, second_size, program - blocks,
+            grad_output, C, inner_rows, outer_stride, inner_stride, factor, PER_ROW, BLOCK,
+        )  # fmt: skip
+
+
+def scaled_gradients(gradients: Sequence[Tensor], grad_output: Tensor, factor: float) -> list[Tensor]:
+    """`_distillation.scaled_gradients`, two contiguous gradients a launch."""
+    results = [torch.empty_like(gradient) for gradient in gradients]
+    pairs = [(gradient, out) for gradient, out in zip(gradients, results, strict=True) if out.numel()]
+    for first, second in zip_longest(pairs[::2], pairs[1::2]):
+        _scale(first, second, grad_output, factor)
+    return results
+
+
+def _scale(
+    first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor] | None, grad_output: Tensor, factor: float
+) -> None:
+    gradient, out = first
     # one student layer's values serve all teacher layers
     outer_stride = grad_output.stride(0) if grad_output.dim() == 2 and grad_output.shape[0] > 1 else 0
     inner_stride, inner_rows = (grad_output.stride(-1), grad_output.shape[-1]) if grad_output.dim() else (0, 1)
     block = 1024
-    grid = (triton.cdiv(size, block),)
+    blocks = triton.cdiv(gradient.numel(), block)
+    second_size = 0 if second is None else second[0].numel()
     with on_device(gradient):
-        _scale_kernel[grid](
+        _scale_kernel[(blocks + triton.cdiv(second_size, block),)](
             gradient,
             out,
+            gradient.numel(),
+            blocks,
+            *(second or first),
+            second_size,
             grad_output,
-            size,
-            classes,
+            gradient.shape[-1],
             inner_rows,
             outer_stride,
             inner_stride,
@@ -229,4 +275,3 @@ def scaled_gradient(gradient: Tensor, grad_output: Tensor, factor: float) -> Ten
             PER_ROW=grad_output.dim() > 0,
             BLOCK=block,
         )
-    return out

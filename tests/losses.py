@@ -53,6 +53,7 @@ def assert_as_accurate_as_torch(
     tensors: tuple[Tensor, ...],
     wanted: tuple[bool, ...],
     slack: float = 2.0,
+    rounds_within: bool = False,
     **options: Any,
 ) -> None:
     """Value and gradients of `backend` against float64, with plain PyTorch in the tensors' dtype as the bar.
@@ -60,6 +61,9 @@ def assert_as_accurate_as_torch(
     Every element may be off by what plain PyTorch is off, plus `slack` units in its last place, plus what float32 makes
     of the whole tensor: `slack` times the largest error of PyTorch when it is given the same numbers in float32, and
     a few units in the last place of the largest element. float16 adds its smallest step.
+
+    `rounds_within`: both round to the tensors' dtype on the way, as between matrix products. What that does to one
+    element is chance, so `slack` times PyTorch's largest error in the tensor's own dtype is allowed instead.
     """
     actual, actual_gradients = run(backend, loss, tensors, wanted, **options)
     wide = tuple(tensor.double() for tensor in tensors)
@@ -75,16 +79,16 @@ def assert_as_accurate_as_torch(
         strict=True,
     ):
         quantum = torch.finfo(ours.dtype).smallest_normal * torch.finfo(ours.dtype).eps
-        absolute = slack * _float32_error(in_float32, exact) + quantum
+        absolute = slack * _largest_error(torch_result if rounds_within else in_float32, exact) + quantum
         assert_within_budget(ours, exact, torch_result, slack=slack, absolute=absolute)
 
 
-def _float32_error(in_float32: Tensor, exact: Tensor) -> float:
-    """What float32 is off by at worst, at least eight units in the last place of the largest element."""
+def _largest_error(result: Tensor, exact: Tensor) -> float:
+    """At least eight float32 units in the last place of the largest element."""
     finite = exact.isfinite()
     if not finite.any():
         return 0.0
-    off = (in_float32.double() - exact)[finite].abs().max()
+    off = (result.double() - exact)[finite].abs().max()
     return float(off + 8 * torch.finfo(torch.float32).eps * exact[finite].abs().max())
 
 
@@ -101,7 +105,7 @@ def assert_parity(
         [actual, *actual_gradients], [truth, *true_gradients], [plain, *plain_gradients], strict=True
     ):
         largest = float(exact[exact.isfinite()].abs().max()) if exact.numel() else 0.0
-        allowed = 1e-10 * largest + 1e-12 if exactly else 4 * _float32_error(torch_result, exact) + 1e-6
+        allowed = 1e-10 * largest + 1e-12 if exactly else 4 * _largest_error(torch_result, exact) + 1e-6
         torch.testing.assert_close(ours.double().cpu(), exact, rtol=0, atol=allowed)
 
 

@@ -18,6 +18,7 @@ from losses import (
     kernel_backends,
     run,
 )
+from memory import peak_bytes
 from torch.nn import functional as F
 
 import fastkd_kernels as fk
@@ -245,6 +246,17 @@ def test_threads_change_nothing(backend: str, classes: int) -> None:
     assert torch.equal(results[0][1][0], results[1][1][0])
 
 
+@pytest.mark.skipif(module._CPU_REASON is not None, reason=str(module._CPU_REASON))
+def test_a_vocabulary_needs_the_gradient_twice_and_no_float32_copy() -> None:
+    student, teacher = (torch.randn(128, 32000, dtype=torch.bfloat16) for _ in range(2))
+    student.requires_grad_()
+    logits = student.numel() * student.element_size()
+    for direction in DIRECTIONS:
+        assert peak_bytes(lambda by=direction: kd_loss(student, teacher, 2.0, direction=by).backward()) < 2.5 * logits
+    with fk.backend("reference"):
+        assert peak_bytes(lambda: kd_loss(student, teacher, 2.0).backward()) > 8 * logits
+
+
 def test_a_teacher_that_requires_grad_raises_unless_it_is_wanted() -> None:
     student, teacher = logits(4, 3)
     teacher.requires_grad_()
@@ -324,6 +336,7 @@ def test_cubins_of_every_architecture_have_no_spills() -> None:
     for divergence, streamed in itertools.product(range(4), (False, True)):
         config = module.KDLossConfig.from_heuristic(64, 50000 if streamed else next(widths))
         specs.append(_spec(next(dtypes), divergence, config, teacher_gradient=divergence % 2 == 1))
+    specs += [_scale_spec(dtype, per_row) for dtype, per_row in (("bf16", True), ("fp32", False))]
     for cubin in compile_kernels(specs):
         cubin.assert_no_spills()
 
@@ -346,3 +359,15 @@ def _spec(dtype: str, divergence: int, config: module.KDLossConfig, teacher_grad
     if not config.streamed:
         name, arguments["BLOCK_B"] = "_kd_rows_kernel", config.block_b
     return KernelSpec(f"fastkd_kernels.ops.kd_loss:{name}", arguments, {"num_warps": config.num_warps})
+
+
+def _scale_spec(dtype: str, per_row: bool) -> KernelSpec:
+    arguments = {
+        **dict.fromkeys(("gradient", "out", "second", "second_out"), f"*{dtype}:16"),
+        "grad_output": "*fp32:16",
+        **dict.fromkeys(("size", "blocks", "second_size", "C", "inner_rows", "outer_stride", "inner_stride"), "i32"),
+        "factor": "fp32",
+        "PER_ROW": per_row,
+        "BLOCK": 1024,
+    }
+    return KernelSpec("fastkd_kernels._distillation_triton:_scale_kernel", arguments)

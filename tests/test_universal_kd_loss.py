@@ -20,6 +20,7 @@ from losses import (
     kernel_backends,
     run,
 )
+from memory import peak_bytes
 from torch.nn import functional as F
 
 import fastkd_kernels as fk
@@ -115,29 +116,29 @@ def test_closed_form_gradient() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
-@pytest.mark.parametrize("classes", [2, 3, 20, 128, 300])
+@pytest.mark.parametrize("classes", [2, 20, 128, 300])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_as_accurate_as_torch(backend: str, classes: int, dtype: torch.dtype) -> None:
     student, teacher = logits(3, 12, 3, classes, dtype)
-    for direction, task, reduction in (
-        ("forward", "classification", "batchmean"),
-        ("reverse", "classification", "none"),
-        ("jsd", "classification", "batchmean"),
-        ("forward", "regression", "mean"),
+    for direction, task, reduction, teacher_gradient in (
+        ("forward", "classification", "batchmean", False),
+        ("forward", "classification", "none", True),
+        ("reverse", "classification", "none", True),
+        ("jsd", "classification", "batchmean", True),
+        ("forward", "regression", "mean", True),
     ):
-        for teacher_gradient in (False, True):
-            assert_as_accurate_as_torch(
-                backend,
-                universal_kd_loss,
-                (student, teacher),
-                (True, teacher_gradient),
-                temperature=2.0,
-                attn_scale="rsqrt_c",
-                direction=direction,
-                task=task,
-                reduction=reduction,
-                detach_teacher=not teacher_gradient,
-            )
+        assert_as_accurate_as_torch(
+            backend,
+            universal_kd_loss,
+            (student, teacher),
+            (True, teacher_gradient),
+            temperature=2.0,
+            attn_scale="rsqrt_c",
+            direction=direction,
+            task=task,
+            reduction=reduction,
+            detach_teacher=not teacher_gradient,
+        )
 
 
 def assert_options_parity(backend: str, student: torch.Tensor, teacher: torch.Tensor, options: dict[str, Any]) -> None:
@@ -331,6 +332,17 @@ def test_threads_change_nothing(backend: str, classes: int) -> None:
         torch.set_num_threads(threads)
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1][0], results[1][1][0])
+
+
+@pytest.mark.skipif(module._CPU_REASON is not None, reason=str(module._CPU_REASON))
+def test_a_vocabulary_needs_the_gradient_twice_and_no_float32_copy() -> None:
+    student, teacher = (0.05 * torch.randn(layers, 128, 16000).bfloat16() for layers in (1, 4))
+    student.requires_grad_()
+    logits = student.numel() * student.element_size()
+    scratch = torch.get_num_threads() * 40 * 16000 * 4  # a few rows in float32 for every thread
+    assert peak_bytes(lambda: universal_kd_loss(student, teacher, 2.0).backward()) < 2.5 * logits + scratch
+    with fk.backend("reference"):
+        assert peak_bytes(lambda: universal_kd_loss(student, teacher, 2.0).backward()) > 16 * logits
 
 
 def test_a_teacher_that_requires_grad_raises_unless_it_is_wanted() -> None:

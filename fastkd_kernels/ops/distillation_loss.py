@@ -384,7 +384,7 @@ def distillation_loss(
     attn_temperature: float = 1.0,
     detach_teacher: bool = True,
 ) -> Tensor:
-    """alpha CE + beta KD + gamma Univ, in one launch on a GPU; backward is two more, one a gradient.
+    """alpha CE + beta KD + gamma Univ, in one launch on a GPU; backward is one more.
 
     Args:
         student_logits, teacher_logits: [B, C], of the last layers.

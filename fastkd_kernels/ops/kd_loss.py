@@ -333,7 +333,7 @@ def kd_loss(
         direction: "forward" KL(teacher || student), "reverse" KL(student || teacher), or "jsd", Jensen-Shannon.
         task: "regression" takes the squared error sum_c (s - t)^2 instead of a divergence, for scores such as those of
             STS-B (C = 1); `direction` then changes nothing.
-        detach_teacher: False gives the teacher's logits their gradient too, at one more launch in backward.
+        detach_teacher: False gives the teacher's logits their gradient too.
 
     Returns:
         A scalar, or [B] for reduction="none"; float32, or float64 if one of the inputs is.

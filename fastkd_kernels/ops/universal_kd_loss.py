@@ -716,7 +716,8 @@ def universal_kd_loss(
         attn: "dot", "neg_sqdist" or "uniform"; default "dot", for a regression "neg_sqdist".
         attn_temperature: the scores are divided by it.
         t2_scale: multiply with tau^2.
-        detach_teacher: False gives the teacher's logits their gradient too, at one more launch in backward.
+        detach_teacher: False gives the teacher's logits their gradient too; backward then adds up the student layers in
+            two more launches where reduction="none" or the rows are streamed.
 
     Returns:
         A scalar, or [M, B] for reduction="none"; float32, or float64 if one of the inputs is.

@@ -8,6 +8,7 @@ whether it is needed.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +28,7 @@ def run(
     speed: float,
     criterion: str,
     top_n: int | None,
+    decision_layers: Sequence[int],
 ) -> fk.ExitRecord:
     """Answer every sequence at the first head that is certain enough.
 
@@ -35,6 +37,7 @@ def run(
         hidden_states: [B, T, H], the embedded batch.
         attention_mask: [B, T] bool, True where a token counts, or None where nothing is padded.
         speed, criterion, top_n: as in `fastkd_kernels.exit_gate`.
+        decision_layers: the layers whose heads decide, the last layer last.
 
     Returns:
         The logits, uncertainty and exit layer of all B sequences.
@@ -46,7 +49,7 @@ def run(
     checksums = []
     for number, layer in enumerate(model.layers, start=1):
         hidden_states = layer(hidden_states, layer_mask)
-        if number not in heads:
+        if number not in decision_layers:
             continue
         is_last = number == model.num_layers
         decided = heads[number].decide(
@@ -71,7 +74,7 @@ def run(
         if survivors.shape[0] < hidden_states.shape[0]:
             hidden_states, attention_mask, row_ids = _compact(hidden_states, attention_mask, row_ids, survivors)
             layer_mask = model.layer_mask(hidden_states, attention_mask)
-    _warn_about_nan(checksums)
+    warn_about_nan(checksums)
     return record
 
 
@@ -102,7 +105,7 @@ def _all_rows(hidden_states: Tensor) -> Tensor:
     return torch.arange(hidden_states.shape[0], dtype=torch.int32, device=hidden_states.device)
 
 
-def _warn_about_nan(checksums: list[Tensor]) -> None:
+def warn_about_nan(checksums: list[Tensor]) -> None:
     if checksums and bool(torch.stack(checksums).isnan().any()):
         warnings.warn(
             "a head returned NaN logits: the sequences concerned were not answered early. The weights or the inputs "
