@@ -332,7 +332,10 @@ def test_errors() -> None:
         student_from_teacher(early_exit_model("bert"), "layers:2")
 
 
-def test_dtype_follows_the_teacher() -> None:
-    teacher = teacher_of("bert").to(torch.bfloat16)
+def test_dtype_follows_the_teacher_and_frozen_weights_do_not() -> None:
+    teacher = teacher_of("bert").to(torch.bfloat16).requires_grad_(False)
     for spec in ("layers:2", "bilstm"):
-        assert {parameter.dtype for parameter in student_from_teacher(teacher, spec).parameters()} == {torch.bfloat16}
+        student = student_from_teacher(teacher, spec)
+        assert not student.training
+        assert {parameter.dtype for parameter in student.parameters()} == {torch.bfloat16}
+        assert all(parameter.requires_grad for parameter in student.parameters())

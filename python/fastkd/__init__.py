@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastkd.configuration import EarlyExitConfig
     from fastkd.data import load_folder, load_rows
+    from fastkd.distiller import Distiller, KDOptions
     from fastkd.flops import flops
     from fastkd.losses import (
         ALPKDLoss,
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from fastkd.modeling import EarlyExitForSequenceClassification, EarlyExitOutput
     from fastkd.probe import LayerProbe, PseudoClassifiers
     from fastkd.students import BiLSTMForSequenceClassification, GatedCNNForSequenceClassification, student_from_teacher
+    from fastkd.teacher import Teacher
+    from fastkd.teacher_cache import TeacherCache
     from fastkd.trace import ExitTrace, Sweep, SweepRow
     from fastkd.training import DistillOptions, FinetuneOptions, distill, finetune
 
@@ -42,6 +45,7 @@ _HOME = {
     "DIHLoss": "fastkd.losses",
     "DistilBertLoss": "fastkd.losses",
     "DistillOptions": "fastkd.training",
+    "Distiller": "fastkd.distiller",
     "EarlyExitConfig": "fastkd.configuration",
     "EarlyExitForSequenceClassification": "fastkd.modeling",
     "EarlyExitOutput": "fastkd.modeling",
@@ -49,6 +53,7 @@ _HOME = {
     "FinetuneOptions": "fastkd.training",
     "GatedCNNForSequenceClassification": "fastkd.students",
     "KDLoss": "fastkd.losses",
+    "KDOptions": "fastkd.distiller",
     "LayerProbe": "fastkd.probe",
     "MHKDLoss": "fastkd.losses",
     "PKDLoss": "fastkd.losses",
@@ -56,6 +61,8 @@ _HOME = {
     "RAILKDLoss": "fastkd.losses",
     "Sweep": "fastkd.trace",
     "SweepRow": "fastkd.trace",
+    "Teacher": "fastkd.teacher",
+    "TeacherCache": "fastkd.teacher_cache",
     "UniversalKDLoss": "fastkd.losses",
     "UniversalKDMixtureLoss": "fastkd.losses",
     "VanillaKDLoss": "fastkd.losses",
@@ -94,6 +101,7 @@ __all__ = [
     "DIHLoss",
     "DistilBertLoss",
     "DistillOptions",
+    "Distiller",
     "EarlyExitConfig",
     "EarlyExitForSequenceClassification",
     "EarlyExitOutput",
@@ -101,6 +109,7 @@ __all__ = [
     "FinetuneOptions",
     "GatedCNNForSequenceClassification",
     "KDLoss",
+    "KDOptions",
     "LayerProbe",
     "MHKDLoss",
     "PKDLoss",
@@ -108,6 +117,8 @@ __all__ = [
     "RAILKDLoss",
     "Sweep",
     "SweepRow",
+    "Teacher",
+    "TeacherCache",
     "UniversalKDLoss",
     "UniversalKDMixtureLoss",
     "VanillaKDLoss",

@@ -52,7 +52,7 @@ from fastkd.losses import label_loss
 from fastkd.methods import Method, Shapes, Stage, StageLoss, method_of
 from fastkd.probe import LayerProbe, PseudoClassifiers, encoder_layers
 from fastkd.students import student_from_teacher
-from fastkd.teacher import PseudoClassifierOptions, Signals, Teacher
+from fastkd.teacher import PseudoClassifierOptions, Signals, Teacher, tokenizer_fingerprint
 from fastkd.teacher_cache import CACHED_KINDS, TeacherCache, example_ids
 from fastkd.training import (
     LOG_FILE,
@@ -156,6 +156,17 @@ class Distiller:
         if self.teacher is not None and pool is not None and self.teacher.pool != pool:
             raise ValueError(f"teacher: it pools by {self.teacher.pool}, expected {pool}; load it with pool={pool!r}")
         self.tokenizer = tokenizer or self._default_tokenizer()
+        self._chain = self._assistants() if self.method.has_assistants else ()
+        asks_live = bool(self.method.teacher_kinds) and not self._is_cached
+        if self.teacher is not None and asks_live and not self._shares_tokens():
+            raise ValueError(
+                "tokenizer: teacher and student split text differently, so the teacher cannot read the student's "
+                "batches; pass cache=True or a folder"
+            )
+
+    def _shares_tokens(self) -> bool:
+        assert self.teacher is not None
+        return tokenizer_fingerprint(self.tokenizer) == self.teacher.fingerprint["tokenizer"]
 
     def set_length(self, max_length: int | None = None, default: int = 128) -> None:
         """Take `max_length` tokens a row, or as many as the models take up to `default`; the tokenizer keeps it.
@@ -212,7 +223,7 @@ class Distiller:
             check_outputs(output_dir, checkpoints, options, record)
         PartialState().wait_for_everyone()
 
-        teacher = self._last_assistant(train, dev, checkpoints) if self.method.has_assistants else self.teacher
+        teacher = self._last_assistant(train, dev, checkpoints) if self._chain else self.teacher
         answers = self._answers(teacher, train, checkpoints, arguments, on_teacher)
         with _frozen(student.get_input_embeddings() if options.freeze_embeddings else None):
             results = [
@@ -279,7 +290,7 @@ class Distiller:
         """The end of TAKD's chain: each assistant learns from the one before, made of the first teacher's layers."""
         assert self.teacher is not None
         teacher = self.teacher
-        for number, spec in enumerate(self._assistants(), start=1):
+        for number, spec in enumerate(self._chain, start=1):
             folder = checkpoints / f"assistant-{number}"
             if not folder.exists():
                 options = replace(self.options, assistants=(), resume=True, overwrite=False)
@@ -391,9 +402,7 @@ class _Objective(nn.Module):
         layers = self._probe.num_layers
         has_heads = "layer_logits" in stage.student and layers > 1
         # the last layer has the student's own classifier
-        self.heads = (
-            PseudoClassifiers(layers - 1, student.config.hidden_size, _num_labels(student)) if has_heads else None
-        )
+        self.heads = PseudoClassifiers(layers - 1, _width(student), _num_labels(student)) if has_heads else None
 
     def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:
         given = {name: batch.pop(f"teacher_{name}") for name in CACHED_KINDS if f"teacher_{name}" in batch}
@@ -557,8 +566,8 @@ class _StageRun:
         shapes = Shapes(
             student_layers=len(encoder_layers(self.student)),
             teacher_layers=0 if teacher is None else teacher.num_layers,
-            student_width=self.student.config.hidden_size,
-            teacher_width=0 if teacher is None else teacher.model.config.hidden_size,
+            student_width=_width(self.student),
+            teacher_width=0 if teacher is None else _width(teacher.model),
         )
         return self.stage.loss(shapes, self.distiller.options.arguments)
 
@@ -572,6 +581,11 @@ class _Score:
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         found = metrics.scores(numpy.asarray(prediction.predictions), numpy.asarray(prediction.label_ids))
         return {**found, "score": float(numpy.mean([found[name] for name in self.chosen]))}
+
+
+def _width(model: PreTrainedModel) -> int:
+    """Of the hidden states of its layers; an early-exit model has them from its backbone."""
+    return getattr(model.config, "backbone", model.config).hidden_size
 
 
 def _num_labels(model: PreTrainedModel) -> int:

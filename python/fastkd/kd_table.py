@@ -48,7 +48,7 @@ from fastkd.data import DataFolder, Rows, load_folder
 from fastkd.distiller import Distiller, KDOptions, evaluate
 from fastkd.files import write_json, write_text
 from fastkd.methods import Method, method_of
-from fastkd.teacher import Teacher
+from fastkd.teacher import PseudoClassifierOptions, Teacher
 from fastkd.training import bf16_is_fast
 
 Progress = Callable[[int, int, str], None]
@@ -68,6 +68,7 @@ class Task:
         metric: the number in the table; several are averaged.
         num_labels: 1 for a regression.
         teacher: folder of a fine-tuned classifier; None: the grid's checkpoint is fine-tuned.
+        teacher_rows: training rows of the teacher, instead of as many as the grid says.
         train: options of every training on this task, the teacher's too; they win over the grid's and the block's.
     """
 
@@ -75,15 +76,17 @@ class Task:
     metric: tuple[str, ...]
     num_labels: int | None = None
     teacher: str | None = None
+    teacher_rows: int | None = None
     train: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """How teachers are fine-tuned."""
+    """How teachers are fine-tuned; dev rows choose the best epoch."""
 
     checkpoint: str = "minilm"
     train_rows: int | None = None
+    dev_rows: int | None = None
     train: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -380,16 +383,23 @@ class _Runner:
         plan, (folder, evaluated) = self.grid.tasks[task], self._rows(task)
         target = self.output / "teachers" / _slug(task) if plan.teacher is None else Path(plan.teacher)
         record = self.output / "teachers" / f"{_slug(task)}.json"
-        if record.exists():
-            return target
         options = _teacher_options(self.grid, task)
+        settings = _digest({"grid": asdict(self.grid.teacher), "task": asdict(plan), "options": asdict(options)})
+        found = _read(record)
+        if found is not None:
+            if found["settings"] != settings:
+                raise GridError(
+                    f"{record} is of a teacher with other settings; choose another output folder, or delete this one"
+                )
+            return target
         if plan.teacher is None and not target.exists():
-            rows = folder.train
-            if self.grid.teacher.train_rows is not None:
-                rows = self._sampled(rows, self.grid.teacher.train_rows)
+            count = plan.teacher_rows or self.grid.teacher.train_rows
+            rows = folder.train if count is None else self._sampled(folder.train, count)
             checkpoint = checkpoint_path(self.grid.teacher.checkpoint)
             options = replace(options, metric=plan.metric, resume=True)
-            Distiller(None, checkpoint, "none", options).train(rows, folder.dev, target)
+            limit, dev = self.grid.teacher.dev_rows, folder.dev
+            dev = dev if dev is None or limit is None else self._sampled(dev, limit)
+            Distiller(None, checkpoint, "none", options).train(rows, dev, target)
         teacher = Teacher.load(target)
         found = evaluate(
             teacher.model, teacher.tokenizer, evaluated, max_length=options.max_length, bf16=_bf16(options)
@@ -408,7 +418,11 @@ class _Runner:
             "teacher": asdict(grid.teacher),
             "rows": [grid.train_rows, grid.eval_rows, grid.eval_split, grid.rows_seed],
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+        return _digest(parts)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def checkpoint_path(checkpoint: str) -> str:
@@ -429,6 +443,8 @@ def _bf16(options: KDOptions) -> bool:
 
 # Settings
 
+_FLOATS = {item.name for item in fields(KDOptions) if item.type in ("float", float)}
+_BY_CELL = {"seed": "seeds", "arguments": "the arguments of a block"}
 # without dev rows nothing is chosen, so that no checkpoint would ever be read
 _UNSAVED = {"save_strategy": "no"}
 
@@ -436,6 +452,8 @@ _UNSAVED = {"save_strategy": "no"}
 def _options(grid: Grid, cell: Cell) -> KDOptions:
     train = {**grid.train, **cell.block.train, **grid.tasks[cell.task].train}
     where = f"{cell.block.title}, {cell.method}, {cell.task}"
+    for name in _BY_CELL.keys() & train:
+        raise GridError(f"{where}: {name} in train; expected it as {_BY_CELL[name]}")
     options = _kd_options(
         {**train, "seed": cell.seed, "arguments": dict(cell.block.arguments.get(cell.method, {}))}, where
     )
@@ -453,9 +471,20 @@ def _teacher_options(grid: Grid, task: str) -> KDOptions:
 
 def _kd_options(given: Mapping[str, Any], where: str) -> KDOptions:
     try:
-        return _made(KDOptions, {"progress": False, **given}, where)
+        typed = {name: _typed(name, value) for name, value in given.items()}
+        return _made(KDOptions, {"progress": False, **typed}, where)
     except (TypeError, ValueError) as error:
         raise error if isinstance(error, GridError) else GridError(f"{where}: {error}") from error
+
+
+def _typed(name: str, value: Any) -> Any:
+    """A value of YAML as `KDOptions` wants it."""
+    if name == "pseudo_classifiers":
+        return _made(PseudoClassifierOptions, _mapping(value, name), name)
+    if name in ("metric", "assistants"):
+        return tuple(_list(value, name))
+    # YAML 1.1 reads 1e-4, without a point, as text
+    return float(value) if isinstance(value, str) and name in _FLOATS else value
 
 
 def _check_shared_rows(grid: Grid) -> None:
@@ -576,12 +605,20 @@ def _row(
 def _caption(grid: Grid, seeds: int) -> str:
     tasks = "; ".join(f"{name} {' and '.join(task.metric)}" for name, task in grid.tasks.items())
     rows = "all training rows" if grid.train_rows is None else f"at most {grid.train_rows} training rows"
+    teachers = "; ".join(f"{name} {_teacher_rows(grid, task)}" for name, task in grid.tasks.items())
     limit = "all" if grid.eval_rows is None else f"at most {grid.eval_rows}"
     return (
         f"Mean and sample standard deviation over {seeds} seed{'s' if seeds != 1 else ''}, times 100 ({tasks}), of "
         f"students trained on {rows} a task and evaluated on {limit} {grid.eval_split} rows. The best student of a "
-        "column is bold."
+        f"column is bold. Teachers: {teachers}."
     )
+
+
+def _teacher_rows(grid: Grid, task: Task) -> str:
+    if task.teacher is not None:
+        return f"from {Path(task.teacher).name}"
+    count = task.teacher_rows or grid.teacher.train_rows
+    return f"{grid.teacher.checkpoint} fine-tuned on {'all' if count is None else f'at most {count}'} rows"
 
 
 def _shown(score: Score | None, best: float | None, is_student: bool, most: int) -> str:

@@ -269,7 +269,8 @@ def student_from_teacher(
             `num_hidden_layers`, `dropout`, `pool`, `kernel_size`).
 
     Returns:
-        The student, on the teacher's device and in its dtype; nothing is shared with the teacher.
+        The student, on the teacher's device, in its dtype and, as from `from_pretrained`, in evaluation mode; nothing
+        is shared with the teacher.
 
     Raises:
         ValueError: a spec of none of these forms, layers the teacher does not have, options that the spec has no use
@@ -372,7 +373,7 @@ def _new_student(
 
 
 def _like(student: Any, teacher: PreTrainedModel) -> PreTrainedModel:
-    return student.to(device=teacher.device, dtype=teacher.dtype)
+    return student.to(device=teacher.device, dtype=teacher.dtype).eval()
 
 
 def projected_embeddings(table: Tensor, width: int) -> Tensor:

@@ -57,7 +57,7 @@ class TeacherCache:
 
     Args:
         folder: made where absent.
-        teacher: its pseudo-classifiers are set once they are trained or loaded.
+        teacher: its pseudo-classifiers are replaced by those trained here or loaded.
         max_length: tokens a row, special ones included.
         bf16: the teacher computes in bfloat16, as a training with autocast does.
         pseudo_classifiers: how they are trained if they have to be.
@@ -224,6 +224,8 @@ class TeacherCache:
     def _load_pseudo_classifiers(self, rows: Rows) -> None:
         path = self.folder / f"{_CLASSIFIERS}.json"
         if not path.exists():
+            # those that the teacher may have were trained on other rows
+            self.teacher.pseudo_classifiers = None
             return
         found = json.loads(path.read_text(encoding="utf-8"))
         self._raise_if_stale("pseudo-classifiers", found, self._classifiers_key(rows))

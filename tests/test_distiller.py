@@ -1,0 +1,326 @@
+"""fastkd.distiller: killed and continued, cached and live, one process and two, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import kd_worker
+import pytest
+import torch
+from kd_worker import OPTIONS, save_teacher, train
+from tiny_models import CONFIGS, one_thread, save_plain_checkpoint, tokenizer_of  # noqa: F401  # a fixture
+from torch import Tensor
+from training_worker import rows
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+
+from fastkd.data import DataError, Rows
+from fastkd.distiller import Distiller, KDOptions, evaluate
+from fastkd.students import student_from_teacher
+from fastkd.teacher import Teacher
+from fastkd.teacher_cache import StaleCacheError
+from fastkd.training import LOG_FILE
+
+WORKER = Path(kd_worker.__file__)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+
+
+def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def losses_of(result: Any) -> list[float]:
+    return [entry["loss"] for entry in result.log_history if "loss" in entry]
+
+
+def launched(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable]
+    if processes > 1:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-addr=127.0.0.1"]
+        launcher += [f"--master-port={port}"]
+    paths = [str(WORKER.parent), *(path for path in sys.path if path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(WORKER), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+
+
+# What comes out
+
+
+def test_the_student_is_a_plain_folder_with_the_best_weights(teacher: Path, tmp_path: Path) -> None:
+    result = train(teacher, "universal-il", tmp_path / "student")
+    assert {"config.json", "model.safetensors", "tokenizer_config.json", LOG_FILE} <= set(
+        os.listdir(tmp_path / "student")
+    )
+    history = [entry["eval_score"] for entry in result.log_history if "eval_score" in entry]
+    assert len(history) == 3
+    assert result.metrics["score"] == result.metrics["accuracy"] == max(history)
+    student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+    found = evaluate(student, tokenizer, rows(40, seed=1), max_length=16)
+    assert found["accuracy"] == pytest.approx(result.metrics["accuracy"])
+    log = json.loads((tmp_path / "student" / LOG_FILE).read_text())
+    assert (log["options"]["method"], log["options"]["student"]) == ("universal-il", "layers:2")
+    assert result.steps == 30
+
+
+def test_the_student_starts_from_the_teachers_layers(teacher: Path, tmp_path: Path) -> None:
+    train(teacher, "kd", tmp_path / "student", max_steps=1, learning_rate=1e-12)
+    own, given = weights(tmp_path / "student"), weights(teacher)
+    for layer, source in ((0, 1), (1, 3)):
+        name = "bert.encoder.layer.{}.output.dense.weight"
+        torch.testing.assert_close(own[name.format(layer)], given[name.format(source)], rtol=0, atol=1e-6)
+
+
+def test_a_teacher_can_be_fine_tuned_by_it_too(tmp_path: Path) -> None:
+    plain = save_plain_checkpoint(tmp_path / "plain", "distilbert")
+    tuned = Distiller(None, plain, "none", replace(OPTIONS, max_steps=2)).train(rows(80), None, tmp_path / "tuned")
+    assert tuned.metrics == {}
+    assert Teacher.load(tmp_path / "tuned").num_labels == 2
+
+
+def test_any_encoder_learns_from_any_teacher_by_way_of_the_cache(teacher: Path, tmp_path: Path) -> None:
+    student = save_plain_checkpoint(tmp_path / "plain", "roberta")  # it splits text into bytes
+    with pytest.raises(ValueError, match=r"tokenizer: teacher and student split text differently.*pass cache=True"):
+        Distiller(teacher, student, "universal-il", OPTIONS, cache=False)
+    result = train(teacher, "universal-il", tmp_path / "student", student=student, max_length=32)
+    assert sum(losses_of(result)[-5:]) < sum(losses_of(result)[:5])
+    config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student").config
+    assert (config.model_type, config.id2label) == ("roberta", {0: "negative", 1: "positive"})
+
+
+def test_new_parts_learn_faster_and_frozen_embeddings_not_at_all(teacher: Path, tmp_path: Path) -> None:
+    class Groups(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.rates = {group["initial_lr"] for group in kwargs["optimizer"].param_groups}
+            self.fast = {
+                tuple(parameter.shape)
+                for group in kwargs["optimizer"].param_groups
+                if group["initial_lr"] == 5e-3
+                for parameter in group["params"]
+            }
+
+    observer = Groups()
+    options = replace(OPTIONS, max_steps=2, head_learning_rate_factor=5.0, freeze_embeddings=True)
+    loaded = Teacher.load(teacher)
+    student = student_from_teacher(loaded.model, "layers:2")
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    Distiller(loaded, student, "universal-il", options).train(rows(40), None, tmp_path / "student", [observer])
+    assert observer.rates == {1e-3, 5e-3}
+    assert observer.fast == {(2, 32), (2,), (1, 2, 32), (1, 1, 2)}
+    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    assert "bert.embeddings.word_embeddings.weight" not in changed
+    assert "bert.embeddings.position_embeddings.weight" in changed
+    assert student.get_input_embeddings().weight.requires_grad
+    assert not student.training
+
+
+def test_takd_learns_from_the_assistant_and_not_from_the_teacher(teacher: Path, tmp_path: Path) -> None:
+    class Seen(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            folder = tmp_path / "student.checkpoints" / "assistant-1"
+            assert AutoModelForSequenceClassification.from_pretrained(folder).config.num_hidden_layers == 3
+
+    distiller = Distiller(teacher, "layers:2", "takd", replace(OPTIONS, assistants=("layers:3",)))
+    distiller.train(rows(80), None, tmp_path / "student", [Seen()])
+    train_alone = Distiller(teacher, "layers:2", "kd", OPTIONS)
+    train_alone.train(rows(80), None, tmp_path / "alone")
+    own, other = weights(tmp_path / "student"), weights(tmp_path / "alone")
+    assert any(not torch.equal(own[name], other[name]) for name in own)
+    assert sorted(os.listdir(tmp_path)) == ["alone", "student"]
+
+
+# Cached and live
+
+
+def test_cached_and_live_teachers_give_the_same_student(tmp_path: Path) -> None:
+    still = save_teacher(tmp_path / "still", dropout=0.0)
+    for method in ("universal-il", "alp-kd"):
+        changes = {"epochs": 1, "learning_rate": 1e-4}
+        cached = train(still, method, tmp_path / f"{method}-cached", **changes)
+        live = train(still, method, tmp_path / f"{method}-live", cache=False, **changes)
+        assert losses_of(cached) == pytest.approx(losses_of(live), rel=1e-4)
+        own, other = weights(tmp_path / f"{method}-cached"), weights(tmp_path / f"{method}-live")
+        for name in own:
+            torch.testing.assert_close(own[name], other[name], rtol=1e-3, atol=3e-4)
+
+
+def test_a_kept_cache_serves_further_runs(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = train(teacher, "universal-il", tmp_path / "first", cache=tmp_path / "cache", max_steps=3)
+
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the teacher was asked again")
+
+    loaded = Teacher.load(teacher)
+    monkeypatch.setattr(loaded, "signals", asked)
+    second = train(loaded, "universal-il", tmp_path / "second", cache=tmp_path / "cache", max_steps=3)
+    assert losses_of(first) == losses_of(second)
+    assert_equal(weights(tmp_path / "first"), weights(tmp_path / "second"))
+
+
+def test_a_stale_cache_stops_a_run_before_it_trains(teacher: Path, tmp_path: Path) -> None:
+    train(teacher, "kd", tmp_path / "first", cache=tmp_path / "cache", max_steps=1)
+    other = save_teacher(tmp_path / "other")
+    model = AutoModelForSequenceClassification.from_pretrained(other)
+    with torch.no_grad():
+        model.classifier.bias.add_(1)
+    model.save_pretrained(other)
+    with pytest.raises(StaleCacheError, match="another teacher; name another folder, or delete this one"):
+        train(other, "kd", tmp_path / "second", cache=tmp_path / "cache", max_steps=1)
+    assert not (tmp_path / "second").exists()
+
+
+# Killed and continued
+
+
+@pytest.mark.parametrize(("method", "killed_at"), [("universal-il", 18), ("annealing", 6)])
+def test_a_killed_run_continues_to_the_same_weights(teacher: Path, tmp_path: Path, method: str, killed_at: int) -> None:
+    # Annealing-KD has 20 and 10 steps: step 6 comes in either stage, so its first kill is in the first
+    killed = launched(teacher, tmp_path / "killed", method, "--kill-at", killed_at, "--eval-steps", 4)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert not (tmp_path / "killed").exists()
+    with pytest.raises(FileExistsError, match="unfinished run; continue it with resume=True"):
+        train(teacher, method, tmp_path / "killed", eval_steps=4)
+    with pytest.raises(ValueError, match=r"resume: .* started differently \(method was"):
+        train(teacher, "kd", tmp_path / "killed", eval_steps=4, resume=True)
+    torch.rand(17)
+    resumed = train(teacher, method, tmp_path / "killed", eval_steps=4, resume=True)
+    whole = train(teacher, method, tmp_path / "whole", eval_steps=4)
+    assert_equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    assert resumed.metrics == whole.metrics
+    assert losses_of(resumed) == losses_of(whole)
+    assert resumed.steps == whole.steps == 30
+    assert sorted(os.listdir(tmp_path)) == ["killed", "whole"]
+
+
+class _Stop(TrainerCallback):
+    """Ends the process's second stage with an error."""
+
+    def __init__(self) -> None:
+        self.stages = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stages += 1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stages == 2 and state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_finished_stage_is_not_trained_again(teacher: Path, tmp_path: Path) -> None:
+    distiller = Distiller(teacher, "layers:2", "annealing", OPTIONS)
+    with pytest.raises(KeyboardInterrupt):
+        distiller.train(rows(80), None, tmp_path / "student", [_Stop()])
+    again = Distiller(teacher, "layers:2", "annealing", replace(OPTIONS, resume=True))
+    counter = _Stop()
+    counter.on_step_end = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    resumed = again.train(rows(80), None, tmp_path / "student", [counter])
+    assert counter.stages == 1
+    whole = Distiller(teacher, "layers:2", "annealing", OPTIONS).train(rows(80), None, tmp_path / "whole")
+    assert_equal(weights(tmp_path / "student"), weights(tmp_path / "whole"))
+    assert losses_of(resumed) == losses_of(whole)
+
+
+# Two processes
+
+
+def test_two_processes_train_like_one(tmp_path: Path) -> None:
+    still = save_teacher(tmp_path / "still", dropout=0.0)
+    finished = launched(
+        still, tmp_path / "two", "universal-il", "--batch-size", 4, "--learning-rate", 1e-4, processes=2
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    train(still, "universal-il", tmp_path / "one", learning_rate=1e-4)
+    logs = [json.loads((tmp_path / name / LOG_FILE).read_text()) for name in ("one", "two")]
+    assert [log["processes"] for log in logs] == [1, 2]
+    one, two = ([entry["loss"] for entry in log["log_history"] if "loss" in entry] for log in logs)
+    assert one == pytest.approx(two, rel=1e-3)
+    first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0.02, atol=1e-3)
+    assert sorted(os.listdir(tmp_path)) == ["one", "still", "two"]
+
+
+# Refused before any work
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "universal"}, r"method: got 'universal', expected one of none, kd,"),
+        ({"teacher": None}, r"teacher: got None, but the method 'kd' learns from one; only 'none' does not"),
+        (
+            {"teacher": None, "method": "none"},
+            r"teacher: got None, but a student 'layers:2' is made of a teacher's parts; name a folder",
+        ),
+        ({"method": "distilbert", "cache": "kept"}, r"cache: distilbert compares every token .* pass cache=False"),
+        ({"options": KDOptions(arguments={"delta": 1})}, r"arguments: Vanilla KD takes no delta"),
+    ],
+)
+def test_impossible_combinations_are_refused(teacher: Path, arguments: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"teacher": teacher, "student": "layers:2", "method": "kd", **arguments}
+    with pytest.raises(ValueError, match=message):
+        Distiller(**given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "message"),
+    [
+        ({"metric": ("pearson",)}, rows(8), r"metric: got pearson, expected some of accuracy, f1, matthews"),
+        ({}, rows(8, labelled=False), r"train: .* has no labels"),
+        ({"early_stopping_patience": 1}, rows(8), r"early_stopping_patience: it needs an evaluation; pass dev rows"),
+    ],
+)
+def test_bad_rows_and_options_are_refused(
+    teacher: Path, tmp_path: Path, changes: dict[str, Any], given: Rows, message: str
+) -> None:
+    distiller = Distiller(teacher, "layers:2", "kd", replace(OPTIONS, **changes))
+    with pytest.raises(ValueError, match=message):
+        distiller.train(given, None, tmp_path / "student")
+    assert os.listdir(tmp_path) == []
+
+
+def test_labels_that_are_not_the_teachers_are_refused(teacher: Path, tmp_path: Path) -> None:
+    other = replace(rows(8), label_names=("no", "yes"))
+    with pytest.raises(DataError, match=r"has the labels no, yes, the model has negative, positive"):
+        Distiller(teacher, "layers:2", "kd", OPTIONS).train(other, None, tmp_path / "student")
+
+
+def test_takd_without_room_for_an_assistant_is_refused(teacher: Path) -> None:
+    with pytest.raises(ValueError, match=r"assistants: no size lies between 3 layers and the teacher's 4; use"):
+        Distiller(teacher, "layers:3", "takd", OPTIONS)
+    with pytest.raises(ValueError, match=r"assistants: a student 'bilstm' has no obvious one; name them"):
+        Distiller(teacher, "bilstm", "takd", OPTIONS)
+
+
+def test_a_teacher_that_pools_otherwise_is_refused(teacher: Path) -> None:
+    with pytest.raises(ValueError, match=r"teacher: it pools by cls, expected mean; load it with pool='mean'"):
+        Distiller(Teacher.load(teacher), "layers:2", "rail-kd", OPTIONS)
+
+
+def test_a_length_beyond_the_model_is_refused(teacher: Path) -> None:
+    distiller = Distiller(teacher, "layers:2", "kd", OPTIONS)
+    distiller.tokenizer.model_max_length = 64
+    with pytest.raises(ValueError, match=r"max_length: got 65, but this tokenizer's model takes at most 64 tokens"):
+        distiller.set_length(65)
+    distiller.set_length(24)
+    assert (distiller.options.max_length, distiller.tokenizer.model_max_length) == (24, 24)
