@@ -18,6 +18,7 @@ from fastkd.commands.import_fastbert import import_fastbert
 from fastkd.commands.kd import kd
 from fastkd.commands.kd_table import kd_table
 from fastkd.commands.report import report
+from fastkd.commands.table2 import table2
 from fastkd.options import (
     BatchSize,
     Bf16,
@@ -520,14 +521,15 @@ def demo(
 
 
 app.command(
+    epilog="[bold]Next:[/] [cyan]fastkd predict MODEL INPUT --speed S[/] with the speed that you chose on the page."
+)(report)
+app.command(epilog="[bold]Next:[/] [cyan]fastkd report OUTPUT/DATA[/] shows every speed of a data set's model.")(table2)
+app.command(
     epilog="[bold]Next:[/] [cyan]fastkd kd-table GRID.yaml[/] compares methods on your tasks, with several seeds."
 )(kd)
 app.command(
     epilog="[bold]Next:[/] [cyan]fastkd kd --method METHOD --teacher DIR[/] trains the student that you liked best."
 )(kd_table)
-app.command(
-    epilog="[bold]Next:[/] [cyan]fastkd predict MODEL INPUT --speed S[/] with the speed that you chose on the page."
-)(report)
 app.command(
     "import-fastbert",
     epilog="[bold]Next:[/] [cyan]fastkd sweep MODEL --data DATA[/] shows what each speed costs and wins.",
