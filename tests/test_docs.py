@@ -47,6 +47,7 @@ WRITES = {
     ("docs/quickstart.md", "python"): {"tuned", "model"},
     ("docs/quickstart.md", "bash"): {"tuned", "model"},
     ("docs/speed.md", "bash"): {"trace.safetensors"},
+    ("docs/distillation.md", "bash"): {"teacher"},
 }
 
 
@@ -141,6 +142,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "fastkd finetune bert-base-uncased --data data -o tuned --learning-rate 1e-3 --no-bf16",
             "fastkd distill tuned --data data -o model --no-bf16",
             "fastkd trace model data/dev.tsv -o trace.safetensors",
+            "fastkd kd --method none --student bert-base-uncased --data data -o teacher --max-steps 2 --no-bf16",
         ):
             run_fastkd(command)
     finally:

@@ -40,8 +40,8 @@ class UniversalKDLoss(nn.Module):
     Pinned: reduction "batchmean", layer_reduction "sum", T^2 on, temperature 1.
 
     Args:
-        temperature, reduction, layer_reduction, mix, attn_space, attn_scale, direction, detach_attention, attn,
-            attn_temperature, t2_scale: see `fastkd_kernels.universal_kd_loss`.
+        temperature, reduction, layer_reduction, direction, t2_scale: see `fastkd_kernels.universal_kd_loss`.
+        mix, attn, attn_space, attn_scale, attn_temperature, detach_attention: see there.
         student_layers: "inner" (j < M), "last" (j = M), "all", or layer numbers from 1.
         teacher_layers: "all", or layer numbers from 1.
         student_head_ce: weight of the cross entropy of the chosen student layers.
