@@ -231,6 +231,7 @@ def test_regression(plain: Path, tmp_path: Path) -> None:
 
 def test_distill_trains_the_students_alone_and_needs_no_labels(finetuned: Path, tmp_path: Path) -> None:
     model = load(finetuned)
+    model.config.certificate = {"for": "the weights of before"}
     before = _state(model)
     unlabelled = rows(80, labelled=False)
     result = distill(model, unlabelled, rows(40, seed=1), tmp_path / "out", options_of("distill"), tokenizer_of("bert"))
@@ -243,7 +244,11 @@ def test_distill_trains_the_students_alone_and_needs_no_labels(finetuned: Path, 
     assert accuracies == pytest.approx(_accuracies(model, rows(40, seed=1)))
     losses = [entry["loss"] for entry in result.log_history if "loss" in entry]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
-    assert load(tmp_path / "out").config.exits_trained
+    config = load(tmp_path / "out").config
+    assert config.exits_trained
+    assert config.certificate is None
+    assert config.training_data.keys() == {"finetune train", "finetune dev", "distill train", "distill dev"}
+    assert config.training_data["distill dev"] == rows(40, seed=1).digest()
     assert load(tmp_path / "out")(**random_batch(), speed=0.9).exit_layer is not None
 
     without_labels = distill(

@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastkd.calibration import Certificate
     from fastkd.configuration import EarlyExitConfig
     from fastkd.data import load_folder, load_rows
     from fastkd.flops import flops
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # training needs datasets and the Trainer, whose import takes longer than everything else together
 _HOME = {
+    "Certificate": "fastkd.calibration",
     "DistillOptions": "fastkd.training",
     "EarlyExitConfig": "fastkd.configuration",
     "EarlyExitForSequenceClassification": "fastkd.modeling",
@@ -56,6 +58,7 @@ if not _is_command():
     from fastkd.flops import flops  # a submodule of the same name hides it from __getattr__
 
 __all__ = [
+    "Certificate",
     "DistillOptions",
     "EarlyExitConfig",
     "EarlyExitForSequenceClassification",

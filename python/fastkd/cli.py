@@ -1,4 +1,4 @@
-"""The command line: `fastkd finetune | distill | trace | sweep | predict | bench | demo`.
+"""The command line: `fastkd finetune | distill | trace | sweep | calibrate | info | predict | bench | demo`.
 
 Results go to standard output, progress and warnings to standard error. With --json standard output is one JSON value
 and nothing else. Bad input is one sentence and exit code 2, whatever was wrong. Heavy imports wait until a command
@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fastkd.commands.calibrate import calibrate
+from fastkd.commands.info import info
 from fastkd.options import (
     BatchSize,
     Bf16,
@@ -85,8 +87,9 @@ def options(
       2. [cyan]fastkd distill[/]   the other heads learn from the last; no labels needed
       3. [cyan]fastkd trace[/]     one pass records what every head says
       4. [cyan]fastkd sweep[/]     accuracy and FLOPs at every speed: table, CSV, pictures
-      5. [cyan]fastkd bench[/]     measured seconds, against the full model at its best
-      6. [cyan]fastkd predict[/]   answers for files and pipes, at the speed you chose
+      5. [cyan]fastkd calibrate[/] the fastest speed that keeps a guarantee
+      6. [cyan]fastkd bench[/]     measured seconds, against the full model at its best
+      7. [cyan]fastkd predict[/]   answers for files and pipes, at the speed you chose
     """
     wants_traceback.set(traceback)
 
@@ -492,6 +495,12 @@ def demo(
         chosen = replace(defaults, **{name: value for name, value in given.items() if value is not None})
         result = story.run_demo(screen, output, data, chosen, start_over=start_over)
         screen.result(result.to_dict())
+
+
+app.command(epilog="[bold]Next:[/] [cyan]fastkd info MODEL[/] shows the certificate that the model now carries.")(
+    calibrate
+)
+app.command(epilog="[bold]Next:[/] [cyan]fastkd calibrate MODEL --data DATA[/] finds a speed with a guarantee.")(info)
 
 
 # What the commands share

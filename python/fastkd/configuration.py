@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -27,9 +27,13 @@ class EarlyExitConfig(PreTrainedConfig):
         head_attention_heads: attention heads inside a fastbert head.
         head_dropout: dropout inside the heads during training; default: the backbone's hidden dropout.
         exits_trained: whether the heads below the last were distilled; leaving early is refused before that.
-        speed: FastBERT's speed used where `forward` gets none; 0 runs the full model.
+        speed: FastBERT's speed used where `forward` gets none, a number or one for each head (`head_speeds`); 0 runs
+            the full model.
         criterion: the uncertainty used where `forward` gets none, see `fastkd_kernels.exit_gate`.
         top_n: how many classes the "top_n" criterion looks at.
+        certificate: what `ExitTrace.calibrate` vouches for, as `Certificate.to_dict` writes it.
+        training_data: fingerprints (`Rows.digest`) of the rows that the weights have seen, by their part in training
+            ("finetune train", "finetune dev", "distill train"...).
         kwargs: what every Hugging Face configuration takes (`num_labels`, `id2label`, `problem_type`...).
 
     Raises:
@@ -49,9 +53,11 @@ class EarlyExitConfig(PreTrainedConfig):
         head_attention_heads: int = 2,
         head_dropout: float | None = None,
         exits_trained: bool = False,
-        speed: float = 0.0,
+        speed: float | Sequence[float] = 0.0,
         criterion: str = "entropy",
         top_n: int | None = None,
+        certificate: Mapping[str, Any] | None = None,
+        training_data: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.backbone = _backbone_config(backbone)
@@ -67,9 +73,12 @@ class EarlyExitConfig(PreTrainedConfig):
         self.head_attention_heads = head_attention_heads
         self.head_dropout = self.backbone_dropout if head_dropout is None else head_dropout
         self.exits_trained = exits_trained
+        head_speeds(speed, self.exit_layers)
         self.speed = check_speed(speed)
         self.criterion = criterion
         self.top_n = top_n
+        self.certificate = None if certificate is None else dict(certificate)
+        self.training_data = dict(training_data or {})
         super().__init__(**kwargs)
         check_criterion(criterion, top_n, self.num_classes)
         if self.problem_type == "multi_label_classification":
@@ -101,12 +110,42 @@ class EarlyExitConfig(PreTrainedConfig):
         return self.backbone
 
 
-def check_speed(speed: float) -> float:
-    """`speed` as a float.
+def check_speed(speed: float | Sequence[float]) -> float | list[float]:
+    """`speed` as a float, or as a list of floats where it is one number for each head.
 
     Raises:
-        ValueError: not a number in [0, 1].
+        ValueError: not numbers in [0, 1].
     """
+    if isinstance(speed, Sequence) and not isinstance(speed, str):
+        return [_checked_number(value) for value in speed]
+    return _checked_number(speed)
+
+
+def head_speeds(speed: float | Sequence[float], exit_layers: Sequence[int]) -> dict[int, float]:
+    """The speed of each head below the last that is asked, by its layer.
+
+    A head with speed 0 lets nobody leave, so it is not asked; where all are 0, the full model runs.
+
+    Args:
+        speed: one number for all heads, or one for each head below the last, in layer order.
+        exit_layers: the layers that have a head, ascending; the last one answers whoever is left.
+
+    Raises:
+        ValueError: not numbers in [0, 1], or another number of them than heads below the last.
+    """
+    speed = check_speed(speed)
+    early = list(exit_layers)[:-1]
+    if isinstance(speed, float):
+        speed = [speed] * len(early)
+    if len(speed) != len(early):
+        raise ValueError(
+            f"speed: got {len(speed)} numbers, expected one, or {len(early)}: one for each head below the last, after "
+            f"the layers {early}"
+        )
+    return {layer: value for layer, value in zip(early, speed, strict=True) if value > 0}
+
+
+def _checked_number(speed: float) -> float:
     if isinstance(speed, bool) or not isinstance(speed, Real) or not 0 <= speed <= 1:
         raise ValueError(f"speed: got {speed!r}, expected a number from 0 (never leave early) to 1 (leave at once)")
     return float(speed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import fastkd_kernels as fk
 from fastkd import backbones
-from fastkd.configuration import EarlyExitConfig, check_criterion, check_speed
+from fastkd.configuration import EarlyExitConfig, check_criterion, head_speeds
 from fastkd.engines import batch
 from fastkd.heads import LinearHead, StudentHead, build_head
 from fastkd.trace import ExitTrace, record_trace
@@ -125,7 +125,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         *,
-        speed: float | None = None,
+        speed: float | Sequence[float] | None = None,
         criterion: str | None = None,
         top_n: int | None = None,
         return_dict: bool | None = None,
@@ -136,8 +136,9 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             input_ids, token_type_ids, position_ids: [B, T]; or `inputs_embeds` [B, T, E] instead of `input_ids`.
             attention_mask: [B, T], non-zero where a token counts; padding on the right.
             labels: [B] class numbers, or numbers for regression (one label).
-            speed: 0 (the full model; only the last head runs) to 1 (everybody leaves at the first head). Default:
-                `config.speed`. In training mode the full model runs whatever the speed.
+            speed: 0 (the full model; only the last head runs) to 1 (everybody leaves at the first head); one number
+                for all heads, or one for each head below the last, where 0 skips that head. Default: `config.speed`.
+                In training mode the full model runs whatever the speed.
             criterion: see `fastkd_kernels.exit_gate`; default `config.criterion`.
             top_n: for the "top_n" criterion; default `config.top_n`.
             return_dict: False for a plain tuple.
@@ -146,15 +147,16 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             EarlyExitOutput. With a speed above 0 nothing in it has a gradient.
 
         Raises:
-            ValueError: a speed outside [0, 1]; a speed above 0 for a model whose heads were never distilled, or for
-                regression; neither or both of `input_ids` and `inputs_embeds`, or more tokens than the encoder has
-                positions; a mask of another shape or whose first token is masked; another number of labels than rows.
+            ValueError: a speed outside [0, 1], or another number of them than heads below the last; a speed above 0 for
+                a model whose heads were never distilled, or for regression; neither or both of `input_ids` and
+                `inputs_embeds`, or more tokens than the encoder has positions; a mask of another shape or whose first
+                token is masked; another number of labels than rows.
         """
-        speed = check_speed(self.config.speed if speed is None else speed)
+        speed = self.config.speed if speed is None else speed
         criterion = self.config.criterion if criterion is None else criterion
         top_n = self.config.top_n if top_n is None else top_n
         check_criterion(criterion, top_n, self.config.num_classes)
-        leaves_early = speed > 0 and not self.training
+        leaves_early = bool(head_speeds(speed, self.exit_layers)) and not self.training
         if leaves_early:
             self._check_exits()
         hidden_states, mask = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
@@ -189,23 +191,30 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
                 logits.append(heads[number](hidden_states, mask))
         return torch.stack(logits, dim=1)
 
-    def trace(self, batches: Iterable[Mapping[str, Tensor]]) -> ExitTrace:
+    def trace(self, batches: Iterable[Mapping[str, Tensor]], fingerprint: str | None = None) -> ExitTrace:
         """Run every head on every batch once, see `ExitTrace`.
 
         Args:
             batches: keyword arguments of `forward`, with or without `labels`; moved to the model's device.
+            fingerprint: of the rows (`Rows.digest`), so that a calibration can tell whether training has seen them;
+                default: one of the tokens.
 
         Raises:
             ValueError: no batches, or labels in some batches only.
         """
-        return record_trace(self, batches)
+        return record_trace(self, batches, fingerprint)
 
     def layer_mask(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Any:
         """`attention_mask` [B, T] or None in the form that the layers take."""
         return backbones.layer_mask(self.config.backbone, hidden_states, attention_mask)
 
     def _early(
-        self, hidden_states: Tensor, mask: Tensor | None, speed: float, criterion: str, top_n: int | None
+        self,
+        hidden_states: Tensor,
+        mask: Tensor | None,
+        speed: float | Sequence[float],
+        criterion: str,
+        top_n: int | None,
     ) -> dict[str, Any]:
         """What the first certain heads say, as fields of EarlyExitOutput."""
         record = batch.run(self, hidden_states, mask, speed, criterion, top_n)

@@ -85,6 +85,18 @@ def parse_speeds(text: str) -> list[float]:
     return sorted(set(speeds))
 
 
+def parse_share(text: str, option: str) -> float:
+    """A share as in "0.01" or "1%".
+
+    Raises:
+        ValueError: neither.
+    """
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise ValueError(f"{option}: got {text!r}, expected a share such as 0.01 or 1%") from None
+
+
 def whole_numbers(text: str, option: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]

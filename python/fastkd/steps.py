@@ -70,17 +70,28 @@ def load_model(
         ValueError: not a model of this project, or an unknown device.
         OSError: nothing to load.
     """
-    _quieten()
     target = pick_device(device)
+    load_config(checkpoint)
+    options: dict[str, Any] = {} if dtype is None else {"dtype": benchmark.DTYPES[dtype]}
+    model = EarlyExitForSequenceClassification.from_pretrained(checkpoint, **options)
+    return model.to(target).eval(), AutoTokenizer.from_pretrained(checkpoint)  # type: ignore[arg-type]
+
+
+def load_config(checkpoint: str) -> EarlyExitConfig:
+    """The configuration of a saved early-exit model.
+
+    Raises:
+        ValueError: not a model of this project.
+        OSError: nothing to load.
+    """
+    _quieten()
     config = AutoConfig.from_pretrained(checkpoint)
     if not isinstance(config, EarlyExitConfig):
         raise ValueError(
             f"checkpoint: {checkpoint} is a plain {config.model_type} checkpoint without early exits; train them "
             f"first: fastkd finetune {checkpoint} --data DATA -o tuned"
         )
-    options: dict[str, Any] = {} if dtype is None else {"dtype": benchmark.DTYPES[dtype]}
-    model = EarlyExitForSequenceClassification.from_pretrained(checkpoint, **options)
-    return model.to(target).eval(), AutoTokenizer.from_pretrained(checkpoint)  # type: ignore[arg-type]
+    return config
 
 
 def pick_device(device: str) -> torch.device:
@@ -174,12 +185,16 @@ def run_trace(
     *,
     max_length: int | None = None,
     batch_size: int = 32,
+    fingerprint: str | None = None,
 ) -> tuple[ExitTrace, list[int]]:
-    """The trace, and for each of its rows the row of the data that it belongs to."""
+    """The trace, and for each of its rows the row of the data that it belongs to.
+
+    `fingerprint` is that of the rows that these were drawn from; default: of these.
+    """
     encoded = tokenize(rows, tokenizer, max_length or length_limit(model, tokenizer))
     batches = LengthSortedBatches(encoded, tokenizer, batch_size)
     with screen.progress("tracing", len(batches)) as update:
-        return model.trace(_counted(batches, update)), batches.order
+        return model.trace(_counted(batches, update), fingerprint or rows.digest()), batches.order
 
 
 def make_trace(
@@ -189,9 +204,12 @@ def make_trace(
     """The trace of a model folder on the rows of a file or of one split of a folder."""
     model, tokenizer = load_model(checkpoint, device)
     rows = load_data(data, split, model, require_labels=False)
+    fingerprint = rows.digest()
     if limit is not None:
         rows = rows.sample(limit, seed)
-    return run_trace(screen, model, tokenizer, rows, max_length=max_length, batch_size=batch_size)[0]
+    return run_trace(
+        screen, model, tokenizer, rows, max_length=max_length, batch_size=batch_size, fingerprint=fingerprint
+    )[0]
 
 
 def load_or_make_trace(

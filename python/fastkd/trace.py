@@ -7,6 +7,7 @@ answer that the model can give at any speed.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,11 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fastkd_kernels as fk
-from fastkd.configuration import check_speed
+from fastkd.configuration import head_speeds
 from fastkd.files import atomic_path
 from fastkd.flops import CONVENTIONS, FlopsShape, flops
 
 if TYPE_CHECKING:
+    from fastkd.calibration import Certificate, ThresholdPath
     from fastkd.modeling import EarlyExitForSequenceClassification
 
 _FORMAT = "fastkd exit trace 1"
@@ -49,6 +51,7 @@ class SweepRow:
     """The cost and the quality of one speed."""
 
     speed: float
+    """On a threshold path, the place on it."""
     accuracy: float | None
     """Share of right answers in [0, 1]; None without labels."""
     average_layers: float
@@ -106,6 +109,18 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class TraceSource:
+    """Where a trace comes from, as fingerprints; empty where that is unknown."""
+
+    model: str = ""
+    """Of the weights (`model_fingerprint`)."""
+    data: str = ""
+    """Of the rows (`Rows.digest`), before any were drawn from them."""
+    training_data: Mapping[str, str] = field(default_factory=dict)
+    """Of the rows that the weights have seen, see `EarlyExitConfig`."""
+
+
+@dataclass(frozen=True)
 class ExitTrace:
     """Every head's logits on a data set.
 
@@ -116,6 +131,7 @@ class ExitTrace:
         exit_layers: the K layers that have a head, 1-based; the last is `shape.num_hidden_layers`.
         max_length: the longest row as it was fed, padding included.
         shape: the sizes on which operations depend.
+        source: which model and which rows these are.
     """
 
     logits: Tensor
@@ -124,6 +140,7 @@ class ExitTrace:
     exit_layers: list[int]
     max_length: int
     shape: FlopsShape
+    source: TraceSource = TraceSource()
 
     def __post_init__(self) -> None:
         if self.logits.dim() != 3 or self.logits.shape[1] != len(self.exit_layers):
@@ -142,28 +159,42 @@ class ExitTrace:
     def num_layers(self) -> int:
         return self.shape.num_hidden_layers
 
-    def answers(self, speed: float, criterion: str = "entropy", top_n: int | None = None) -> ExitAnswers:
+    def answers(
+        self, speed: float | Sequence[float], criterion: str = "entropy", top_n: int | None = None
+    ) -> ExitAnswers:
         """What `forward(speed, criterion, top_n)` answers, by the same gate.
 
         Raises:
-            ValueError: as `fastkd_kernels.exit_gate`.
+            ValueError: as `fastkd.configuration.head_speeds` and `fastkd_kernels.exit_gate`.
         """
-        speed = check_speed(speed)
+        speeds = head_speeds(speed, self.exit_layers)
         rows, _, num_labels = self.logits.shape
         record = fk.ExitRecord.allocate(rows, num_labels)
         staying = torch.arange(rows, dtype=torch.int32)
-        # at speed 0 the full model runs, and only the last head looks
-        first = len(self.exit_layers) - 1 if speed == 0 else 0
-        for index, layer in list(enumerate(self.exit_layers))[first:]:
-            logits = self.logits[:, index].index_select(0, staying)
+        for index, layer in enumerate(self.exit_layers):
             is_last = layer == self.num_layers
-            gate_speed = 0.0 if is_last else speed
-            gate = fk.exit_gate(logits, gate_speed, criterion, staying, top_n, record=record, layer=layer)
+            if layer not in speeds and not is_last:
+                continue
+            logits = self.logits[:, index].index_select(0, staying)
+            gate = fk.exit_gate(logits, speeds.get(layer, 0.0), criterion, staying, top_n, record=record, layer=layer)
             if is_last:
                 record.write(staying, logits, gate.uncertainty, layer)
                 break
             staying = staying.index_select(0, gate.kept())
         return ExitAnswers(record.logits.argmax(dim=-1), record.exit_layer, record.uncertainty, record.logits)
+
+    def uncertainties(self, criterion: str = "entropy", top_n: int | None = None) -> Tensor:
+        """What every head's gate sees if nobody leaves, [n, K] float32.
+
+        Raises:
+            ValueError: as `fastkd_kernels.exit_gate`.
+        """
+        record = fk.ExitRecord.allocate(len(self), self.logits.shape[-1])
+        seen = [
+            fk.exit_gate(self.logits[:, index], 0.0, criterion, top_n=top_n, record=record, layer=layer).uncertainty
+            for index, layer in enumerate(self.exit_layers)
+        ]
+        return torch.stack(seen, dim=1)
 
     def sweep(
         self,
@@ -171,6 +202,7 @@ class ExitTrace:
         criterion: str = "entropy",
         top_n: int | None = None,
         *,
+        path: ThresholdPath | None = None,
         seq_len: int | None = None,
     ) -> Sweep:
         """Accuracy and cost at every speed.
@@ -178,52 +210,73 @@ class ExitTrace:
         Args:
             speeds: numbers in [0, 1].
             criterion, top_n: as in `fastkd_kernels.exit_gate`.
+            path: a threshold for each head at every speed (`threshold_path`); criterion and top_n are then the path's.
             seq_len: length for which operations are counted, padding included; default `max_length`.
 
         Raises:
-            ValueError: no speeds, or as `fastkd_kernels.exit_gate`.
+            ValueError: no speeds, or as `answers`.
         """
         if not speeds:
             raise ValueError("speeds: got none, expected at least one number from 0 to 1")
         seq_len = self.max_length if seq_len is None else seq_len
-        costs = {name: self._costs(seq_len, name) for name in CONVENTIONS}
-        rows = [self._sweep_row(speed, self.answers(speed, criterion, top_n), seq_len, costs) for speed in speeds]
+        if path is not None:
+            criterion, top_n = path.criterion, path.top_n
+        rows = []
+        for speed in speeds:
+            thresholds = speed if path is None else path.at(speed)
+            rows.append(self.cost(speed, thresholds, self.answers(thresholds, criterion, top_n), seq_len))
         return Sweep(rows, criterion, top_n, seq_len)
 
-    def _sweep_row(self, speed: float, answers: ExitAnswers, seq_len: int, costs: Mapping[str, list[int]]) -> SweepRow:
+    def cost(
+        self, speed: float, thresholds: float | Sequence[float], answers: ExitAnswers, seq_len: int | None = None
+    ) -> SweepRow:
+        """The row of a sweep for the `answers` at `thresholds`; `speed` is what it is called."""
+        seq_len = self.max_length if seq_len is None else seq_len
         exits = torch.bincount(answers.exit_layer.long(), minlength=self.num_layers + 1)[1:].tolist()
         accuracy = None
         if self.labels is not None:
             accuracy = (answers.prediction == self.labels).double().mean().item()
-        full = {name: flops(self.shape, seq_len, convention=name) for name in costs}
+        asked = [*head_speeds(thresholds, self.exit_layers), self.num_layers]
+        full = {name: flops(self.shape, seq_len, convention=name) for name in CONVENTIONS}
         spent = {
-            # at speed 0 the heads below the last do not run
-            name: full[name]
-            if speed == 0
-            else sum(count * cost for count, cost in zip(exits, costs[name], strict=True)) / len(self)
-            for name in costs
+            name: sum(
+                count * self._cost_of_row(layer, asked, seq_len, name) for layer, count in enumerate(exits, start=1)
+            )
+            / len(self)
+            for name in CONVENTIONS
         }
         return SweepRow(
             speed=float(speed),
             accuracy=accuracy,
             average_layers=answers.exit_layer.double().mean().item(),
             exits_per_layer=exits,
-            flops={name: float(value) for name, value in spent.items()},
+            flops=spent,
             speedup={name: full[name] / value for name, value in spent.items()},
         )
 
-    def _costs(self, seq_len: int, convention: str) -> list[int]:
-        """Operations of a row that leaves after each layer, having met every head up to there."""
-        return [
-            flops(
-                self.shape,
-                seq_len,
-                layers=layer,
-                heads=sum(exit_layer <= layer for exit_layer in self.exit_layers),
-                convention=convention,
-            )
-            for layer in range(1, self.num_layers + 1)
-        ]
+    def _cost_of_row(self, layer: int, asked: Sequence[int], seq_len: int, convention: str) -> int:
+        """Operations of a row that leaves after `layer`, having met every head that is asked up to there."""
+        heads = sum(head <= layer for head in asked)
+        return flops(self.shape, seq_len, layers=layer, heads=heads, convention=convention)
+
+    def threshold_path(
+        self,
+        criterion: str = "entropy",
+        top_n: int | None = None,
+        *,
+        guarantee: str = "consistency",
+        tolerance: float | None = None,
+    ) -> ThresholdPath:
+        """Thresholds for each head, at every speed, learned from this trace: see `fastkd.calibration.ThresholdPath`."""
+        from fastkd.calibration import ThresholdPath
+
+        return ThresholdPath.fit(self, criterion, top_n, guarantee=guarantee, tolerance=tolerance)
+
+    def calibrate(self, max_drop: float = 0.01, confidence: float = 0.95, **options: Any) -> Certificate:
+        """The fastest speed that is guaranteed on rows like these: see `fastkd.calibration.calibrate`."""
+        from fastkd.calibration import calibrate
+
+        return calibrate(self, max_drop, confidence, **options)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; it is either whole or absent."""
@@ -235,6 +288,7 @@ class ExitTrace:
             "exit_layers": json.dumps(self.exit_layers),
             "max_length": json.dumps(self.max_length),
             "shape": json.dumps(asdict(self.shape)),
+            "source": json.dumps(asdict(self.source)),
         }
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
@@ -267,6 +321,8 @@ class ExitTrace:
             exit_layers=json.loads(metadata["exit_layers"]),
             max_length=json.loads(metadata["max_length"]),
             shape=FlopsShape(**json.loads(metadata["shape"])),
+            # traces of version 0.1 do not say where they come from
+            source=TraceSource(**json.loads(metadata.get("source", "{}"))),
         )
 
 
@@ -278,15 +334,21 @@ class _Recorder:
     labels: list[Tensor] = field(default_factory=list)
     lengths: list[Tensor] = field(default_factory=list)
     max_length: int = 0
+    tokens: Any = field(default_factory=hashlib.sha256)
 
 
 @torch.no_grad()
-def record_trace(model: EarlyExitForSequenceClassification, batches: Iterable[Mapping[str, Tensor]]) -> ExitTrace:
+def record_trace(
+    model: EarlyExitForSequenceClassification,
+    batches: Iterable[Mapping[str, Tensor]],
+    fingerprint: str | None = None,
+) -> ExitTrace:
     """Run every head of `model`, in evaluation mode, on every batch.
 
     Args:
         model: its training mode is restored afterwards.
         batches: keyword arguments of `model.forward`, with or without `labels`.
+        fingerprint: of the rows (`Rows.digest`); default: one of the tokens.
 
     Raises:
         ValueError: no batches, or labels in some of them only.
@@ -310,7 +372,26 @@ def record_trace(model: EarlyExitForSequenceClassification, batches: Iterable[Ma
         exit_layers=list(model.exit_layers),
         max_length=recorder.max_length,
         shape=FlopsShape.of(model.config),
+        source=TraceSource(
+            model=model_fingerprint(model),
+            data=fingerprint or f"tokens:{recorder.tokens.hexdigest()}",
+            training_data=dict(model.config.training_data),
+        ),
     )
+
+
+def model_fingerprint(model: EarlyExitForSequenceClassification) -> str:
+    """A SHA-256 of all weights, whatever device they are on: another dtype is another model."""
+    sha = hashlib.sha256()
+    for name, parameter in model.state_dict().items():
+        sha.update(name.encode())
+        sha.update(_bytes_of(parameter))
+    return sha.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """The memory of a tensor of any dtype, without a copy where it lies on the host in one piece."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _record_batch(model: EarlyExitForSequenceClassification, batch: Mapping[str, Tensor], recorder: _Recorder) -> None:
@@ -319,6 +400,7 @@ def _record_batch(model: EarlyExitForSequenceClassification, batch: Mapping[str,
     tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
     mask = inputs.get("attention_mask")
     lengths = torch.full((len(tokens),), tokens.shape[1]) if mask is None else mask.bool().sum(dim=1)
+    recorder.tokens.update(_bytes_of(tokens))
     recorder.logits.append(logits.float().cpu())
     recorder.lengths.append(lengths.int().cpu())
     recorder.max_length = max(recorder.max_length, tokens.shape[1])

@@ -499,6 +499,10 @@ def _run(
         output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     model.zero_grad(set_to_none=True)
     model.eval()
+    model.config.certificate = None  # it was for the weights of before
+    model.config.training_data |= {
+        f"{stage.name} {part}": record[part]["digest"] for part in ("train", "dev") if record[part] is not None
+    }
     if exits_trained:
         model.config.exits_trained = True
     result = TrainResult(
