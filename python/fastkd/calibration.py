@@ -224,7 +224,7 @@ class ThresholdPath:
     def fit(
         cls,
         trace: ExitTrace,
-        criterion: str = "entropy",
+        criterion: str | None = None,
         top_n: int | None = None,
         *,
         guarantee: str = "consistency",
@@ -234,7 +234,7 @@ class ThresholdPath:
 
         Args:
             trace: of rows that will not be used for calibration.
-            criterion, top_n: as in `fastkd_kernels.exit_gate`; not "patience", which has too few values.
+            criterion, top_n: as in `ExitTrace.answers`; not "patience", which has too few values.
             guarantee, tolerance: what counts as a failure, as in `calibrate`.
 
         Raises:
@@ -243,6 +243,7 @@ class ThresholdPath:
         from scipy.optimize import isotonic_regression
 
         _check_what_fails(trace, guarantee, tolerance)
+        criterion = criterion or trace.default_criterion
         if criterion == "patience":
             raise ValueError("criterion: got 'patience', whose few values need no path; calibrate its speed")
         uncertainty = trace.uncertainties(criterion, top_n).double().numpy()
@@ -277,7 +278,7 @@ def calibrate(
     *,
     guarantee: str = "consistency",
     method: str = "fixed-sequence",
-    criterion: str = "entropy",
+    criterion: str | None = None,
     top_n: int | None = None,
     path: ThresholdPath | None = None,
     speeds: Sequence[float] | None = None,
@@ -292,7 +293,7 @@ def calibrate(
         confidence: with which the fixed-sequence guarantee holds, in (0, 1).
         guarantee: "consistency" or "accuracy" (module docstring); the latter needs labels.
         method: "fixed-sequence", "conformal" or "empirical".
-        criterion, top_n: as in `fastkd_kernels.exit_gate`.
+        criterion, top_n: as in `ExitTrace.answers`.
         path: a threshold for each head instead of one for all, learned from other rows; criterion and top_n are then
             the path's.
         speeds: tried in ascending order; default `SPEEDS`. Choose them without looking at the trace.
@@ -310,6 +311,7 @@ def calibrate(
     """
     _check_choices(max_drop, confidence, method, speeds)
     _check_what_fails(trace, guarantee, tolerance)
+    criterion = criterion or trace.default_criterion
     if path is not None:
         _check_path(path, trace)
         criterion, top_n = path.criterion, path.top_n
@@ -329,7 +331,9 @@ def calibrate(
         )
     full = trace.answers(0.0, criterion, top_n)
     tried = [
-        _Tried(trace.cost(speed, thresholds, answers, seq_len), thresholds, failures)
+        _Tried(
+            trace.cost(speed, thresholds, answers, seq_len, learned_exit=criterion == "learned"), thresholds, failures
+        )
         for speed, thresholds, answers, failures in _failures(
             trace,
             full,
@@ -500,7 +504,7 @@ def _check_choices(max_drop: float, confidence: float, method: str, speeds: Sequ
 
 
 def _check_what_fails(trace: ExitTrace, guarantee: str, tolerance: float | None) -> None:
-    is_regression = trace.logits.shape[-1] == 1
+    is_regression = trace.is_regression
     if guarantee not in GUARANTEES:
         raise ValueError(f"guarantee: got {guarantee!r}, expected one of {', '.join(GUARANTEES)}")
     if is_regression and guarantee == "accuracy":

@@ -21,7 +21,6 @@ from fastkd.options import (
     Bf16,
     Checkpoint,
     Criteria,
-    Criterion,
     DataOption,
     DevFile,
     Device,
@@ -173,6 +172,9 @@ def distill(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the heads.")] = 1e-3,
     temperature: Annotated[float, typer.Option(help="Softens the answers of both sides.")] = 1.0,
     direction: Annotated[str, typer.Option(help="forward: KL(teacher || student); reverse: the other.")] = "forward",
+    learned_exit: Annotated[
+        bool, typer.Option("--learned-exit", help="Also learn when to leave: gives the criterion learned.")
+    ] = False,
     max_length: MaxLength = None,
     bf16: Bf16 = None,
     seed: Seed = 42,
@@ -199,7 +201,7 @@ def distill(
         limit = steps.set_length(model, tokenizer, max_length)
         options = training.DistillOptions(
             epochs=epochs, max_steps=max_steps, batch_size=batch_size, learning_rate=learning_rate,
-            temperature=temperature, direction=direction, max_length=limit, bf16=bf16,  # type: ignore[arg-type]
+            temperature=temperature, direction=direction, learned_exit=learned_exit, max_length=limit, bf16=bf16,  # type: ignore[arg-type]
             seed=seed, progress=False, resume=resume, overwrite=overwrite,
         )  # fmt: skip
         rows = folder.train if train_rows is None else folder.train.sample(train_rows, seed)
@@ -290,7 +292,7 @@ def sweep(
         from fastkd import steps
 
         chosen = parse_speeds(speeds)
-        criteria = [item.value for item in criterion or [Criterion.entropy]]
+        criteria = [item.value for item in criterion or ()]
         traces = {
             name: steps.load_or_make_trace(screen, source, data, split, limit, max_length, batch_size, seed, device)
             for name, source in zip(_names(sources), sources, strict=True)
@@ -300,7 +302,7 @@ def sweep(
                 chosen, item, top_n if item == "top_n" else None, seq_len=seq_len
             )
             for name, recorded in traces.items()
-            for item in criteria
+            for item in criteria or [recorded.default_criterion]
         }
         files = steps.write_sweeps(sweeps, output)
         for name, table in sweeps.items():

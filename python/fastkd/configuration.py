@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from fastkd.backbones import family_of
-from fastkd_kernels import CRITERIA
+from fastkd.criteria import CRITERIA, default_criterion
 
 HEADS = ("fastbert", "linear")
 
@@ -29,8 +29,10 @@ class EarlyExitConfig(PreTrainedConfig):
         exits_trained: whether the heads below the last were distilled; leaving early is refused before that.
         speed: FastBERT's speed used where `forward` gets none, a number or one for each head (`head_speeds`); 0 runs
             the full model.
-        criterion: the uncertainty used where `forward` gets none, see `fastkd_kernels.exit_gate`.
+        criterion: the uncertainty used where `forward` gets none, see `fastkd.criteria`; default "entropy", for
+            regression "agreement".
         top_n: how many classes the "top_n" criterion looks at.
+        learned_exit: whether there is a learned exit (`fastkd.heads.LearnedExit`), for the criterion "learned".
         certificate: what `ExitTrace.calibrate` vouches for, as `Certificate.to_dict` writes it.
         training_data: fingerprints (`Rows.digest`) of the rows that the weights have seen, by their part in training
             ("finetune train", "finetune dev", "distill train"...).
@@ -54,8 +56,9 @@ class EarlyExitConfig(PreTrainedConfig):
         head_dropout: float | None = None,
         exits_trained: bool = False,
         speed: float | Sequence[float] = 0.0,
-        criterion: str = "entropy",
+        criterion: str | None = None,
         top_n: int | None = None,
+        learned_exit: bool = False,
         certificate: Mapping[str, Any] | None = None,
         training_data: Mapping[str, str] | None = None,
         **kwargs: Any,
@@ -75,12 +78,13 @@ class EarlyExitConfig(PreTrainedConfig):
         self.exits_trained = exits_trained
         head_speeds(speed, self.exit_layers)
         self.speed = check_speed(speed)
-        self.criterion = criterion
         self.top_n = top_n
+        self.learned_exit = learned_exit
         self.certificate = None if certificate is None else dict(certificate)
         self.training_data = dict(training_data or {})
         super().__init__(**kwargs)
-        check_criterion(criterion, top_n, self.num_classes)
+        self.criterion = criterion or default_criterion(self.num_classes)
+        check_criterion(self.criterion, top_n, self.num_classes)
         if self.problem_type == "multi_label_classification":
             raise ValueError(
                 "problem_type: got 'multi_label_classification'; early exit needs one answer a sentence: use "
@@ -152,9 +156,13 @@ def _checked_number(speed: float) -> float:
 
 
 def check_criterion(criterion: str, top_n: int | None, num_labels: int) -> None:
-    """Raise ValueError for a criterion that no gate knows, or one that lacks its `top_n`."""
+    """Raise ValueError for a criterion that is unknown, not for this number of labels, or lacks its `top_n`."""
     if criterion not in CRITERIA:
         raise ValueError(f"criterion: got {criterion!r}, expected one of {', '.join(CRITERIA)}")
+    if criterion == "agreement" and num_labels > 1:
+        raise ValueError(
+            f"criterion: 'agreement' compares numbers, got {num_labels} classes; use 'patience', which compares labels"
+        )
     if criterion == "top_n" and (top_n is None or not 2 <= top_n <= num_labels):
         raise ValueError(f"top_n: got {top_n}, criterion 'top_n' needs a whole number from 2 to {num_labels} classes")
 

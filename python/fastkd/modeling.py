@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import fastkd_kernels as fk
-from fastkd import backbones
+from fastkd import backbones, criteria
 from fastkd.configuration import EarlyExitConfig, check_criterion, head_speeds
 from fastkd.engines import batch
-from fastkd.heads import LinearHead, StudentHead, build_head
+from fastkd.heads import LearnedExit, LinearHead, StudentHead, build_head
 from fastkd.trace import ExitTrace, record_trace
 
 
@@ -75,8 +75,9 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         self.base_model_prefix = backbone.base_model_prefix
         setattr(self, self.base_model_prefix, backbone)
         self.heads = nn.ModuleDict({str(layer - 1): build_head(config) for layer in config.exit_layers})
+        self.learned_exit = LearnedExit(config) if config.learned_exit else None
         if heads_are_new:
-            self._keys_to_ignore_on_load_missing = [r"^heads\."]
+            self._keys_to_ignore_on_load_missing = [r"^heads\.", r"^learned_exit\."]
         self.post_init()
 
     @property
@@ -139,7 +140,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             speed: 0 (the full model; only the last head runs) to 1 (everybody leaves at the first head); one number
                 for all heads, or one for each head below the last, where 0 skips that head. Default: `config.speed`.
                 In training mode the full model runs whatever the speed.
-            criterion: see `fastkd_kernels.exit_gate`; default `config.criterion`.
+            criterion: see `fastkd_kernels.exit_gate` and `fastkd.criteria`; default `config.criterion`.
             top_n: for the "top_n" criterion; default `config.top_n`.
             return_dict: False for a plain tuple.
 
@@ -148,17 +149,17 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
 
         Raises:
             ValueError: a speed outside [0, 1], or another number of them than heads below the last; a speed above 0 for
-                a model whose heads were never distilled, or for regression; neither or both of `input_ids` and
-                `inputs_embeds`, or more tokens than the encoder has positions; a mask of another shape or whose first
-                token is masked; another number of labels than rows.
+                a model whose heads were never distilled; a criterion that this model cannot run; neither or both of
+                `input_ids` and `inputs_embeds`, or more tokens than the encoder has positions; a mask of another shape
+                or whose first token is masked; another number of labels than rows.
         """
         speed = self.config.speed if speed is None else speed
         criterion = self.config.criterion if criterion is None else criterion
         top_n = self.config.top_n if top_n is None else top_n
-        check_criterion(criterion, top_n, self.config.num_classes)
+        self._check_criterion(criterion, top_n)
         leaves_early = bool(head_speeds(speed, self.exit_layers)) and not self.training
         if leaves_early:
-            self._check_exits()
+            self._check_exits(criterion)
         hidden_states, mask = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         if labels is not None and labels.numel() != hidden_states.shape[0]:
             raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected [{hidden_states.shape[0]}], one a row")
@@ -181,15 +182,76 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         labels: Tensor | None = None,
     ) -> Tensor:
         """Logits of every head in layer order, [B, K, C] float32, differentiable; `labels` are ignored."""
+        return self.all_exits(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)[0]
+
+    def all_exits(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`all_exit_logits`, and the log-odds [B, K] float32 of the learned exit; None where there is none."""
         hidden_states, mask = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         layer_mask = self.layer_mask(hidden_states, mask)
         heads = self.heads_by_layer
-        logits = []
+        logits, log_odds = [], []
         for number, layer in enumerate(self.layers, start=1):
             hidden_states = layer(hidden_states, layer_mask)
-            if number in heads:
-                logits.append(heads[number](hidden_states, mask))
-        return torch.stack(logits, dim=1)
+            if number not in heads:
+                continue
+            logits.append(heads[number](hidden_states, mask))
+            if self.learned_exit is not None:
+                log_odds.append(self.learned_exit(hidden_states[:, 0]))
+        return torch.stack(logits, dim=1), torch.stack(log_odds, dim=1) if log_odds else None
+
+    def add_learned_exit(self) -> None:
+        """Give the model a learned exit that knows nothing yet, unless it has one; `fastkd.distill` trains it."""
+        if self.learned_exit is not None:
+            return
+        self.config.learned_exit = True
+        self.learned_exit = LearnedExit(self.config).to(self.device, self.dtype)
+        # a logistic regression has one optimum; starting at 0 keeps a killed and resumed training the same
+        for parameter in self.learned_exit.parameters():
+            nn.init.zeros_(parameter)
+
+    def decide(
+        self,
+        head: StudentHead | LinearHead,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        speed: float,
+        criterion: str,
+        top_n: int | None,
+        *,
+        row_ids: Tensor | None,
+        record: fk.ExitRecord,
+        layer: int,
+    ) -> fk.ExitGateOutput:
+        """Logits and exit decision of `head` after `layer`; engines ask this.
+
+        Args:
+            head: of this model.
+            hidden_states: [B, T, H] after `layer`.
+            attention_mask: [B, T] bool, or None where nothing is padded.
+            speed, criterion, top_n, row_ids, record, layer: as in `fastkd.criteria.decide`.
+        """
+        if criterion in fk.CRITERIA:
+            return head.decide(
+                hidden_states, attention_mask, speed, criterion, top_n, row_ids=row_ids, record=record, layer=layer
+            )
+        return criteria.decide(
+            head(hidden_states, attention_mask), speed, criterion, row_ids, top_n,
+            record=record, layer=layer, certainty=self._certainty(hidden_states[:, 0], criterion),
+        )  # fmt: skip
+
+    def _certainty(self, cls_states: Tensor, criterion: str) -> Tensor | None:
+        """[B] of the learned exit, where `criterion` asks for it."""
+        if criterion != "learned":
+            return None
+        assert self.learned_exit is not None
+        return self.learned_exit(cls_states).sigmoid()
 
     def trace(self, batches: Iterable[Mapping[str, Tensor]], fingerprint: str | None = None) -> ExitTrace:
         """Run every head on every batch once, see `ExitTrace`.
@@ -233,7 +295,10 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         if num_labels == 1:
             return {"logits": logits, "exit_layer": exit_layer}
         record = fk.ExitRecord.allocate(rows, num_labels, logits.device)
-        gate = fk.exit_gate(logits.detach(), 0.0, criterion, top_n=top_n, record=record, layer=self.num_layers)
+        certainty = self._certainty(hidden_states[:, 0].detach(), criterion)
+        gate = criteria.decide(
+            logits.detach(), 0.0, criterion, None, top_n, record=record, layer=self.num_layers, certainty=certainty
+        )
         return {"logits": logits, "exit_layer": exit_layer, "uncertainty": gate.uncertainty}
 
     def _embed(
@@ -253,10 +318,19 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         hidden_states = self._family.embed(self.backbone, input_ids, token_type_ids, position_ids, inputs_embeds)
         return hidden_states, mask
 
-    def _check_exits(self) -> None:
-        if self.config.num_labels == 1:
+    def _check_criterion(self, criterion: str, top_n: int | None) -> None:
+        check_criterion(criterion, top_n, self.config.num_classes)
+        if criterion == "learned" and self.learned_exit is None:
             raise ValueError(
-                "speed: early exit needs at least 2 classes, but this model is a regression (num_labels=1); use speed=0"
+                "criterion: got 'learned', but this model has no learned exit; distil it with one (`fastkd distill "
+                "--learned-exit`, or DistillOptions(learned_exit=True)), or use another criterion"
+            )
+
+    def _check_exits(self, criterion: str) -> None:
+        if self.config.num_classes == 1 and criterion in fk.CRITERIA:
+            raise ValueError(
+                f"criterion: {criterion!r} needs class probabilities, but this model is a regression (num_labels=1); "
+                "use 'agreement', or speed=0"
             )
         if not self.config.exits_trained:
             raise ValueError(

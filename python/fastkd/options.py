@@ -10,13 +10,15 @@ import typer
 
 
 class Criterion(str, Enum):
-    """When a row is certain enough, see `fastkd_kernels.exit_gate`."""
+    """When a row is certain enough, see `fastkd_kernels.exit_gate` and `fastkd.criteria`."""
 
     entropy = "entropy"
     max_prob = "max_prob"
     margin = "margin"
     top_n = "top_n"
     patience = "patience"
+    learned = "learned"
+    agreement = "agreement"
 
 
 class Dtype(str, Enum):
@@ -39,10 +41,13 @@ Split = Annotated[str, typer.Option(help="Which split of a data folder.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use at most so many rows, drawn at random.")]
 Criteria = Annotated[
     list[Criterion] | None,
-    typer.Option("--criterion", help="How certainty is measured; repeat it to compare. Default: entropy."),
+    typer.Option(
+        "--criterion",
+        help="How certainty is measured; repeat it to compare. Default: entropy, or agreement for regression.",
+    ),
 ]
 OneCriterion = Annotated[
-    Criterion | None, typer.Option(help="How certainty is measured; default: what the model says (entropy).")
+    Criterion | None, typer.Option(help="How certainty is measured; default: what the model says.")
 ]
 TopN = Annotated[int | None, typer.Option(min=2, help="Classes that the top_n criterion looks at.")]
 DataOption = Annotated[

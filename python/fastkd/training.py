@@ -134,12 +134,14 @@ class DistillOptions(TrainOptions):
         temperature: of both distributions.
         direction: "forward" is KL(teacher || student), "reverse" KL(student || teacher).
         t2_scale: multiply the loss by the square of the temperature, so that gradients keep their size.
+        learned_exit: also train a learned exit (criterion "learned"); a model that has one always trains it on.
     """
 
     learning_rate: float = 1e-3
     temperature: float = 1.0
     direction: Literal["forward", "reverse"] = "forward"
     t2_scale: bool = True
+    learned_exit: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -239,10 +241,13 @@ def distill(
         )
     _check_labels(model, train, "train", required=False)
     _check_labels(model, dev, "dev", required=False)
+    if options.learned_exit:
+        model.add_learned_exit()
+    learned = [] if model.learned_exit is None else [model.learned_exit]
     stage = _Stage(
         name="distill",
         objective=_SelfDistillation(model, options),
-        trained=model.student_heads,
+        trained=[*model.student_heads, *learned],
         head_learning_rate=options.learning_rate,
         metrics=_ExitMetrics(model.exit_layers),
         best_metric="loss",
@@ -279,6 +284,30 @@ def self_distillation_loss(
     target, given = (log_p, log_q) if direction == "forward" else (log_q, log_p)
     divergence = F.kl_div(given, target, reduction="none", log_target=True).sum(dim=-1)
     return divergence.mean(dim=0).sum() * (temperature**2 if t2_scale else 1.0)
+
+
+def learned_exit_loss(log_odds: Tensor, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """How far the learned exit is from knowing which answers stand, summed over the heads (BERxiT, EACL 2021).
+
+    An answer stands in so far as it is the teacher's: 1 or 0 for classes, 1 - tanh|difference| for a regression. BERxiT
+    compares with the labels, by squared error; here no labels are needed, and cross-entropy keeps its gradient where
+    the certainty is wrong and close to 0 or 1.
+
+    Args:
+        log_odds: [B, M], M heads.
+        student_logits: [B, M, C]; no gradient reaches them.
+        teacher_logits: [B, C].
+
+    Returns:
+        A scalar.
+    """
+    with torch.no_grad():
+        teacher_logits = teacher_logits.unsqueeze(1)
+        if student_logits.shape[-1] == 1:
+            stands = 1 - (student_logits - teacher_logits).abs().squeeze(-1).tanh()
+        else:
+            stands = (student_logits.argmax(-1) == teacher_logits.argmax(-1)).to(log_odds.dtype)
+    return F.binary_cross_entropy_with_logits(log_odds, stands, reduction="none").mean(dim=0).sum()
 
 
 def last_checkpoint(folder: str | os.PathLike[str], processes: int = 1) -> Path | None:
@@ -324,7 +353,10 @@ class _TeacherObjective(nn.Module):
 
 
 class _SelfDistillation(nn.Module):
-    """`self_distillation_loss` of all heads; in training mode dropout acts in the students alone."""
+    """`self_distillation_loss` of all heads, and `learned_exit_loss` where there is a learned exit.
+
+    In training mode dropout acts in the students alone.
+    """
 
     accepts_loss_kwargs = False
 
@@ -342,11 +374,13 @@ class _SelfDistillation(nn.Module):
 
     def forward(self, labels: Tensor | None = None, **batch: Tensor) -> dict[str, Tensor]:
         # the frozen parameters ask for no gradient, so nothing below the students is recorded
-        logits = self.model.all_exit_logits(**batch)
+        logits, log_odds = self.model.all_exits(**batch)
         options = self.options
         loss = self_distillation_loss(
             logits[:, :-1], logits[:, -1], options.temperature, options.direction, options.t2_scale
         )
+        if log_odds is not None:
+            loss = loss + learned_exit_loss(log_odds[:, :-1], logits[:, :-1], logits[:, -1])
         return {"loss": loss, "logits": logits}
 
 

@@ -65,12 +65,17 @@ def calibrate(
         ),
     ] = Method.fixed_sequence,
     criterion: Annotated[
-        Criterion, typer.Option(help="How certainty is measured; choose it without these rows.")
-    ] = Criterion.entropy,
+        Criterion | None,
+        typer.Option(
+            help="How certainty is measured; choose it without these rows. Default: entropy, or agreement for "
+            "regression."
+        ),
+    ] = None,
     top_n: TopN = None,
     path_trace: Annotated[
         Path | None, typer.Option(help="Trace of other rows, from which each head learns a threshold of its own.")
     ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the certificate too.")] = None,
     tolerance: Annotated[
         float | None, typer.Option(help="Regression: up to which difference two answers are the same.")
     ] = None,
@@ -103,21 +108,23 @@ def calibrate(
     with screen_for(as_json) as screen:
         from fastkd import steps
         from fastkd.calibration import CalibrationWarning
+        from fastkd.files import write_json
         from fastkd.trace import ExitTrace, model_fingerprint
 
         drop, sure = parse_share(max_drop, "--max-drop"), parse_share(confidence, "--confidence")
         if model is not None:
             steps.load_config(str(model))
+        chosen = None if criterion is None else criterion.value
         path = None
         if path_trace is not None:
             path = ExitTrace.load(path_trace).threshold_path(
-                criterion.value, top_n, guarantee=guarantee.value, tolerance=tolerance
+                chosen, top_n, guarantee=guarantee.value, tolerance=tolerance
             )
         trace = steps.load_or_make_trace(screen, source, data, split, limit, max_length, batch_size, seed, device)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CalibrationWarning)
             certificate = trace.calibrate(
-                drop, sure, guarantee=guarantee.value, method=method.value, criterion=criterion.value, top_n=top_n,
+                drop, sure, guarantee=guarantee.value, method=method.value, criterion=chosen, top_n=top_n,
                 path=path, tolerance=tolerance,
             )  # fmt: skip
         for warning in caught:
@@ -127,6 +134,8 @@ def calibrate(
             is_traced = folder == Path(source)
             weights = trace.source.model if is_traced else model_fingerprint(steps.load_model(str(folder), "cpu")[0])
             certificate.save(folder, weights, set_default=set_default)
+        if output is not None:
+            write_json(output, certificate.to_dict())
         _report(screen, certificate, folder, trace.num_layers, set_default)
 
 

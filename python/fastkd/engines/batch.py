@@ -37,7 +37,7 @@ def run(
         hidden_states: [B, T, H], the embedded batch.
         attention_mask: [B, T] bool, True where a token counts, or None where nothing is padded.
         speed: as in `fastkd.configuration.head_speeds`.
-        criterion, top_n: as in `fastkd_kernels.exit_gate`.
+        criterion, top_n: as in `fastkd.criteria`.
 
     Returns:
         The logits, uncertainty and exit layer of all B sequences.
@@ -53,7 +53,8 @@ def run(
         is_last = number == model.num_layers
         if number not in speeds and not is_last:
             continue
-        decided = heads[number].decide(
+        decided = model.decide(
+            heads[number],
             hidden_states,
             attention_mask,
             speeds.get(number, 0.0),
