@@ -35,6 +35,8 @@ CXX_FLAGS = [
     "-fno-trapping-math",
     # only the pragmas for vector code: the threads are those of torch, a second OpenMP runtime would fight them
     "-fopenmp-simd",
+    # functions that take 64-byte vectors are all inlined, so how another compiler would pass them does not matter
+    "-Wno-psabi",
 ]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden", "-Xptxas=-warn-spills"]
 

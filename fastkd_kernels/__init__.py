@@ -4,10 +4,17 @@ Every op has three backends: `cuda` (Triton kernels and the CUDA extension), `cp
 `reference` (plain PyTorch, anywhere). `python -m fastkd_kernels.info` says which of them this installation has.
 """
 
-from fastkd_kernels._backend import BackendUnavailableError, backend
+from fastkd_kernels._backend import BackendUnavailableError, backend, missing_kernels
 from fastkd_kernels.ops.compact import compact
+from fastkd_kernels.ops.distillation_loss import distillation_loss
 from fastkd_kernels.ops.exit_gate import CRITERIA, ExitGateOutput, ExitRecord, exit_gate
+from fastkd_kernels.ops.fused_linear_kd_loss import fused_linear_kd_loss
+from fastkd_kernels.ops.kd_loss import kd_loss
+from fastkd_kernels.ops.layer_norm import add_layer_norm, embed_layer_norm
+from fastkd_kernels.ops.packed import compact_packed, pack, unpack
 from fastkd_kernels.ops.student_head import StudentHeadWeights, student_head, student_head_exit
+from fastkd_kernels.ops.universal_kd_loss import universal_kd_loss
+from fastkd_kernels.ops.varlen_attention import varlen_attention
 
 __version__ = "0.1.0"
 
@@ -18,9 +25,20 @@ __all__ = [
     "ExitRecord",
     "StudentHeadWeights",
     "__version__",
+    "add_layer_norm",
     "backend",
     "compact",
+    "compact_packed",
+    "distillation_loss",
+    "embed_layer_norm",
     "exit_gate",
+    "fused_linear_kd_loss",
+    "kd_loss",
+    "missing_kernels",
+    "pack",
     "student_head",
     "student_head_exit",
+    "universal_kd_loss",
+    "unpack",
+    "varlen_attention",
 ]

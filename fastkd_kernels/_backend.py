@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -52,6 +52,13 @@ _warned: set[tuple[str, str]] = set()
 def register_backends(op: str, *, cuda: Callable[[], Reason], cpu: Callable[[], Reason], interpretable: bool) -> None:
     """Declare what `op` needs to run on each backend; every op file calls this once."""
     _ops[op] = OpBackends(cuda=cuda, cpu=cpu, interpretable=interpretable)
+
+
+def missing_kernels(ops: Sequence[str], name: str) -> Reason:
+    """Why one of `ops` cannot run on backend `name`, or will not because another one is forced; None where all do."""
+    if _forced.name not in (None, name):
+        return f"backend {_forced.name!r} was asked for"
+    return next((reason for op in ops if (reason := _ops[op].reason(name)) is not None), None)
 
 
 def registered_ops() -> dict[str, OpBackends]:

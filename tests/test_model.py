@@ -147,10 +147,11 @@ def test_speed_0_is_the_full_model(device: torch.device, family: str, head: str)
         hidden_states = model.backbone(**batch).last_hidden_state
         expected = model.teacher_head(hidden_states, batch["attention_mask"].bool())
         calls.clear()
-        output = model(**batch)
+        output = model(**batch, engine="batch")
     assert calls == [str(LAYERS - 1)], "only the last head runs"
     assert torch.equal(output.logits, expected)
-    assert torch.equal(infer(model, batch, 0.0).logits, expected)
+    # on a CPU without the padding, which rounds differently
+    torch.testing.assert_close(infer(model, batch, 0.0).logits, expected, **TOLERANCE)
     assert output.exit_layer.tolist() == [LAYERS] * 13
     torch.testing.assert_close(output.uncertainty, fk.exit_gate(expected, 0.0).uncertainty)
 

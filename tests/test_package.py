@@ -44,6 +44,14 @@ logits = torch.tensor([[0.0, 9.0], [0.1, 0.0]])
 gate = fk.exit_gate(logits, 0.5)
 assert gate.kept().tolist() == [1]
 assert fk.compact([logits], gate.survivors, gate.count)[0][0].equal(logits[1])
+(packed,), bounds = fk.pack([logits[:, None]], torch.ones(2, dtype=torch.int32))
+assert fk.compact_packed([packed], bounds, gate.survivors, gate.count)[0][0][0].equal(logits[1])
+assert fk.unpack([packed], bounds, 1)[0].equal(logits[:, None])
+heads = packed[:, None]
+assert fk.varlen_attention(heads, heads, heads, bounds, 1).allclose(heads)
+ones = torch.ones(2)
+assert fk.add_layer_norm(packed, None, ones, ones).allclose(torch.tensor([[0.0, 2.0], [2.0, 0.0]]))
+assert fk.embed_layer_norm([logits], [torch.tensor([1])], ones, ones).allclose(torch.tensor([[2.0, 0.0]]))
 """
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
@@ -53,6 +53,55 @@ def _distilbert_embed(
 
 
 @dataclass(frozen=True)
+class LayerParts:
+    """The modules of one layer that normalises after each residual, as every family here does.
+
+    a = attention_norm(x + output(attention(query(x), key(x), value(x))))
+    y = feed_forward_norm(a + contract(activation(expand(a))))
+    """
+
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    output: nn.Linear
+    attention_norm: nn.LayerNorm
+    expand: nn.Linear
+    activation: Callable[[Tensor], Tensor]
+    contract: nn.Linear
+    feed_forward_norm: nn.LayerNorm
+
+
+def _bert_parts(layer: Any) -> LayerParts:
+    attention, output = layer.attention.self, layer.attention.output
+    return LayerParts(
+        query=attention.query,
+        key=attention.key,
+        value=attention.value,
+        output=output.dense,
+        attention_norm=output.LayerNorm,
+        expand=layer.intermediate.dense,
+        activation=layer.intermediate.intermediate_act_fn,
+        contract=layer.output.dense,
+        feed_forward_norm=layer.output.LayerNorm,
+    )
+
+
+def _distilbert_parts(layer: Any) -> LayerParts:
+    attention, feed_forward = layer.attention, layer.ffn
+    return LayerParts(
+        query=attention.q_lin,
+        key=attention.k_lin,
+        value=attention.v_lin,
+        output=attention.out_lin,
+        attention_norm=layer.sa_layer_norm,
+        expand=feed_forward.lin1,
+        activation=feed_forward.activation,
+        contract=feed_forward.lin2,
+        feed_forward_norm=layer.output_layer_norm,
+    )
+
+
+@dataclass(frozen=True)
 class Family:
     """How to drive one encoder family layer by layer."""
 
@@ -64,6 +113,8 @@ class Family:
     """Whether the positions up to that of the padding token are unused (RoBERTa and its kin)."""
     has_pooler: bool = True
     """Whether the encoder takes `add_pooling_layer`; an early exit never runs the pooler."""
+    parts: Callable[[Any], LayerParts] = _bert_parts
+    """layer -> its modules."""
 
 
 _BERT = Family()
@@ -77,7 +128,9 @@ FAMILIES: dict[str, Family] = {
     "data2vec-text": _ROBERTA,
     "ernie": _BERT,
     "electra": Family(embed=_electra_embed, has_pooler=False),
-    "distilbert": Family(embed=_distilbert_embed, layers="transformer.layer", has_pooler=False),
+    "distilbert": Family(
+        embed=_distilbert_embed, layers="transformer.layer", has_pooler=False, parts=_distilbert_parts
+    ),
 }
 
 
@@ -96,10 +149,26 @@ def family_of(model_type: str) -> Family:
     return family
 
 
+def first_position(config: PreTrainedConfig) -> int:
+    """The position of the first token of a sequence."""
+    return config.pad_token_id + 1 if family_of(config.model_type).pads_positions else 0
+
+
 def longest_input(config: PreTrainedConfig) -> int:
     """How many tokens the encoder of `config` has positions for."""
-    unused = config.pad_token_id + 1 if family_of(config.model_type).pads_positions else 0
-    return config.max_position_embeddings - unused
+    return config.max_position_embeddings - first_position(config)
+
+
+def embedding_tables(embeddings: nn.Module) -> tuple[nn.Embedding, ...] | None:
+    """The tables of words, positions and perhaps segments whose sum is normalised; None for other embeddings."""
+    tables = {name for name, child in embeddings.named_children() if isinstance(child, nn.Embedding)}
+    for names in (_TABLES, _TABLES[:2]):
+        if tables == set(names) and isinstance(getattr(embeddings, "LayerNorm", None), nn.LayerNorm):
+            return tuple(embeddings.get_submodule(name) for name in names)  # type: ignore[misc]
+    return None
+
+
+_TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:

@@ -332,8 +332,10 @@ def predict(
     bad_rows: Annotated[
         str, typer.Option(help="mark: answer the others and say what is wrong; stop: write nothing at all.")
     ] = "mark",
-    batch_size: BatchSize = 32,
-    window: Annotated[int, typer.Option(min=1, help="Rows in memory at a time; sorted by length inside.")] = 1024,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows padded to one batch; default: the stream engine gathers tokens.")
+    ] = None,
+    window: Annotated[int, typer.Option(min=1, help="Rows read and sorted by length together.")] = 1024,
     max_length: MaxLength = None,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the weights.")] = Dtype.fp32,
     device: Device = "auto",
@@ -342,9 +344,10 @@ def predict(
     """Answer every row of a file or pipe: label, probability, exit layer.
 
     TSV needs a header with text_a (and text_b for pairs), JSONL the same keys,
-    text one sentence a line. Answers come in input order. Any size: only one
-    window of rows is in memory. A row that cannot be answered keeps its place,
-    says why in the error column, and makes the exit code 1.
+    text one sentence a line. Answers come in input order. Any size: memory is
+    bounded, and rows that stay wait at their layer for company. A row that
+    cannot be answered keeps its place, says why in the error column, and makes
+    the exit code 1.
 
     [bold]Examples[/]
 

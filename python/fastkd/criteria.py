@@ -27,7 +27,7 @@ def default_criterion(num_labels: int) -> str:
 
 def decide(
     logits: Tensor,
-    speed: float,
+    speed: float | Tensor,
     criterion: str,
     row_ids: Tensor | None,
     top_n: int | None,
@@ -40,8 +40,8 @@ def decide(
 
     Args:
         logits: [B, C].
-        speed, criterion, row_ids, top_n, record, layer: as in `fastkd_kernels.exit_gate`; under "agreement" a row that
-            stays keeps its latest answer in the record.
+        speed, criterion, row_ids, top_n, record, layer: as in `fastkd_kernels.exit_gate`; "agreement" keeps its memory
+            in the record, as "patience" does.
         certainty: [B] of the learned exit, for "learned".
 
     Returns:
@@ -63,9 +63,10 @@ def decide(
         uncertainty = 1 - certainty
     uncertainty = uncertainty.float()
     # a NaN stays, as in the fused gate
-    leaves = (uncertainty <= speed) & (speed > 0)
-    record.logits.index_copy_(0, ids, logits.float())
-    record.uncertainty.index_copy_(0, ids, uncertainty)
+    leaves = (uncertainty <= speed) & torch.as_tensor(speed > 0, device=uncertainty.device)
+    # rewriting a staying row with what is already there keeps this free of data-dependent shapes
+    record.logits.index_copy_(0, ids, torch.where(leaves[:, None], logits.float(), record.logits[ids]))
+    record.uncertainty.index_copy_(0, ids, torch.where(leaves, uncertainty, record.uncertainty[ids]))
     record.exit_layer.index_copy_(0, ids, torch.where(leaves, layer, record.exit_layer[ids]).int())
     # a stable sort puts the staying rows first without asking the device how many there are
     survivors = torch.sort(leaves.to(torch.uint8), stable=True).indices.int()
@@ -73,13 +74,16 @@ def decide(
 
 
 def _moved(logits: Tensor, record: fk.ExitRecord, ids: Tensor) -> Tensor:
+    """The uncertainty of "agreement"; remembers the answers, as bits beside a mark that there are some."""
     if logits.shape[1] != 1:
         raise ValueError(
             f"criterion: 'agreement' compares numbers, got C={logits.shape[1]} classes; use 'patience', which compares "
             "labels"
         )
-    is_first = record.history[ids, 0] < 0
-    record.history[:, 0].index_fill_(0, ids, 0)
-    distance = (logits[:, 0].float() - record.logits[ids, 0]).abs()
+    answer = logits[:, 0].float().contiguous()
+    mark, bits = record.history[ids].unbind(-1)
+    distance = (answer - bits.contiguous().view(torch.float32)).abs()
     moved = torch.where(distance.isinf(), 1.0, distance / (1 + distance))
-    return torch.where(is_first & ~moved.isnan(), 1.0, moved)
+    remembered = torch.stack([torch.zeros_like(mark), answer.view(torch.int32)], dim=-1)
+    record.history.index_copy_(0, ids, remembered)
+    return torch.where((mark < 0) & ~answer.isnan(), 1.0, moved)

@@ -41,6 +41,10 @@ class StudentHead(nn.Module):
             num_attention_heads=self.num_attention_heads,
         )
 
+    def packed(self, hidden_states: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Logits [B, C] in float32 of packed hidden states [N, H], without a gradient."""
+        return fk.student_head(hidden_states, self.weights(), cu_seqlens=cu_seqlens)
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits [B, C] in float32 of hidden states [B, T, H]; `attention_mask` [B, T] or None (no padding)."""
         return fk.student_head(
@@ -54,13 +58,14 @@ class StudentHead(nn.Module):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None,
-        speed: float,
+        speed: float | Tensor,
         criterion: str,
         top_n: int | None,
         *,
         row_ids: Tensor | None,
         record: fk.ExitRecord,
         layer: int,
+        cu_seqlens: Tensor | None = None,
     ) -> fk.ExitGateOutput:
         """Logits and exit decision after `layer`, see `fastkd_kernels.student_head_exit`."""
         return fk.student_head_exit(
@@ -71,6 +76,7 @@ class StudentHead(nn.Module):
             row_ids,
             top_n,
             attention_mask=attention_mask,
+            cu_seqlens=cu_seqlens,
             record=record,
             layer=layer,
         )
@@ -84,6 +90,10 @@ class LinearHead(nn.Module):
         self.dropout = nn.Dropout(config.head_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_classes)
 
+    def packed(self, hidden_states: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Logits [B, C] in float32 of packed hidden states [N, H]."""
+        return self(hidden_states.index_select(0, cu_seqlens[:-1])[:, None])
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits [B, C] in float32 of hidden states [B, T, H]; padding cannot touch [CLS], so the mask is unused."""
         return _at_least_float32(self.classifier(self.dropout(hidden_states[:, 0])))
@@ -92,16 +102,17 @@ class LinearHead(nn.Module):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None,
-        speed: float,
+        speed: float | Tensor,
         criterion: str,
         top_n: int | None,
         *,
         row_ids: Tensor | None,
         record: fk.ExitRecord,
         layer: int,
+        cu_seqlens: Tensor | None = None,
     ) -> fk.ExitGateOutput:
         """Logits and exit decision after `layer`, see `fastkd_kernels.exit_gate`."""
-        logits = self(hidden_states)
+        logits = self(hidden_states) if cu_seqlens is None else self.packed(hidden_states, cu_seqlens)
         decided = fk.exit_gate(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
         return decided._replace(logits=logits)
 

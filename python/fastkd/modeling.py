@@ -13,13 +13,19 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import fastkd_kernels as fk
 from fastkd import backbones, criteria
 from fastkd.configuration import EarlyExitConfig, check_criterion, head_speeds
-from fastkd.engines import batch
+from fastkd.engines import batch, packed, stream
 from fastkd.heads import LearnedExit, LinearHead, StudentHead, build_head
 from fastkd.trace import ExitTrace, record_trace
 
@@ -129,6 +135,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         speed: float | Sequence[float] | None = None,
         criterion: str | None = None,
         top_n: int | None = None,
+        exit_layers: Sequence[int] | None = None,
+        engine: str | None = None,
         return_dict: bool | None = None,
     ) -> EarlyExitOutput | tuple[Tensor, ...]:
         """Classify a batch, leaving early where `speed` > 0.
@@ -142,6 +150,11 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
                 In training mode the full model runs whatever the speed.
             criterion: see `fastkd_kernels.exit_gate` and `fastkd.criteria`; default `config.criterion`.
             top_n: for the "top_n" criterion; default `config.top_n`.
+            exit_layers: after which layers to decide, a choice of those that have a head; default all. The last layer
+                always answers.
+            engine: "batch" keeps the padding and calls the layers as they are, "packed" takes the padding out; default:
+                packed where that is faster, on a CPU where nothing is hooked to the layers or wraps them.
+                Where a gradient is wanted, padding is kept.
             return_dict: False for a plain tuple.
 
         Returns:
@@ -151,22 +164,31 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             ValueError: a speed outside [0, 1], or another number of them than heads below the last; a speed above 0 for
                 a model whose heads were never distilled; a criterion that this model cannot run; neither or both of
                 `input_ids` and `inputs_embeds`, or more tokens than the encoder has positions; a mask of another shape
-                or whose first token is masked; another number of labels than rows.
+                or whose first token is masked; another number of labels than rows; `exit_layers` without a head; an
+                unknown engine, or "packed" where it cannot run.
         """
         speed = self.config.speed if speed is None else speed
         criterion = self.config.criterion if criterion is None else criterion
         top_n = self.config.top_n if top_n is None else top_n
-        self._check_criterion(criterion, top_n)
+        self.check_criterion(criterion, top_n)
         leaves_early = bool(head_speeds(speed, self.exit_layers)) and not self.training
         if leaves_early:
-            self._check_exits(criterion)
-        hidden_states, mask = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        if labels is not None and labels.numel() != hidden_states.shape[0]:
-            raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected [{hidden_states.shape[0]}], one a row")
-        if leaves_early:
-            answers = self._early(hidden_states, mask, speed, criterion, top_n)
+            self.check_exits(criterion)
+        mask = self._check_input(input_ids, attention_mask, inputs_embeds)
+        rows = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]  # type: ignore[union-attr]
+        if labels is not None and labels.numel() != rows:
+            raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected [{rows}], one a row")
+        exits = (speed, criterion, top_n, self.decision_layers(speed, exit_layers))
+        encoder = self._packed_encoder(engine, input_ids, position_ids, mask, leaves_early)
+        if encoder is not None:
+            assert input_ids is not None
+            answers = self._answers(packed.run(self, encoder, input_ids, mask, token_type_ids, *exits))
         else:
-            answers = self._full(hidden_states, mask, criterion, top_n)
+            hidden_states = self._family.embed(self.backbone, input_ids, token_type_ids, position_ids, inputs_embeds)
+            if leaves_early:
+                answers = self._answers(batch.run(self, hidden_states, mask, *exits))
+            else:
+                answers = self._full(hidden_states, mask, criterion, top_n)
         loss = None if labels is None else self._loss(answers["logits"], labels)
         output = EarlyExitOutput(loss=loss, **answers)
         as_tuple = not (self.config.return_dict if return_dict is None else return_dict)
@@ -221,30 +243,38 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         head: StudentHead | LinearHead,
         hidden_states: Tensor,
         attention_mask: Tensor | None,
-        speed: float,
+        speed: float | Tensor,
         criterion: str,
         top_n: int | None,
         *,
         row_ids: Tensor | None,
         record: fk.ExitRecord,
         layer: int,
+        cu_seqlens: Tensor | None = None,
     ) -> fk.ExitGateOutput:
         """Logits and exit decision of `head` after `layer`; engines ask this.
 
         Args:
             head: of this model.
-            hidden_states: [B, T, H] after `layer`.
+            hidden_states: [B, T, H] after `layer`, or packed [N, H] with `cu_seqlens`.
             attention_mask: [B, T] bool, or None where nothing is padded.
             speed, criterion, top_n, row_ids, record, layer: as in `fastkd.criteria.decide`.
+            cu_seqlens: [B + 1], where each packed sequence begins.
         """
         if criterion in fk.CRITERIA:
             return head.decide(
-                hidden_states, attention_mask, speed, criterion, top_n, row_ids=row_ids, record=record, layer=layer
-            )
+                hidden_states, attention_mask, speed, criterion, top_n,
+                row_ids=row_ids, record=record, layer=layer, cu_seqlens=cu_seqlens,
+            )  # fmt: skip
+        if cu_seqlens is None:
+            logits, cls_states = head(hidden_states, attention_mask), hidden_states[:, 0]
+        else:
+            logits = head.packed(hidden_states, cu_seqlens)
+            cls_states = hidden_states.index_select(0, cu_seqlens[:-1])
+        certainty = self._certainty(cls_states, criterion)
         return criteria.decide(
-            head(hidden_states, attention_mask), speed, criterion, row_ids, top_n,
-            record=record, layer=layer, certainty=self._certainty(hidden_states[:, 0], criterion),
-        )  # fmt: skip
+            logits, speed, criterion, row_ids, top_n, record=record, layer=layer, certainty=certainty
+        )
 
     def _certainty(self, cls_states: Tensor, criterion: str) -> Tensor | None:
         """[B] of the learned exit, where `criterion` asks for it."""
@@ -266,21 +296,93 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         """
         return record_trace(self, batches, fingerprint)
 
+    def stream(
+        self,
+        rows: Iterable[Any],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        speed: float | Sequence[float] | None = None,
+        criterion: str | None = None,
+        top_n: int | None = None,
+        exit_layers: Sequence[int] | None = None,
+        max_length: int | None = None,
+        truncate: bool = True,
+        tokens_per_run: int = 4096,
+        max_tokens_in_flight: int = 65536,
+        look_ahead: int = 256,
+        deadline: float | None = None,
+    ) -> stream.Stream:
+        """Answer rows one by one in their order, rebatching the survivors of each layer across the whole input.
+
+        Args:
+            rows: texts, pairs of texts, dictionaries as `fastkd.data` names their columns, or dictionaries with
+                `input_ids`; a list, a generator or a `datasets.Dataset`. An input that has nothing right now may give
+                None after a while, so that what waits can run.
+            tokenizer: of the model; not needed where the rows have `input_ids`.
+            speed, criterion, top_n: as in `forward`.
+            exit_layers: after which layers to decide, a choice of those that have a head; default all.
+            max_length: tokens after which a text is cut; default what tokenizer and encoder take.
+            truncate: False reports a text that is too long as a problem instead of cutting it.
+            tokens_per_run: a layer runs when as many tokens wait for it.
+            max_tokens_in_flight: input is read only while fewer tokens than this wait; one window may exceed it. Memory
+                is this times the hidden size, and the activations of one run.
+            look_ahead: rows that are read, tokenised and sorted by length together.
+            deadline: seconds after which a row runs on even where its layer's queue is not full.
+
+        Returns:
+            An iterator of `StreamRow` (`.label`, `.score`, `.exit_layer`), one a row, in input order.
+
+        Raises:
+            ValueError: as `forward`; bounds that cannot be kept.
+        """
+        return stream.Stream(
+            self,
+            rows,
+            tokenizer,
+            speed=speed,
+            criterion=criterion,
+            top_n=top_n,
+            exit_layers=exit_layers,
+            max_length=max_length,
+            truncate=truncate,
+            tokens_per_run=tokens_per_run,
+            max_tokens_in_flight=max_tokens_in_flight,
+            look_ahead=look_ahead,
+            deadline=deadline,
+        )
+
     def layer_mask(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Any:
         """`attention_mask` [B, T] or None in the form that the layers take."""
         return backbones.layer_mask(self.config.backbone, hidden_states, attention_mask)
 
-    def _early(
+    def _packed_encoder(
         self,
-        hidden_states: Tensor,
+        engine: str | None,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
         mask: Tensor | None,
-        speed: float | Sequence[float],
-        criterion: str,
-        top_n: int | None,
-    ) -> dict[str, Any]:
-        """What the first certain heads say, as fields of EarlyExitOutput."""
-        record = batch.run(self, hidden_states, mask, speed, criterion, top_n)
-        return {"logits": record.logits, "exit_layer": record.exit_layer, "uncertainty": record.uncertainty}
+        leaves_early: bool,
+    ) -> packed.PackedEncoder | None:
+        """What the packed engine runs on; None where padding is kept; ValueError where it was asked for and cannot."""
+        if engine not in (None, "batch", "packed"):
+            raise ValueError(f"engine: got {engine!r}, expected 'batch' or 'packed'; streams have their own method")
+        if engine == "batch" or (engine is None and not packed.supports(self)):
+            return None
+        wants_grad = self.training or (torch.is_grad_enabled() and not leaves_early)
+        can_pack = not (wants_grad or input_ids is None or position_ids is not None or torch.compiler.is_compiling())
+        can_pack = can_pack and (mask is None or packed.is_right_padded(mask))
+        if not can_pack and engine == "packed":
+            raise ValueError(
+                "engine: got 'packed', which needs input_ids padded on the right, no position_ids, and that no "
+                "gradient is wanted (torch.no_grad() at speed 0)"
+            )
+        encoder = packed.encoder_of(self) if can_pack else None
+        return encoder if encoder is not None and (engine == "packed" or encoder.is_faster) else None
+
+    def _answers(self, record: fk.ExitRecord) -> dict[str, Any]:
+        """What an engine recorded, as fields of EarlyExitOutput; a regression knows no uncertainty."""
+        uncertainty = None if self.config.num_labels == 1 else record.uncertainty
+        return {"logits": record.logits, "exit_layer": record.exit_layer, "uncertainty": uncertainty}
 
     def _full(self, hidden_states: Tensor, mask: Tensor | None, criterion: str, top_n: int | None) -> dict[str, Any]:
         """What the last head says after all layers, as fields of EarlyExitOutput."""
@@ -310,15 +412,21 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         inputs_embeds: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states before the first layer, and the mask as [B, T] bool, None where nothing is padded."""
+        mask = self._check_input(input_ids, attention_mask, inputs_embeds)
+        return self._family.embed(self.backbone, input_ids, token_type_ids, position_ids, inputs_embeds), mask
+
+    def _check_input(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: Tensor | None
+    ) -> Tensor | None:
+        """The mask as [B, T] bool, None where nothing is padded; ValueError for what `forward` cannot take."""
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("input_ids: pass exactly one of input_ids and inputs_embeds")
         _check_tokens(tokens, inputs_embeds is not None, backbones.longest_input(self.config.backbone))
-        mask = _checked_mask(attention_mask, tokens)
-        hidden_states = self._family.embed(self.backbone, input_ids, token_type_ids, position_ids, inputs_embeds)
-        return hidden_states, mask
+        return _checked_mask(attention_mask, tokens)
 
-    def _check_criterion(self, criterion: str, top_n: int | None) -> None:
+    def check_criterion(self, criterion: str, top_n: int | None) -> None:
+        """Raise ValueError for a criterion that this model cannot run."""
         check_criterion(criterion, top_n, self.config.num_classes)
         if criterion == "learned" and self.learned_exit is None:
             raise ValueError(
@@ -326,7 +434,21 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
                 "--learned-exit`, or DistillOptions(learned_exit=True)), or use another criterion"
             )
 
-    def _check_exits(self, criterion: str) -> None:
+    def decision_layers(self, speed: float | Sequence[float], exit_layers: Sequence[int] | None = None) -> list[int]:
+        """The layers whose heads run at `speed`: those of `exit_layers` (default all) and the last; ascending.
+
+        Raises:
+            ValueError: a layer without a head; a bad speed.
+        """
+        unknown = [layer for layer in exit_layers or () if layer not in self.exit_layers]
+        if unknown:
+            raise ValueError(f"exit_layers: got {unknown[0]}, but this model has heads after {self.exit_layers}")
+        speeds = head_speeds(speed, self.exit_layers)
+        chosen = [layer for layer in speeds if exit_layers is None or layer in exit_layers]
+        return [*chosen, self.num_layers]
+
+    def check_exits(self, criterion: str) -> None:
+        """Raise ValueError where this model cannot leave early by `criterion`."""
         if self.config.num_classes == 1 and criterion in fk.CRITERIA:
             raise ValueError(
                 f"criterion: {criterion!r} needs class probabilities, but this model is a regression (num_labels=1); "

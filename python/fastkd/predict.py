@@ -1,7 +1,7 @@
 """Answers for a stream of sentences: read, tokenise, sort by length, run with early exit, write in input order.
 
-Only one window of rows is in memory at a time, so files of any size and endless pipes can be answered. A row that
-cannot be answered (empty text, broken encoding, wrong number of columns) keeps its place in the output and says why.
+How many rows are in memory is bounded, so files of any size and endless pipes can be answered. A row that cannot be
+answered (empty text, broken encoding, wrong number of columns) keeps its place in the output and says why.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
+from fastkd.backbones import longest_input
 from fastkd.data import PAIR_COLUMNS, TEXT_COLUMNS
 from fastkd.files import atomic_path
 
@@ -147,7 +148,7 @@ def predict(
     speed: float | None = None,
     criterion: str | None = None,
     top_n: int | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     max_length: int | None = None,
     window: int = 1024,
 ) -> Iterator[Prediction]:
@@ -160,18 +161,23 @@ def predict(
         speed: FastBERT's speed in [0, 1]; None takes the model's.
         criterion: uncertainty criterion; None takes the model's.
         top_n: classes that the "top_n" criterion looks at.
-        batch_size: rows run together, sorted by length inside a window.
+        batch_size: rows padded to one batch, one window after the other; None leaves it to the stream engine, which
+            gathers as many tokens as run well (`EarlyExitForSequenceClassification.stream`).
         max_length: tokens after which a text is cut; None takes the tokenizer's limit.
-        window: rows in memory at a time.
+        window: rows that are read, tokenised and sorted by length together.
 
     Raises:
         ValueError: `batch_size` or `window` is not positive; what `model.forward` raises.
     """
     for argument, value in (("batch_size", batch_size), ("window", window)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"{argument}: got {value}, expected at least 1")
+    exits: dict[str, Any] = {"speed": speed, "criterion": criterion, "top_n": top_n}
+    if batch_size is None:
+        for answer in model.stream(rows, tokenizer, max_length=max_length, look_ahead=window, **exits):
+            yield Prediction(answer.line, answer.label, answer.score, answer.exit_layer, answer.problem)
+        return
     limit = max_length or length_limit(model, tokenizer)
-    exits = {"speed": speed, "criterion": criterion, "top_n": top_n}
     remaining = iter(rows)
     while block := list(islice(remaining, window)):
         good = [row for row in block if row.problem is None]
@@ -258,11 +264,7 @@ def check_files(
 
 def length_limit(model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens a text may have: the tokenizer's limit, and never more than the model has positions for."""
-    backbone = model.config.backbone
-    positions = int(getattr(backbone, "max_position_embeddings", 512))
-    if backbone.model_type in ("roberta", "xlm-roberta", "camembert"):
-        positions -= 2  # these families number positions from padding_idx + 1
-    return min(tokenizer.model_max_length, positions)
+    return min(tokenizer.model_max_length, longest_input(model.config.backbone))
 
 
 def _answer(

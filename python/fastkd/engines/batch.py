@@ -29,6 +29,7 @@ def run(
     speed: float | Sequence[float],
     criterion: str,
     top_n: int | None,
+    decision_layers: Sequence[int],
 ) -> fk.ExitRecord:
     """Answer every sequence at the first head that is certain enough.
 
@@ -38,6 +39,7 @@ def run(
         attention_mask: [B, T] bool, True where a token counts, or None where nothing is padded.
         speed: as in `fastkd.configuration.head_speeds`.
         criterion, top_n: as in `fastkd.criteria`.
+        decision_layers: the layers whose heads decide, the last layer last.
 
     Returns:
         The logits, uncertainty and exit layer of all B sequences.
@@ -50,9 +52,9 @@ def run(
     checksums = []
     for number, layer in enumerate(model.layers, start=1):
         hidden_states = layer(hidden_states, layer_mask)
-        is_last = number == model.num_layers
-        if number not in speeds and not is_last:
+        if number not in decision_layers:
             continue
+        is_last = number == model.num_layers
         decided = model.decide(
             heads[number],
             hidden_states,
@@ -76,7 +78,7 @@ def run(
         if survivors.shape[0] < hidden_states.shape[0]:
             hidden_states, attention_mask, row_ids = _compact(hidden_states, attention_mask, row_ids, survivors)
             layer_mask = model.layer_mask(hidden_states, attention_mask)
-    _warn_about_nan(checksums)
+    warn_about_nan(checksums)
     return record
 
 
@@ -107,7 +109,7 @@ def _all_rows(hidden_states: Tensor) -> Tensor:
     return torch.arange(hidden_states.shape[0], dtype=torch.int32, device=hidden_states.device)
 
 
-def _warn_about_nan(checksums: list[Tensor]) -> None:
+def warn_about_nan(checksums: list[Tensor]) -> None:
     if checksums and bool(torch.stack(checksums).isnan().any()):
         warnings.warn(
             "a head returned NaN logits: the sequences concerned were not answered early. The weights or the inputs "

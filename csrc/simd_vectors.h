@@ -1,0 +1,174 @@
+// Vectors of LANES floats, and how float32 and bfloat16 memory becomes them. Included by the sources that simd_levels.h
+// compiles, once per instruction set: hence no include guard.
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+static inline Floats splat(float value) {
+  return value - Floats{};
+}
+
+static inline Floats load(const float* from) {
+  Floats lanes;
+  __builtin_memcpy(&lanes, from, sizeof lanes);
+  return lanes;
+}
+
+static inline void store(float* to, Floats lanes) {
+  __builtin_memcpy(to, &lanes, sizeof lanes);
+}
+
+static inline Floats load(const Bf16* from) {
+  Halves halves;
+  __builtin_memcpy(&halves, from, sizeof halves);
+  return (Floats)(__builtin_convertvector(halves, Words) << 16);
+}
+
+// Rounds to the nearest, ties to even; NaN stays NaN.
+static inline void store(Bf16* to, Floats lanes) {
+  const Words bits = (Words)lanes;
+  Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  rounded = lanes == lanes ? rounded : 0x7fc0 + Words{};
+  const Halves halves = __builtin_convertvector(rounded, Halves);
+  __builtin_memcpy(to, &halves, sizeof halves);
+}
+
+static inline float widen(float value) {
+  return value;
+}
+
+static inline float widen(Bf16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float widened;
+  __builtin_memcpy(&widened, &bits, sizeof widened);
+  return widened;
+}
+
+static inline void narrow(float value, float* to) {
+  *to = value;
+}
+
+static inline void narrow(float value, Bf16* to) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  to->bits = value == value ? static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : 0x7fc0;
+}
+
+// 2^y for y <= 0, exactly 0 below -126; NaN stays NaN. With n = round(y): 2^n e^((y - n) ln 2).
+static inline Floats power_of_two(Floats y) {
+  const float to_integer = 12582912.f;  // 1.5 * 2^23: adding it leaves round(y) in the low mantissa bits
+  const Floats clipped = y < -127.f ? splat(-127.f) : y;
+  const Floats shifted = clipped + to_integer;
+  const Floats f = clipped - (shifted - to_integer);
+  Floats p = f * 1.54035304e-4f + 1.33335581e-3f;  // Taylor coefficients ln(2)^k / k!, enough for |f| <= 1/2
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.f;
+  // n = -127 gives a scale of exactly 0
+  return p * (Floats)(((Ints)shifted + 127) << 23);
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+template <int SPAN>
+static inline Floats swapped(Floats lanes) {
+  Ints other;
+  for (int lane = 0; lane < LANES; ++lane) other[lane] = lane ^ SPAN;
+  return __builtin_shuffle(lanes, other);
+}
+
+static inline float sum_of(Floats lanes) {
+#if LANES >= 16
+  lanes += swapped<8>(lanes);
+#endif
+#if LANES >= 8
+  lanes += swapped<4>(lanes);
+#endif
+  lanes += swapped<2>(lanes);
+  return lanes[0] + lanes[1];
+}
+
+static inline Floats larger(Floats a, Floats b) {
+  return a > b ? a : b;
+}
+
+static inline float largest_of(Floats lanes) {
+#if LANES >= 16
+  lanes = larger(lanes, swapped<8>(lanes));
+#endif
+#if LANES >= 8
+  lanes = larger(lanes, swapped<4>(lanes));
+#endif
+  lanes = larger(lanes, swapped<2>(lanes));
+  return lanes[0] > lanes[1] ? lanes[0] : lanes[1];
+}
+
+// Swaps the blocks of SPAN x SPAN off the diagonal of every 2 SPAN x 2 SPAN block.
+template <int SPAN>
+static inline void swap_blocks(Floats* rows) {
+  Ints upper, lower;
+  for (int lane = 0; lane < LANES; ++lane) {
+    upper[lane] = lane & SPAN ? LANES + lane - SPAN : lane;
+    lower[lane] = lane & SPAN ? LANES + lane : lane + SPAN;
+  }
+  for (int row = 0; row < LANES; ++row) {
+    if (row & SPAN) continue;
+    const Floats a = rows[row], b = rows[row + SPAN];
+    rows[row] = __builtin_shuffle(a, b, upper);
+    rows[row + SPAN] = __builtin_shuffle(a, b, lower);
+  }
+}
+
+static inline void transpose(Floats* rows) {
+#if LANES >= 16
+  swap_blocks<8>(rows);
+#endif
+#if LANES >= 8
+  swap_blocks<4>(rows);
+#endif
+  swap_blocks<2>(rows);
+  swap_blocks<1>(rows);
+}
+#else
+static inline float sum_of(Floats lanes) {
+  float total = 0;
+  for (int lane = 0; lane < LANES; ++lane) total += lanes[lane];
+  return total;
+}
+
+static inline float largest_of(Floats lanes) {
+  float largest = lanes[0];
+  for (int lane = 1; lane < LANES; ++lane) largest = lanes[lane] > largest ? lanes[lane] : largest;
+  return largest;
+}
+
+static inline void transpose(Floats* rows) {
+  for (int row = 0; row < LANES; ++row) {
+    for (int lane = row + 1; lane < LANES; ++lane) {
+      const float above = rows[row][lane];
+      rows[row][lane] = rows[lane][row];
+      rows[lane][row] = above;
+    }
+  }
+}
+#endif
+
+// `count` values, which need not be a multiple of LANES, times `scale`; zeros up to the multiple.
+template <typename T>
+static inline void widen_row(const T* from, int64_t count, float scale, float* to) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(to + i, load(from + i) * scale);
+  if (i == count) return;
+  store(to + i, Floats{});
+  for (; i < count; ++i) to[i] = widen(from[i]) * scale;
+}
+
+template <typename T>
+static inline void narrow_row(const float* from, int64_t count, float scale, T* to) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) store(to + i, load(from + i) * scale);
+  for (; i < count; ++i) narrow(from[i] * scale, to + i);
+}

@@ -1,0 +1,71 @@
+// universal_kd_loss on CPU: loss and gradients of all student layers in one pass.
+#include "universal_kd.h"
+
+namespace fastkd::distillation {
+namespace {
+
+template <typename V>
+FASTKD_INLINE void universal_rows_inline(
+    const UniversalCall& call, Samples range, UniversalWorkspace<V>& work, Scalar<V>* losses) {
+  const int64_t end = range.first + range.count;
+  for (int64_t first = range.first; first < end; first += kLanes<V>)
+    universal_samples_of(call, Samples{first, std::min<int64_t>(kLanes<V>, end - first)}, work, losses);
+}
+
+FASTKD_DISPATCH(
+    universal_rows, (const UniversalCall& call, Samples range, UniversalWorkspace<V>& work, Scalar<V>* losses),
+    (call, range, work, losses))
+
+template <typename V>
+Tensor losses_of(const UniversalCall& call, const Tensor& losses, double factor, bool reduce) {
+  const auto layers = static_cast<int64_t>(call.students.size()), teachers = static_cast<int64_t>(call.teachers.size());
+  parallel_samples(
+      call.batch, kLanes<V>, layers * teachers * call.classes, UniversalWorkspace<V>(teachers, call.classes),
+      [&](Samples range, UniversalWorkspace<V>& work) {
+        universal_rows<V>(call, range, work, static_cast<Scalar<V>*>(losses.mutable_data_ptr()));
+      });
+  return reduce ? reduced<Scalar<V>>(losses, factor) : losses;
+}
+
+std::tuple<Tensor, Tensor, Tensor> universal_kd_loss_forward(
+    const Tensor& student, const Tensor& teacher, double temperature, double loss_scale, double attn_scale,
+    int64_t divergence, int64_t mix, int64_t attn_space, bool distance, bool attention_grad, double factor,
+    bool reduce, bool student_gradient, bool teacher_gradient, bool per_layer) {
+  check_layers(student, teacher);
+  const int64_t layers = student.size(0), teachers = teacher.size(0);
+  const int64_t batch = student.size(1), classes = student.size(2);
+  const ScalarType accumulate = accumulate_type(student, teacher);
+  const Tensor student_result = gradient_like(student, student_gradient);
+  const Tensor teacher_result = per_layer && teacher_gradient
+                                    ? torch::stable::new_empty(teacher, {layers, teachers, batch, classes}, accumulate)
+                                    : gradient_like(teacher, teacher_gradient);
+  const Tensor losses = torch::stable::new_empty(student, {layers, batch}, accumulate);
+  const UniversalCall call{layers_of(student),
+                           layers_of(teacher),
+                           batch,
+                           classes,
+                           temperature,
+                           loss_scale,
+                           attn_scale,
+                           static_cast<Divergence>(divergence),
+                           static_cast<Mix>(mix),
+                           static_cast<Space>(attn_space),
+                           distance,
+                           attention_grad,
+                           per_layer,
+                           Gradient(student_result),
+                           Gradient(teacher_result)};
+  const bool pack = worth_packing(UniversalWorkspace<Pack>::values(teachers, classes), accumulate);
+  const auto compute = pack                                 ? losses_of<Pack>
+                       : accumulate == ScalarType::Float ? losses_of<float>
+                                                          : losses_of<double>;
+  return {compute(call, losses, factor, reduce), student_result, teacher_result};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd_kernels, CPU, m) {
+  m.impl("universal_kd_loss_forward", TORCH_BOX(&universal_kd_loss_forward));
+}
+
+}  // namespace fastkd::distillation

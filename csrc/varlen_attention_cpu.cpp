@@ -1,0 +1,117 @@
+// Attention over packed sequences on CPU: one task is one head of one sequence, computed in float32 from keys and values
+// that fit the first caches. Sequences are as long as a classifier's inputs, so nothing is tiled over keys.
+#include "stable_compat.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+namespace fastkd::varlen_attention {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kQueries = 4;  // rows of queries that share each load of a key or value
+// of reading a token and writing its result, in pairs of tokens
+constexpr int64_t kTokenCost = 64;
+// about 10 microseconds of work: less than that is not worth waking a thread for
+constexpr int64_t kCostPerTask = 16384;
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+struct Attention {
+  const void *query, *key, *value;
+  void* out;
+  int64_t query_stride, key_stride, value_stride, out_stride;  // elements between tokens
+  int64_t heads, head_size;
+  float scale_log2;  // of the scores, times log2(e)
+};
+
+struct Kernels {
+  void (*float32)(const Attention&, int64_t first, int64_t tokens, int64_t head, float* scratch);
+  void (*bfloat16)(const Attention&, int64_t first, int64_t tokens, int64_t head, float* scratch);
+};
+
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+#define FASTKD_SIMD_SOURCE "varlen_attention_simd.h"
+#include "simd_levels.h"
+#undef FASTKD_SIMD_SOURCE
+
+const Kernels kernels = choose_kernels();
+
+// floats that `attend` needs for one head of a sequence
+int64_t scratch_size(int64_t tokens, int64_t head_size) {
+  const int64_t padded = round_up(tokens, 16), wide = round_up(head_size, 16);
+  return head_size * padded + tokens * wide + kQueries * (2 * wide + padded);
+}
+
+const char* check_rows(const Tensor& tensor, const Tensor& query) {
+  if (tensor.dim() != 3 || tensor.scalar_type() != query.scalar_type() || !tensor.is_cpu()) return "another form";
+  for (int64_t d = 0; d < 3; ++d) {
+    if (tensor.size(d) != query.size(d)) return "another shape";
+  }
+  const bool dense = tensor.numel() == 0 || (tensor.stride(2) == 1 && tensor.stride(1) == tensor.size(2));
+  return dense ? nullptr : "rows that are not dense";
+}
+
+void varlen_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, double scale, Tensor out) {
+  for (const Tensor* tensor : {&query, &key, &value, &out}) {
+    const char* problem = check_rows(*tensor, query);
+    STD_TORCH_CHECK(problem == nullptr, "query, key, value, out: one has ", problem);
+  }
+  STD_TORCH_CHECK(
+      cu_seqlens.dim() == 1 && cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.is_contiguous() &&
+          cu_seqlens.numel() >= 1,
+      "cu_seqlens: expected contiguous int32 [B + 1]");
+  const auto* bounds = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+  const int64_t sequences = cu_seqlens.numel() - 1, rows = query.size(0), heads = query.size(1);
+  int64_t longest = 0;
+  std::vector<int64_t> costs(sequences + 1);  // of one head of all sequences before each
+  STD_TORCH_CHECK(bounds[0] == 0 && bounds[sequences] <= rows, "cu_seqlens: expected 0 first and at most N last");
+  for (int64_t b = 0; b < sequences; ++b) {
+    const int64_t tokens = bounds[b + 1] - bounds[b];
+    STD_TORCH_CHECK(tokens >= 0, "cu_seqlens: expected ascending values");
+    longest = std::max(longest, tokens);
+    costs[b + 1] = costs[b] + tokens * (tokens + kTokenCost);
+  }
+  const auto dtype = query.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "query: expected float32 or bfloat16");
+
+  STD_TORCH_CHECK(out.is_contiguous(), "out: expected a contiguous tensor");
+  const int64_t used = bounds[sequences];
+  const auto row_bytes = static_cast<int64_t>(out.element_size()) * heads * query.size(2);
+  std::memset(static_cast<char*>(out.mutable_data_ptr()) + used * row_bytes, 0, (rows - used) * row_bytes);
+  if (costs.back() == 0 || heads == 0) return;
+  const Attention call{
+      query.const_data_ptr(), key.const_data_ptr(), value.const_data_ptr(), out.mutable_data_ptr(),
+      query.stride(0),        key.stride(0),        value.stride(0),        out.stride(0),
+      heads,                  query.size(2),        static_cast<float>(scale * 1.4426950408889634)};
+  const auto attend = dtype == ScalarType::Float ? kernels.float32 : kernels.bfloat16;
+  // threads share out the cost, not the sequences; the heads of a sequence follow one another, so that its rows stay cached
+  torch::stable::parallel_for(0, costs.back() * heads, kCostPerTask, [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch(scratch_size(longest, call.head_size));
+    for (int64_t b = 0; b < sequences; ++b) {
+      const int64_t cost = costs[b + 1] - costs[b];
+      for (int64_t head = 0; head < heads && cost > 0; ++head) {
+        const int64_t position = costs[b] * heads + head * cost;
+        if (position >= begin && position < end) attend(call, bounds[b], bounds[b + 1] - bounds[b], head, scratch.data());
+      }
+    }
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd_kernels, CPU, m) {
+  m.impl("varlen_attention_", TORCH_BOX(&varlen_attention_cpu));
+}
+
+}  // namespace fastkd::varlen_attention

@@ -1,0 +1,269 @@
+"""What the distillation losses share: their options, the divergences in plain PyTorch, and the scaling of gradients.
+
+For tempered distributions p = softmax(t / tau) of the teacher and q = softmax(s / tau) of the student:
+
+    forward    KL(p || q) = sum_c p_c (ln p_c - ln q_c)          the classic distillation loss (Hinton et al., 2015)
+    reverse    KL(q || p)
+    jsd        (KL(p || m) + KL(q || m)) / 2,  m = (p + q) / 2    Jensen-Shannon
+    regression sum_c (t_c / tau - s_c / tau)^2                    for scores: a softmax over one class is constant
+
+and the gradients with respect to t / tau and s / tau, from a_c = dD/dp_c p_c and b_c = dD/dq_c q_c up to a constant:
+
+    forward    a = p (ln p - ln q),      dD/ds = q - p
+    reverse    b = q (ln q - ln p),      dD/dt = p - q
+    jsd        a = p (ln p - ln m) / 2,  b = q (ln q - ln m) / 2
+    otherwise  dD/dt = a - p sum(a),     dD/ds = b - q sum(b)
+
+A logit of -inf masks its class: probability 0, and 0 ln 0 = 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# the position in these tuples is the code that the kernels understand
+DIRECTIONS = ("forward", "reverse", "jsd")
+MIXES = ("logits", "probs", "loss")
+ATTENTION_SPACES = ("logits", "log_probs", "probs")
+
+REDUCTIONS = ("batchmean", "mean", "sum", "none")
+LAYER_REDUCTIONS = ("sum", "mean")
+TASKS = ("classification", "regression")
+SQUARED = len(DIRECTIONS)
+"""The code of the squared error among the divergences."""
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
+
+
+def check_positive(name: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name}: got {value}, expected a finite number above 0")
+
+
+def check_logits(name: str, logits: Tensor, shape: str) -> None:
+    """`shape` is written like "[M, B, C]"."""
+    if not logits.is_floating_point():
+        raise TypeError(f"{name}: got dtype {logits.dtype}, expected a floating-point dtype")
+    if logits.dim() != shape.count(",") + 1:
+        raise ValueError(f"{name}: got shape {tuple(logits.shape)}, expected {shape}")
+
+
+def check_classes(name: str, logits: Tensor, task: str) -> None:
+    needed = 2 if task == "classification" else 1
+    if logits.shape[-1] < needed:
+        raise ValueError(
+            f"{name}: got C={logits.shape[-1]}, {task} needs at least {needed}; a softmax over one class is constant, "
+            'so scores need task="regression"'
+        )
+
+
+def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: got device {tensor.device}, expected that of {other_name}, {other.device}")
+
+
+def check_teacher_gradient(name: str, teacher: Tensor, detach_teacher: bool) -> None:
+    if detach_teacher and teacher.requires_grad:
+        raise ValueError(
+            f"{name}: got a tensor that requires grad; run the teacher under torch.no_grad(), or pass "
+            "detach_teacher=False for the gradient of the loss with respect to the teacher"
+        )
+
+
+def divergence_code(direction: str, task: str) -> int:
+    return SQUARED if task == "regression" else DIRECTIONS.index(direction)
+
+
+def loss_scale(temperature: float, t2_scale: bool) -> float:
+    return temperature**2 if t2_scale else 1.0
+
+
+def reduction_factor(reduction: str, batch: int, classes: int) -> float:
+    """What the sum over all rows is multiplied with; an empty batch has the loss 0."""
+    if reduction == "batchmean":
+        return 1 / max(batch, 1)
+    return 1 / max(batch * classes, 1) if reduction == "mean" else 1.0
+
+
+def widen(*tensors: Tensor) -> list[Tensor]:
+    """All in the dtype in which losses are computed: float64 where one of them is, else float32."""
+    dtype = accumulate_dtype(*tensors)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def log_distribution(logits: Tensor, temperature: float, divergence: int) -> Tensor:
+    """What `divergence_reference` compares: log-probabilities, or the scaled scores of a regression."""
+    scaled = logits / temperature
+    return scaled if divergence == SQUARED else scaled.log_softmax(-1)
+
+
+def divergence_reference(log_p: Tensor, log_q: Tensor, divergence: int) -> Tensor:
+    """D(p, q) over the last dimension, from `log_distribution` of teacher and student."""
+    if divergence == SQUARED:
+        return (log_p - log_q).square().sum(-1)
+    direction = DIRECTIONS[divergence]
+    if direction == "forward":
+        return _expected_log_ratio(log_p, log_q)
+    if direction == "reverse":
+        return _expected_log_ratio(log_q, log_p)
+    # both masked: any finite value serves, its probability is 0
+    masked = (log_p == -math.inf) & (log_q == -math.inf)
+    log_middle = torch.logaddexp(log_p.masked_fill(masked, 0), log_q.masked_fill(masked, 0)) - math.log(2)
+    return (_expected_log_ratio(log_p, log_middle) + _expected_log_ratio(log_q, log_middle)) / 2
+
+
+def _expected_log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
+    p = log_p.exp()
+    return (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(-1)
+
+
+def dense_rows(logits: Tensor) -> Tensor:
+    """Logits whose neighbouring classes are neighbours in memory; copied only where they are not."""
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def gradient_like(logits: Tensor, wanted: bool) -> Tensor:
+    """Room for a contiguous gradient; without elements where it is not wanted."""
+    return logits.new_empty(logits.shape if wanted else (0,))
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which has to be that of the tensors."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def power_of_2(size: int) -> int:
+    """The smallest power of two that is not below `size`."""
+    return 1 << (size - 1).bit_length()
+
+
+def scaled_gradient(gradient: Tensor, grad_output: Tensor, factor: float) -> Tensor:
+    """gradient * grad_output * factor in a new tensor, rounded to the dtype of `gradient` once.
+
+    Args:
+        gradient: [..., C] of the sum of all rows. Never written to, as a second backward pass reads it again.
+        grad_output: a scalar, or one value a row, broadcast from the left; any strides.
+        factor: of the reduction.
+    """
+    scale = grad_output if factor == 1 else grad_output * factor
+    if not scale.dim():
+        # a scalar is multiplied with at its own precision, and without a copy of the gradient at that precision
+        return gradient * scale
+    scale = scale.unsqueeze(-1)
+    if gradient.dtype in (torch.float32, torch.float64):
+        return gradient * scale
+    return (gradient.float() * scale).to(gradient.dtype)
+
+
+def scaled_gradients(gradients: Sequence[Tensor], grad_output: Tensor, factor: float) -> list[Tensor]:
+    """`scaled_gradient` of gradients that share their number of classes, or a scalar `grad_output`."""
+    return [scaled_gradient(gradient, grad_output, factor) for gradient in gradients]
+
+
+def summed_over_layers(gradient: Tensor, grad_output: Tensor, factor: float) -> Tensor:
+    """The teacher's gradient [N, B, C] from [M, N, B, C], which keeps the M student layers apart."""
+    if grad_output.dim():
+        grad_output = grad_output[:, None, :, None]
+    return (gradient * (grad_output * factor)).sum(0)
+
+
+class _DifferentiatedOnce(torch.autograd.Function):
+    """Its input, whose own gradient nobody has: a penalty on it would otherwise silently count for nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        raise RuntimeError(
+            "the gradient of a fused distillation loss cannot be differentiated again; compute the loss inside "
+            'fastkd_kernels.backend("reference") instead'
+        )
+
+
+class FusedLoss(torch.autograd.Function):
+    """A loss whose forward pass also computes the gradients of the sum of its rows; backward scales them.
+
+    An autograd.Function around the op costs less a call than `torch.library.register_autograd` on the op, which
+    matters where the kernel takes a few microseconds.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        compute: Callable[..., tuple[Tensor, ...]],
+        scale: Callable[[Sequence[Tensor], Tensor, float], list[Tensor]],
+        factor: float,
+        options: tuple[Any, ...],
+        *tensors: Any,
+    ) -> Tensor:
+        """compute(*tensors, *options) returns the loss and the gradients of the first tensors, in their order."""
+        loss, *gradients = compute(*tensors, *options)
+        ctx.save_for_backward(*gradients)
+        ctx.scale, ctx.factor = scale, factor
+        differentiable = tensors[: len(gradients)]
+        ctx.differentiable = [None if tensor is None else (tensor.dim(), tensor.dtype) for tensor in differentiable]
+        ctx.inputs = len(tensors)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        results: list[Tensor | None] = [None] * ctx.inputs
+        create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        grad_output = grad_output.detach()
+        whole = []
+        for position, gradient in enumerate(ctx.saved_tensors):
+            if not ctx.needs_input_grad[4 + position]:
+                continue
+            dims, dtype = ctx.differentiable[position]
+            if gradient.dim() == dims:
+                whole.append((position, gradient))
+            else:
+                results[position] = summed_over_layers(gradient, grad_output, ctx.factor).to(dtype)
+        scaled = ctx.scale([gradient for _, gradient in whole], grad_output, ctx.factor)
+        for (position, _), result in zip(whole, scaled, strict=True):
+            results[position] = result
+        if create_graph:
+            anchor = torch.zeros((), requires_grad=True)
+            results = [None if result is None else _DifferentiatedOnce.apply(result, anchor) for result in results]
+        return None, None, None, None, *results
+
+
+def fused_loss(
+    backend: str,
+    op: Callable[..., tuple[Tensor, ...]],
+    launch: Callable[..., tuple[Tensor, ...]],
+    factor: float,
+    options: tuple[Any, ...],
+    tensors: tuple[Tensor | None, ...],
+) -> Tensor:
+    """compute(*tensors, *options)[0], differentiable in those tensors that require grad.
+
+    Args:
+        backend: "cuda" or "cpu".
+        op: the registered op.
+        launch: the Triton kernel behind it, which eager mode calls without the cost of the dispatcher, and the
+            interpreter for tensors that are not on a GPU.
+    """
+    compute, scale = op, scaled_gradients
+    if backend == "cuda" and not torch.compiler.is_compiling():
+        from fastkd_kernels import _distillation_triton
+
+        compute, scale = launch, _distillation_triton.scaled_gradients
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        return FusedLoss.apply(compute, scale, factor, options, *tensors)
+    return compute(*tensors, *options)[0]

@@ -1,0 +1,344 @@
+"""Layer normalisation of rows that are sums, in one pass, for the two places where an encoder has them.
+
+    y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias, over the last dimension, with
+
+    add_layer_norm     s = x + residual                                     after attention and after the feed-forward
+    embed_layer_norm   s_n = tables_0[indices_0[n]] + tables_1[...] + ...   word, position and segment embeddings
+
+The sum and the statistics are float32 (float64 for float64) and nothing but y is written to memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastkd_kernels import _extension, _triton
+from fastkd_kernels._backend import register_backends, resolve
+from fastkd_kernels._library import library
+from fastkd_kernels._triton import tl, triton
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def add_layer_norm_reference(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`add_layer_norm` in plain PyTorch: the oracle of the tests and the fallback on any device."""
+    return _normalised(_wide(x) if residual is None else _wide(x) + _wide(residual), weight, bias, eps)
+
+
+def embed_layer_norm_reference(
+    tables: Sequence[Tensor], indices: Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """`embed_layer_norm` in plain PyTorch: the oracle of the tests and the fallback on any device."""
+    rows = [_wide(F.embedding(index, table)) for table, index in zip(tables, indices, strict=True)]
+    return _normalised(torch.stack(rows).sum(0), weight, bias, eps)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _normalised(total: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(total, total.shape[-1:], _wide(weight), _wide(bias), eps).to(weight.dtype)
+
+
+if _triton.available:
+
+    @triton.jit
+    def _normalise_and_store(total, mask, width, weight_ptr, bias_ptr, out_ptr, column, eps):
+        mean = tl.sum(total, 0) / width
+        deviation = tl.where(mask, total - mean, 0.0)
+        scale = 1.0 / tl.sqrt(tl.sum(deviation * deviation, 0) / width + eps)
+        weight = tl.load(weight_ptr + column, mask=mask).to(tl.float32)
+        bias = tl.load(bias_ptr + column, mask=mask).to(tl.float32)
+        tl.store(out_ptr + column, deviation * scale * weight + bias, mask=mask)
+
+    @triton.jit
+    def _add_layer_norm_kernel(
+        x_ptr,  # [rows, width], rows x_stride apart
+        residual_ptr,  # [rows, width], rows residual_stride apart, where HAS_RESIDUAL
+        weight_ptr,  # [width]
+        bias_ptr,  # [width]
+        out_ptr,  # [rows, width], rows out_stride apart
+        x_stride,
+        residual_stride,
+        out_stride,
+        width,
+        eps,
+        HAS_RESIDUAL: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        mask = column < width
+        total = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            total += tl.load(residual_ptr + row * residual_stride + column, mask=mask, other=0.0).to(tl.float32)
+        _normalise_and_store(total, mask, width, weight_ptr, bias_ptr, out_ptr + row * out_stride, column, eps)
+
+    @triton.jit
+    def _embed_layer_norm_kernel(
+        table0_ptr,  # [rows of the table, width], contiguous, as are the others
+        table1_ptr,
+        table2_ptr,  # where TABLES is 3
+        index0_ptr,  # [rows] int64
+        index1_ptr,
+        index2_ptr,
+        weight_ptr,  # [width]
+        bias_ptr,  # [width]
+        out_ptr,  # [rows, width], rows out_stride apart
+        out_stride,
+        width,
+        eps,
+        TABLES: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        column = tl.arange(0, BLOCK)
+        mask = column < width
+        total = tl.load(table0_ptr + tl.load(index0_ptr + row) * width + column, mask=mask, other=0.0).to(tl.float32)
+        if TABLES > 1:
+            total += tl.load(table1_ptr + tl.load(index1_ptr + row) * width + column, mask=mask, other=0.0).to(
+                tl.float32
+            )
+        if TABLES > 2:
+            total += tl.load(table2_ptr + tl.load(index2_ptr + row) * width + column, mask=mask, other=0.0).to(
+                tl.float32
+            )
+        _normalise_and_store(total, mask, width, weight_ptr, bias_ptr, out_ptr + row * out_stride, column, eps)
+
+
+library.define(
+    "add_layer_norm_(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, Tensor(a!) out) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define(
+    "embed_layer_norm_(Tensor[] tables, Tensor[] indices, Tensor weight, Tensor bias, float eps, Tensor(a!) out) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("fastkd_kernels::add_layer_norm_", lib=library)
+def _add_layer_norm_fake(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor
+) -> None:
+    return None
+
+
+@torch.library.register_fake("fastkd_kernels::embed_layer_norm_", lib=library)
+def _embed_layer_norm_fake(
+    tables: Sequence[Tensor], indices: Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float, out: Tensor
+) -> None:
+    return None
+
+
+_MAX_TABLES = 3
+
+
+def _add_layer_norm_triton(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor
+) -> None:
+    rows, width = x.shape
+    if rows == 0:
+        return
+    block = triton.next_power_of_2(width)
+    _add_layer_norm_kernel[(rows,)](
+        x,
+        x if residual is None else residual,
+        weight,
+        bias,
+        out,
+        x.stride(0),
+        x.stride(0) if residual is None else residual.stride(0),
+        out.stride(0),
+        width,
+        eps,
+        HAS_RESIDUAL=residual is not None,
+        BLOCK=block,
+        num_warps=_warps(block),
+    )
+
+
+def _embed_layer_norm_triton(
+    tables: Sequence[Tensor], indices: Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float, out: Tensor
+) -> None:
+    rows, width = out.shape
+    if rows == 0:
+        return
+    # a kernel takes a fixed number of pointers: the missing ones are never read
+    spare = _MAX_TABLES - len(tables)
+    block = triton.next_power_of_2(width)
+    _embed_layer_norm_kernel[(rows,)](
+        *[table.contiguous() for table in tables],
+        *[tables[0]] * spare,
+        *indices,
+        *[indices[0]] * spare,
+        weight,
+        bias,
+        out,
+        out.stride(0),
+        width,
+        eps,
+        TABLES=len(tables),
+        BLOCK=block,
+        num_warps=_warps(block),
+    )
+
+
+def _warps(block: int) -> int:
+    """Warps for one row: about eight elements a thread."""
+    return min(max(block // 256, 1), 16)
+
+
+def _cuda_reason() -> str | None:
+    return _triton.missing_reason
+
+
+def _cpu_reason() -> str | None:
+    return _CPU_REASON
+
+
+_CPU_REASON = _extension.missing_kernel_reason("add_layer_norm_", "CPU")
+
+if _triton.available:
+    library.impl("add_layer_norm_", _add_layer_norm_triton, "CUDA")
+    library.impl("embed_layer_norm_", _embed_layer_norm_triton, "CUDA")
+
+register_backends("layer_norm", cuda=_cuda_reason, cpu=_cpu_reason, interpretable=True)
+
+_add_layer_norm_op: Any = torch.ops.fastkd_kernels.add_layer_norm_.default
+_embed_layer_norm_op: Any = torch.ops.fastkd_kernels.embed_layer_norm_.default
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-12,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Layer normalisation of `x + residual`. Where a gradient is wanted, plain PyTorch runs.
+
+    Args:
+        x: [N, H], dense rows; float32 or bfloat16 run the kernels, other dtypes plain PyTorch.
+        residual: [N, H] of the same dtype, or None.
+        weight, bias: [H] of the same dtype.
+        eps: added to the variance.
+        out: [N, H] of the same dtype with dense rows, to be written instead of new memory; may be `x` or `residual`.
+
+    Returns:
+        [N, H]; `out` where given.
+
+    Raises:
+        ValueError: shapes that differ.
+        TypeError: dtypes that differ.
+    """
+    _check(weight, bias, x=x, residual=residual, out=out)
+    tensors = [tensor for tensor in (x, residual, weight, bias) if tensor is not None]
+    backend = _backend(x, tensors)
+    if backend == "reference":
+        return _into(out, add_layer_norm_reference(x, residual, weight, bias, eps))
+    target = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    if backend == "cuda" and not x.is_cuda:
+        _add_layer_norm_triton(x, residual, weight, bias, eps, target)  # in Triton's interpreter
+    else:
+        _add_layer_norm_op(x, residual, weight, bias, eps, target)
+    return target
+
+
+def embed_layer_norm(
+    tables: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-12,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Layer normalisation of a sum of rows gathered from tables. Where a gradient is wanted, plain PyTorch runs.
+
+    Args:
+        tables: one to three of [rows, H], one dtype.
+        indices: for each table [N] int64; on a GPU out-of-range values are undefined.
+        weight, bias: [H] of the same dtype.
+        eps: added to the variance.
+        out: [N, H] of the same dtype with dense rows, to be written instead of new memory.
+
+    Returns:
+        [N, H]; `out` where given.
+
+    Raises:
+        ValueError: shapes that differ, or not one index a table.
+        TypeError: dtypes that differ.
+        IndexError: on CPU, an index outside its table.
+    """
+    if not 1 <= len(tables) <= _MAX_TABLES or len(indices) != len(tables):
+        raise ValueError(
+            f"tables: got {len(tables)} and {len(indices)} indices, expected 1 to {_MAX_TABLES} and as many indices"
+        )
+    for number, (table, index) in enumerate(zip(tables, indices, strict=True)):
+        _check(weight, bias, **{f"tables[{number}]": table})
+        if index.dtype != torch.int64 or index.shape != indices[0].shape or index.dim() != 1:
+            raise ValueError(
+                f"indices[{number}]: got {index.dtype} {tuple(index.shape)}, expected int64 [N], like the others"
+            )
+    _check(weight, bias, out=out)
+    backend = _backend(weight, [*tables, weight, bias])
+    if backend == "reference":
+        return _into(out, embed_layer_norm_reference(tables, indices, weight, bias, eps))
+    indices = [index.contiguous() for index in indices]
+    shape = (indices[0].shape[0], weight.shape[0])
+    target = torch.empty(shape, dtype=weight.dtype, device=weight.device) if out is None else out
+    if backend == "cuda" and not weight.is_cuda:
+        _embed_layer_norm_triton(tables, indices, weight, bias, eps, target)  # in Triton's interpreter
+        return target
+    try:
+        _embed_layer_norm_op(tables, indices, weight, bias, eps, target)
+    except RuntimeError as error:
+        raise _as_index_error(error) from None
+    return target
+
+
+def _backend(tensor: Tensor, tensors: Sequence[Tensor]) -> str:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return "reference"
+    backend = resolve("layer_norm", tensor.device)
+    return backend if tensor.dtype in _KERNEL_DTYPES else "reference"
+
+
+def _into(out: Tensor | None, result: Tensor) -> Tensor:
+    return result if out is None else out.copy_(result)
+
+
+def _as_index_error(error: RuntimeError) -> Exception:
+    """The extension can only raise RuntimeError: an index out of range becomes the IndexError that it is."""
+    message = re.search(r"indices\[.*", str(error))
+    return IndexError(message.group()) if message else error
+
+
+def _check(weight: Tensor, bias: Tensor, **tensors: Tensor | None) -> None:
+    width = weight.shape[-1]
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector.shape != (width,):
+            raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected [{width}]")
+    rows = None
+    for name, tensor in (("bias", bias[None]), *tensors.items()):
+        if tensor is None:
+            continue
+        if tensor.dtype != weight.dtype or tensor.device != weight.device:
+            raise TypeError(
+                f"{name}: got {tensor.dtype} on {tensor.device}, expected that of weight, {weight.dtype} on "
+                f"{weight.device}"
+            )
+        if tensor.dim() != 2 or tensor.shape[1] != width or (tensor.stride(1) != 1 and tensor.numel() > 1):
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected [N, {width}] with dense rows")
+        if name == "bias":
+            continue
+        if rows is not None and tensor.shape[0] != rows:
+            raise ValueError(f"{name}: got {tensor.shape[0]} rows, expected {rows}")
+        rows = tensor.shape[0]

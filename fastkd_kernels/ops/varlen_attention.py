@@ -1,0 +1,145 @@
+"""Attention over packed sequences: every token attends to the tokens of its own sequence, and nothing is padded.
+
+    O_b = softmax(scale * Q_b K_b') V_b        for the rows cu_seqlens[b] to cu_seqlens[b + 1] of Q, K and V, each head
+
+On a GPU this is PyTorch's own `torch.nn.attention.varlen.varlen_attn` (FlashAttention); on CPU, where PyTorch has no
+such kernel, it is C++, computed in float32 whatever the dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from fastkd_kernels import _extension
+from fastkd_kernels._backend import register_backends, resolve
+from fastkd_kernels._library import library
+
+try:
+    from torch.nn.attention.varlen import varlen_attn as _varlen_attn
+except ImportError:  # the module is there from torch 2.10 on, but not in every build
+    _varlen_attn = None  # type: ignore[assignment]
+
+# what the C++ kernel and FlashAttention take; the others run the reference
+_CPU_DTYPES = (torch.float32, torch.bfloat16)
+_CUDA_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def varlen_attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
+) -> Tensor:
+    """`varlen_attention` in plain PyTorch, padded: the oracle of the tests and the fallback on any device."""
+    lengths = cu_seqlens.diff().tolist()
+    used = sum(lengths)
+    if used == 0:
+        return torch.zeros_like(query)
+
+    def padded(packed: Tensor) -> Tensor:
+        return pad_sequence(packed[:used].split(lengths), batch_first=True).transpose(1, 2)
+
+    token = torch.arange(max(lengths), device=query.device)
+    mask = token < cu_seqlens.diff()[:, None]
+    # a sequence without tokens would attend to nothing, which softmax turns into NaN
+    attendable = mask | (token == 0)
+    attended = F.scaled_dot_product_attention(
+        padded(query), padded(key), padded(value), attn_mask=attendable[:, None, None, :], scale=scale
+    )
+    packed = attended.transpose(1, 2)[mask]
+    return torch.cat([packed, packed.new_zeros((query.shape[0] - used, *packed.shape[1:]))])
+
+
+library.define(
+    "varlen_attention_(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, float scale, Tensor(a!) out) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.register_fake("fastkd_kernels::varlen_attention_", lib=library)
+def _varlen_attention_fake(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float, out: Tensor
+) -> None:
+    return None
+
+
+_CPU_REASON = _extension.missing_kernel_reason("varlen_attention_", "CPU")
+
+
+def _cuda_reason() -> str | None:
+    return None if _varlen_attn is not None else "this PyTorch has no torch.nn.attention.varlen"
+
+
+def _cpu_reason() -> str | None:
+    return _CPU_REASON
+
+
+register_backends("varlen_attention", cuda=_cuda_reason, cpu=_cpu_reason, interpretable=False)
+
+_varlen_attention_op: Any = torch.ops.fastkd_kernels.varlen_attention_.default
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None = None
+) -> Tensor:
+    """Attention inside each of B packed sequences; every query sees every key of its own sequence.
+
+    Without a gradient on CPU. Float64, and on a GPU float32 and heads that FlashAttention does not take (their size no
+    multiple of 8), run the padded reference.
+
+    Args:
+        query, key, value: [N, heads, head_size] of one dtype; the rows may be slices of a wider tensor.
+        cu_seqlens: [B + 1] int32, sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1]; the first is 0.
+        max_seqlen: the longest sequence, or a bound on it.
+        scale: of the scores; default 1 / sqrt(head_size).
+
+    Returns:
+        [N, heads, head_size]; rows from cu_seqlens[B] on are zero (undefined on a GPU).
+
+    Raises:
+        ValueError: shapes that differ, or `cu_seqlens` of another form.
+        TypeError: dtypes that differ, or `cu_seqlens` that is not int32.
+    """
+    _check(query, key, value, cu_seqlens)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    backend = resolve("varlen_attention", query.device)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    if backend == "cuda" and query.dtype in _CUDA_DTYPES and query.shape[-1] % 8 == 0:
+        # torch 2.10 knows the usual scale only
+        usual = query.shape[-1] ** -0.5
+        query = query if scale == usual else query * (scale / usual)
+        attended: Any = _varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+        return attended
+    if backend != "cpu" or query.dtype not in _CPU_DTYPES or needs_grad:
+        return varlen_attention_reference(query, key, value, cu_seqlens, max_seqlen, scale)
+    out = torch.empty(query.shape, dtype=query.dtype)
+    _varlen_attention_op(*map(_dense_rows, (query, key, value)), cu_seqlens.contiguous(), scale, out)
+    return out
+
+
+def _dense_rows(tensor: Tensor) -> Tensor:
+    """The tensor itself where each token's heads lie behind one another, else a copy."""
+    is_dense = tensor.stride(2) == 1 and tensor.stride(1) == tensor.shape[2]
+    return tensor if is_dense else tensor.contiguous()
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor) -> None:
+    if query.dim() != 3:
+        raise ValueError(f"query: got shape {tuple(query.shape)}, expected [N, heads, head_size]")
+    for name, tensor in (("key", key), ("value", value)):
+        if tensor.shape != query.shape:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected that of query, {tuple(query.shape)}")
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise TypeError(
+                f"{name}: got {tensor.dtype} on {tensor.device}, expected that of query, {query.dtype} on "
+                f"{query.device}"
+            )
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens: got dtype {cu_seqlens.dtype}, expected int32")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.device != query.device:
+        raise ValueError(
+            f"cu_seqlens: got shape {tuple(cu_seqlens.shape)} on {cu_seqlens.device}, expected [B + 1] on "
+            f"{query.device}"
+        )

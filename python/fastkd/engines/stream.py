@@ -1,0 +1,574 @@
+"""Engine `stream`: rebatching across the input, so that processors stay busy although sequences leave.
+
+After an exit a batch is small. Here the survivors of many batches wait at their layer, packed, until enough tokens have
+gathered for a run that is as efficient as the first layer's. Answers come in the order of the input, and what waits is
+bounded.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, chain, pairwise, repeat
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import fastkd_kernels as fk
+from fastkd.backbones import longest_input
+from fastkd.configuration import head_speeds
+from fastkd.data import PAIR_COLUMNS, TEXT_COLUMNS
+from fastkd.engines.batch import warn_about_nan
+from fastkd.engines.packed import PackedTokens, answer_all, bounds, bucket, encoder_of
+from fastkd.engines.schedule import Schedule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from fastkd.modeling import EarlyExitForSequenceClassification
+
+
+_NOT_FINITE = "the model's answer is not a finite number; try float32 or bfloat16 weights"
+
+
+class StreamRow(NamedTuple):
+    """One answer, or the reason why there is none.
+
+    Attributes:
+        line: number of the row in the input, from 1 (its own `line`, where the row has one).
+        label: name of the class; for regression the predicted number; None where `problem` says why.
+        score: probability of the label; None for regression.
+        exit_layer: 1 after the first layer.
+        uncertainty: at that layer; None for regression.
+        problem: why the row was not answered.
+    """
+
+    line: int
+    label: str | float | None = None
+    score: float | None = None
+    exit_layer: int | None = None
+    uncertainty: float | None = None
+    problem: str | None = None
+
+
+@dataclass
+class StreamStatistics:
+    """What a stream has done so far."""
+
+    rows_read: int = 0
+    rows_answered: int = 0
+    tokens_read: int = 0
+    max_tokens_in_flight: int = 0
+    runs: list[int] = field(default_factory=list)
+    """How often each stage ran."""
+    tokens: list[int] = field(default_factory=list)
+    """How many tokens each stage ran on."""
+
+
+class _Encoded(NamedTuple):
+    """One row on its way: `position` counts the rows of the input from 0."""
+
+    position: int
+    line: int
+    tokens: int
+    input_ids: Sequence[int]
+    token_type_ids: Sequence[int] | None
+    since: float
+
+
+class _Queue:
+    """Sequences that wait before one stage, with their packed hidden states (none before the first layer)."""
+
+    def __init__(self) -> None:
+        self.rows: list[_Encoded] = []
+        self.slots: list[int] = []
+        self.tokens = 0
+        self.hidden_states: Tensor | None = None
+
+    def room_for(self, tokens: int, like: Tensor) -> Tensor:
+        """Memory behind the sequences that wait, for `tokens` more; what waits is moved where the memory must grow."""
+        needed = self.tokens + tokens
+        if self.hidden_states is None or self.hidden_states.shape[0] < bucket(needed):
+            grown = like.new_zeros(bucket(needed * 3 // 2), like.shape[1])
+            if self.hidden_states is not None:
+                grown[: self.tokens] = self.hidden_states[: self.tokens]
+            self.hidden_states = grown
+        return self.hidden_states[self.tokens : needed]
+
+    def push(self, rows: Sequence[_Encoded], slots: Sequence[int], tokens: int) -> None:
+        self.rows.extend(rows)
+        self.slots.extend(slots)
+        self.tokens += tokens
+
+    def drop(self, count: int, tokens: int) -> None:
+        """Forget the first `count` rows, of `tokens` tokens; with hidden states, all rows are dropped together."""
+        del self.rows[:count], self.slots[:count]
+        self.tokens -= tokens
+
+
+class _Slots:
+    """Rows of the exit record, one for each sequence in flight; the record grows with them."""
+
+    def __init__(self, num_labels: int, device: torch.device) -> None:
+        self._free: list[int] = []
+        self.record = fk.ExitRecord.allocate(0, num_labels, device)
+
+    def take(self, count: int) -> list[int]:
+        if count > len(self._free):
+            self._grow(count - len(self._free))
+        taken = self._free[-count:]
+        del self._free[-count:]
+        self.reset(taken)
+        return taken
+
+    def reset(self, slots: list[int]) -> None:
+        """Empty the memory of the patience criterion."""
+        self.record.history[slots, 0] = -1
+        self.record.history[slots, 1] = 0
+
+    def give_back(self, slots: Iterable[int]) -> None:
+        self._free.extend(slots)
+
+    def _grow(self, missing: int) -> None:
+        old = self.record
+        size = old.exit_layer.shape[0]
+        added = max(missing, size, 256)
+        new = fk.ExitRecord.allocate(size + added, old.logits.shape[1], old.logits.device)
+        for name in ("logits", "uncertainty", "exit_layer", "history"):
+            getattr(new, name)[:size] = getattr(old, name)
+        self.record = new
+        self._free.extend(reversed(range(size, size + added)))
+
+
+class Stream(Iterator[StreamRow]):
+    """The answers to an input of any length, in its order; made by `EarlyExitForSequenceClassification.stream`.
+
+    An error of the input is raised after everything read before it was answered. Ctrl-C, and an error of the model,
+    are raised at once and lose nothing: iterating again goes on, and `finished()` gives what was already answered.
+    """
+
+    def __init__(
+        self,
+        model: EarlyExitForSequenceClassification,
+        rows: Iterable[Any],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        speed: float | Sequence[float] | None = None,
+        criterion: str | None = None,
+        top_n: int | None = None,
+        exit_layers: Sequence[int] | None = None,
+        max_length: int | None = None,
+        truncate: bool = True,
+        tokens_per_run: int = 4096,
+        max_tokens_in_flight: int = 65536,
+        look_ahead: int = 256,
+        deadline: float | None = None,
+        max_rows_waiting: int = 65536,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """See `EarlyExitForSequenceClassification.stream`."""
+        if model.training:
+            raise ValueError("model: is in training mode, where nobody leaves early; call model.eval() first")
+        config = model.config
+        self._model = model
+        speed = config.speed if speed is None else speed
+        self._speeds = head_speeds(speed, model.exit_layers)
+        self._criterion = config.criterion if criterion is None else criterion
+        self._top_n = config.top_n if top_n is None else top_n
+        model.check_criterion(self._criterion, self._top_n)
+        if self._speeds:
+            model.check_exits(self._criterion)
+        for argument, value in (("look_ahead", look_ahead), ("max_rows_waiting", max_rows_waiting)):
+            if value < 1:
+                raise ValueError(f"{argument}: got {value}, expected at least 1")
+        self._schedule = Schedule(tokens_per_run, max_tokens_in_flight)
+        decision_layers = model.decision_layers(speed, exit_layers)
+        self._stages = [list(range(start + 1, end + 1)) for start, end in pairwise([0, *decision_layers])]
+        self._reader = _Reader(rows, tokenizer, _limit(model, tokenizer, max_length), truncate)
+        self._look_ahead = look_ahead
+        self._deadline = deadline
+        self._max_rows_waiting = max_rows_waiting
+        self._clock = clock
+        self._queues = [_Queue() for _ in self._stages]
+        self._device = model.device
+        self._slots = _Slots(config.num_classes, self._device)
+        self._answers: dict[int, StreamRow] = {}
+        self._given_early: set[int] = set()
+        self._next = 0
+        self._encoder = encoder_of(model)
+        self._heads = model.heads_by_layer
+        self._names = dict(config.id2label or {})
+        stages = len(self._stages)
+        self.statistics = StreamStatistics(runs=[0] * stages, tokens=[0] * stages)
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> StreamRow:
+        while self._next not in self._answers:
+            if self._next in self._given_early:
+                self._given_early.remove(self._next)
+                self._next += 1
+            elif not self._advance():
+                self._reader.raise_error()
+                raise StopIteration
+        answer = self._answers.pop(self._next)
+        self._next += 1
+        return answer
+
+    def finished(self) -> list[StreamRow]:
+        """The answers that are ready but were not yet given, in input order; rows before them may still wait."""
+        ready = [self._answers[position] for position in sorted(self._answers)]
+        self._given_early.update(self._answers)
+        self._answers.clear()
+        return ready
+
+    def _is_answered(self, position: int) -> bool:
+        return position < self._next or position in self._answers or position in self._given_early
+
+    def _advance(self) -> bool:
+        """Run one queue or read some input; False where neither is left."""
+        tokens = [queue.tokens for queue in self._queues]
+        queue = self._schedule.next_queue(tokens, input_ended=self._reader.ended, overdue=self._overdue())
+        if queue is not None:
+            self._run(queue)
+            return True
+        if self._reader.ended:
+            return False
+        self._read()
+        return True
+
+    def _overdue(self) -> int | None:
+        """The queue of the oldest row, where its deadline has passed or too many answers wait behind it."""
+        too_many = len(self._answers) >= self._max_rows_waiting
+        if self._deadline is None and not too_many:
+            return None
+        waiting = ((row.position, row.since, number) for number, q in enumerate(self._queues) for row in q.rows)
+        _, since, number = min(waiting, default=(None, math.inf, None))
+        is_late = self._deadline is not None and self._clock() - since >= self._deadline
+        return number if is_late or too_many else None
+
+    def _read(self) -> None:
+        encoded, problems = self._reader.read(self._look_ahead, self._clock())
+        self._answers.update(problems)
+        # nothing is padded, but what attention does for one run may depend on the longest sequence in it
+        encoded.sort(key=attrgetter("tokens"))
+        tokens = sum(row.tokens for row in encoded)
+        self._queues[0].push(encoded, self._slots.take(len(encoded)), tokens)
+        self._reader.forget()
+        statistics = self.statistics
+        statistics.rows_read += len(encoded) + len(problems)
+        statistics.tokens_read += tokens
+        in_flight = sum(queue.tokens for queue in self._queues)
+        statistics.max_tokens_in_flight = max(statistics.max_tokens_in_flight, in_flight)
+
+    def _run(self, stage: int) -> None:
+        queue = self._queues[stage]
+        count = _prefix(queue.rows, self._schedule.tokens_per_run) if stage == 0 else len(queue.rows)
+        rows, slots = queue.rows[:count], queue.slots[:count]
+        lengths = [row.tokens for row in rows]
+        tokens = sum(lengths)
+        try:
+            cu_seqlens = bounds(lengths, self._device)
+            with self._encoder.running():
+                hidden_states = self._before(stage, rows, lengths, cu_seqlens)
+                for number in self._stages[stage]:
+                    hidden_states = self._encoder.layer(number, hidden_states, cu_seqlens, max(lengths))
+                used = hidden_states[:tokens]
+                survivors = self._decide(stage, used, cu_seqlens, slots)
+            self._move_on(stage, used, cu_seqlens, rows, slots, survivors)
+        except BaseException:
+            self._start_again(stage)
+            raise
+        queue.drop(count, tokens)
+        self.statistics.runs[stage] += 1
+        self.statistics.tokens[stage] += tokens
+
+    def _start_again(self, stage: int) -> None:
+        """After a run that was broken off: its rows wait before the first layer, as their hidden states are lost."""
+        queue = self._queues[stage]
+        elsewhere = {row.position for other in self._queues[stage + 1 :] for row in other.rows}
+        waiting = [
+            (row, slot)
+            for row, slot in zip(queue.rows, queue.slots, strict=True)
+            if not self._is_answered(row.position) and row.position not in elsewhere
+        ]
+        queue.drop(len(queue.rows), queue.tokens)
+        slots = [slot for _, slot in waiting]
+        self._slots.reset(slots)
+        self._queues[0].push([row for row, _ in waiting], slots, sum(row.tokens for row, _ in waiting))
+
+    def _before(self, stage: int, rows: Sequence[_Encoded], lengths: Sequence[int], cu_seqlens: Tensor) -> Tensor:
+        """Packed hidden states before the first layer of a stage, with the rows that `bucket` adds."""
+        if stage == 0:
+            return self._start(rows, lengths, cu_seqlens)
+        waiting = self._queues[stage].hidden_states
+        assert waiting is not None
+        return waiting[: bucket(sum(lengths))]
+
+    def _start(self, rows: Sequence[_Encoded], lengths: Sequence[int], cu_seqlens: Tensor) -> Tensor:
+        input_ids = self._packed(row.input_ids for row in rows)
+        segments = None
+        if any(row.token_type_ids is not None for row in rows):
+            segments = self._packed(row.token_type_ids or repeat(0, row.tokens) for row in rows)
+        return self._encoder.embed(PackedTokens(input_ids, segments, lengths, cu_seqlens))
+
+    def _packed(self, columns: Iterable[Iterable[int]]) -> Tensor:
+        """The numbers of all rows behind one another, [N] int64; an array is filled faster than a tensor."""
+        return torch.frombuffer(array("q", chain.from_iterable(columns)), dtype=torch.int64).to(self._device)
+
+    def _decide(self, stage: int, hidden_states: Tensor, cu_seqlens: Tensor, slots: Sequence[int]) -> Tensor:
+        """Survivors, as sequence numbers of the run; the answers of the others are in the record."""
+        row_ids = torch.tensor(slots, dtype=torch.int32, device=self._device)
+        number = self._stages[stage][-1]
+        head, record = self._heads[number], self._slots.record
+        if number == self._stages[-1][-1]:
+            checksum = answer_all(
+                self._model, head, hidden_states, cu_seqlens, self._criterion, self._top_n, row_ids, record, number
+            )
+            warn_about_nan([checksum])
+            return row_ids[:0]
+        decided = self._model.decide(
+            head,
+            hidden_states,
+            None,
+            self._speeds[number],
+            self._criterion,
+            self._top_n,
+            row_ids=row_ids,
+            record=record,
+            layer=number,
+            cu_seqlens=cu_seqlens,
+        )
+        return decided.kept()
+
+    def _move_on(
+        self,
+        stage: int,
+        hidden_states: Tensor,
+        cu_seqlens: Tensor,
+        rows: Sequence[_Encoded],
+        slots: Sequence[int],
+        survivors: Tensor,
+    ) -> None:
+        """Put the survivors of a run into the next queue and the answers of the others where `__next__` finds them."""
+        kept = survivors.tolist()
+        staying = set(kept)
+        leaving = [index for index in range(len(rows)) if index not in staying]
+        answers = self._answered([rows[index] for index in leaving], [slots[index] for index in leaving])
+        if kept:
+            following = self._queues[stage + 1]
+            tokens = sum(rows[index].tokens for index in kept)
+            room = following.room_for(tokens, hidden_states)
+            fk.compact_packed([hidden_states], cu_seqlens, survivors, out=[room])
+            following.push([rows[index] for index in kept], [slots[index] for index in kept], tokens)
+        self._answers.update(answers)
+        self._slots.give_back(slots[index] for index in leaving)
+        self.statistics.rows_answered += len(leaving)
+
+    def _answered(self, rows: Sequence[_Encoded], slots: Sequence[int]) -> dict[int, StreamRow]:
+        if not rows:
+            return {}
+        record = self._slots.record
+        logits = record.logits[slots].float()
+        layers, uncertainties = record.exit_layer[slots].tolist(), record.uncertainty[slots].tolist()
+        if logits.shape[1] == 1:
+            numbers: list[float] = logits[:, 0].tolist()
+            return {
+                row.position: (
+                    StreamRow(row.line, number, None, layer)
+                    if math.isfinite(number)
+                    else StreamRow(row.line, problem=_NOT_FINITE)
+                )
+                for row, number, layer in zip(rows, numbers, layers, strict=True)
+            }
+        scores, classes = (values.tolist() for values in logits.softmax(-1).max(-1))
+        names = self._names
+        return {
+            row.position: (
+                StreamRow(row.line, names[label], score, layer, uncertainty)
+                if math.isfinite(score)
+                else StreamRow(row.line, problem=_NOT_FINITE)
+            )
+            for row, label, score, layer, uncertainty in zip(rows, classes, scores, layers, uncertainties, strict=True)
+        }
+
+
+def _prefix(rows: Sequence[_Encoded], tokens: int) -> int:
+    """How many of the first rows have `tokens` tokens together, or just below; at least one."""
+    totals = accumulate(row.tokens for row in rows)
+    return max(1, next((index for index, total in enumerate(totals) if total > tokens), len(rows)))
+
+
+def _limit(
+    model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
+) -> int:
+    """Tokens that a row may have."""
+    limit = longest_input(model.config.backbone)
+    if max_length is not None:
+        if not 1 <= max_length <= limit:
+            raise ValueError(f"max_length: got {max_length}, expected 1 to {limit}, the positions of this encoder")
+        return max_length
+    return limit if tokenizer is None else min(limit, tokenizer.model_max_length)
+
+
+# Reading
+
+Text = tuple[str, str | None]
+
+
+class _Reader:
+    """Pulls rows from the input and encodes them; a row that cannot be used becomes an answer that says why."""
+
+    def __init__(
+        self, rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase | None, limit: int, truncate: bool
+    ) -> None:
+        self._rows = iter(rows)
+        self._tokenizer = tokenizer
+        self._limit = limit
+        self._truncate = truncate
+        self._position = 0
+        self._pulled: list[tuple[int, Any]] = []
+        self._error: Exception | None = None
+        self.ended = False
+
+    def raise_error(self) -> None:
+        """Raise what the input raised, once everything before it was answered."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def read(self, count: int, now: float) -> tuple[list[_Encoded], dict[int, StreamRow]]:
+        """Up to `count` more rows; fewer where the input ends or has nothing right now (gives None).
+
+        The same rows are read again until `forget` is called: what breaks this off in between loses none.
+        """
+        self._pull(count)
+        texts: list[tuple[int, int, Text]] = []
+        encoded: list[_Encoded] = []
+        problems: dict[int, StreamRow] = {}
+        for position, row in self._pulled:
+            line = getattr(row, "line", position + 1)
+            try:
+                if isinstance(row, Mapping) and "input_ids" in row:
+                    encoded.append(self._checked(position, line, row["input_ids"], row.get("token_type_ids"), now))
+                else:
+                    texts.append((position, line, _texts(row)))
+            except ValueError as error:
+                problems[position] = StreamRow(line, problem=str(error))
+        self._encode(texts, encoded, problems, now)
+        return encoded, problems
+
+    def forget(self) -> None:
+        """The rows of the last `read` are taken care of."""
+        self._pulled = []
+
+    def _pull(self, count: int) -> None:
+        while len(self._pulled) < count and not self.ended:
+            try:
+                row = next(self._rows)
+            except StopIteration:
+                self.ended = True
+                return
+            except Exception as error:
+                self.ended, self._error = True, error
+                return
+            if row is None:
+                return
+            self._pulled.append((self._position, row))
+            self._position += 1
+
+    def _encode(
+        self,
+        texts: list[tuple[int, int, Text]],
+        encoded: list[_Encoded],
+        problems: dict[int, StreamRow],
+        now: float,
+    ) -> None:
+        for is_pair in (False, True):
+            group = [text for text in texts if (text[2][1] is not None) == is_pair]
+            if not group:
+                continue
+            for (position, line, text), columns in zip(
+                group, self._columns([g[2] for g in group], is_pair), strict=True
+            ):
+                try:
+                    ids, segments = columns if columns is not None else self._single(text)
+                    encoded.append(self._checked(position, line, ids, segments, now))
+                except Exception as error:  # a tokenizer may raise anything for one strange text
+                    problems[position] = StreamRow(line, problem=str(error) or type(error).__name__)
+
+    def _columns(self, texts: list[Text], is_pair: bool) -> list[Any]:
+        """(input_ids, token_type_ids or None) of each text; None for each where the tokenizer fails for one of them."""
+        if self._tokenizer is None:
+            raise ValueError("tokenizer: got None, but the rows are texts; pass tokenizer=, or rows with input_ids")
+        second = [text[1] for text in texts] if is_pair else None
+        try:
+            batch = self._tokenize([text[0] for text in texts], second)
+        except Exception:
+            return [None] * len(texts)
+        ids = batch["input_ids"]
+        # single texts have one segment, which is what a missing column means
+        segments = batch.get("token_type_ids") if is_pair else None
+        return list(zip(ids, segments or [None] * len(ids), strict=True))
+
+    def _single(self, text: Text) -> Any:
+        batch = self._tokenize([text[0]], None if text[1] is None else [text[1]])
+        segments = batch.get("token_type_ids") if text[1] is not None else None
+        return batch["input_ids"][0], segments[0] if segments else None
+
+    def _tokenize(self, first: list[str], second: list[str | None] | None) -> Any:
+        assert self._tokenizer is not None
+        return self._tokenizer(
+            first, second, truncation=self._truncate, max_length=self._limit, return_attention_mask=False, verbose=False
+        )
+
+    def _checked(
+        self, position: int, line: int, ids: Sequence[int], segments: Sequence[int] | None, now: float
+    ) -> _Encoded:
+        if not 1 <= len(ids) <= self._limit:
+            raise ValueError(f"{len(ids)} tokens, expected 1 to {self._limit}")
+        # segment 0 throughout is what no segments mean
+        return _Encoded(position, line, len(ids), ids, segments if segments and any(segments) else None, now)
+
+
+def _texts(row: Any) -> Text:
+    """The one or two texts of a row.
+
+    Raises:
+        ValueError: the problem that the row itself reports, or no text in it.
+    """
+    problem = getattr(row, "problem", None)
+    if problem is not None:
+        raise ValueError(problem)
+    first: Any
+    second: Any
+    if isinstance(row, str):
+        first, second = row, None
+    elif isinstance(row, tuple) and len(row) == 2:
+        first, second = row
+    elif isinstance(row, Mapping):
+        first, second = _texts_of(row)
+    else:
+        first, second = getattr(row, "text_a", None), getattr(row, "text_b", None)
+    for text in (first,) if second is None else (first, second):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"no text: got {text!r}, expected a sentence")
+        # what cannot be encoded as UTF-8 was never decoded properly
+        text.encode()
+    return first, second
+
+
+def _texts_of(row: Mapping[str, Any]) -> tuple[Any, Any]:
+    for first, second in PAIR_COLUMNS:
+        if row.get(first) is not None and row.get(second) is not None:
+            return row[first], row[second]
+    for name in TEXT_COLUMNS:
+        if name in row:
+            return row[name], None
+    raise ValueError(f"no text column among {', '.join(map(str, row))}; expected one of {', '.join(TEXT_COLUMNS)}")

@@ -1,0 +1,218 @@
+"""The packed engine against the padded one: the same answers and exit layers, for every family."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import CONFIGS, clear_speed, early_exit_model, one_thread, random_batch, row_of
+from torch import Tensor, nn
+
+import fastkd
+from fastkd.engines import packed
+
+__all__ = ["one_thread"]
+
+
+Model = fastkd.EarlyExitForSequenceClassification
+
+
+def padded(model: Model, inputs: dict[str, Tensor], speed: float, **options: Any) -> fastkd.EarlyExitOutput:
+    with torch.no_grad():
+        return model(**inputs, speed=speed, engine="batch", **options)
+
+
+def packed_run(model: Model, inputs: dict[str, Tensor], speed: float, **options: Any) -> fastkd.EarlyExitOutput:
+    with torch.no_grad():
+        return model(**inputs, speed=speed, engine="packed", **options)
+
+
+def some_speed(model: Model, inputs: dict[str, Tensor]) -> float:
+    with torch.no_grad():
+        logits = model.all_exit_logits(**inputs)
+    entropy = torch.distributions.Categorical(logits=logits.double(), validate_args=False).entropy()
+    return clear_speed(entropy / torch.tensor(float(logits.shape[-1])).log())
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("from_parts", [True, False])
+def test_same_answers_and_exits_as_the_padded_engine(
+    family: str, from_parts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not from_parts:
+        monkeypatch.setattr(packed, "supports", lambda model: False)
+    model, inputs = early_exit_model(family), random_batch(family, rows=23)
+    speed = some_speed(model, inputs)
+    expected, result = padded(model, inputs, speed), packed_run(model, inputs, speed)
+    assert result.exit_layer.equal(expected.exit_layer)
+    assert len(set(expected.exit_layer.tolist())) > 1
+    torch.testing.assert_close(result.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result.uncertainty, expected.uncertainty, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+@pytest.mark.parametrize("criterion", ["entropy", "patience"])
+def test_sequences_that_left_may_stay_in_the_batch(pays: bool, criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where moving the others costs more than running them on: their answers must not change."""
+    model, inputs = early_exit_model(), random_batch(rows=23)
+    speed = some_speed(model, inputs) if criterion == "entropy" else 0.5
+    expected = padded(model, inputs, speed, criterion=criterion)
+    rows, layer = [], packed.PackedEncoder.layer
+
+    def counted(self: packed.PackedEncoder, number: int, hidden_states: Tensor, bounds: Tensor, longest: int) -> Tensor:
+        rows.append(bounds.shape[0] - 1)
+        return layer(self, number, hidden_states, bounds, longest)
+
+    monkeypatch.setattr(packed.PackedEncoder, "compaction_pays", lambda *_: pays)
+    monkeypatch.setattr(packed.PackedEncoder, "layer", counted)
+    result = packed_run(model, inputs, speed, criterion=criterion)
+    assert result.exit_layer.equal(expected.exit_layer)
+    torch.testing.assert_close(result.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    staying = [int((expected.exit_layer > number).sum()) for number in range(4)]
+    # the last head answers everybody there, so those who left are dropped before its layer at the latest
+    assert rows == (staying if pays else [23, 23, 23, staying[3]])
+
+
+@pytest.mark.parametrize("engine", ["batch", "packed"])
+def test_exit_layers_at_run_time(engine: str) -> None:
+    model, inputs = early_exit_model(), random_batch(rows=17)
+    logits = model.all_exit_logits(**inputs)
+    with torch.no_grad():
+        result = model(**inputs, speed=0.6, exit_layers=[2], engine=engine)
+    assert set(result.exit_layer.tolist()) == {2, 4}
+    at = torch.tensor([number - 1 for number in result.exit_layer.tolist()])
+    torch.testing.assert_close(result.logits, logits[torch.arange(17), at], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"exit_layers: got 9, but this model has heads after \[1, 2, 3, 4\]"):
+        model(**inputs, speed=0.6, exit_layers=[9])
+
+
+@pytest.mark.parametrize("criterion", ["max_prob", "margin", "top_n", "patience"])
+def test_every_criterion(criterion: str) -> None:
+    model, inputs = early_exit_model(num_labels=4), random_batch(rows=17)
+    top_n = 2 if criterion == "top_n" else None
+    for speed in (0.34, 0.5, 1.0):
+        expected = padded(model, inputs, speed, criterion=criterion, top_n=top_n)
+        result = packed_run(model, inputs, speed, criterion=criterion, top_n=top_n)
+        assert result.exit_layer.equal(expected.exit_layer)
+
+
+@pytest.mark.parametrize("head", ["fastbert", "linear"])
+@pytest.mark.parametrize("exit_layers", [None, [2], [4]])
+def test_heads_and_exit_layers(head: str, exit_layers: list[int] | None) -> None:
+    model, inputs = early_exit_model(head=head, exit_layers=exit_layers), random_batch(rows=17)
+    for speed in (0.0, 0.6, 1.0):
+        expected, result = padded(model, inputs, speed), packed_run(model, inputs, speed)
+        assert result.exit_layer.equal(expected.exit_layer)
+        torch.testing.assert_close(result.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_is_as_accurate_as_the_padded_engine() -> None:
+    exact = early_exit_model().double()
+    inputs = random_batch(rows=40)
+    model = copy.deepcopy(exact).bfloat16()
+    # the truth is that of the rounded weights
+    truth = padded(copy.deepcopy(model).double(), inputs, 0.0).logits
+    ours = (packed_run(model, inputs, 0.0).logits - truth).abs()
+    theirs = (padded(model, inputs, 0.0).logits - truth).abs()
+    assert ours.mean() <= theirs.mean() * 1.05
+    assert ours.max() <= theirs.max() * 1.5
+
+
+def test_batch_mates_and_padding_change_no_exit() -> None:
+    model, inputs = early_exit_model(), random_batch(rows=19)
+    speed = some_speed(model, inputs)
+    together = packed_run(model, inputs, speed)
+    for row in range(19):
+        alone = packed_run(model, row_of(inputs, row), speed)
+        assert alone.exit_layer[0] == together.exit_layer[row]
+        torch.testing.assert_close(alone.logits[0], together.logits[row], rtol=1e-4, atol=1e-4)
+
+
+def test_forward_runs_packed_only_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    run = packed.run
+    monkeypatch.setattr(packed, "run", lambda *arguments: calls.append(1) or run(*arguments))
+    model, inputs = early_exit_model(), random_batch()
+    left_padded = {name: values.flip(1) for name, values in inputs.items()}
+    left_padded["attention_mask"][:, 0] = 1
+    with torch.no_grad():
+        model(**inputs, speed=0.0)
+        assert len(calls) == 1
+        model(**left_padded, speed=0.0)
+        model(**inputs, position_ids=torch.arange(11)[None], speed=0.0)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**inputs, speed=0.0)
+        model(**inputs, speed=0.0, engine="batch")
+        with pytest.raises(ValueError, match="engine: got 'packed', which needs"):
+            model(**left_padded, engine="packed")
+        with pytest.raises(ValueError, match="engine: got 'stream', expected 'batch' or 'packed'"):
+            model(**inputs, engine="stream")
+    assert len(calls) == 1
+    model(**inputs, speed=0.5)  # answers that left early never have a gradient
+    assert len(calls) == 2
+    model(**inputs, speed=0.0).logits.sum().backward()
+    assert len(calls) == 2
+
+
+def test_changed_weights_and_modules_are_noticed() -> None:
+    model, inputs = early_exit_model(), random_batch()
+    packed_run(model, inputs, 0.0)
+    with torch.no_grad():
+        for parameter in model.layers[1].parameters():
+            parameter.mul_(1.3)
+    torch.testing.assert_close(
+        packed_run(model, inputs, 0.0).logits, padded(model, inputs, 0.0).logits, rtol=1e-4, atol=1e-4
+    )
+    model.resize_token_embeddings(400, mean_resizing=False)
+    inputs["input_ids"][0, 1] = 399
+    torch.testing.assert_close(
+        packed_run(model, inputs, 0.0).logits, padded(model, inputs, 0.0).logits, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_adapters_and_hooks_run() -> None:
+    """Whatever is put around a linear layer, or hooked to it, must keep running."""
+
+    class Doubled(nn.Linear):
+        def forward(self, rows: Tensor) -> Tensor:
+            return 2 * super().forward(rows)
+
+    model, inputs = early_exit_model(), random_batch()
+    seen = []
+    model.layers[2].intermediate.register_forward_hook(lambda *_: seen.append(1))
+    dense = model.layers[3].output.dense
+    dense.forward = lambda rows: seen.append(2) or nn.Linear.forward(dense, rows)  # as accelerate patches modules
+    query = model.layers[0].attention.self.query
+    doubled = Doubled(query.in_features, query.out_features)
+    doubled.load_state_dict(query.state_dict())
+    model.layers[0].attention.self.query = doubled
+    result = packed_run(model, inputs, 0.0)
+    assert seen == [1, 2]
+    torch.testing.assert_close(result.logits, padded(model, inputs, 0.0).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu", "silu"])
+def test_activations(activation: str) -> None:
+    config = copy.deepcopy(CONFIGS["bert"])
+    config.hidden_act = activation
+    model = fastkd.EarlyExitForSequenceClassification(fastkd.EarlyExitConfig(config, num_labels=3)).eval()
+    inputs = random_batch()
+    result, expected = packed_run(model, inputs, 0.0), padded(model, inputs, 0.0)
+    torch.testing.assert_close(result.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_attention_implementation_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "supports", lambda model: False)
+    model, inputs = early_exit_model(), random_batch()
+    before = model.config.backbone._attn_implementation
+    packed_run(model, inputs, 0.0)
+    assert model.config.backbone._attn_implementation == before != packed.ATTENTION
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(0, 0), (1, 16), (64, 64), (65, 96), (256, 256), (257, 320), (2048, 2048)]
+)
+def test_bucket(rows: int, expected: int) -> None:
+    assert packed.bucket(rows) == expected

@@ -1,0 +1,148 @@
+"""Layer normalisation of sums against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cubins import KernelSpec, compile_kernels
+from error_budget import assert_within_budget
+from torch import Tensor
+from torch.nn import functional as F
+
+import fastkd_kernels as fk
+from fastkd_kernels import _extension, _triton
+from fastkd_kernels.ops.layer_norm import add_layer_norm_reference, embed_layer_norm_reference
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# Triton's interpreter truncates where it stores bfloat16, a GPU rounds
+INTERPRETED = ["cuda"] if _triton.available else []
+BACKENDS = [*INTERPRETED, *([] if DEVICE.type == "cuda" else ["cpu"])]
+
+
+def tensors(rows: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, residual = torch.randn(2, rows, width, device=DEVICE, dtype=torch.float64).to(dtype)
+    weight, bias = torch.randn(2, width, device=DEVICE, dtype=torch.float64).to(dtype)
+    return x * 3 + 1, residual, weight, bias
+
+
+def budget(backend: str, dtype: torch.dtype) -> float:
+    return 2.0 if backend == "cuda" and dtype == torch.bfloat16 and DEVICE.type == "cpu" else 1.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width"), [(5, 37), (3, 384), (1, 8), (0, 16), (2, 768)])
+@pytest.mark.parametrize("has_residual", [True, False])
+def test_add_layer_norm(backend: str, dtype: torch.dtype, rows: int, width: int, has_residual: bool) -> None:
+    x, residual, weight, bias = tensors(rows, width, dtype)
+    added = residual if has_residual else None
+    with fk.backend(backend):
+        result = fk.add_layer_norm(x, added, weight, bias, 1e-5)
+        out = torch.zeros_like(x)
+        assert fk.add_layer_norm(x, added, weight, bias, 1e-5, out).equal(result)
+        in_place = x.clone()
+        assert fk.add_layer_norm(in_place, added, weight, bias, 1e-5, in_place).equal(result)
+    wide = [None if t is None else t.double() for t in (x, added, weight, bias)]
+    truth = add_layer_norm_reference(*wide, 1e-5)
+    plain = F.layer_norm(x + residual if has_residual else x, (width,), weight, bias, 1e-5)
+    eps = torch.finfo(dtype).eps
+    assert_within_budget(result, truth, plain, slack=budget(backend, dtype), absolute=8 * eps)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tables", [1, 2, 3])
+def test_embed_layer_norm(backend: str, dtype: torch.dtype, tables: int) -> None:
+    width, rows = 40, 9
+    sizes = (50, 12, 2)[:tables]
+    values = [torch.randn(size, width, device=DEVICE, dtype=torch.float64).to(dtype) for size in sizes]
+    indices = [torch.randint(size, (rows,), device=DEVICE) for size in sizes]
+    _, _, weight, bias = tensors(1, width, dtype)
+    with fk.backend(backend):
+        result = fk.embed_layer_norm(values, indices, weight, bias)
+    truth = embed_layer_norm_reference([v.double() for v in values], indices, weight.double(), bias.double(), 1e-12)
+    total = sum(F.embedding(index, table) for table, index in zip(values, indices, strict=True))
+    plain = F.layer_norm(total, (width,), weight, bias, 1e-12)
+    eps = torch.finfo(dtype).eps
+    assert_within_budget(result, truth, plain, slack=budget(backend, dtype), absolute=8 * eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_dtypes_run_plain_pytorch(dtype: torch.dtype) -> None:
+    x, residual, weight, bias = tensors(3, 8, dtype)
+    expected = add_layer_norm_reference(x, residual, weight, bias, 1e-5)
+    assert fk.add_layer_norm(x, residual, weight, bias, 1e-5).equal(expected)
+
+
+def test_gradients_come_from_the_reference() -> None:
+    x, residual, weight, bias = tensors(2, 6, torch.float64)
+    leaves = [tensor.requires_grad_(True) for tensor in (x, residual, weight, bias)]
+    assert torch.autograd.gradcheck(lambda *t: fk.add_layer_norm(*t, 1e-5), leaves)
+
+
+def test_bad_input_raises_before_any_work() -> None:
+    x, residual, weight, bias = tensors(3, 8, torch.float32)
+    with pytest.raises(ValueError, match=r"residual: got 2 rows, expected 3"):
+        fk.add_layer_norm(x, residual[:2], weight, bias)
+    with pytest.raises(TypeError, match=r"residual: got torch.bfloat16"):
+        fk.add_layer_norm(x, residual.bfloat16(), weight, bias)
+    with pytest.raises(ValueError, match=r"bias: got shape \(7,\), expected \[8\]"):
+        fk.add_layer_norm(x, residual, weight, bias[1:])
+    with pytest.raises(ValueError, match="tables: got 1 and 2 indices"):
+        fk.embed_layer_norm([x], [torch.tensor([0]), torch.tensor([0])], weight, bias)
+    with pytest.raises(ValueError, match=r"indices\[0\]: got torch.int32"):
+        fk.embed_layer_norm([x], [torch.tensor([0], dtype=torch.int32)], weight, bias)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU does not look at values")
+def test_an_index_outside_its_table_raises_on_cpu() -> None:
+    table, _, weight, bias = tensors(3, 8, torch.float32)
+    with pytest.raises(IndexError, match=r"indices\[0\]\[1\]: got 3, expected 0 to 2"):
+        fk.embed_layer_norm([table], [torch.tensor([0, 3])], weight, bias)
+
+
+def test_opcheck_and_fullgraph() -> None:
+    x, residual, weight, bias = tensors(3, 8, torch.float32)
+    index, out = torch.tensor([2, 0, 1], device=DEVICE), torch.zeros_like(x)
+    ops = torch.ops.fastkd_kernels
+    torch.library.opcheck(ops.add_layer_norm_.default, (x, residual, weight, bias, 1e-5, out))
+    torch.library.opcheck(ops.embed_layer_norm_.default, ([x], [index], weight, bias, 1e-5, out))
+
+    def step(x: Tensor, residual: Tensor, index: Tensor) -> Tensor:
+        return fk.add_layer_norm(fk.embed_layer_norm([x], [index], weight, bias), residual * 2, weight, bias)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert compiled(x, residual, index).equal(step(x, residual, index))
+
+
+@pytest.mark.skipif(not _triton.available, reason="Triton is not installed")
+def test_machine_code() -> None:
+    module = "fastkd_kernels.ops.layer_norm"
+    specs = []
+    for dtype in ("bf16", "fp32"):
+        pointer = f"*{dtype}:16"
+        common = {"weight_ptr": pointer, "bias_ptr": pointer, "out_ptr": pointer, "out_stride": "i32:16",
+                  "width": "i32:16", "eps": "fp32", "BLOCK": 1024}  # fmt: skip
+        specs += [
+            KernelSpec(
+                f"{module}:_add_layer_norm_kernel",
+                {**common, "x_ptr": pointer, "residual_ptr": pointer, "x_stride": "i32:16",
+                 "residual_stride": "i32:16", "HAS_RESIDUAL": has_residual},
+            )
+            for has_residual in (True, False)
+        ]  # fmt: skip
+        specs += [
+            KernelSpec(
+                f"{module}:_embed_layer_norm_kernel",
+                {**common, **{f"table{t}_ptr": pointer for t in range(3)},
+                 **{f"index{t}_ptr": "*i64:16" for t in range(3)}, "TABLES": 3},
+            )
+        ]  # fmt: skip
+    for cubin in compile_kernels(specs):
+        cubin.assert_no_spills()
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the CPU backend is used for CPU tensors only")
+def test_the_extension_is_what_runs_here() -> None:
+    assert _extension.missing_kernel_reason("add_layer_norm_", "CPU") is None
+    assert _extension.missing_kernel_reason("embed_layer_norm_", "CPU") is None

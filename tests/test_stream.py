@@ -1,0 +1,288 @@
+"""The stream engine: the answers of one-by-one forward passes, in order, whatever happens on the way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from tiny_models import WORDS, clear_speed, early_exit_model, one_thread, random_batch, row_of, tokenizer_of
+
+import fastkd
+from fastkd.engines.stream import StreamRow
+
+__all__ = ["one_thread"]
+
+
+def encoded_rows(count: int = 60, seed: int = 5) -> list[dict[str, Any]]:
+    inputs = random_batch(rows=count, seed=seed)
+    return [{name: values[0].tolist() for name, values in row_of(inputs, row).items()} for row in range(count)]
+
+
+def one_by_one(
+    model: fastkd.EarlyExitForSequenceClassification, rows: list[dict[str, Any]], **options: Any
+) -> list[Any]:
+    answers = []
+    for row in rows:
+        output = model(**{name: torch.tensor([values]) for name, values in row.items()}, **options)
+        answers.append((model.config.id2label[int(output.logits.argmax())], int(output.exit_layer)))
+    return answers
+
+
+def answers_of(rows: list[StreamRow]) -> list[Any]:
+    return [(row.label, row.exit_layer) for row in rows]
+
+
+def speed_of(model: fastkd.EarlyExitForSequenceClassification, rows: list[dict[str, Any]]) -> float:
+    """A speed that rounding cannot reach."""
+    with torch.no_grad():
+        logits = torch.cat([model.all_exit_logits(**{n: torch.tensor([v]) for n, v in row.items()}) for row in rows])
+    log = logits.double().log_softmax(-1)
+    return clear_speed(-(log.exp() * log).sum(-1) / torch.tensor(float(logits.shape[-1])).log())
+
+
+def sentences(count: int) -> list[str]:
+    generator = torch.Generator().manual_seed(9)
+    lengths = torch.randint(1, 9, (count,), generator=generator).tolist()
+    return [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (n,), generator=generator).tolist()) for n in lengths]
+
+
+@pytest.mark.parametrize("num_labels", [2, 3, 40])
+@pytest.mark.parametrize(("tokens_per_run", "look_ahead"), [(1, 1), (64, 7), (100000, 256)])
+def test_same_answers_as_one_by_one(num_labels: int, tokens_per_run: int, look_ahead: int) -> None:
+    model, rows = early_exit_model(num_labels=num_labels), encoded_rows()
+    speed = speed_of(model, rows)
+    stream = model.stream(
+        rows, speed=speed, tokens_per_run=tokens_per_run, max_tokens_in_flight=100000, look_ahead=look_ahead
+    )
+    result = list(stream)
+    assert answers_of(result) == one_by_one(model, rows, speed=speed)
+    assert [row.line for row in result] == list(range(1, len(rows) + 1))
+    assert len({row.exit_layer for row in result}) > 1
+    assert stream.statistics.rows_read == stream.statistics.rows_answered == len(rows)
+
+
+@pytest.mark.parametrize("options", [{"criterion": "patience"}, {"criterion": "top_n", "top_n": 2}, {"speed": 0.0}])
+def test_every_criterion_and_the_full_model(options: dict[str, Any]) -> None:
+    model, rows = early_exit_model(num_labels=4), encoded_rows()
+    options = {"speed": 0.5, **options}
+    assert answers_of(list(model.stream(rows, tokens_per_run=50, **options))) == one_by_one(model, rows, **options)
+
+
+def test_scores_and_uncertainties() -> None:
+    model, rows = early_exit_model(), encoded_rows(5)
+    for row, source in zip(model.stream(rows, speed=0.0), rows, strict=True):
+        output = model(**{name: torch.tensor([values]) for name, values in source.items()}, speed=0.0)
+        assert row.score == pytest.approx(output.logits.softmax(-1).max().item(), abs=1e-5)
+        assert row.uncertainty == pytest.approx(output.uncertainty.item(), abs=1e-5)
+
+
+def test_regression() -> None:
+    model, rows = early_exit_model(num_labels=1), encoded_rows(5)
+    for row, source in zip(model.stream(rows), rows, strict=True):
+        expected = model(**{name: torch.tensor([values]) for name, values in source.items()}).logits.item()
+        assert row.label == pytest.approx(expected, abs=1e-5)
+        assert (row.score, row.exit_layer, row.uncertainty) == (None, 4, None)
+    with pytest.raises(ValueError, match="regression"):
+        model.stream(rows, speed=0.5)
+
+
+def test_exit_layers_at_run_time() -> None:
+    model, rows = early_exit_model(), encoded_rows()
+    result = list(model.stream(rows, speed=0.9, exit_layers=[2]))
+    assert {row.exit_layer for row in result} <= {2, 4}
+    assert any(row.exit_layer == 2 for row in result)
+    with pytest.raises(ValueError, match=r"exit_layers: got 9, but this model has heads after \[1, 2, 3, 4\]"):
+        model.stream(rows, exit_layers=[9])
+
+
+def test_memory_is_bounded_and_input_is_read_as_needed() -> None:
+    model, source = early_exit_model(), encoded_rows(200)
+    read = 0
+
+    def rows() -> Iterator[dict[str, Any]]:
+        nonlocal read
+        for row in source:
+            read += 1
+            yield row
+
+    stream = model.stream(rows(), speed=0.3, tokens_per_run=40, max_tokens_in_flight=80, look_ahead=4)
+    next(stream)
+    assert read < 60
+    assert len(list(stream)) == 199
+    # one window of 4 rows of at most 11 tokens may be on top
+    assert stream.statistics.max_tokens_in_flight < 80 + 44
+
+
+def test_later_layers_run_on_full_batches() -> None:
+    model, rows = early_exit_model(), encoded_rows(400)
+    stream = model.stream(rows, speed=speed_of(model, rows[:60]), tokens_per_run=200)
+    list(stream)
+    runs, tokens = stream.statistics.runs, stream.statistics.tokens
+    for ran, count in zip(runs[1:], tokens[1:], strict=True):
+        assert ran <= count / 200 + 1
+
+
+def test_texts_pairs_and_datasets() -> None:
+    model, tokenizer = early_exit_model(), tokenizer_of("bert")
+    texts = sentences(12)
+    second = sentences(24)[12:]
+    expected = [one_by_one(model, [dict(tokenizer(*pair))], speed=0.5)[0] for pair in zip(texts, second, strict=True)]
+    pairs = datasets.Dataset.from_dict({"sentence1": texts, "sentence2": second, "label": [0] * 12})
+    for rows in (list(zip(texts, second, strict=True)), pairs, pairs.to_iterable_dataset()):
+        assert answers_of(list(model.stream(rows, tokenizer, speed=0.5))) == expected
+    single = [one_by_one(model, [dict(tokenizer(text))], speed=0.5)[0] for text in texts]
+    for rows in (texts, [{"text": text} for text in texts], (text for text in texts)):
+        assert answers_of(list(model.stream(rows, tokenizer, speed=0.5))) == single
+
+
+def test_a_poisoned_row_is_reported_with_its_line_and_the_rest_goes_on() -> None:
+    model, tokenizer = early_exit_model(), tokenizer_of("bert")
+    good = sentences(3)
+    rows: list[Any] = [
+        good[0], "  ", {"text": None}, {"no": "text"}, 5, "caf\udce9", good[1],
+        SimpleNamespace(line=70, problem="byte 0xff is not UTF-8", text_a=""), {"input_ids": []}, good[2],
+    ]  # fmt: skip
+    result = list(model.stream(rows, tokenizer, speed=0.5))
+    assert [row.line for row in result] == [1, 2, 3, 4, 5, 6, 7, 70, 9, 10]
+    assert [row.label is not None for row in result] == [True] + [False] * 5 + [True, False, False, True]
+    assert all((row.problem is None) == (row.label is not None) for row in result)
+    assert result[7].problem == "byte 0xff is not UTF-8"
+    assert "no text column among no" in result[3].problem
+    assert "0 tokens, expected 1 to" in result[8].problem
+
+
+def test_texts_that_are_too_long_are_cut_or_reported() -> None:
+    model, tokenizer = early_exit_model(), tokenizer_of("bert")
+    rows = ["good " * 200, "good film"]
+    assert all(row.problem is None for row in model.stream(rows, tokenizer, speed=0.5))
+    reported = list(model.stream(rows, tokenizer, speed=0.5, truncate=False))
+    assert reported[0].problem == "202 tokens, expected 1 to 66"
+    assert reported[1].label is not None
+    with pytest.raises(ValueError, match="max_length: got 67, expected 1 to 66"):
+        model.stream(rows, tokenizer, max_length=67)
+
+
+def test_a_tokenizer_that_fails_for_one_text() -> None:
+    model, tokenizer = early_exit_model(), tokenizer_of("bert")
+
+    def picky(texts: list[str], *arguments: Any, **options: Any) -> Any:
+        if any("dull" in text for text in texts):
+            raise RuntimeError("cannot tokenise 'dull'")
+        return tokenizer(texts, *arguments, **options)
+
+    picky.model_max_length = 60  # type: ignore[attr-defined]
+    result = list(model.stream(["good film", "dull film", "great"], picky, speed=0.5))  # type: ignore[arg-type]
+    assert [row.problem for row in result] == [None, "cannot tokenise 'dull'", None]
+
+
+def test_an_error_of_the_input_comes_after_all_that_was_read() -> None:
+    model, rows = early_exit_model(), encoded_rows(30)
+
+    def failing() -> Iterator[dict[str, Any]]:
+        yield from rows
+        raise OSError("the disk is gone")
+
+    answered: list[StreamRow] = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        answered.extend(model.stream(failing(), speed=0.5, tokens_per_run=50))
+    assert answers_of(answered) == one_by_one(model, rows, speed=0.5)
+
+
+@pytest.mark.parametrize("at_call", [1, 4, 9, 14])
+@pytest.mark.parametrize("criterion", ["entropy", "patience"])
+def test_ctrl_c_loses_nothing(at_call: int, criterion: str) -> None:
+    """Interrupted in the middle of a layer, whose input is already overwritten: iterating on gives every answer."""
+    model, rows = early_exit_model(), encoded_rows()
+    speed = speed_of(model, rows) if criterion == "entropy" else 0.5
+    stream = model.stream(rows, speed=speed, criterion=criterion, tokens_per_run=60, look_ahead=8)
+    layer, calls = stream._encoder.layer, 0
+
+    def interrupted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        output = layer(*arguments)
+        if calls == at_call:
+            raise KeyboardInterrupt
+        return output
+
+    stream._encoder.layer = interrupted  # type: ignore[method-assign]
+    answered: list[StreamRow] = []
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            answered.extend(stream)
+        answered.extend(stream)
+    finally:
+        del stream._encoder.layer
+    assert answers_of(answered) == one_by_one(model, rows, speed=speed, criterion=criterion)
+
+
+def test_finished_gives_what_is_ready_behind_a_row_that_waits() -> None:
+    model, rows = early_exit_model(), encoded_rows()
+    speed = speed_of(model, rows)
+    stream = model.stream(rows, speed=speed, tokens_per_run=60, look_ahead=8)
+    first = next(stream)
+    ready = stream.finished()
+    assert [first.line, *[row.line for row in ready]] == sorted({first.line, *[row.line for row in ready]})
+    assert stream.finished() == []
+    assert all(row.label is not None for row in ready)
+    rest = list(stream)
+    by_line = {row.line: row for row in (first, *ready, *rest)}
+    assert len(by_line) == 1 + len(ready) + len(rest) == len(rows)
+    assert answers_of([by_line[line] for line in sorted(by_line)]) == one_by_one(model, rows, speed=speed)
+
+
+def test_a_deadline_answers_although_queues_are_not_full() -> None:
+    model, source = early_exit_model(), encoded_rows(3)
+    now = 0.0
+    nothing_more = threading.Event()
+
+    def rows() -> Iterator[dict[str, Any] | None]:
+        nonlocal now
+        yield from source
+        for _ in range(50):
+            now += 1.0
+            yield None
+        nothing_more.set()
+
+    stream = fastkd.engines.stream.Stream(model, rows(), speed=0.0, deadline=5.0, clock=lambda: now)
+    next(stream)
+    assert 5.0 <= now <= 7.0
+    assert not nothing_more.is_set()
+
+
+def test_an_early_row_that_waits_does_not_pile_up_answers() -> None:
+    """One row that never leaves, then many that leave at once: the answers behind it are bounded."""
+    model, rows = early_exit_model(), encoded_rows(300)
+    exits = [layer for _, layer in one_by_one(model, rows, speed=0.5)]
+    rows = [rows[exits.index(4)], *[row for row, layer in zip(rows, exits, strict=True) if layer == 1]]
+    stream = fastkd.engines.stream.Stream(model, rows, speed=0.5, tokens_per_run=50, look_ahead=4, max_rows_waiting=20)
+    most = 0
+    for _ in range(len(rows)):
+        next(stream)
+        most = max(most, len(stream._answers))
+    assert most <= 20 + 50
+
+
+def test_bad_arguments_raise_at_once() -> None:
+    model, rows = early_exit_model(), encoded_rows(2)
+    with pytest.raises(ValueError, match="speed: got 2"):
+        model.stream(rows, speed=2)
+    with pytest.raises(ValueError, match="look_ahead: got 0"):
+        model.stream(rows, look_ahead=0)
+    with pytest.raises(ValueError, match="max_tokens_in_flight: got 10"):
+        model.stream(rows, max_tokens_in_flight=10)
+    with pytest.raises(ValueError, match="never trained"):
+        early_exit_model(exits_trained=False).stream(rows, speed=0.5)
+    with pytest.raises(ValueError, match="training mode"):
+        early_exit_model().train().stream(rows)
+    with pytest.raises(ValueError, match="tokenizer: got None"):
+        list(model.stream(["a text"]))
+
+
+def test_an_empty_input() -> None:
+    assert list(early_exit_model().stream([], speed=0.5)) == []

@@ -1,0 +1,164 @@
+"""Attention on packed sequences against float64, and its indifference to who else is in the batch."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from error_budget import assert_within_budget
+from torch import Tensor
+
+import fastkd_kernels as fk
+from fastkd_kernels import _extension
+from fastkd_kernels.ops.varlen_attention import varlen_attention_reference
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def inputs(
+    lengths: list[int], heads: int, head_size: int, dtype: torch.dtype, spare: int = 0, scale: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Query, key and value as slices of one projection, and cu_seqlens; `spare` rows belong to no sequence."""
+    rows = sum(lengths) + spare
+    projected = torch.randn(rows, 3, heads, head_size, device=DEVICE, dtype=torch.float64) * scale
+    bounds = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+    return *projected.to(dtype).unbind(1), bounds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    ("lengths", "heads", "head_size"),
+    [
+        ([1, 17, 0, 64, 5], 3, 32),
+        ([33, 2, 16, 15], 2, 64),
+        ([7, 9], 4, 8),
+        ([20, 3], 1, 20),
+        ([300], 2, 48),
+        ([0, 0], 2, 16),
+        ([], 2, 16),
+    ],
+)
+def test_error_budget(lengths: list[int], heads: int, head_size: int, dtype: torch.dtype) -> None:
+    query, key, value, bounds = inputs(lengths, heads, head_size, dtype, spare=3)
+    longest = max(lengths, default=0)
+    result = fk.varlen_attention(query, key, value, bounds, longest)
+    wide = [tensor.double() for tensor in (query, key, value)]
+    truth = varlen_attention_reference(*wide, bounds, longest)
+    same_dtype = varlen_attention_reference(query, key, value, bounds, longest)
+    assert result.dtype == dtype
+    assert_within_budget(result, truth, same_dtype, slack=2.0, absolute=4 * torch.finfo(dtype).eps)
+    assert not result[sum(lengths) :].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_mates_change_nothing(dtype: torch.dtype) -> None:
+    lengths = [5, 40, 1, 23]
+    query, key, value, bounds = inputs(lengths, 2, 32, dtype)
+    together = fk.varlen_attention(query, key, value, bounds, 40)
+    for b, length in enumerate(lengths):
+        rows = slice(int(bounds[b]), int(bounds[b + 1]))
+        alone = fk.varlen_attention(query[rows], key[rows], value[rows], bounds.new_tensor([0, length]), length)
+        assert together[rows].equal(alone)
+
+
+def test_huge_scores_and_a_scale() -> None:
+    query, key, value, bounds = inputs([9, 30], 2, 16, torch.float32, scale=40.0)
+    result = fk.varlen_attention(query, key, value, bounds, 30, scale=0.7)
+    truth = varlen_attention_reference(query.double(), key.double(), value.double(), bounds, 30, 0.7)
+    same_dtype = varlen_attention_reference(query, key, value, bounds, 30, 0.7)
+    # scores of thousands: float32 knows their differences to about 1e-3 whoever adds them up
+    assert_within_budget(result, truth, same_dtype, slack=4.0, absolute=0.05)
+    assert result.isfinite().all()
+
+
+def test_nan_stays_in_its_sequence() -> None:
+    query, key, value, bounds = inputs([4, 6], 2, 16, torch.float32)
+    clean = fk.varlen_attention(query, key, value, bounds, 6)
+    key[1] = torch.nan
+    result = fk.varlen_attention(query, key, value, bounds, 6)
+    assert result[:4].isnan().all()
+    assert result[4:].equal(clean[4:])
+
+
+def test_rows_with_gaps_are_copied() -> None:
+    query, key, value, bounds = inputs([4, 6], 2, 16, torch.float32)
+    strided = torch.stack([key, key], dim=-1)[..., 0]
+    assert not strided.is_contiguous()
+    assert fk.varlen_attention(query, strided, value, bounds, 6).equal(
+        fk.varlen_attention(query, key, value, bounds, 6)
+    )
+
+
+def test_gradients_come_from_the_reference() -> None:
+    query, key, value, bounds = inputs([2, 3], 1, 4, torch.float64)
+    query.requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda q: fk.varlen_attention(q, key, value, bounds, 3), query)
+
+
+def test_bad_input_raises_before_any_work() -> None:
+    query, key, value, bounds = inputs([2, 3], 1, 4, torch.float32)
+    with pytest.raises(ValueError, match=r"key: got shape \(4, 1, 4\)"):
+        fk.varlen_attention(query, key[1:], value, bounds, 3)
+    with pytest.raises(TypeError, match=r"value: got torch.float64"):
+        fk.varlen_attention(query, key, value.double(), bounds, 3)
+    with pytest.raises(TypeError, match=r"cu_seqlens: got dtype torch.int64"):
+        fk.varlen_attention(query, key, value, bounds.long(), 3)
+    with pytest.raises(ValueError, match="cu_seqlens: got shape"):
+        fk.varlen_attention(query, key, value, bounds[:0], 3)
+
+
+def test_a_gpu_gets_pytorchs_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for `varlen_attn` that takes what the oldest supported one takes, which knows no scale."""
+    module = sys.modules["fastkd_kernels.ops.varlen_attention"]
+    calls = []
+
+    def flash(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
+        calls.append((query.dtype, max_q, max_k))
+        assert cu_q is cu_k
+        return varlen_attention_reference(query, key, value, cu_q, max_q)
+
+    monkeypatch.setattr(module, "_varlen_attn", flash)
+    monkeypatch.setattr(module, "resolve", lambda op, device: "cuda")
+    for head_size, dtype, is_called in (
+        (16, torch.bfloat16, True),
+        (16, torch.float16, True),
+        (16, torch.float32, False),
+        (12, torch.bfloat16, False),
+    ):
+        query, key, value, bounds = inputs([4, 9], 2, head_size, dtype)
+        calls.clear()
+        result = fk.varlen_attention(query, key, value, bounds, 9)
+        assert result.equal(varlen_attention_reference(query, key, value, bounds, 9))
+        assert calls == [(dtype, 9, 9)] * is_called
+        # half and quarter of the usual scale: exact in every dtype
+        for factor in (0.5, 0.25):
+            scale = head_size**-0.5 * factor
+            expected = varlen_attention_reference(query, key, value, bounds, 9, scale)
+            torch.testing.assert_close(fk.varlen_attention(query, key, value, bounds, 9, scale), expected)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU does not look at values")
+@pytest.mark.parametrize("values", [[0, 3, 2], [0, 9], [1, 5]])
+def test_bounds_out_of_range_raise_on_cpu(values: list[int]) -> None:
+    query, key, value, bounds = inputs([5], 1, 4, torch.float32)
+    with pytest.raises(RuntimeError, match="cu_seqlens"):
+        fk.varlen_attention(query, key, value, bounds.new_tensor(values), 5)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the op is the CPU's; a GPU runs PyTorch's own")
+def test_opcheck_and_fullgraph() -> None:
+    query, key, value, bounds = inputs([2, 3], 2, 8, torch.float32)
+    arguments = (query, key, value, bounds, 0.5, torch.zeros(5, 2, 8))
+    torch.library.opcheck(torch.ops.fastkd_kernels.varlen_attention_.default, arguments)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor) -> Tensor:
+        return fk.varlen_attention(query * 2, key, value, bounds, 3) + 1
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    assert compiled(query, key, value, bounds).equal(attend(query, key, value, bounds))
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the CPU backend is used for CPU tensors only")
+def test_the_extension_is_what_runs_here() -> None:
+    assert _extension.missing_kernel_reason("varlen_attention_", "CPU") is None
