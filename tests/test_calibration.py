@@ -17,6 +17,7 @@ from scipy.stats import binomtest
 from tiny_models import (
     CONFIGS,
     WORDS,
+    clear_speed,
     early_exit_model,
     one_thread,  # noqa: F401  # a fixture
     random_batch,
@@ -458,8 +459,8 @@ def test_a_speed_for_each_head(head: str, criterion: str) -> None:
     model = early_exit_model(head=head)
     batches = [random_batch(rows=30, seed=1), random_batch(rows=9, longest=16, seed=2)]
     trace = model.trace(batches)
-    middle = trace.uncertainties(criterion).quantile(0.4).item()
-    for speed in ([middle, 0.0, min(1.2 * middle, 0.9)], [0.0, 0.0, middle], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]):
+    middle = 0.6 if criterion == "patience" else clear_speed(trace.uncertainties()[:, :-1], 0.4)
+    for speed in ([middle, 0.0, middle], [0.0, 0.0, middle], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]):
         answers = trace.answers(speed, criterion)
         with torch.no_grad():
             outputs = [model(**batch, speed=speed, criterion=criterion) for batch in batches]

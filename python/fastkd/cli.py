@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from fastkd.commands.calibrate import calibrate
+from fastkd.commands.compare import compare
 from fastkd.commands.info import info
 from fastkd.options import (
     BatchSize,
@@ -38,6 +39,7 @@ from fastkd.options import (
     TopN,
     TrainFile,
     TrainRows,
+    parse_share,
     parse_speeds,
     whole_numbers,
     words,
@@ -337,6 +339,10 @@ def predict(
     ] = None,
     window: Annotated[int, typer.Option(min=1, help="Rows read and sorted by length together.")] = 1024,
     max_length: MaxLength = None,
+    monitor: Annotated[
+        str | None,
+        typer.Option(help="Run this share of the rows (0.01, 1%) to full depth too, and report how often they agree."),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the weights.")] = Dtype.fp32,
     device: Device = "auto",
     as_json: Json = False,
@@ -364,19 +370,35 @@ def predict(
 
         if speed is not None:
             check_speed(speed)
+        watched_share = None if monitor is None else parse_share(monitor, "--monitor")
         prediction.check_files(source, output, input_format, output_format or from_json, bad_rows)
         model, tokenizer = steps.load_model(checkpoint, device, dtype.value)
-        with screen.progress("rows answered", None) as update, contextlib.redirect_stdout(screen.stdout):
+        exits: dict[str, Any] = {"speed": speed, "criterion": criterion and criterion.value, "top_n": top_n}
+        drift = None
+        if watched_share is not None:
+            from fastkd.drift import DriftMonitor
+
+            drift = DriftMonitor(model, watched_share, **exits)
+        with (
+            screen.progress("rows answered", None) as update,
+            screen.warnings(),
+            contextlib.redirect_stdout(screen.stdout),
+        ):
             summary = prediction.predict_file(
                 model, tokenizer, source, output,
                 input_format=input_format, output_format=output_format or from_json, bad_rows=bad_rows,
                 on_progress=lambda rows: update(rows, ""),
-                speed=speed, criterion=criterion and criterion.value, top_n=top_n,
                 batch_size=batch_size, window=window, max_length=max_length,
+                **(exits if drift is None else {"monitor": drift}),
             )  # fmt: skip
         _report_predictions(screen, summary, model.num_layers, output)
+        found = {}
+        if drift is not None:
+            report = drift.report()
+            found = {"drift": report.to_dict()}
+            screen.say(f"[bold red]{report}[/]" if report.has_drifted else str(report))
         if output != "-":
-            screen.result(summary.to_dict() | {"output": output})
+            screen.result(summary.to_dict() | {"output": output} | found)
         if summary.bad_rows:
             raise typer.Exit(1)
 
@@ -504,6 +526,9 @@ def demo(
 
 app.command(epilog="[bold]Next:[/] [cyan]fastkd info MODEL[/] shows the certificate that the model now carries.")(
     calibrate
+)
+app.command(epilog="[bold]Next:[/] [cyan]fastkd calibrate MODEL --data DATA --criterion C[/] with the one you chose.")(
+    compare
 )
 app.command(epilog="[bold]Next:[/] [cyan]fastkd calibrate MODEL --data DATA[/] finds a speed with a guarantee.")(info)
 

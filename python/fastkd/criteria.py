@@ -54,6 +54,8 @@ def decide(
     if criterion in fk.CRITERIA:
         decided = fk.exit_gate(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
         return decided._replace(logits=logits)
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion: got {criterion!r}, expected one of {', '.join(CRITERIA)}")
     ids = torch.arange(logits.shape[0], device=logits.device) if row_ids is None else row_ids.long()
     if criterion == "agreement":
         uncertainty = _moved(logits, record, ids)

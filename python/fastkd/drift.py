@@ -121,6 +121,11 @@ class DriftMonitor:
         self.rows = self.watched = self.agreements = 0
         self.has_drifted = False
 
+    @property
+    def exits(self) -> dict[str, Any]:
+        """What the rows are answered with, as arguments of `forward`."""
+        return {"speed": self.speed, "criterion": self.criterion, "top_n": self.top_n}
+
     def watches(self, numbers: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """Which of the rows with these numbers are watched; every number is its own draw."""
         return _uniform(np.asarray(numbers), self.seed) < self.share
@@ -131,8 +136,7 @@ class DriftMonitor:
         Warns:
             DriftWarning: as `record`.
         """
-        chosen = {"speed": self.speed, "criterion": self.criterion, "top_n": self.top_n}
-        output = self.model(**batch, **chosen)
+        output = self.model(**batch, **self.exits)
         rows = output.logits.shape[0]
         watched = torch.from_numpy(self.watches(np.arange(self.rows, self.rows + rows)).nonzero()[0])
         if not len(watched):
@@ -141,7 +145,7 @@ class DriftMonitor:
         watched = watched.to(output.logits.device)
         part = {name: values.index_select(0, watched) for name, values in batch.items()}
         with torch.no_grad():
-            full = self.model(**part, **{**chosen, "speed": 0.0}).logits
+            full = self.model(**part, **{**self.exits, "speed": 0.0}).logits
         early = output.logits.detach().index_select(0, watched)
         if full.shape[-1] > 1:
             early, full = early.argmax(-1, keepdim=True), full.argmax(-1, keepdim=True)

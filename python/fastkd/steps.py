@@ -277,7 +277,7 @@ def write_sweeps(sweeps: dict[str, Sweep], folder: Path) -> list[Path]:
         figures.exits_per_layer(table, files[-1])
     files.append(folder / "speed_speedup.png")
     figures.speed_speedup(sweeps, files[-1])
-    if all(row.accuracy is not None for table in sweeps.values() for row in table):
+    if all(row.quality is not None for table in sweeps.values() for row in table):
         for draw in (figures.speed_accuracy, figures.speedup_accuracy, figures.figure3):
             files.append(folder / f"{draw.__name__}.png")
             draw(sweeps, files[-1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -107,7 +106,6 @@ def calibrate(
     """
     with screen_for(as_json) as screen:
         from fastkd import steps
-        from fastkd.calibration import CalibrationWarning
         from fastkd.files import write_json
         from fastkd.trace import ExitTrace, model_fingerprint
 
@@ -121,14 +119,11 @@ def calibrate(
                 chosen, top_n, guarantee=guarantee.value, tolerance=tolerance
             )
         trace = steps.load_or_make_trace(screen, source, data, split, limit, max_length, batch_size, seed, device)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", CalibrationWarning)
+        with screen.warnings():
             certificate = trace.calibrate(
                 drop, sure, guarantee=guarantee.value, method=method.value, criterion=chosen, top_n=top_n,
                 path=path, tolerance=tolerance,
             )  # fmt: skip
-        for warning in caught:
-            screen.err.print(f"[bold yellow]warning:[/] {warning.message}", soft_wrap=True)
         folder = Path(source) if Path(source).is_dir() else model
         if folder is not None:
             is_traced = folder == Path(source)
