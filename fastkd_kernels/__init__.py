@@ -5,6 +5,7 @@ Every op has three backends: `cuda` (Triton kernels and the CUDA extension), `cp
 """
 
 from fastkd_kernels._backend import BackendUnavailableError, backend, missing_kernels
+from fastkd_kernels._stamps import ParameterStamp
 from fastkd_kernels.ops.compact import compact
 from fastkd_kernels.ops.distillation_loss import distillation_loss
 from fastkd_kernels.ops.exit_gate import CRITERIA, ExitGateOutput, ExitRecord, exit_gate
@@ -23,6 +24,7 @@ __all__ = [
     "BackendUnavailableError",
     "ExitGateOutput",
     "ExitRecord",
+    "ParameterStamp",
     "StudentHeadWeights",
     "__version__",
     "add_layer_norm",

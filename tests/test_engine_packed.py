@@ -172,6 +172,19 @@ def test_changed_weights_and_modules_are_noticed() -> None:
     )
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_training_between_two_runs_is_noticed(fused: bool) -> None:
+    """A fused optimizer raises no version, and copies of the weights went stale in silence."""
+    model, inputs = early_exit_model(), random_batch()
+    packed_run(model, inputs, 0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=fused)
+    model(**inputs, speed=0.0, engine="batch").logits.sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(
+        packed_run(model, inputs, 0.0).logits, padded(model, inputs, 0.0).logits, rtol=1e-4, atol=1e-4
+    )
+
+
 def test_adapters_and_hooks_run() -> None:
     """Whatever is put around a linear layer, or hooked to it, must keep running."""
 

@@ -380,6 +380,7 @@ def test_never_stale(backend: str, change: Callable[[Module], None]) -> None:
 
 @torch.no_grad()
 def test_folds_once_and_forgets_with_the_module() -> None:
+    gc.collect()
     entries = len(ops._fold_cache)
     module = Module().to(DEVICE)
     folded = ops._fold_cache.get(module.weights())

@@ -20,7 +20,6 @@ needs to be kept.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,11 +28,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastkd_kernels import _backend, _extension, _triton
 from fastkd_kernels._library import library
+from fastkd_kernels._stamps import ParameterStamp
 from fastkd_kernels._triton import tl
 from fastkd_kernels.ops.exit_gate import (
     ExitGateConfig,
@@ -184,20 +183,9 @@ def fold(head: StudentHeadWeights) -> FoldedStudentHead:
 @dataclass(frozen=True)
 class _CacheEntry:
     folded: FoldedStudentHead
-    stamps: tuple[tuple[weakref.ref[Tensor], int, int], ...]
-    """Every parameter with its version and address."""
-    storage: tuple[torch.UntypedStorage, ...]
-    """Keeps the memory that was folded, so that no later one can have its address."""
+    stamp: ParameterStamp
     captured: list[FoldedStudentHead]
     """What CUDA graphs point to, kept as long as the head lives."""
-    optimizer_steps: int
-    """Steps of any optimizer up to the folding."""
-
-    def is_current(self, parameters: list[Tensor], heads: int) -> bool:
-        return heads == self.folded.num_attention_heads and all(
-            reference() is parameter and version == parameter._version and address == parameter.data_ptr()
-            for parameter, (reference, version, address) in zip(parameters, self.stamps, strict=True)
-        )
 
 
 class _FoldCache:
@@ -206,8 +194,6 @@ class _FoldCache:
     def __init__(self) -> None:
         self._entries = WeakIdKeyDictionary()
         self._lock = threading.Lock()
-        self._optimizer_steps = 0
-        self._watches_optimizers = False
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -217,8 +203,8 @@ class _FoldCache:
         entry = self._entries.get(head.query[0])
         if (
             entry is not None
-            and entry.optimizer_steps == self._optimizer_steps
-            and entry.is_current(parameters, head.num_attention_heads)
+            and head.num_attention_heads == entry.folded.num_attention_heads
+            and entry.stamp.is_current(parameters)
         ):
             if _capturing(head.query[0]):
                 entry.captured.append(entry.folded)
@@ -227,28 +213,15 @@ class _FoldCache:
         # an inference tensor has no version; and what is folded during a capture exists only once the graph is replayed
         if any(parameter.is_inference() for parameter in parameters) or _capturing(head.query[0]):
             return fold(head)
-        if any(parameter.requires_grad for parameter in parameters):
-            self._watch_optimizers()
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            steps = self._optimizer_steps
-            stamps = tuple((weakref.ref(p), p._version, p.data_ptr()) for p in parameters)
-            storage = tuple(parameter.untyped_storage() for parameter in parameters)
+            stamp = ParameterStamp(parameters)
             folded = fold(head)
             if head.query[0].is_cuda:
                 # once per change of the weights, so that every stream may use them
                 torch.cuda.current_stream(head.query[0].device).synchronize()
             captured = [] if entry is None else entry.captured
-            self._entries[head.query[0]] = _CacheEntry(folded, stamps, storage, captured, steps)
+            self._entries[head.query[0]] = _CacheEntry(folded, stamp, captured)
         return folded
-
-    def _watch_optimizers(self) -> None:
-        """Count the steps of every optimizer: a fused one changes parameters without raising their version."""
-        if not self._watches_optimizers:
-            self._watches_optimizers = True
-            register_optimizer_step_post_hook(self._count_step)
-
-    def _count_step(self, *_: Any) -> None:
-        self._optimizer_steps += 1
 
 
 _fold_cache = _FoldCache()

@@ -109,32 +109,27 @@ class PackedLinear:
     def __init__(self, modules: Sequence[nn.Linear], activation: tuple[str, str] = ("none", "")) -> None:
         self._modules = modules
         self._activation = activation
-        self._version: tuple[Any, ...] = ()
+        self._stamp: fk.ParameterStamp | None = None
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
 
     def refresh(self) -> None:
         """Rearrange the weights again if they changed since the last time."""
         parameters = [p for module in self._modules for p in (module.weight, module.bias) if p is not None]
-        version = tuple((p.data_ptr(), p.dtype, _version_of(p)) for p in parameters)
-        if version == self._version:
+        if self._stamp is not None and self._stamp.is_current(parameters):
             return
+        stamp = fk.ParameterStamp(parameters)
         with torch.no_grad():
             weights: list[Tensor] = [module.weight for module in self._modules]
             biases: list[Tensor] = [module.bias for module in self._modules if module.bias is not None]
             weight = weights[0] if len(weights) == 1 else torch.cat(weights)
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
             self._bias = (torch.cat(biases) if len(biases) > 1 else biases[0]).detach() if biases else None
-        self._version = version
+        self._stamp = stamp
 
     def __call__(self, rows: Tensor) -> Tensor:
         attribute, algorithm = self._activation
         return torch.ops.mkldnn._linear_pointwise.default(rows, self._weight, self._bias, attribute, [], algorithm)
-
-
-def _version_of(parameter: Tensor) -> int:
-    # tensors made in inference mode count no versions; they cannot be trained either
-    return -1 if parameter.is_inference() else parameter._version
 
 
 _FUSED_ACTIVATIONS = {"gelu": ("gelu", "none"), "tanh gelu": ("gelu", "tanh"), "relu": ("relu", "")}
