@@ -115,11 +115,26 @@ def test_help_answers_without_heavy_imports() -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "COLUMNS": "80"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    for command in ("finetune", "distill", "trace", "sweep", "predict", "bench", "report", "demo"):
+    for command in (
+        "finetune",
+        "distill",
+        "trace",
+        "sweep",
+        "compare",
+        "calibrate",
+        "info",
+        "predict",
+        "bench",
+        "report",
+        "demo",
+    ):
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("command", ["finetune", "distill", "trace", "sweep", "predict", "bench", "report", "demo"])
+@pytest.mark.parametrize(
+    "command",
+    ["finetune", "distill", "trace", "sweep", "compare", "calibrate", "info", "predict", "bench", "report", "demo"],
+)
 def test_help_of_each_command_has_examples_and_the_next_step(command: str) -> None:
     output = succeeded(command, "--help").stdout
     assert "Examples" in output

@@ -88,7 +88,7 @@ def test_regression() -> None:
         assert row.label == pytest.approx(expected, abs=1e-5)
         assert (row.score, row.exit_layer, row.uncertainty) == (None, 4, None)
     with pytest.raises(ValueError, match="regression"):
-        model.stream(rows, speed=0.5)
+        model.stream(rows, speed=0.5, criterion="entropy")
 
 
 def test_exit_layers_at_run_time() -> None:

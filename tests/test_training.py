@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -33,6 +34,7 @@ from fastkd.training import (
     distill,
     finetune,
     last_checkpoint,
+    learned_exit_loss,
     self_distillation_loss,
 )
 
@@ -237,6 +239,7 @@ def test_regression(plain: Path, tmp_path: Path) -> None:
 
 def test_distill_trains_the_students_alone_and_needs_no_labels(finetuned: Path, tmp_path: Path) -> None:
     model = load(finetuned)
+    model.config.certificate = {"for": "the weights of before"}
     before = _state(model)
     unlabelled = rows(80, labelled=False)
     result = distill(model, unlabelled, rows(40, seed=1), tmp_path / "out", options_of("distill"), tokenizer_of("bert"))
@@ -252,7 +255,11 @@ def test_distill_trains_the_students_alone_and_needs_no_labels(finetuned: Path, 
     assert result.metrics["flops_share_speed_0.5"] == pytest.approx(1 / early.speedup["fastbert"], rel=0.02)
     losses = [entry["loss"] for entry in result.log_history if "loss" in entry]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
-    assert load(tmp_path / "out").config.exits_trained
+    config = load(tmp_path / "out").config
+    assert config.exits_trained
+    assert config.certificate is None
+    assert config.training_data.keys() == {"finetune train", "finetune dev", "distill train", "distill dev"}
+    assert config.training_data["distill dev"] == rows(40, seed=1).digest()
     assert load(tmp_path / "out")(**random_batch(), speed=0.9).exit_layer is not None
 
     without_labels = distill(
@@ -260,6 +267,47 @@ def test_distill_trains_the_students_alone_and_needs_no_labels(finetuned: Path, 
         options_of("distill", max_steps=2), tokenizer_of("bert"),
     )  # fmt: skip
     assert set(without_labels.metrics) == {"loss"}
+
+
+def test_distill_trains_a_learned_exit(finetuned: Path, tmp_path: Path) -> None:
+    model = load(finetuned)
+    result = distill(
+        model, rows(80), rows(40, seed=1), tmp_path / "out", options_of("distill", learned_exit=True),
+        tokenizer_of("bert"),
+    )  # fmt: skip
+    assert model.config.learned_exit
+    saved = load(tmp_path / "out")
+    assert torch.equal(saved.learned_exit.linear.weight, model.learned_exit.linear.weight)
+    assert saved.learned_exit.linear.weight.abs().max() > 0, "it starts at 0"
+    batch = next(iter(LengthSortedBatches(tokenize(rows(40, seed=1), tokenizer_of("bert")), tokenizer_of("bert"), 40)))
+    del batch["labels"]
+    with torch.no_grad():
+        logits, log_odds = saved.eval().all_exits(**batch)
+        expected = learned_exit_loss(log_odds[:, :-1], logits[:, :-1], logits[:, -1])
+        distillation = self_distillation_loss(logits[:, :-1], logits[:, -1])
+        assert expected < learned_exit_loss(torch.zeros_like(log_odds[:, :-1]), logits[:, :-1], logits[:, -1])
+        assert saved(**batch, speed=0.5, criterion="learned").exit_layer.min() >= 1
+    assert result.metrics["loss"] == pytest.approx(float(distillation + expected), rel=1e-3)
+
+
+def test_learned_exit_loss_is_its_formula() -> None:
+    log_odds, student, teacher = torch.randn(5, 3), torch.randn(5, 3, 4), torch.randn(5, 4)
+    expected = 0.0
+    for row in range(5):
+        for head in range(3):
+            stands = float(student[row, head].argmax() == teacher[row].argmax())
+            certainty = torch.sigmoid(log_odds[row, head].double())
+            expected -= float(stands * certainty.log() + (1 - stands) * (1 - certainty).log()) / 5
+    assert float(learned_exit_loss(log_odds, student, teacher)) == pytest.approx(expected, rel=1e-5)
+    # regression: 1 where the answers are equal, falling with the difference
+    zeros, ones = torch.zeros(1, 1), torch.ones(1, 1)
+    stands = 1 - math.tanh(1.0)
+    assert float(learned_exit_loss(ones, zeros[None], ones)) == pytest.approx(
+        -stands * math.log(1 / (1 + math.exp(-1))) - (1 - stands) * math.log(1 - 1 / (1 + math.exp(-1))), rel=1e-5
+    )
+    students = torch.randn(2, 1, 3, requires_grad=True)
+    learned_exit_loss(torch.randn(2, 1, requires_grad=True), students, torch.randn(2, 3)).backward()
+    assert students.grad is None
 
 
 def load_accuracy(folder: Path) -> float:

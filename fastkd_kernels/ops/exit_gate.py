@@ -59,7 +59,7 @@ class ExitRecord:
         uncertainty: [N] float32 at that layer.
         exit_layer: [N] int32, 1 after the first layer; 0 while a row has not left.
         history: [N, 2] int32, the last label (-1 before the first layer) and how often in a row it was repeated;
-            used by the patience criterion only.
+            the memory of the patience criterion, or of a caller's own.
     """
 
     logits: Tensor

@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastkd.calibration import Certificate
     from fastkd.configuration import EarlyExitConfig
     from fastkd.data import load_folder, load_rows
     from fastkd.distiller import Distiller, KDOptions
@@ -43,6 +44,7 @@ _HOME = {
     "ALPKDLoss": "fastkd.losses",
     "AnnealingKDLoss": "fastkd.losses",
     "BiLSTMForSequenceClassification": "fastkd.students",
+    "Certificate": "fastkd.calibration",
     "DIHLoss": "fastkd.losses",
     "DistilBertLoss": "fastkd.losses",
     "DistillOptions": "fastkd.training",
@@ -100,6 +102,7 @@ __all__ = [
     "ALPKDLoss",
     "AnnealingKDLoss",
     "BiLSTMForSequenceClassification",
+    "Certificate",
     "DIHLoss",
     "DistilBertLoss",
     "DistillOptions",

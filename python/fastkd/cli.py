@@ -1,4 +1,4 @@
-"""The command line: `fastkd finetune | distill | trace | sweep | predict | bench | report | demo`.
+"""The command line: `fastkd finetune | distill | trace | sweep | calibrate | bench | report | predict | demo`...
 
 Results go to standard output, progress and warnings to standard error. With --json standard output is one JSON value
 and nothing else. Bad input is one sentence and exit code 2, whatever was wrong. Heavy imports wait until a command
@@ -14,7 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
+from fastkd.commands.calibrate import calibrate
+from fastkd.commands.compare import compare
 from fastkd.commands.import_fastbert import import_fastbert
+from fastkd.commands.info import info
 from fastkd.commands.kd import kd
 from fastkd.commands.kd_table import kd_table
 from fastkd.commands.report import report
@@ -24,7 +27,6 @@ from fastkd.options import (
     Bf16,
     Checkpoint,
     Criteria,
-    Criterion,
     DataOption,
     DevFile,
     Device,
@@ -44,6 +46,7 @@ from fastkd.options import (
     TrainFile,
     TrainRows,
     curve_name,
+    parse_share,
     parse_speeds,
     source_names,
     whole_numbers,
@@ -93,9 +96,10 @@ def options(
       2. [cyan]fastkd distill[/]   the other heads learn from the last; no labels needed
       3. [cyan]fastkd trace[/]     one pass records what every head says
       4. [cyan]fastkd sweep[/]     accuracy and FLOPs at every speed: table, CSV, pictures
-      5. [cyan]fastkd bench[/]     measured seconds, against the full model at its best
-      6. [cyan]fastkd report[/]    one page with a slider that shows all of it
-      7. [cyan]fastkd predict[/]   answers for files and pipes, at the speed you chose
+      5. [cyan]fastkd calibrate[/] the fastest speed that keeps a guarantee
+      6. [cyan]fastkd bench[/]     measured seconds, against the full model at its best
+      7. [cyan]fastkd report[/]    one page with a slider that shows all of it
+      8. [cyan]fastkd predict[/]   answers for files and pipes, at the speed you chose
     """
     wants_traceback.set(traceback)
 
@@ -187,6 +191,9 @@ def distill(
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the heads.")] = 1e-3,
     temperature: Annotated[float, typer.Option(help="Softens the answers of both sides.")] = 1.0,
     direction: Annotated[str, typer.Option(help="forward: KL(teacher || student); reverse: the other.")] = "forward",
+    learned_exit: Annotated[
+        bool, typer.Option("--learned-exit", help="Also learn when to leave: gives the criterion learned.")
+    ] = False,
     max_length: MaxLength = None,
     parity: Parity = None,
     bf16: Bf16 = None,
@@ -214,8 +221,8 @@ def distill(
         limit = steps.set_length(model, tokenizer, max_length)
         chosen = {
             "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate,
-            "temperature": temperature, "direction": direction, "bf16": bf16, "seed": seed, "resume": resume,
-            "overwrite": overwrite,
+            "temperature": temperature, "direction": direction, "learned_exit": learned_exit, "bf16": bf16,
+            "seed": seed, "resume": resume, "overwrite": overwrite,
         }  # fmt: skip
         options = _train_options(training.DistillOptions, parity, context, chosen, limit)
         rows = folder.train if train_rows is None else folder.train.sample(train_rows, seed)
@@ -306,7 +313,7 @@ def sweep(
         from fastkd import steps
 
         chosen = parse_speeds(speeds)
-        criteria = [item.value for item in criterion or [Criterion.entropy]]
+        criteria = [item.value for item in criterion or ()]
         traces = {
             name: steps.load_or_make_trace(screen, source, data, split, limit, max_length, batch_size, seed, device)
             for name, source in zip(source_names(sources), sources, strict=True)
@@ -316,7 +323,7 @@ def sweep(
                 chosen, item, top_n if item == "top_n" else None, seq_len=seq_len
             )
             for name, recorded in traces.items()
-            for item in criteria
+            for item in criteria or [recorded.default_criterion]
         }
         files = steps.write_sweeps(sweeps, output)
         for name, table in sweeps.items():
@@ -354,6 +361,10 @@ def predict(
     ] = None,
     window: Annotated[int, typer.Option(min=1, help="Rows read and sorted by length together.")] = 1024,
     max_length: MaxLength = None,
+    monitor: Annotated[
+        str | None,
+        typer.Option(help="Run this share of the rows (0.01, 1%) to full depth too, and report how often they agree."),
+    ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the weights.")] = Dtype.fp32,
     device: Device = "auto",
     as_json: Json = False,
@@ -381,20 +392,35 @@ def predict(
 
         if speed is not None:
             check_speed(speed)
+        watched_share = None if monitor is None else parse_share(monitor, "--monitor")
         prediction.check_files(source, output, input_format, output_format or from_json, bad_rows)
         model, tokenizer = steps.load_model(checkpoint, device, dtype.value)
-        with screen.progress("rows answered", None) as update, contextlib.redirect_stdout(screen.stdout):
+        exits: dict[str, Any] = {"speed": speed, "criterion": criterion and criterion.value, "top_n": top_n}
+        drift = None
+        if watched_share is not None:
+            from fastkd.drift import DriftMonitor
+
+            drift = DriftMonitor(model, watched_share, **exits)
+        with (
+            screen.progress("rows answered", None) as update,
+            screen.warnings(),
+            contextlib.redirect_stdout(screen.stdout),
+        ):
             summary = prediction.predict_file(
                 model, tokenizer, source, output,
                 input_format=input_format, output_format=output_format or from_json, bad_rows=bad_rows,
                 on_progress=lambda rows: update(rows, ""),
-                speed=speed, criterion=criterion and criterion.value, top_n=top_n,
-                exit_layers=exit_layers and whole_numbers(exit_layers, "--exit-layers"),
                 batch_size=batch_size, window=window, max_length=max_length,
+                **(exits if drift is None else {"monitor": drift}),
             )  # fmt: skip
         _report_predictions(screen, summary, model.num_layers, output)
+        found = {}
+        if drift is not None:
+            report = drift.report()
+            found = {"drift": report.to_dict()}
+            screen.say(f"[bold red]{report}[/]" if report.has_drifted else str(report))
         if output != "-":
-            screen.result(summary.to_dict() | {"output": output})
+            screen.result(summary.to_dict() | {"output": output} | found)
         if summary.bad_rows:
             raise typer.Exit(1)
 
@@ -534,6 +560,13 @@ app.command(
     "import-fastbert",
     epilog="[bold]Next:[/] [cyan]fastkd sweep MODEL --data DATA[/] shows what each speed costs and wins.",
 )(import_fastbert)
+app.command(epilog="[bold]Next:[/] [cyan]fastkd info MODEL[/] shows the certificate that the model now carries.")(
+    calibrate
+)
+app.command(epilog="[bold]Next:[/] [cyan]fastkd calibrate MODEL --data DATA --criterion C[/] with the one you chose.")(
+    compare
+)
+app.command(epilog="[bold]Next:[/] [cyan]fastkd calibrate MODEL --data DATA[/] finds a speed with a guarantee.")(info)
 
 
 # What the commands share

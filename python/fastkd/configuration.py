@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from fastkd.backbones import family_of
-from fastkd_kernels import CRITERIA
+from fastkd.criteria import CRITERIA, default_criterion
 
 HEADS = ("fastbert", "linear")
 INPUT_FORMATS = ("standard", "uer")
@@ -28,11 +28,17 @@ class EarlyExitConfig(PreTrainedConfig):
         head_attention_heads: attention heads inside a fastbert head.
         head_dropout: dropout inside the heads during training; default: the backbone's hidden dropout.
         exits_trained: whether the heads below the last were distilled; leaving early is refused before that.
-        speed: FastBERT's speed used where `forward` gets none; 0 runs the full model.
-        criterion: the uncertainty used where `forward` gets none, see `fastkd_kernels.exit_gate`.
+        speed: FastBERT's speed used where `forward` gets none, a number or one for each head (`head_speeds`); 0 runs
+            the full model.
+        criterion: the uncertainty used where `forward` gets none, see `fastkd.criteria`; default "entropy", for
+            regression "agreement".
         top_n: how many classes the "top_n" criterion looks at.
         input_format: how the texts that the model was trained on became tokens, see `fastkd.input_format`: "standard"
             or "uer".
+        learned_exit: whether there is a learned exit (`fastkd.heads.LearnedExit`), for the criterion "learned".
+        certificate: what `ExitTrace.calibrate` vouches for, as `Certificate.to_dict` writes it.
+        training_data: fingerprints (`Rows.digest`) of the rows that the weights have seen, by their part in training
+            ("finetune train", "finetune dev", "distill train"...).
         kwargs: what every Hugging Face configuration takes (`num_labels`, `id2label`, `problem_type`...).
 
     Raises:
@@ -52,10 +58,13 @@ class EarlyExitConfig(PreTrainedConfig):
         head_attention_heads: int = 2,
         head_dropout: float | None = None,
         exits_trained: bool = False,
-        speed: float = 0.0,
-        criterion: str = "entropy",
+        speed: float | Sequence[float] = 0.0,
+        criterion: str | None = None,
         top_n: int | None = None,
         input_format: str = "standard",
+        learned_exit: bool = False,
+        certificate: Mapping[str, Any] | None = None,
+        training_data: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.backbone = _backbone_config(backbone)
@@ -71,14 +80,18 @@ class EarlyExitConfig(PreTrainedConfig):
         self.head_attention_heads = head_attention_heads
         self.head_dropout = self.backbone_dropout if head_dropout is None else head_dropout
         self.exits_trained = exits_trained
+        head_speeds(speed, self.exit_layers)
         self.speed = check_speed(speed)
-        self.criterion = criterion
         self.top_n = top_n
         if input_format not in INPUT_FORMATS:
             raise ValueError(f"input_format: got {input_format!r}, expected one of {', '.join(INPUT_FORMATS)}")
         self.input_format = input_format
+        self.learned_exit = learned_exit
+        self.certificate = None if certificate is None else dict(certificate)
+        self.training_data = dict(training_data or {})
         super().__init__(**kwargs)
-        check_criterion(criterion, top_n, self.num_classes)
+        self.criterion = criterion or default_criterion(self.num_classes)
+        check_criterion(self.criterion, top_n, self.num_classes)
         if self.problem_type == "multi_label_classification":
             raise ValueError(
                 "problem_type: got 'multi_label_classification'; early exit needs one answer a sentence: use "
@@ -108,21 +121,55 @@ class EarlyExitConfig(PreTrainedConfig):
         return self.backbone
 
 
-def check_speed(speed: float) -> float:
-    """`speed` as a float.
+def check_speed(speed: float | Sequence[float]) -> float | list[float]:
+    """`speed` as a float, or as a list of floats where it is one number for each head.
 
     Raises:
-        ValueError: not a number in [0, 1].
+        ValueError: not numbers in [0, 1].
     """
+    if isinstance(speed, Sequence) and not isinstance(speed, str):
+        return [_checked_number(value) for value in speed]
+    return _checked_number(speed)
+
+
+def head_speeds(speed: float | Sequence[float], exit_layers: Sequence[int]) -> dict[int, float]:
+    """The speed of each head below the last that is asked, by its layer.
+
+    A head with speed 0 lets nobody leave, so it is not asked; where all are 0, the full model runs.
+
+    Args:
+        speed: one number for all heads, or one for each head below the last, in layer order.
+        exit_layers: the layers that have a head, ascending; the last one answers whoever is left.
+
+    Raises:
+        ValueError: not numbers in [0, 1], or another number of them than heads below the last.
+    """
+    speed = check_speed(speed)
+    early = list(exit_layers)[:-1]
+    if isinstance(speed, float):
+        speed = [speed] * len(early)
+    if len(speed) != len(early):
+        raise ValueError(
+            f"speed: got {len(speed)} numbers, expected one, or {len(early)}: one for each head below the last, after "
+            f"the layers {early}"
+        )
+    return {layer: value for layer, value in zip(early, speed, strict=True) if value > 0}
+
+
+def _checked_number(speed: float) -> float:
     if isinstance(speed, bool) or not isinstance(speed, Real) or not 0 <= speed <= 1:
         raise ValueError(f"speed: got {speed!r}, expected a number from 0 (never leave early) to 1 (leave at once)")
     return float(speed)
 
 
 def check_criterion(criterion: str, top_n: int | None, num_labels: int) -> None:
-    """Raise ValueError for a criterion that no gate knows, or one that lacks its `top_n`."""
+    """Raise ValueError for a criterion that is unknown, not for this number of labels, or lacks its `top_n`."""
     if criterion not in CRITERIA:
         raise ValueError(f"criterion: got {criterion!r}, expected one of {', '.join(CRITERIA)}")
+    if criterion == "agreement" and num_labels > 1:
+        raise ValueError(
+            f"criterion: 'agreement' compares numbers, got {num_labels} classes; use 'patience', which compares labels"
+        )
     if criterion == "top_n" and (top_n is None or not 2 <= top_n <= num_labels):
         raise ValueError(f"top_n: got {top_n}, criterion 'top_n' needs a whole number from 2 to {num_labels} classes")
 

@@ -29,6 +29,7 @@ PathLike = str | os.PathLike[str]
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_LINES = ("-", "--", ":")  # for the eighth curve on
 _DPI = 160
 _GREY = "#666666"
 
@@ -252,8 +253,8 @@ _TIMES = FuncFormatter(lambda value, _: f"{value:g}x")
 
 def _draw_speed_accuracy(axes: Axes, sweeps: Mapping[str, Sweep]) -> None:
     for number, (name, sweep) in enumerate(_required(sweeps, labels=True).items()):
-        _curve(axes, number, name, [row.speed for row in sweep], [row.accuracy for row in sweep])
-    axes.set(xlabel="speed", ylabel="accuracy", title="Speed and accuracy", xlim=(-0.02, 1.02))
+        _curve(axes, number, name, [row.speed for row in sweep], [row.quality for row in sweep])
+    axes.set(xlabel="speed", ylabel=_quality(sweeps), title="Speed and accuracy", xlim=(-0.02, 1.02))
     _accuracy_axis(axes, sweeps)
     _legend(axes, len(sweeps))
 
@@ -269,9 +270,9 @@ def _draw_speed_speedup(axes: Axes, sweeps: Mapping[str, Sweep], convention: str
 
 def _draw_speedup_accuracy(axes: Axes, sweeps: Mapping[str, Sweep], convention: str) -> None:
     for number, (name, sweep) in enumerate(_required(sweeps, labels=True).items()):
-        points = sorted((row.speedup[convention], row.accuracy) for row in sweep)
+        points = sorted((row.speedup[convention], row.quality) for row in sweep)
         _curve(axes, number, name, [x for x, _ in points], [y for _, y in points])
-    axes.set(xlabel=f"FLOPs speed-up ({convention})", ylabel="accuracy", title="Speed-up and accuracy")
+    axes.set(xlabel=f"FLOPs speed-up ({convention})", ylabel=_quality(sweeps), title="Speed-up and accuracy")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(_TIMES)
     _accuracy_axis(axes, sweeps)
@@ -307,19 +308,26 @@ def _draw_shares(axes: Axes, names: Sequence[str], shares: Sequence[Sequence[flo
 def _curve(axes: Axes, number: int, name: str, x: Sequence[float], y: Sequence[float | None]) -> None:
     axes.plot(
         x, y,  # type: ignore[arg-type]  # _required has made sure that no value is None
-        label=name, color=_COLOURS[number % len(_COLOURS)], marker=_MARKERS[number % len(_MARKERS)],
+        label=name, color=_COLOURS[number % len(_COLOURS)], linestyle=_LINES[number // len(_COLOURS) % len(_LINES)],
+        marker=_MARKERS[number % len(_MARKERS)],
         markersize=4.5, linewidth=1.8, markeredgecolor="white", markeredgewidth=0.6, zorder=3, clip_on=False,
     )  # fmt: skip
 
 
 def _accuracy_axis(axes: Axes, sweeps: Mapping[str, Sweep]) -> None:
     """A flat curve must look flat: show at least two points of accuracy."""
-    values = [row.accuracy for sweep in sweeps.values() for row in sweep if row.accuracy is not None]
+    values = [row.quality for sweep in sweeps.values() for row in sweep if row.quality is not None]
     low, high = min(values), max(values)
     margin = max(0.01 - (high - low) / 2, (high - low) * 0.08)
     axes.set_ylim(max(0, low - margin), min(1.002, high + margin))
     axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(_PERCENT)
+
+
+def _quality(sweeps: Mapping[str, Sweep]) -> str:
+    return (
+        "accuracy" if all(row.pearson is None for sweep in sweeps.values() for row in sweep) else "Pearson correlation"
+    )
 
 
 def _legend(axes: Axes, curves: int) -> None:
@@ -331,7 +339,7 @@ def _required(sweeps: Mapping[str, Sweep], labels: bool = False) -> Mapping[str,
     if not sweeps:
         raise ValueError("sweeps: got none; pass at least one named sweep")
     for name, sweep in sweeps.items():
-        if labels and any(row.accuracy is None for row in _required_rows(sweep)):
+        if labels and any(row.quality is None for row in _required_rows(sweep)):
             raise ValueError(f"sweeps: {name!r} has no accuracy; trace rows with labels to draw it")
     return sweeps
 

@@ -66,6 +66,7 @@ def flops(
     heads: int = 1,
     num_labels: int | None = None,
     convention: str = "fastbert",
+    learned_exits: int = 0,
 ) -> int:
     """Operations that one sequence costs.
 
@@ -76,6 +77,7 @@ def flops(
         heads: how many heads look at it; the full model runs one.
         num_labels: number of classes; default: that of `config`, 2 where it says nothing.
         convention: "fastbert", "macs", "all_matmuls" or "fastbert_float32" (module docstring).
+        learned_exits: how often it meets the learned exit, a linear layer on [CLS].
 
     Raises:
         ValueError: an unknown convention, or counts out of range.
@@ -88,11 +90,13 @@ def flops(
         ("layers", layers, 0, shape.num_hidden_layers),
         ("heads", heads, 0, shape.num_hidden_layers),
         ("num_labels", num_labels, 1, None),
+        ("learned_exits", learned_exits, 0, shape.num_hidden_layers),
     ):
         if value < least or (most is not None and value > most):
             limit = f"at least {least}" if most is None else f"{least} to {most} (this backbone's depth)"
             raise ValueError(f"{name}: got {value}, expected {limit}")
     linear = list(_linear_terms(shape, seq_len, layers, heads, num_labels))
+    linear += [2 * shape.hidden_size] * learned_exits
     if convention == "fastbert":
         return sum(linear)
     if convention == "macs":

@@ -117,6 +117,21 @@ class LinearHead(nn.Module):
         return decided._replace(logits=logits)
 
 
+class LearnedExit(nn.Module):
+    """How certain a head may be, read off the hidden state of [CLS]: one linear layer for all (BERxiT, EACL 2021).
+
+    Distillation trains it to say whether a head's answer is the full model's.
+    """
+
+    def __init__(self, config: EarlyExitConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Log-odds [...] in float32 that the answer stands, of hidden states of [CLS] [..., H]."""
+        return _at_least_float32(self.linear(hidden_states).squeeze(-1))
+
+
 def build_head(config: EarlyExitConfig) -> StudentHead | LinearHead:
     """One randomly initialised head of the kind that `config.head` names."""
     return StudentHead(config) if config.head == "fastbert" else LinearHead(config)

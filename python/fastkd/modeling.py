@@ -23,10 +23,10 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import fastkd_kernels as fk
-from fastkd import backbones
-from fastkd.configuration import EarlyExitConfig, check_criterion, check_speed
+from fastkd import backbones, criteria
+from fastkd.configuration import EarlyExitConfig, check_criterion, head_speeds
 from fastkd.engines import batch, graphs, packed, stream
-from fastkd.heads import LinearHead, StudentHead, build_head
+from fastkd.heads import LearnedExit, LinearHead, StudentHead, build_head
 from fastkd.trace import ExitTrace, record_trace
 
 
@@ -81,8 +81,9 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         self.base_model_prefix = backbone.base_model_prefix
         setattr(self, self.base_model_prefix, backbone)
         self.heads = nn.ModuleDict({str(layer - 1): build_head(config) for layer in config.exit_layers})
+        self.learned_exit = LearnedExit(config) if config.learned_exit else None
         if heads_are_new:
-            self._keys_to_ignore_on_load_missing = [r"^heads\."]
+            self._keys_to_ignore_on_load_missing = [r"^heads\.", r"^learned_exit\."]
         self.post_init()
 
     @property
@@ -131,7 +132,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         *,
-        speed: float | None = None,
+        speed: float | Sequence[float] | None = None,
         criterion: str | None = None,
         top_n: int | None = None,
         exit_layers: Sequence[int] | None = None,
@@ -144,9 +145,10 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             input_ids, token_type_ids, position_ids: [B, T]; or `inputs_embeds` [B, T, E] instead of `input_ids`.
             attention_mask: [B, T], non-zero where a token counts; padding on the right.
             labels: [B] class numbers, or numbers for regression (one label).
-            speed: 0 (the full model; only the last head runs) to 1 (everybody leaves at the first head). Default:
-                `config.speed`. In training mode the full model runs whatever the speed.
-            criterion: see `fastkd_kernels.exit_gate`; default `config.criterion`.
+            speed: 0 (the full model; only the last head runs) to 1 (everybody leaves at the first head); one number
+                for all heads, or one for each head below the last, where 0 skips that head. Default: `config.speed`.
+                In training mode the full model runs whatever the speed.
+            criterion: see `fastkd_kernels.exit_gate` and `fastkd.criteria`; default `config.criterion`.
             top_n: for the "top_n" criterion; default `config.top_n`.
             exit_layers: after which layers to decide, a choice of those that have a head; default all. The last layer
                 always answers.
@@ -160,18 +162,19 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             EarlyExitOutput. With a speed above 0 nothing in it has a gradient.
 
         Raises:
-            ValueError: a speed outside [0, 1]; a speed above 0 for a model whose heads were never distilled, or for
-                regression; neither or both of `input_ids` and `inputs_embeds`, or more tokens than the encoder has
-                positions; a mask of another shape or whose first token is masked; another number of labels than rows;
-                `exit_layers` without a head; an unknown engine, or "packed" where it cannot run.
+            ValueError: a speed outside [0, 1], or another number of them than heads below the last; a speed above 0 for
+                a model whose heads were never distilled; a criterion that this model cannot run; neither or both of
+                `input_ids` and `inputs_embeds`, or more tokens than the encoder has positions; a mask of another shape
+                or whose first token is masked; another number of labels than rows; `exit_layers` without a head; an
+                unknown engine, or "packed" where it cannot run.
         """
-        speed = check_speed(self.config.speed if speed is None else speed)
+        speed = self.config.speed if speed is None else speed
         criterion = self.config.criterion if criterion is None else criterion
         top_n = self.config.top_n if top_n is None else top_n
-        check_criterion(criterion, top_n, self.config.num_classes)
-        leaves_early = speed > 0 and not self.training
+        self.check_criterion(criterion, top_n)
+        leaves_early = bool(head_speeds(speed, self.exit_layers)) and not self.training
         if leaves_early:
-            self.check_exits()
+            self.check_exits(criterion)
         mask = self._check_input(input_ids, attention_mask, inputs_embeds)
         rows = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]  # type: ignore[union-attr]
         if labels is not None and labels.numel() != rows:
@@ -183,6 +186,11 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
                 raise ValueError(
                     "engine: got 'graphs', which needs a speed above 0, evaluation mode, at least one row of input_ids "
                     "and no position_ids; use engine='batch'"
+                )
+            if criterion not in fk.CRITERIA:
+                raise ValueError(
+                    f"engine: got 'graphs', which has no criterion {criterion!r}; use engine='batch', or one of "
+                    f"{', '.join(fk.CRITERIA)}"
                 )
             answers = self._answers(graphs.engine_of(self).run(input_ids, mask, *exits, token_type_ids))
         elif encoder is not None:
@@ -209,33 +217,104 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         labels: Tensor | None = None,
     ) -> Tensor:
         """Logits of every head in layer order, [B, K, C] float32, differentiable; `labels` are ignored."""
+        return self.all_exits(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)[0]
+
+    def all_exits(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`all_exit_logits`, and the log-odds [B, K] float32 of the learned exit; None where there is none."""
         hidden_states, mask = self._embed(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         layer_mask = self.layer_mask(hidden_states, mask)
         heads = self.heads_by_layer
-        logits = []
+        logits, log_odds = [], []
         for number, layer in enumerate(self.layers, start=1):
             hidden_states = layer(hidden_states, layer_mask)
-            if number in heads:
-                logits.append(heads[number](hidden_states, mask))
-        return torch.stack(logits, dim=1)
+            if number not in heads:
+                continue
+            logits.append(heads[number](hidden_states, mask))
+            if self.learned_exit is not None:
+                log_odds.append(self.learned_exit(hidden_states[:, 0]))
+        return torch.stack(logits, dim=1), torch.stack(log_odds, dim=1) if log_odds else None
 
-    def trace(self, batches: Iterable[Mapping[str, Tensor]]) -> ExitTrace:
+    def add_learned_exit(self) -> None:
+        """Give the model a learned exit that knows nothing yet, unless it has one; `fastkd.distill` trains it."""
+        if self.learned_exit is not None:
+            return
+        self.config.learned_exit = True
+        self.learned_exit = LearnedExit(self.config).to(self.device, self.dtype)
+        # a logistic regression has one optimum; starting at 0 keeps a killed and resumed training the same
+        for parameter in self.learned_exit.parameters():
+            nn.init.zeros_(parameter)
+
+    def decide(
+        self,
+        head: StudentHead | LinearHead,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        speed: float | Tensor,
+        criterion: str,
+        top_n: int | None,
+        *,
+        row_ids: Tensor | None,
+        record: fk.ExitRecord,
+        layer: int,
+        cu_seqlens: Tensor | None = None,
+    ) -> fk.ExitGateOutput:
+        """Logits and exit decision of `head` after `layer`; engines ask this.
+
+        Args:
+            head: of this model.
+            hidden_states: [B, T, H] after `layer`, or packed [N, H] with `cu_seqlens`.
+            attention_mask: [B, T] bool, or None where nothing is padded.
+            speed, criterion, top_n, row_ids, record, layer: as in `fastkd.criteria.decide`.
+            cu_seqlens: [B + 1], where each packed sequence begins.
+        """
+        if criterion in fk.CRITERIA:
+            return head.decide(
+                hidden_states, attention_mask, speed, criterion, top_n,
+                row_ids=row_ids, record=record, layer=layer, cu_seqlens=cu_seqlens,
+            )  # fmt: skip
+        if cu_seqlens is None:
+            logits, cls_states = head(hidden_states, attention_mask), hidden_states[:, 0]
+        else:
+            logits = head.packed(hidden_states, cu_seqlens)
+            cls_states = hidden_states.index_select(0, cu_seqlens[:-1])
+        certainty = self._certainty(cls_states, criterion)
+        return criteria.decide(
+            logits, speed, criterion, row_ids, top_n, record=record, layer=layer, certainty=certainty
+        )
+
+    def _certainty(self, cls_states: Tensor, criterion: str) -> Tensor | None:
+        """[B] of the learned exit, where `criterion` asks for it."""
+        if criterion != "learned":
+            return None
+        assert self.learned_exit is not None
+        return self.learned_exit(cls_states).sigmoid()
+
+    def trace(self, batches: Iterable[Mapping[str, Tensor]], fingerprint: str | None = None) -> ExitTrace:
         """Run every head on every batch once, see `ExitTrace`.
 
         Args:
             batches: keyword arguments of `forward`, with or without `labels`; moved to the model's device.
+            fingerprint: of the rows (`Rows.digest`), so that a calibration can tell whether training has seen them;
+                default: one of the tokens.
 
         Raises:
             ValueError: no batches, or labels in some batches only.
         """
-        return record_trace(self, batches)
+        return record_trace(self, batches, fingerprint)
 
     def stream(
         self,
         rows: Iterable[Any],
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        speed: float | None = None,
+        speed: float | Sequence[float] | None = None,
         criterion: str | None = None,
         top_n: int | None = None,
         exit_layers: Sequence[int] | None = None,
@@ -333,7 +412,10 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         if num_labels == 1:
             return {"logits": logits, "exit_layer": exit_layer}
         record = fk.ExitRecord.allocate(rows, num_labels, logits.device)
-        gate = fk.exit_gate(logits.detach(), 0.0, criterion, top_n=top_n, record=record, layer=self.num_layers)
+        certainty = self._certainty(hidden_states[:, 0].detach(), criterion)
+        gate = criteria.decide(
+            logits.detach(), 0.0, criterion, None, top_n, record=record, layer=self.num_layers, certainty=certainty
+        )
         return {"logits": logits, "exit_layer": exit_layer, "uncertainty": gate.uncertainty}
 
     def _embed(
@@ -358,23 +440,34 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         _check_tokens(tokens, inputs_embeds is not None, backbones.longest_input(self.config.backbone))
         return _checked_mask(attention_mask, tokens)
 
-    def decision_layers(self, speed: float, exit_layers: Sequence[int] | None = None) -> list[int]:
+    def check_criterion(self, criterion: str, top_n: int | None) -> None:
+        """Raise ValueError for a criterion that this model cannot run."""
+        check_criterion(criterion, top_n, self.config.num_classes)
+        if criterion == "learned" and self.learned_exit is None:
+            raise ValueError(
+                "criterion: got 'learned', but this model has no learned exit; distil it with one (`fastkd distill "
+                "--learned-exit`, or DistillOptions(learned_exit=True)), or use another criterion"
+            )
+
+    def decision_layers(self, speed: float | Sequence[float], exit_layers: Sequence[int] | None = None) -> list[int]:
         """The layers whose heads run at `speed`: those of `exit_layers` (default all) and the last; ascending.
 
         Raises:
-            ValueError: a layer without a head.
+            ValueError: a layer without a head; a bad speed.
         """
-        chosen = self.exit_layers if exit_layers is None else sorted({*exit_layers, self.num_layers})
-        unknown = [layer for layer in chosen if layer not in self.exit_layers]
+        unknown = [layer for layer in exit_layers or () if layer not in self.exit_layers]
         if unknown:
             raise ValueError(f"exit_layers: got {unknown[0]}, but this model has heads after {self.exit_layers}")
-        return [self.num_layers] if speed == 0 else chosen
+        speeds = head_speeds(speed, self.exit_layers)
+        chosen = [layer for layer in speeds if exit_layers is None or layer in exit_layers]
+        return [*chosen, self.num_layers]
 
-    def check_exits(self) -> None:
-        """Raise ValueError where this model cannot leave early."""
-        if self.config.num_labels == 1:
+    def check_exits(self, criterion: str) -> None:
+        """Raise ValueError where this model cannot leave early by `criterion`."""
+        if self.config.num_classes == 1 and criterion in fk.CRITERIA:
             raise ValueError(
-                "speed: early exit needs at least 2 classes, but this model is a regression (num_labels=1); use speed=0"
+                f"criterion: {criterion!r} needs class probabilities, but this model is a regression (num_labels=1); "
+                "use 'agreement', or speed=0"
             )
         if not self.config.exits_trained:
             raise ValueError(

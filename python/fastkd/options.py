@@ -11,13 +11,15 @@ import typer
 
 
 class Criterion(str, Enum):
-    """When a row is certain enough, see `fastkd_kernels.exit_gate`."""
+    """When a row is certain enough, see `fastkd_kernels.exit_gate` and `fastkd.criteria`."""
 
     entropy = "entropy"
     max_prob = "max_prob"
     margin = "margin"
     top_n = "top_n"
     patience = "patience"
+    learned = "learned"
+    agreement = "agreement"
 
 
 class Dtype(str, Enum):
@@ -40,10 +42,13 @@ Split = Annotated[str, typer.Option(help="Which split of a data folder.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use at most so many rows, drawn at random.")]
 Criteria = Annotated[
     list[Criterion] | None,
-    typer.Option("--criterion", help="How certainty is measured; repeat it to compare. Default: entropy."),
+    typer.Option(
+        "--criterion",
+        help="How certainty is measured; repeat it to compare. Default: entropy, or agreement for regression.",
+    ),
 ]
 OneCriterion = Annotated[
-    Criterion | None, typer.Option(help="How certainty is measured; default: what the model says (entropy).")
+    Criterion | None, typer.Option(help="How certainty is measured; default: what the model says.")
 ]
 TopN = Annotated[int | None, typer.Option(min=2, help="Classes that the top_n criterion looks at.")]
 DataOption = Annotated[
@@ -90,6 +95,18 @@ def parse_speeds(text: str) -> list[float]:
     if outside or not speeds:
         raise ValueError(f"speeds: got {text!r}, expected numbers from 0 (the full model) to 1 (leave at once)")
     return sorted(set(speeds))
+
+
+def parse_share(text: str, option: str) -> float:
+    """A share as in "0.01" or "1%".
+
+    Raises:
+        ValueError: neither.
+    """
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise ValueError(f"{option}: got {text!r}, expected a share such as 0.01 or 1%") from None
 
 
 def whole_numbers(text: str, option: str) -> list[int]:

@@ -29,6 +29,7 @@ from fastkd.input_format import encode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from fastkd.drift import DriftMonitor
     from fastkd.modeling import EarlyExitForSequenceClassification
 
 FORMATS = ("tsv", "jsonl", "text")
@@ -37,6 +38,7 @@ STANDARD_STREAM = "-"
 
 _SUFFIXES = {".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text"}
 _LONGEST_LINE = 1 << 20  # bytes; a longer line is no sentence and would break the promise of bounded memory
+_WATCHED_TOGETHER = 32  # rows that a monitor runs to full depth in one batch
 _REPORTED = 20  # bad rows listed by line; the rest are counted
 
 
@@ -154,6 +156,7 @@ def predict(
     batch_size: int | None = None,
     max_length: int | None = None,
     window: int = 1024,
+    monitor: DriftMonitor | None = None,
 ) -> Iterator[Prediction]:
     """Answer rows in input order.
 
@@ -169,14 +172,38 @@ def predict(
             gathers as many tokens as run well (`EarlyExitForSequenceClassification.stream`).
         max_length: tokens after which a text is cut; None takes the tokenizer's limit.
         window: rows that are read, tokenised and sorted by length together.
+        monitor: of `model`; watches rows by their line number and changes no answer. It brings its own speed, criterion
+            and top_n.
 
     Raises:
-        ValueError: `batch_size` or `window` is not positive; what `model.forward` raises.
+        ValueError: `batch_size` or `window` is not positive; a monitor together with what it brings; what
+            `model.forward` raises.
     """
     for argument, value in (("batch_size", batch_size), ("window", window)):
         if value is not None and value < 1:
             raise ValueError(f"{argument}: got {value}, expected at least 1")
     exits: dict[str, Any] = {"speed": speed, "criterion": criterion, "top_n": top_n, "exit_layers": exit_layers}
+    if monitor is None:
+        return _predict(model, tokenizer, rows, batch_size, max_length, window, exits)
+    if any(value is not None for value in exits.values()):
+        raise ValueError(
+            "speed, criterion, top_n, exit_layers: the monitor brings them; give them to DriftMonitor instead"
+        )
+    watched: dict[int, InputRow] = {}
+    remembered = _remember_watched(rows, monitor, watched)
+    answers = _predict(model, tokenizer, remembered, batch_size, max_length, window, monitor.exits)
+    return _compare_watched(answers, monitor, watched, tokenizer, max_length or length_limit(model, tokenizer))
+
+
+def _predict(
+    model: EarlyExitForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[InputRow],
+    batch_size: int | None,
+    max_length: int | None,
+    window: int,
+    exits: dict[str, Any],
+) -> Iterator[Prediction]:
     if batch_size is None:
         for answer in model.stream(rows, tokenizer, max_length=max_length, look_ahead=window, **exits):
             yield Prediction(answer.line, answer.label, answer.score, answer.exit_layer, answer.problem)
@@ -188,6 +215,47 @@ def predict(
         answers = _answer(model, tokenizer, good, batch_size, limit, exits)
         for row in block:
             yield answers.get(row.line) or Prediction(row.line, problem=row.problem)
+
+
+def _remember_watched(
+    rows: Iterable[InputRow], monitor: DriftMonitor, watched: dict[int, InputRow]
+) -> Iterator[InputRow]:
+    for row in rows:
+        if row.problem is None and monitor.watches(row.line):
+            watched[row.line] = row
+        yield row
+
+
+def _compare_watched(
+    answers: Iterable[Prediction],
+    monitor: DriftMonitor,
+    watched: dict[int, InputRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> Iterator[Prediction]:
+    """Pass the answers on; run watched rows to full depth, some together, whatever engine gave the answers."""
+    passed = 0
+    waiting: dict[int, Any] = {}
+
+    def compare() -> None:
+        chosen = [watched.pop(line) for line in waiting]
+        exits = {**monitor.exits, "speed": 0.0}
+        full = _answer(monitor.model, tokenizer, chosen, _WATCHED_TOGETHER, max_length, exits)
+        monitor.record(passed, list(waiting.values()), [full[line].label for line in waiting])
+        waiting.clear()
+
+    for answer in answers:
+        passed += answer.problem is None
+        if answer.line in watched:
+            if answer.problem is None:
+                waiting[answer.line] = answer.label
+            else:
+                del watched[answer.line]
+        if len(waiting) == _WATCHED_TOGETHER:
+            compare()
+            passed = 0
+        yield answer
+    compare()
 
 
 def predict_file(

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,16 @@ class Screen:
         """What to run next."""
         for index, command in enumerate(commands):
             self.out.print(f"{'next:' if index == 0 else '     '} [bold cyan]{command}[/]", soft_wrap=True)
+
+    @contextlib.contextmanager
+    def warnings(self) -> Iterator[None]:
+        """Inside, warnings are one line on standard error each, without the place in the code."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda message, *_: self.err.print(
+                f"[bold yellow]warning:[/] {message}", soft_wrap=True
+            )
+            yield
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int | None) -> Iterator[Callable[..., None]]:

@@ -72,18 +72,29 @@ def load_model(
         ValueError: not a model of this project, or an unknown device.
         OSError: nothing to load.
     """
-    quieten()
     target = pick_device(device)
+    config = load_config(checkpoint)
+    options: dict[str, Any] = {} if dtype is None else {"dtype": benchmark.DTYPES[dtype]}
+    model = EarlyExitForSequenceClassification.from_pretrained(checkpoint, **options)
+    tokenizer = with_input_format(AutoTokenizer.from_pretrained(checkpoint), config.input_format)
+    return model.to(target).eval(), tokenizer  # type: ignore[arg-type]
+
+
+def load_config(checkpoint: str) -> EarlyExitConfig:
+    """The configuration of a saved early-exit model.
+
+    Raises:
+        ValueError: not a model of this project.
+        OSError: nothing to load.
+    """
+    quieten()
     config = AutoConfig.from_pretrained(checkpoint)
     if not isinstance(config, EarlyExitConfig):
         raise ValueError(
             f"checkpoint: {checkpoint} is a plain {config.model_type} checkpoint without early exits; train them "
             f"first: fastkd finetune {checkpoint} --data DATA -o tuned"
         )
-    options: dict[str, Any] = {} if dtype is None else {"dtype": benchmark.DTYPES[dtype]}
-    model = EarlyExitForSequenceClassification.from_pretrained(checkpoint, **options)
-    tokenizer = with_input_format(AutoTokenizer.from_pretrained(checkpoint), config.input_format)
-    return model.to(target).eval(), tokenizer  # type: ignore[arg-type]
+    return config
 
 
 def pick_device(device: str) -> torch.device:
@@ -191,12 +202,16 @@ def run_trace(
     *,
     max_length: int | None = None,
     batch_size: int = 32,
+    fingerprint: str | None = None,
 ) -> tuple[ExitTrace, list[int]]:
-    """The trace, and for each of its rows the row of the data that it belongs to."""
+    """The trace, and for each of its rows the row of the data that it belongs to.
+
+    `fingerprint` is that of the rows that these were drawn from; default: of these.
+    """
     encoded = tokenize(rows, tokenizer, max_length or length_limit(model, tokenizer))
     batches = LengthSortedBatches(encoded, tokenizer, batch_size)
     with screen.progress("tracing", len(batches)) as update:
-        trace = model.trace(_counted(batches, update))
+        trace = model.trace(_counted(batches, update), fingerprint or rows.digest())
     return replace(trace, rows=torch.tensor(batches.order)), batches.order
 
 
@@ -208,12 +223,15 @@ def make_trace(
     model, tokenizer = load_model(checkpoint, device)
     rows = load_data(data, split, model, require_labels=False)
     numbers = torch.arange(len(rows))
+    fingerprint = rows.digest()
     if limit is not None:
         # the numbers are drawn as the rows are, so that the trace names rows of the whole file
         drawn = datasets.Dataset.from_dict({"row": numbers.tolist()})
         numbers = torch.tensor(replace(rows, dataset=drawn).sample(limit, seed).dataset["row"][:])
         rows = rows.sample(limit, seed)
-    trace, order = run_trace(screen, model, tokenizer, rows, max_length=max_length, batch_size=batch_size)
+    trace, order = run_trace(
+        screen, model, tokenizer, rows, max_length=max_length, batch_size=batch_size, fingerprint=fingerprint
+    )
     return replace(trace, rows=numbers[order])
 
 
@@ -282,7 +300,7 @@ def write_sweeps(sweeps: dict[str, Sweep], folder: Path) -> list[Path]:
         figures.exits_per_layer(table, files[-1])
     files.append(folder / "speed_speedup.png")
     figures.speed_speedup(sweeps, files[-1])
-    if all(row.accuracy is not None for table in sweeps.values() for row in table):
+    if all(row.quality is not None for table in sweeps.values() for row in table):
         for draw in (figures.speed_accuracy, figures.speedup_accuracy, figures.figure3):
             files.append(folder / f"{draw.__name__}.png")
             draw(sweeps, files[-1])

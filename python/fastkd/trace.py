@@ -7,10 +7,12 @@ answer that the model can give at any speed.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fastkd_kernels as fk
-from fastkd.configuration import check_speed
+from fastkd import criteria
+from fastkd.configuration import head_speeds
 from fastkd.files import atomic_path
 from fastkd.flops import CONVENTIONS, FlopsShape, flops
 
 if TYPE_CHECKING:
+    from fastkd.calibration import Certificate, ThresholdPath
     from fastkd.modeling import EarlyExitForSequenceClassification
 
 _FORMAT = "fastkd exit trace 1"
@@ -35,7 +39,7 @@ class ExitAnswers:
     """What the model answers at one speed, one entry a row."""
 
     prediction: Tensor
-    """[n] int64, the class."""
+    """[n] int64, the class; float32, the number, for regression."""
     exit_layer: Tensor
     """[n] int32, 1 after the first layer."""
     uncertainty: Tensor
@@ -49,8 +53,9 @@ class SweepRow:
     """The cost and the quality of one speed."""
 
     speed: float
+    """On a threshold path, the place on it."""
     accuracy: float | None
-    """Share of right answers in [0, 1]; None without labels."""
+    """Share of right answers in [0, 1]; None without labels and for regression."""
     average_layers: float
     exits_per_layer: list[int]
     """How many rows left after each of the layers, 0 where a layer has no head."""
@@ -58,6 +63,13 @@ class SweepRow:
     """Mean operations a row, by convention (`fastkd.flops`)."""
     speedup: dict[str, float]
     """Operations of the full model (all layers, one head) divided by `flops`."""
+    pearson: float | None = None
+    """Correlation of answers and labels, for regression."""
+
+    @property
+    def quality(self) -> float | None:
+        """Accuracy, or for regression the correlation; None without labels."""
+        return self.accuracy if self.pearson is None else self.pearson
 
 
 @dataclass(frozen=True)
@@ -88,6 +100,7 @@ class Sweep:
                 "top_n": self.top_n,
                 "seq_len": self.seq_len,
                 "accuracy": row.accuracy,
+                **({} if row.pearson is None else {"pearson": row.pearson}),
                 "average_layers": row.average_layers,
                 **{f"exits_layer_{layer}": count for layer, count in enumerate(row.exits_per_layer, start=1)},
                 **{f"flops_{name}": value for name, value in row.flops.items()},
@@ -106,6 +119,18 @@ class Sweep:
 
 
 @dataclass(frozen=True)
+class TraceSource:
+    """Where a trace comes from, as fingerprints; empty where that is unknown."""
+
+    model: str = ""
+    """Of the weights (`model_fingerprint`)."""
+    data: str = ""
+    """Of the rows (`Rows.digest`), before any were drawn from them."""
+    training_data: Mapping[str, str] = field(default_factory=dict)
+    """Of the rows that the weights have seen, see `EarlyExitConfig`."""
+
+
+@dataclass(frozen=True)
 class ExitTrace:
     """Every head's logits on a data set.
 
@@ -117,6 +142,8 @@ class ExitTrace:
         max_length: the longest row as it was fed, padding included.
         shape: the sizes on which operations depend.
         rows: [n] int64, the row of the data (0 is the first) that each one is; None where nobody said.
+        source: which model and which rows these are.
+        certainty: [n, K] float32, what the learned exit gives each head; None where the model has none.
     """
 
     logits: Tensor
@@ -126,6 +153,8 @@ class ExitTrace:
     max_length: int
     shape: FlopsShape
     rows: Tensor | None = None
+    source: TraceSource = TraceSource()
+    certainty: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.logits.dim() != 3 or self.logits.shape[1] != len(self.exit_layers):
@@ -136,6 +165,9 @@ class ExitTrace:
         for name, value in (("labels", self.labels), ("lengths", self.lengths), ("rows", self.rows)):
             if value is not None and value.shape != self.logits.shape[:1]:
                 raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{self.logits.shape[0]}]")
+        if self.certainty is not None and self.certainty.shape != self.logits.shape[:2]:
+            shapes = f"got shape {tuple(self.certainty.shape)}, expected {list(self.logits.shape[:2])}"
+            raise ValueError(f"certainty: {shapes}, one a head")
 
     def __len__(self) -> int:
         return self.logits.shape[0]
@@ -144,93 +176,179 @@ class ExitTrace:
     def num_layers(self) -> int:
         return self.shape.num_hidden_layers
 
-    def answers(self, speed: float, criterion: str = "entropy", top_n: int | None = None) -> ExitAnswers:
+    @property
+    def is_regression(self) -> bool:
+        return self.logits.shape[-1] == 1
+
+    @property
+    def default_criterion(self) -> str:
+        return criteria.default_criterion(self.logits.shape[-1])
+
+    def select(self, rows: Tensor) -> ExitTrace:
+        """The trace of these rows [m] only."""
+        tensors = ("logits", "labels", "lengths", "rows", "certainty")
+        parts = {name: value[rows] for name in tensors if (value := getattr(self, name)) is not None}
+        return replace(self, **parts)
+
+    def answers(
+        self, speed: float | Sequence[float], criterion: str | None = None, top_n: int | None = None
+    ) -> ExitAnswers:
         """What `forward(speed, criterion, top_n)` answers, by the same gate.
 
+        The criterion is "entropy" where none is given, for regression "agreement".
+
         Raises:
-            ValueError: as `fastkd_kernels.exit_gate`.
+            ValueError: as `fastkd.configuration.head_speeds` and `fastkd.criteria.decide`.
         """
-        speed = check_speed(speed)
+        criterion = criterion or self.default_criterion
+        speeds = head_speeds(speed, self.exit_layers)
         rows, _, num_labels = self.logits.shape
         record = fk.ExitRecord.allocate(rows, num_labels)
         staying = torch.arange(rows, dtype=torch.int32)
-        # at speed 0 the full model runs, and only the last head looks
-        first = len(self.exit_layers) - 1 if speed == 0 else 0
-        for index, layer in list(enumerate(self.exit_layers))[first:]:
-            logits = self.logits[:, index].index_select(0, staying)
+        for index, layer in enumerate(self.exit_layers):
             is_last = layer == self.num_layers
-            gate_speed = 0.0 if is_last else speed
-            gate = fk.exit_gate(logits, gate_speed, criterion, staying, top_n, record=record, layer=layer)
+            if layer not in speeds and not is_last:
+                continue
+            logits = self.logits[:, index].index_select(0, staying)
+            gate = criteria.decide(
+                logits, speeds.get(layer, 0.0), criterion, staying, top_n,
+                record=record, layer=layer, certainty=self._certainty_of(index, staying),
+            )  # fmt: skip
             if is_last:
                 record.write(staying, logits, gate.uncertainty, layer)
                 break
             staying = staying.index_select(0, gate.kept())
-        return ExitAnswers(record.logits.argmax(dim=-1), record.exit_layer, record.uncertainty, record.logits)
+        prediction = record.logits[:, 0] if self.is_regression else record.logits.argmax(dim=-1)
+        return ExitAnswers(prediction, record.exit_layer, record.uncertainty, record.logits)
+
+    def uncertainties(self, criterion: str | None = None, top_n: int | None = None) -> Tensor:
+        """What every head's gate sees if nobody leaves, [n, K] float32.
+
+        Raises:
+            ValueError: as `fastkd.criteria.decide`.
+        """
+        criterion = criterion or self.default_criterion
+        record = fk.ExitRecord.allocate(len(self), self.logits.shape[-1])
+        rows = torch.arange(len(self), dtype=torch.int32)
+        seen = [
+            criteria.decide(
+                self.logits[:, index], 0.0, criterion, rows, top_n,
+                record=record, layer=layer, certainty=self._certainty_of(index, rows),
+            ).uncertainty
+            for index, layer in enumerate(self.exit_layers)
+        ]  # fmt: skip
+        return torch.stack(seen, dim=1)
+
+    def _certainty_of(self, head: int, rows: Tensor) -> Tensor | None:
+        return None if self.certainty is None else self.certainty[:, head].index_select(0, rows)
 
     def sweep(
         self,
         speeds: Sequence[float],
-        criterion: str = "entropy",
+        criterion: str | None = None,
         top_n: int | None = None,
         *,
+        path: ThresholdPath | None = None,
         seq_len: int | None = None,
     ) -> Sweep:
         """Accuracy and cost at every speed.
 
         Args:
             speeds: numbers in [0, 1].
-            criterion, top_n: as in `fastkd_kernels.exit_gate`.
+            criterion, top_n: as in `answers`.
+            path: a threshold for each head at every speed (`threshold_path`); criterion and top_n are then the path's.
             seq_len: length for which operations are counted, padding included; default `max_length`.
 
         Raises:
-            ValueError: no speeds, or as `fastkd_kernels.exit_gate`.
+            ValueError: no speeds, or as `answers`.
         """
         if not speeds:
             raise ValueError("speeds: got none, expected at least one number from 0 to 1")
         seq_len = self.max_length if seq_len is None else seq_len
-        costs = {name: self._costs(seq_len, name) for name in CONVENTIONS}
-        rows = [self._sweep_row(speed, self.answers(speed, criterion, top_n), seq_len, costs) for speed in speeds]
+        criterion = criterion or self.default_criterion
+        if path is not None:
+            criterion, top_n = path.criterion, path.top_n
+        is_learned = criterion == "learned"
+        rows = []
+        for speed in speeds:
+            thresholds = speed if path is None else path.at(speed)
+            answers = self.answers(thresholds, criterion, top_n)
+            rows.append(self.cost(speed, thresholds, answers, seq_len, learned_exit=is_learned))
         return Sweep(rows, criterion, top_n, seq_len)
 
-    def _sweep_row(self, speed: float, answers: ExitAnswers, seq_len: int, costs: Mapping[str, list[int]]) -> SweepRow:
+    def cost(
+        self,
+        speed: float,
+        thresholds: float | Sequence[float],
+        answers: ExitAnswers,
+        seq_len: int | None = None,
+        *,
+        learned_exit: bool = False,
+    ) -> SweepRow:
+        """The row of a sweep for the `answers` at `thresholds`; `speed` is what it is called."""
+        seq_len = self.max_length if seq_len is None else seq_len
         exits = torch.bincount(answers.exit_layer.long(), minlength=self.num_layers + 1)[1:].tolist()
-        accuracy = None
-        if self.labels is not None:
+        accuracy = pearson = None
+        if self.labels is not None and self.is_regression:
+            pearson = _correlation(answers.prediction, self.labels)
+        elif self.labels is not None:
             accuracy = (answers.prediction == self.labels).double().mean().item()
-        full = {name: flops(self.shape, seq_len, convention=name) for name in costs}
+        asked = [*head_speeds(thresholds, self.exit_layers), self.num_layers]
+        full = {name: flops(self.shape, seq_len, convention=name) for name in CONVENTIONS}
         spent = {
-            # at speed 0 the heads below the last do not run
-            name: full[name]
-            if speed == 0
-            else sum(count * cost for count, cost in zip(exits, costs[name], strict=True)) / len(self)
-            for name in costs
+            name: sum(
+                count * self._cost_of_row(layer, asked, seq_len, name, learned_exit)
+                for layer, count in enumerate(exits, start=1)
+            )
+            / len(self)
+            for name in CONVENTIONS
         }
         return SweepRow(
             speed=float(speed),
             accuracy=accuracy,
             average_layers=answers.exit_layer.double().mean().item(),
             exits_per_layer=exits,
-            flops={name: float(value) for name, value in spent.items()},
+            flops=spent,
             speedup={name: full[name] / value for name, value in spent.items()},
+            pearson=pearson,
         )
 
-    def _costs(self, seq_len: int, convention: str) -> list[int]:
-        """Operations of a row that leaves after each layer, having met every head up to there."""
-        return [
-            flops(
-                self.shape,
-                seq_len,
-                layers=layer,
-                heads=sum(exit_layer <= layer for exit_layer in self.exit_layers),
-                convention=convention,
-            )
-            for layer in range(1, self.num_layers + 1)
-        ]
+    def _cost_of_row(self, layer: int, asked: Sequence[int], seq_len: int, convention: str, learned_exit: bool) -> int:
+        """Operations of a row that leaves after `layer`, having met every head that is asked up to there."""
+        heads = sum(head <= layer for head in asked)
+        # the last head answers whoever is left without asking the learned exit
+        learned = sum(head <= layer for head in asked[:-1]) if learned_exit else 0
+        return flops(self.shape, seq_len, layers=layer, heads=heads, learned_exits=learned, convention=convention)
+
+    def threshold_path(
+        self,
+        criterion: str | None = None,
+        top_n: int | None = None,
+        *,
+        guarantee: str = "consistency",
+        tolerance: float | None = None,
+    ) -> ThresholdPath:
+        """Thresholds for each head, at every speed, learned from this trace: see `fastkd.calibration.ThresholdPath`."""
+        from fastkd.calibration import ThresholdPath
+
+        return ThresholdPath.fit(self, criterion, top_n, guarantee=guarantee, tolerance=tolerance)
+
+    def calibrate(self, max_drop: float = 0.01, confidence: float = 0.95, **options: Any) -> Certificate:
+        """The fastest speed that is guaranteed on rows like these: see `fastkd.calibration.calibrate`."""
+        from fastkd.calibration import calibrate
+
+        return calibrate(self, max_drop, confidence, **options)
+
+    def compare(self, reliability: ExitTrace | None = None, **options: Any) -> dict[str, Sweep]:
+        """Every criterion on the plane of speed-up and accuracy: see `fastkd.comparison.compare`."""
+        from fastkd.comparison import compare
+
+        return compare(self, reliability, **options)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; it is either whole or absent."""
         tensors = {"logits": self.logits.contiguous(), "lengths": self.lengths.contiguous()}
-        for name, value in (("labels", self.labels), ("rows", self.rows)):
+        for name, value in (("labels", self.labels), ("certainty", self.certainty), ("rows", self.rows)):
             if value is not None:
                 tensors[name] = value.contiguous()
         metadata = {
@@ -238,6 +356,7 @@ class ExitTrace:
             "exit_layers": json.dumps(self.exit_layers),
             "max_length": json.dumps(self.max_length),
             "shape": json.dumps(asdict(self.shape)),
+            "source": json.dumps(asdict(self.source)),
         }
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata=metadata)
@@ -271,6 +390,9 @@ class ExitTrace:
             max_length=json.loads(metadata["max_length"]),
             shape=FlopsShape(**json.loads(metadata["shape"])),
             rows=tensors.get("rows"),
+            # traces of version 0.1 do not say where they come from
+            source=TraceSource(**json.loads(metadata.get("source", "{}"))),
+            certainty=tensors.get("certainty"),
         )
 
 
@@ -279,18 +401,25 @@ class _Recorder:
     """Collects the batches of one trace on the host."""
 
     logits: list[Tensor] = field(default_factory=list)
+    certainty: list[Tensor] = field(default_factory=list)
     labels: list[Tensor] = field(default_factory=list)
     lengths: list[Tensor] = field(default_factory=list)
     max_length: int = 0
+    tokens: Any = field(default_factory=hashlib.sha256)
 
 
 @torch.no_grad()
-def record_trace(model: EarlyExitForSequenceClassification, batches: Iterable[Mapping[str, Tensor]]) -> ExitTrace:
+def record_trace(
+    model: EarlyExitForSequenceClassification,
+    batches: Iterable[Mapping[str, Tensor]],
+    fingerprint: str | None = None,
+) -> ExitTrace:
     """Run every head of `model`, in evaluation mode, on every batch.
 
     Args:
         model: its training mode is restored afterwards.
         batches: keyword arguments of `model.forward`, with or without `labels`.
+        fingerprint: of the rows (`Rows.digest`); default: one of the tokens.
 
     Raises:
         ValueError: no batches, or labels in some of them only.
@@ -314,16 +443,45 @@ def record_trace(model: EarlyExitForSequenceClassification, batches: Iterable[Ma
         exit_layers=list(model.exit_layers),
         max_length=recorder.max_length,
         shape=FlopsShape.of(model.config),
+        source=TraceSource(
+            model=model_fingerprint(model),
+            data=fingerprint or f"tokens:{recorder.tokens.hexdigest()}",
+            training_data=dict(model.config.training_data),
+        ),
+        certainty=torch.cat(recorder.certainty) if recorder.certainty else None,
     )
+
+
+def model_fingerprint(model: EarlyExitForSequenceClassification) -> str:
+    """A SHA-256 of all weights, whatever device they are on: another dtype is another model."""
+    sha = hashlib.sha256()
+    for name, parameter in model.state_dict().items():
+        sha.update(name.encode())
+        sha.update(_bytes_of(parameter))
+    return sha.hexdigest()
+
+
+def _correlation(answers: Tensor, labels: Tensor) -> float:
+    """Pearson's; 0 where one side is constant."""
+    value = torch.corrcoef(torch.stack([answers.double(), labels.double()]))[0, 1].item()
+    return 0.0 if math.isnan(value) else value
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """The memory of a tensor of any dtype, without a copy where it lies on the host in one piece."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _record_batch(model: EarlyExitForSequenceClassification, batch: Mapping[str, Tensor], recorder: _Recorder) -> None:
     inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
-    logits = model.all_exit_logits(**inputs)
+    logits, log_odds = model.all_exits(**inputs)
     tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
     mask = inputs.get("attention_mask")
     lengths = torch.full((len(tokens),), tokens.shape[1]) if mask is None else mask.bool().sum(dim=1)
+    recorder.tokens.update(_bytes_of(tokens))
     recorder.logits.append(logits.float().cpu())
+    if log_odds is not None:
+        recorder.certainty.append(log_odds.sigmoid().float().cpu())
     recorder.lengths.append(lengths.int().cpu())
     recorder.max_length = max(recorder.max_length, tokens.shape[1])
     if batch.get("labels") is not None:

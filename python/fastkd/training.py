@@ -200,6 +200,7 @@ class DistillOptions(TrainOptions):
         t2_scale: multiply the loss by the square of the temperature, so that gradients keep their size.
         teacher_dropout: dropout also acts in the frozen backbone and teacher while the students learn, so that they
             learn from noisy answers to noisy hidden states, as in FastBERT's code.
+        learned_exit: also train a learned exit (criterion "learned"); a model that has one always trains it on.
     """
 
     learning_rate: float = 1e-3
@@ -207,6 +208,7 @@ class DistillOptions(TrainOptions):
     direction: Literal["forward", "reverse"] = "forward"
     t2_scale: bool = True
     teacher_dropout: bool = False
+    learned_exit: bool = False
 
     _fastbert: ClassVar[Mapping[str, Any]] = {
         "epochs": 5,
@@ -316,10 +318,13 @@ def distill(
         )
     check_labels(model, train, "train", required=False)
     check_labels(model, dev, "dev", required=False)
+    if options.learned_exit:
+        model.add_learned_exit()
+    learned = [] if model.learned_exit is None else [model.learned_exit]
     stage = _Stage(
         name="distill",
         objective=_SelfDistillation(model, options),
-        trained=model.student_heads,
+        trained=[*model.student_heads, *learned],
         head_learning_rate=options.learning_rate,
         metrics=_ExitMetrics(model.exit_layers, FlopsShape.of(model.config), options.max_length),
         best_metric="loss",
@@ -356,6 +361,30 @@ def self_distillation_loss(
     target, given = (log_p, log_q) if direction == "forward" else (log_q, log_p)
     divergence = F.kl_div(given, target, reduction="none", log_target=True).sum(dim=-1)
     return divergence.mean(dim=0).sum() * (temperature**2 if t2_scale else 1.0)
+
+
+def learned_exit_loss(log_odds: Tensor, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """How far the learned exit is from knowing which answers stand, summed over the heads (BERxiT, EACL 2021).
+
+    An answer stands in so far as it is the teacher's: 1 or 0 for classes, 1 - tanh|difference| for a regression. BERxiT
+    compares with the labels, by squared error; here no labels are needed, and cross-entropy keeps its gradient where
+    the certainty is wrong and close to 0 or 1.
+
+    Args:
+        log_odds: [B, M], M heads.
+        student_logits: [B, M, C]; no gradient reaches them.
+        teacher_logits: [B, C].
+
+    Returns:
+        A scalar.
+    """
+    with torch.no_grad():
+        teacher_logits = teacher_logits.unsqueeze(1)
+        if student_logits.shape[-1] == 1:
+            stands = 1 - (student_logits - teacher_logits).abs().squeeze(-1).tanh()
+        else:
+            stands = (student_logits.argmax(-1) == teacher_logits.argmax(-1)).to(log_odds.dtype)
+    return F.binary_cross_entropy_with_logits(log_odds, stands, reduction="none").mean(dim=0).sum()
 
 
 def last_checkpoint(folder: str | os.PathLike[str], processes: int = 1) -> Path | None:
@@ -401,8 +430,10 @@ class _TeacherObjective(nn.Module):
 
 
 class _SelfDistillation(nn.Module):
-    """`self_distillation_loss` of all heads; in training mode dropout acts in the students, and nowhere else unless
-    `teacher_dropout`."""
+    """`self_distillation_loss` of all heads, and `learned_exit_loss` where there is a learned exit.
+
+    In training mode dropout acts in the students, and nowhere else unless `teacher_dropout`.
+    """
 
     accepts_loss_kwargs = False
 
@@ -420,11 +451,13 @@ class _SelfDistillation(nn.Module):
 
     def forward(self, labels: Tensor | None = None, **batch: Tensor) -> dict[str, Tensor]:
         # the frozen parameters ask for no gradient, so nothing below the students is recorded
-        logits = self.model.all_exit_logits(**batch)
+        logits, log_odds = self.model.all_exits(**batch)
         options = self.options
         loss = self_distillation_loss(
             logits[:, :-1], logits[:, -1], options.temperature, options.direction, options.t2_scale
         )
+        if log_odds is not None:
+            loss = loss + learned_exit_loss(log_odds[:, :-1], logits[:, :-1], logits[:, -1])
         return {"loss": loss, "logits": logits}
 
 
@@ -626,6 +659,10 @@ def _run(
         output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     model.zero_grad(set_to_none=True)
     model.eval()
+    model.config.certificate = None  # it was for the weights of before
+    model.config.training_data |= {
+        f"{stage.name} {part}": record[part]["digest"] for part in ("train", "dev") if record[part] is not None
+    }
     if exits_trained:
         model.config.exits_trained = True
     result = TrainResult(

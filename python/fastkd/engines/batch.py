@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import fastkd_kernels as fk
+from fastkd.configuration import head_speeds
 
 if TYPE_CHECKING:
     from fastkd.modeling import EarlyExitForSequenceClassification
@@ -25,7 +26,7 @@ def run(
     model: EarlyExitForSequenceClassification,
     hidden_states: Tensor,
     attention_mask: Tensor | None,
-    speed: float,
+    speed: float | Sequence[float],
     criterion: str,
     top_n: int | None,
     decision_layers: Sequence[int],
@@ -36,7 +37,8 @@ def run(
         model: in evaluation mode.
         hidden_states: [B, T, H], the embedded batch.
         attention_mask: [B, T] bool, True where a token counts, or None where nothing is padded.
-        speed, criterion, top_n: as in `fastkd_kernels.exit_gate`.
+        speed: as in `fastkd.configuration.head_speeds`.
+        criterion, top_n: as in `fastkd.criteria`.
         decision_layers: the layers whose heads decide, the last layer last.
 
     Returns:
@@ -46,16 +48,18 @@ def run(
     row_ids: Tensor | None = None
     layer_mask = model.layer_mask(hidden_states, attention_mask)
     heads = model.heads_by_layer
+    speeds = head_speeds(speed, model.exit_layers)
     checksums = []
     for number, layer in enumerate(model.layers, start=1):
         hidden_states = layer(hidden_states, layer_mask)
         if number not in decision_layers:
             continue
         is_last = number == model.num_layers
-        decided = heads[number].decide(
+        decided = model.decide(
+            heads[number],
             hidden_states,
             attention_mask,
-            0.0 if is_last else speed,
+            speeds.get(number, 0.0),
             criterion,
             top_n,
             row_ids=row_ids,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import fastkd_kernels as fk
 from fastkd import backbones
+from fastkd.configuration import head_speeds
 from fastkd.engines.batch import warn_about_nan
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class _Memory:
     limits: Tensor  # [stages, R + 1] speeds by row of the record
     record: fk.ExitRecord  # R + 1 rows, the last one for rows that only fill a bucket up
     filled: int = 0  # how many rows `first_ids` numbers
-    speed: float | None = None  # what `limits` holds
+    filled_limits: tuple[float, ...] | None = None  # what `limits` holds for every row
     stages: dict[tuple[int, int], _Stage] = field(default_factory=dict)
 
 
@@ -108,7 +109,7 @@ class GraphEngine:
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        speed: float | Tensor,
+        speed: float | Sequence[float] | Tensor,
         criterion: str = "entropy",
         top_n: int | None = None,
         decision_layers: Sequence[int] | None = None,
@@ -119,7 +120,8 @@ class GraphEngine:
         Args:
             input_ids: [B, T] int64, B > 0.
             attention_mask: [B, T] bool, True where a token counts, or None where nothing is padded.
-            speed: as in `fastkd_kernels.exit_gate`; or float32 [number of decision layers, B], one for each and row.
+            speed: as in `fastkd.configuration.head_speeds`; or float32 [number of decision layers, B], one for each and
+                row.
             criterion, top_n: as in `fastkd_kernels.exit_gate`.
             decision_layers: the layers whose heads decide, the last layer last; default: all that have a head.
             token_type_ids: [B, T] int64, or None where all are of segment 0.
@@ -131,7 +133,7 @@ class GraphEngine:
         # outside of inference mode, because its tensors could not be written to by later calls without it
         with torch.inference_mode(False), torch.no_grad():
             memory = self._memory(input_ids, attention_mask, token_type_ids, criterion, top_n, layers)
-            self._fill(memory, input_ids, attention_mask, token_type_ids, speed)
+            self._fill(memory, input_ids, attention_mask, token_type_ids, self._limits(speed, layers))
             rows = input_ids.shape[0]
             for number in range(len(layers)):
                 stage = self._stage(memory, number, bucket(rows), criterion, top_n)
@@ -204,13 +206,19 @@ class GraphEngine:
             record=fk.ExitRecord.allocate(rows + 1, model.config.num_classes, device),
         )
 
+    def _limits(self, speed: float | Sequence[float] | Tensor, layers: Sequence[int]) -> tuple[float, ...] | Tensor:
+        if isinstance(speed, Tensor):
+            return speed
+        speeds = head_speeds(speed, self._model.exit_layers)
+        return tuple(speeds.get(layer, 0.0) for layer in layers)
+
     def _fill(
         self,
         memory: _Memory,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         token_type_ids: Tensor | None,
-        speed: float | Tensor,
+        limits: tuple[float, ...] | Tensor,
     ) -> None:
         rows, tokens = input_ids.shape
         memory.input_ids[:rows, :tokens].copy_(input_ids)
@@ -230,12 +238,12 @@ class GraphEngine:
             torch.arange(rows, out=memory.first_ids[:rows])
             memory.first_ids[rows:].fill_(memory.rows)
             memory.filled = rows
-        if isinstance(speed, Tensor):
-            memory.limits[:, :rows].copy_(speed)
-            memory.speed = None
-        elif memory.speed != speed:
-            memory.limits[:, :-1].fill_(speed)
-            memory.speed = speed
+        if isinstance(limits, Tensor):
+            memory.limits[:, :rows].copy_(limits)
+            memory.filled_limits = None
+        elif memory.filled_limits != limits:
+            memory.limits[:, :-1].copy_(torch.tensor(limits)[:, None])
+            memory.filled_limits = limits
 
     def _stage(self, memory: _Memory, number: int, rows: int, criterion: str, top_n: int | None) -> _Stage:
         stage = memory.stages.get((number, rows))

@@ -26,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 
 import fastkd_kernels as fk
 from fastkd import backbones
+from fastkd.configuration import head_speeds
 from fastkd.engines.batch import warn_about_nan
 from fastkd.engines.cost import CompactionCost, fit
 
@@ -375,7 +376,7 @@ def run(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     token_type_ids: Tensor | None,
-    speed: float,
+    speed: float | Sequence[float],
     criterion: str,
     top_n: int | None,
     decision_layers: Sequence[int],
@@ -389,7 +390,8 @@ def run(
         encoder: of the model, from `encoder_of`.
         input_ids, token_type_ids: [B, T].
         attention_mask: [B, T] bool, True where a token counts, on the right only; None where nothing is padded.
-        speed, criterion, top_n: as in `fastkd_kernels.exit_gate`.
+        speed: as in `fastkd.configuration.head_speeds`.
+        criterion, top_n: as in `fastkd.criteria`.
         decision_layers: the layers whose heads decide, the last layer last.
 
     Returns:
@@ -402,7 +404,7 @@ def run(
     lengths, cu_seqlens = list(tokens.lengths), tokens.cu_seqlens
     row_ids = torch.arange(len(lengths), dtype=torch.int32, device=input_ids.device)
     heads, last = model.heads_by_layer, decision_layers[-1]
-    limit: float | Tensor = speed
+    speeds = head_speeds(speed, model.exit_layers)
     left: set[int] = set()
     checksums = []
     with encoder.running():
@@ -413,11 +415,18 @@ def run(
                 hidden_states = encoder.layer(number, hidden_states, cu_seqlens, max(lengths))
             used = hidden_states[: sum(lengths)]
             if end == last:
-                checksums.append(answer_all(heads[end], used, cu_seqlens, criterion, top_n, row_ids, record, end))
+                checksums.append(
+                    answer_all(model, heads[end], used, cu_seqlens, criterion, top_n, row_ids, record, end)
+                )
                 break
-            decided = heads[end].decide(
-                used, None, limit, criterion, top_n, row_ids=row_ids, record=record, layer=end, cu_seqlens=cu_seqlens
-            )
+            limit: float | Tensor = speeds[end]
+            if left:
+                # at speed 0 nobody leaves, so that those who left keep their answers
+                limit = torch.tensor([0.0 if row in left else limit for row in range(len(lengths))], device=used.device)
+            decided = model.decide(
+                heads[end], used, None, limit, criterion, top_n,
+                row_ids=row_ids, record=record, layer=end, cu_seqlens=cu_seqlens,
+            )  # fmt: skip
             checksums.append(decided.uncertainty.sum())
             waiting = [row for row in decided.kept().tolist() if row not in left]
             if not waiting:
@@ -430,11 +439,9 @@ def run(
                 survivors = torch.tensor(waiting, dtype=torch.int32, device=row_ids.device)
                 hidden_states, cu_seqlens = _compact(used, cu_seqlens, survivors, sum(kept))
                 (row_ids,) = fk.compact([row_ids], survivors)
-                lengths, left, limit = kept, set(), speed
+                lengths, left = kept, set()
             else:
                 left = set(range(len(lengths))).difference(waiting)
-                # at speed 0 nobody leaves, so that those who left keep their answers
-                limit = torch.tensor([0.0 if row in left else speed for row in range(len(lengths))], device=used.device)
     warn_about_nan(checksums)
     return record
 
@@ -447,6 +454,7 @@ def _compact(hidden_states: Tensor, cu_seqlens: Tensor, survivors: Tensor, token
 
 
 def answer_all(
+    model: EarlyExitForSequenceClassification,
     head: Any,
     hidden_states: Tensor,
     cu_seqlens: Tensor,
@@ -461,7 +469,8 @@ def answer_all(
         logits = head.packed(hidden_states, cu_seqlens)
         uncertainty = torch.zeros(logits.shape[0], device=logits.device)  # a regression knows none
     else:
-        decided = head.decide(
+        decided = model.decide(
+            head,
             hidden_states,
             None,
             0.0,

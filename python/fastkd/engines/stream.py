@@ -22,7 +22,7 @@ from torch import Tensor
 import fastkd_kernels as fk
 from fastkd.backbones import longest_input
 from fastkd.columns import PAIR_COLUMNS, TEXT_COLUMNS
-from fastkd.configuration import check_criterion, check_speed
+from fastkd.configuration import head_speeds
 from fastkd.engines.batch import warn_about_nan
 from fastkd.engines.packed import PackedTokens, answer_all, bounds, bucket, encoder_of
 from fastkd.engines.schedule import Schedule
@@ -159,7 +159,7 @@ class Stream(Iterator[StreamRow]):
         rows: Iterable[Any],
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        speed: float | None = None,
+        speed: float | Sequence[float] | None = None,
         criterion: str | None = None,
         top_n: int | None = None,
         exit_layers: Sequence[int] | None = None,
@@ -177,17 +177,18 @@ class Stream(Iterator[StreamRow]):
             raise ValueError("model: is in training mode, where nobody leaves early; call model.eval() first")
         config = model.config
         self._model = model
-        self._speed = check_speed(config.speed if speed is None else speed)
+        speed = config.speed if speed is None else speed
+        self._speeds = head_speeds(speed, model.exit_layers)
         self._criterion = config.criterion if criterion is None else criterion
         self._top_n = config.top_n if top_n is None else top_n
-        check_criterion(self._criterion, self._top_n, config.num_classes)
-        if self._speed > 0:
-            model.check_exits()
+        model.check_criterion(self._criterion, self._top_n)
+        if self._speeds:
+            model.check_exits(self._criterion)
         for argument, value in (("look_ahead", look_ahead), ("max_rows_waiting", max_rows_waiting)):
             if value < 1:
                 raise ValueError(f"{argument}: got {value}, expected at least 1")
         self._schedule = Schedule(tokens_per_run, max_tokens_in_flight)
-        decision_layers = model.decision_layers(self._speed, exit_layers)
+        decision_layers = model.decision_layers(speed, exit_layers)
         self._stages = [list(range(start + 1, end + 1)) for start, end in pairwise([0, *decision_layers])]
         self._reader = _Reader(rows, tokenizer, _limit(model, tokenizer, max_length), truncate)
         self._look_ahead = look_ahead
@@ -329,14 +330,15 @@ class Stream(Iterator[StreamRow]):
         head, record = self._heads[number], self._slots.record
         if number == self._stages[-1][-1]:
             checksum = answer_all(
-                head, hidden_states, cu_seqlens, self._criterion, self._top_n, row_ids, record, number
+                self._model, head, hidden_states, cu_seqlens, self._criterion, self._top_n, row_ids, record, number
             )
             warn_about_nan([checksum])
             return row_ids[:0]
-        decided = head.decide(
+        decided = self._model.decide(
+            head,
             hidden_states,
             None,
-            self._speed,
+            self._speeds[number],
             self._criterion,
             self._top_n,
             row_ids=row_ids,

@@ -1,0 +1,97 @@
+"""`fastkd compare`: every exit criterion on the plane of speed-up and quality."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastkd.options import Json
+from fastkd.screen import screen_for, share
+
+if TYPE_CHECKING:
+    from fastkd.trace import Sweep
+
+DROPS = (0.001, 0.005, 0.01)
+"""Losses of accuracy at which the table looks."""
+
+
+def compare(
+    trace: Annotated[Path, typer.Argument(help="Trace of labelled rows.", show_default=False)],
+    reliability: Annotated[
+        Path | None,
+        typer.Option(help="Trace of other rows that teaches the criterion performance; default: half of the rows."),
+    ] = None,
+    top_n: Annotated[int, typer.Option(min=2, help="Classes that the top_n criterion looks at.")] = 2,
+    patience: Annotated[int, typer.Option(min=1, help="Heads in a row that pcee_bert wants certain.")] = 2,
+    points: Annotated[int, typer.Option(min=2, help="At most so many speeds a criterion.")] = 30,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Length for which FLOPs are counted; default: the longest row traced.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for CSV and picture.")] = Path("compare"),
+    as_json: Json = False,
+) -> None:
+    """Every exit criterion at its own speeds, on the same rows: table, CSV, picture.
+
+    The table has the largest speed-up (FLOPs) that loses at most so much
+    accuracy on these rows. That is a measurement, not a promise: choose a
+    criterion here, and calibrate it on other rows.
+
+    [bold]Examples[/]
+
+    \b
+      [cyan]fastkd compare dev.safetensors[/]
+      [cyan]fastkd compare test.safetensors --reliability dev.safetensors -o picture[/]
+    """
+    with screen_for(as_json) as screen:
+        from rich.table import Table
+
+        from fastkd import figures
+        from fastkd.files import atomic_path
+        from fastkd.trace import ExitTrace
+
+        rows = ExitTrace.load(trace)
+        if rows.labels is None:
+            raise ValueError(f"trace: the rows of {trace} have no labels, so there is no accuracy to compare")
+        others = None if reliability is None else ExitTrace.load(reliability)
+        swept = rows.compare(others, top_n=top_n, patience=patience, points=points, seq_len=seq_len)
+        first = next(iter(swept.values()))
+        picture, numbers = output / "compare.png", output / "compare.csv"
+        figures.speedup_accuracy(swept, picture)
+        lines = [row for sweep in swept.values() for row in sweep.to_dicts()]
+        with atomic_path(numbers) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, fieldnames=list(lines[0]))
+            writer.writeheader()
+            writer.writerows(lines)
+        count = sum(first[0].exits_per_layer)
+        quality = "accuracy" if first[0].pearson is None else "correlation"
+        table = Table(
+            title=f"{count} rows, FLOPs at {first.seq_len} tokens, full model {share(first[0].quality)}",
+            title_justify="left",
+        )
+        for heading in ("criterion", *(f"{quality} -{100 * drop:g}%" for drop in DROPS)):
+            table.add_column(heading, justify="left" if heading == "criterion" else "right", no_wrap=True)
+        best = {name: {f"{drop:g}": _fastest(sweep, drop) for drop in DROPS} for name, sweep in swept.items()}
+        for name, found in best.items():
+            table.add_row(name, *(f"{value:.2f}x" for value in found.values()))
+        screen.out.print(table)
+        screen.out.print(f"written: [bold]{output}[/] ({numbers.name}, {picture.name})", soft_wrap=True)
+        screen.next_step("fastkd calibrate MODEL --data DATA --criterion CRITERION")
+        screen.result(_result(swept, best, [numbers, picture]))
+
+
+def _fastest(sweep: Sweep, drop: float) -> float:
+    """The largest speed-up that loses at most `drop` against speed 0, which comes first."""
+    full = sweep[0].quality
+    assert full is not None
+    return max(row.speedup["fastbert"] for row in sweep if (row.quality or 0.0) >= full - drop)
+
+
+def _result(swept: dict[str, Sweep], best: dict[str, Any], files: list[Path]) -> dict[str, Any]:
+    return {
+        "sweeps": {name: sweep.to_dicts() for name, sweep in swept.items()},
+        "speedup_at_drop": best,
+        "files": [str(path) for path in files],
+    }

@@ -1,0 +1,70 @@
+"""`fastkd info`: what a model folder holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastkd.commands.calibrate import print_certificate
+from fastkd.options import Json
+from fastkd.screen import screen_for
+
+if TYPE_CHECKING:
+    from fastkd.configuration import EarlyExitConfig
+
+
+def info(
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a model trained by fastkd.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """What a model is, the speed it runs at by default, and its certificate.
+
+    Reads the configuration only, so it answers at once.
+
+    [bold]Examples[/]
+
+    \b
+      [cyan]fastkd info model[/]
+      [cyan]fastkd info model --json[/]
+    """
+    with screen_for(as_json) as screen:
+        from fastkd import steps
+        from fastkd.calibration import Certificate
+
+        config = steps.load_config(checkpoint)
+        certificate = Certificate.of(config)
+        facts = _facts(config)
+        for name, value in facts.items():
+            screen.out.print(f"{name.replace('_', ' '):<16}{_text(value)}", soft_wrap=True)
+        screen.out.print()
+        if certificate is None:
+            screen.out.print("certificate     none")
+            screen.next_step(f"fastkd calibrate {checkpoint} --data DATA")
+        else:
+            screen.out.print("[bold]certificate[/]")
+            print_certificate(screen, certificate, config.num_hidden_layers)
+        screen.result(facts | {"certificate": config.certificate})
+
+
+def _facts(config: EarlyExitConfig) -> dict[str, Any]:
+    return {
+        "encoder": config.backbone.model_type,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "heads": config.head,
+        "heads_after": config.exit_layers,
+        "labels": [str(name) for name in (config.id2label or {}).values()],
+        "exits_trained": config.exits_trained,
+        "default_speed": config.speed,
+        "criterion": config.criterion,
+        "top_n": config.top_n,
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(f"{item:.4g}" if isinstance(item, float) else str(item) for item in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else f"{value}"

@@ -1,0 +1,117 @@
+"""All criteria on one plane: each is what it is alone, on the same rows, and PCEE-BERT is its plain loop."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import (
+    early_exit_model,
+    one_thread,  # noqa: F401  # a fixture
+    random_batch,
+)
+from typer.testing import CliRunner
+
+import fastkd
+from fastkd import cli
+from fastkd.comparison import patient_answers
+from fastkd.flops import FlopsShape
+
+ALL = ["entropy", "max_prob", "margin", "top_n", "patience", "pcee_bert", "performance"]
+
+
+def made_up_trace(rows: int = 400, num_labels: int = 3, seed: int = 0) -> fastkd.ExitTrace:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(rows, 1, num_labels, generator=generator)
+    return fastkd.ExitTrace(
+        logits=logits + torch.randn(rows, 4, num_labels, generator=generator),
+        labels=torch.randint(0, num_labels, (rows,), generator=generator),
+        lengths=torch.full((rows,), 9, dtype=torch.int32),
+        exit_layers=[1, 2, 3, 4],
+        max_length=12,
+        shape=FlopsShape.of(early_exit_model(num_labels=num_labels).config),
+    )
+
+
+@pytest.mark.parametrize("patience", [1, 2, 3])
+def test_pcee_bert_against_a_plain_loop(patience: int) -> None:
+    trace = made_up_trace(rows=80)
+    trace.logits[3, 1] = torch.nan
+    for speed in (0.0, 0.3, 0.6, 0.9, 1.0):
+        answers = patient_answers(trace, speed, patience)
+        for row in range(80):
+            run = 0
+            for head in range(4):
+                probabilities = trace.logits[row, head].double().softmax(-1)
+                entropy = float(-(probabilities * probabilities.log()).sum()) / math.log(3)
+                run = run + 1 if speed > 0 and entropy <= speed else 0
+                if run == patience:
+                    break
+            assert answers.exit_layer[row] == head + 1
+            assert torch.equal(answers.logits[row], trace.logits[row, head])
+    if patience == 1:
+        assert torch.equal(patient_answers(trace, 0.6, 1).exit_layer, trace.answers(0.6).exit_layer)
+
+
+def test_each_criterion_is_what_it_is_alone() -> None:
+    trace, others = made_up_trace(), made_up_trace(seed=1)
+    swept = trace.compare(others, top_n=2, patience=3, seq_len=40)
+    assert list(swept) == ALL
+    full = trace.sweep([0.0], seq_len=40)[0]
+    for name, sweep in swept.items():
+        assert sweep[0] == full, name
+        assert sweep.seq_len == 40
+        assert len(sweep) > (2 if name == "patience" else 10)
+        averages = [row.average_layers for row in sweep]
+        assert averages == sorted(averages, reverse=True), f"{name}: a higher speed leaves no later"
+    for name in ALL[:5]:
+        row = swept[name][2]
+        assert trace.sweep([row.speed], name, 2 if name == "top_n" else None, seq_len=40)[0] == row
+    row = swept["performance"][7]
+    assert trace.sweep([row.speed], path=others.threshold_path(), seq_len=40)[0] == row
+    row = swept["pcee_bert"][7]
+    assert row.average_layers == patient_answers(trace, row.speed, 3).exit_layer.double().mean().item()
+
+
+def test_without_other_rows_half_of_them_teach() -> None:
+    trace = made_up_trace()
+    swept = trace.compare()
+    assert {sum(row.exits_per_layer) for sweep in swept.values() for row in sweep} == {200}
+    assert trace.compare()["performance"].to_dicts() == swept["performance"].to_dicts()
+    with pytest.raises(ValueError, match="got 1 rows"):
+        trace.select(torch.tensor([0])).compare()
+    with pytest.raises(ValueError, match="points, patience: got 1"):
+        trace.compare(points=1)
+
+
+def test_learned_exits_and_regression_take_their_place() -> None:
+    learned = early_exit_model(learned_exit=True).trace([random_batch(rows=60)])
+    assert list(learned.compare(points=5)) == [*ALL[:5], "learned", *ALL[5:]]
+    regression = early_exit_model(num_labels=1).trace([{**random_batch(rows=60), "labels": torch.randn(60)}])
+    swept = regression.compare(points=5)
+    assert list(swept) == ["agreement"]
+    assert all(row.pearson is not None for row in swept["agreement"])
+
+
+def test_command_writes_a_table_and_a_picture(tmp_path: Path) -> None:
+    made_up_trace().save(tmp_path / "trace.safetensors")
+    arguments = ["compare", str(tmp_path / "trace.safetensors"), "-o", str(tmp_path / "out")]
+    shown = CliRunner().invoke(cli.app, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert all(name in shown.stdout for name in ALL)
+    found = json.loads(CliRunner().invoke(cli.app, [*arguments, "--json"]).stdout)
+    for name, sweep in found["sweeps"].items():
+        kept = [row["speedup_fastbert"] for row in sweep if row["accuracy"] >= sweep[0]["accuracy"] - 0.01]
+        assert found["speedup_at_drop"][name]["0.01"] == max(kept)
+    with (tmp_path / "out" / "compare.csv").open(encoding="utf-8") as stream:
+        assert {row["criterion"] for row in csv.DictReader(stream)} == {*ALL[:6], "entropy"}
+    assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
+    replace(made_up_trace(), labels=None).save(tmp_path / "blind.safetensors")
+    refused = CliRunner().invoke(cli.app, ["compare", str(tmp_path / "blind.safetensors")])
+    assert refused.exit_code == 2
+    assert "have no labels" in refused.output
