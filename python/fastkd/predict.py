@@ -228,7 +228,8 @@ def _compare_watched(
     max_length: int,
 ) -> Iterator[Prediction]:
     """Pass the answers on; run watched rows to full depth, some together, whatever engine gave the answers."""
-    passed, waiting = 0, {}
+    passed = 0
+    waiting: dict[int, str | float | None] = {}
 
     def compare() -> None:
         chosen = [watched.pop(line) for line in waiting]
