@@ -143,8 +143,8 @@ def test_regression_agrees_within_the_tolerance() -> None:
     tolerance = 1.5 * trace.logits.std().item()
     trace.calibrate(0.5, tolerance=tolerance).apply(model, set_default=True)
     monitor = DriftMonitor(model, 1.0)
-    monitor.record(3, [0.0, 0.0, 0.0], [0.0, 0.9 * tolerance, 1.1 * tolerance])
-    assert (monitor.watched, monitor.agreements) == (3, 2)
+    monitor.record(4, [0.0, 0.0, 0.0, 0.0], [0.0, 0.9 * tolerance, 1.1 * tolerance, None])
+    assert (monitor.watched, monitor.agreements) == (4, 2)
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.01, float("nan")])

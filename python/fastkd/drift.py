@@ -184,6 +184,8 @@ class DriftMonitor:
         )
 
     def _agree(self, early: Any, full: Any) -> bool:
+        if early is None or full is None:  # no finite answer, which agrees with nothing
+            return False
         return early == full if self._tolerance is None else abs(early - full) <= self._tolerance
 
 

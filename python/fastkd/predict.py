@@ -235,7 +235,7 @@ def _compare_watched(
 ) -> Iterator[Prediction]:
     """Pass the answers on; run watched rows to full depth, some together, whatever engine gave the answers."""
     passed = 0
-    waiting: dict[int, Any] = {}
+    waiting: dict[int, str | float | None] = {}
 
     def compare() -> None:
         chosen = [watched.pop(line) for line in waiting]
