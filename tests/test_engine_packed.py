@@ -147,7 +147,7 @@ def test_forward_runs_packed_only_where_it_may(monkeypatch: pytest.MonkeyPatch) 
         model(**inputs, speed=0.0, engine="batch")
         with pytest.raises(ValueError, match="engine: got 'packed', which needs"):
             model(**left_padded, engine="packed")
-        with pytest.raises(ValueError, match="engine: got 'stream', expected 'batch' or 'packed'"):
+        with pytest.raises(ValueError, match="engine: got 'stream', expected 'batch', 'packed' or 'graphs'"):
             model(**inputs, engine="stream")
     assert len(calls) == 1
     model(**inputs, speed=0.5)  # answers that left early never have a gradient
