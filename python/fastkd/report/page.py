@@ -38,7 +38,8 @@ def write_page(
     Raises:
         ValueError: no curves, a speed outside [0, 1], or as `fastkd_kernels.exit_gate`.
     """
-    nearest = min(SPEEDS, key=lambda known: abs(known - check_speed(speed)))
+    check_speed(speed)
+    nearest = min(SPEEDS, key=lambda known: abs(known - speed))
     content = page_content(curves, title, nearest, top_n)
     page = _part("page.html")
     for name, text in {
