@@ -281,7 +281,10 @@
     const data = [bar("FLOPs", "flops_speedup", colour("--stays")), bar("measured", "speedup", colour("--accent"))];
     const shapes = [{ ...speedLine(), x0: 0, x1: 1, xref: "paper", y0: 1, y1: 1, yref: "y", line: { color: colour("--muted"), width: 1.5 } }];
     const highest = Math.max(...(curve().benchmark?.rows ?? []).flatMap((row) => [row.speedup, row.flops_speedup]));
-    return [data, layout(axis("dtype and batch size", { type: "category", showgrid: false, tickangle: 0 }), axis("", { range: [0, highest * 1.12], ticksuffix: "×" }), { shapes, barmode: "group", bargap: 0.3, showlegend: true })];
+    return [data, layout(axis("dtype and batch size", { type: "category", showgrid: false, tickangle: 0 }), axis("", { range: [0, highest * 1.12], ticksuffix: "×" }), {
+      shapes, barmode: "group", bargap: 0.3, showlegend: true, margin: { l: 48, r: 14, t: 34, b: 40 },
+      legend: { orientation: "h", y: 1.03, yanchor: "bottom", x: 0, font: { size: 11.5 } },
+    })];
   }
 
   /** Figure 7: accuracy above, FLOPs below, over both stages of training. */
