@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -117,9 +118,9 @@ class Run:
         self.options = options
         self.started = time.time()
         self.stem = _stem(options.rehearse)
-        self.parts = options.output / f".{self.stem}-parts"
-        shutil.rmtree(self.parts, ignore_errors=True)
-        self.parts.mkdir(parents=True)
+        options.output.mkdir(parents=True, exist_ok=True)
+        self.parts = Path(tempfile.mkdtemp(prefix=f"{self.stem}-"))
+        print(f"logs of the steps: {self.parts}", flush=True)
         self.report = Report(environment=environment(), rehearsal=options.rehearse)
 
     def remaining(self) -> float:
@@ -147,9 +148,11 @@ class Run:
             self.write()
         return self.report
 
-    def note(self, result: StepResult) -> None:
+    def note(self, result: StepResult, child: Child | None = None) -> None:
         self.report.steps.append(result)
         print(f"{time.time() - self.started:5.0f} s  {result.name}: {result.status} {result.note}", flush=True)
+        if child is not None and result.status in ("failed", "timed out"):
+            print("\n".join(f"       | {line}" for line in child.text().splitlines()[-20:]), flush=True)
 
     def build(self) -> None:
         """The extension with its CUDA kernels, where it is not there yet."""
@@ -161,25 +164,28 @@ class Run:
         jobs = str(min(os.cpu_count() or 1, 16))
         child = Child("build", [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], {"MAX_JOBS": jobs})
         child.start(self.parts)
-        self.note(child.wait(self.deadline("build")))
+        self.note(child.wait(self.deadline("build")), child)
 
     def prove(self) -> None:
         """Tests and sanitizers; beside them, what the timed steps need is compiled."""
         deadline = self.deadline("proof")
         lines = self.parts / "outcomes.jsonl"
+        # many processes share the cores here
+        few = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
         tests = Child("tests", self._pytest(), {outcomes.FILE_VARIABLE: str(lines)})
         others = [*self._sanitizers(), *self._warm_ups(deadline - 5)]
         for child in (tests, *others):
+            child.environment = {**few, **child.environment}
             child.start(self.parts)
-        self.note(_tests_result(tests.wait(deadline)))
+        self.note(_tests_result(tests.wait(deadline)), tests)
         self.report.tests = outcomes.read(lines)
         for child in others:
             result = child.wait(deadline + 5)
             if child.name.startswith("compile"):
                 if result.status == "failed":
-                    self.note(result)
+                    self.note(result, child)
                 continue
-            self.note(_sanitizer_result(result, child.text()))
+            self.note(_sanitizer_result(result, child.text()), child)
             if self.report.steps[-1].status == "failed":
                 self.report.problems.append(f"{child.name}: {self.report.steps[-1].note}")
 
@@ -232,7 +238,7 @@ class Run:
         child = Child(name, self._step_command(name, deadline, path))
         child.start(self.parts)
         result = child.wait(deadline + 10)  # the case that was begun may end
-        self.note(result)
+        self.note(result, child)
         if not path.exists():
             self.report.problems.append(f"{name}: {result.note or 'the step left no results'}")
             return

@@ -120,15 +120,17 @@ def test_flops_of_everybody_leaving_at_once(measured: benchmark.Benchmark) -> No
 
 def test_transformers_own_forward_gives_the_full_model() -> None:
     model = early_exit_model()
-    setting = benchmark._Setting(model, batches_of(4), "fp32", 4, None, None)
-    assert torch.equal(setting._transformers().predictions, setting._early_exit(0.0).predictions)
+    batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches_of(4)]
+    theirs, ours = benchmark.transformers_pass(model, batches), benchmark.early_exit_pass(model, batches, 0.0)
+    assert torch.equal(theirs.predictions, ours.predictions)
 
 
 @pytest.mark.parametrize("family", ["roberta", "distilbert", "electra"])
 def test_transformers_own_forward_of_other_families(family: str) -> None:
     model = early_exit_model(family)
-    setting = benchmark._Setting(model, [random_batch(family)], "fp32", 13, None, None)
-    assert torch.equal(setting._transformers().predictions, setting._early_exit(0.0).predictions)
+    batches = [random_batch(family)]
+    theirs, ours = benchmark.transformers_pass(model, batches), benchmark.early_exit_pass(model, batches, 0.0)
+    assert torch.equal(theirs.predictions, ours.predictions)
 
 
 def test_model_is_left_as_it_was() -> None:

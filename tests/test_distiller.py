@@ -16,7 +16,7 @@ import kd_worker
 import pytest
 import torch
 from kd_worker import OPTIONS, save_teacher, train
-from tiny_models import CONFIGS, one_thread, save_plain_checkpoint, tokenizer_of  # noqa: F401  # a fixture
+from tiny_models import early_exit_model, one_thread, save_plain_checkpoint, tokenizer_of  # noqa: F401  # a fixture
 from torch import Tensor
 from training_worker import rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
@@ -192,10 +192,9 @@ def test_a_stale_cache_stops_a_run_before_it_trains(teacher: Path, tmp_path: Pat
 # Killed and continued
 
 
-@pytest.mark.parametrize(("method", "killed_at"), [("universal-il", 18), ("annealing", 6)])
-def test_a_killed_run_continues_to_the_same_weights(teacher: Path, tmp_path: Path, method: str, killed_at: int) -> None:
-    # Annealing-KD has 20 and 10 steps: step 6 comes in either stage, so its first kill is in the first
-    killed = launched(teacher, tmp_path / "killed", method, "--kill-at", killed_at, "--eval-steps", 4)
+def test_a_killed_run_continues_to_the_same_weights(teacher: Path, tmp_path: Path) -> None:
+    method = "universal-il"
+    killed = launched(teacher, tmp_path / "killed", method, "--kill-at", 18, "--eval-steps", 4)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
     assert not (tmp_path / "killed").exists()
     with pytest.raises(FileExistsError, match="unfinished run; continue it with resume=True"):
@@ -287,6 +286,7 @@ def test_impossible_combinations_are_refused(teacher: Path, arguments: dict[str,
     [
         ({"metric": ("pearson",)}, rows(8), r"metric: got pearson, expected some of accuracy, f1, matthews"),
         ({}, rows(8, labelled=False), r"train: .* has no labels"),
+        ({"max_length": 67}, rows(8), r"max_length: got 67, but this bert has 66 positions; pass at most that"),
         ({"early_stopping_patience": 1}, rows(8), r"early_stopping_patience: it needs an evaluation; pass dev rows"),
     ],
 )
@@ -303,6 +303,21 @@ def test_labels_that_are_not_the_teachers_are_refused(teacher: Path, tmp_path: P
     other = replace(rows(8), label_names=("no", "yes"))
     with pytest.raises(DataError, match=r"has the labels no, yes, the model has negative, positive"):
         Distiller(teacher, "layers:2", "kd", OPTIONS).train(other, None, tmp_path / "student")
+
+
+def test_a_student_of_other_classes_is_refused_as_it_is(teacher: Path, tmp_path: Path) -> None:
+    student = student_from_teacher(Teacher.load(save_teacher(tmp_path / "three", num_labels=3)).model, "layers:2")
+    with pytest.raises(DataError, match=r"train: .* has 2 labels, the model has 3 labels"):
+        Distiller(teacher, student, "kd", OPTIONS).train(rows(8), None, tmp_path / "student")
+    assert student.config.num_labels == 3
+
+
+def test_an_early_exit_model_can_teach(teacher: Path, tmp_path: Path) -> None:
+    model = Teacher(early_exit_model("bert", num_labels=2), tokenizer_of("bert"))
+    student = student_from_teacher(Teacher.load(teacher).model, "bilstm")
+    distiller = Distiller(model, student, "universal-ca", OPTIONS)
+    losses = losses_of(distiller.train(rows(40), None, tmp_path / "student"))
+    assert sum(losses[-4:]) < sum(losses[:4])
 
 
 def test_takd_without_room_for_an_assistant_is_refused(teacher: Path) -> None:

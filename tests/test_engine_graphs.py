@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -64,7 +66,7 @@ def test_it_answers_as_the_batch_engine_does(head: str, criterion: str, top_n: i
     batch = on_device(random_batch())
     speed = mixed_speed(model, batch, criterion, top_n)
     options: dict[str, Any] = {"criterion": criterion, "top_n": top_n}
-    expected = infer(model, batch, speed, **options)
+    expected = infer(model, batch, speed, engine="batch", **options)
     assert len(expected.exit_layer.unique()) > 1, "the speed should split the batch"
     for _ in range(3):  # captured, then replayed on memory that the run before has used
         assert_same(answer(engine, batch, speed, **options), expected)
@@ -75,7 +77,7 @@ def test_every_family(family: str) -> None:
     model = early_exit_model(family).to(DEVICE)
     batch = on_device(random_batch(family))
     speed = mixed_speed(model, batch)
-    assert_same(answer(GraphEngine(model, recorder()), batch, speed), infer(model, batch, speed))
+    assert_same(answer(GraphEngine(model, recorder()), batch, speed), infer(model, batch, speed, engine="batch"))
 
 
 @pytest.mark.parametrize("exit_layers", [[1], [2, 4], [4]])
@@ -83,8 +85,47 @@ def test_layers_between_heads_are_one_stage(exit_layers: list[int]) -> None:
     model = early_exit_model(exit_layers=exit_layers).to(DEVICE)
     batch, plain = on_device(random_batch()), Plain()
     engine = GraphEngine(model, plain)
-    assert_same(answer(engine, batch, 0.6), infer(model, batch, 0.6))
+    assert_same(answer(engine, batch, 0.6), infer(model, batch, 0.6, engine="batch"))
     assert plain.recorded <= len(model.exit_layers)
+
+
+@pytest.mark.parametrize("decision_layers", [[LAYERS], [2, LAYERS]])
+def test_heads_may_be_left_out(decision_layers: list[int]) -> None:
+    model = early_exit_model().to(DEVICE)
+    batch, plain = on_device(random_batch()), Plain()
+    engine = GraphEngine(model, plain)
+    record = answer(engine, batch, 0.6, decision_layers=decision_layers)
+    assert_same(record, infer(model, batch, 0.6, exit_layers=decision_layers, engine="batch"))
+    assert plain.recorded == len(decision_layers)
+
+
+def test_the_engine_of_a_model_dies_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def make(model: Any) -> GraphEngine:
+        made.append(GraphEngine(model, Plain()))
+        return made[-1]
+
+    monkeypatch.setattr(graphs, "GraphEngine", make)
+    model, batch = early_exit_model(), random_batch()
+    expected = infer(model, batch, 0.6, engine="batch")
+    for _ in range(2):
+        output = infer(model, batch, 0.6, engine="graphs")
+        assert torch.equal(output.exit_layer, expected.exit_layer)
+        torch.testing.assert_close(output.logits, expected.logits, **TOLERANCE)
+    assert len(made) == 1
+    reference = weakref.ref(model)
+    del model, expected, output
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.parametrize(
+    "changes", [{"speed": 0.0}, {"position_ids": torch.arange(11)[None].expand(13, -1)}], ids=["speed", "position_ids"]
+)
+def test_what_graphs_do_not_take(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="engine: got 'graphs', which needs a speed above 0"):
+        infer(early_exit_model(), random_batch(), **{"speed": 0.5, "engine": "graphs", **changes})
 
 
 def test_batches_of_other_sizes_and_lengths() -> None:
@@ -93,7 +134,7 @@ def test_batches_of_other_sizes_and_lengths() -> None:
     for rows, longest in ((13, 11), (3, 11), (1, 5), (9, 33), (13, 11)):
         batch = on_device(random_batch(rows=rows, longest=longest, seed=rows))
         speed = mixed_speed(model, batch) if rows > 1 else 0.5
-        assert_same(answer(engine, batch, speed), infer(model, batch, speed))
+        assert_same(answer(engine, batch, speed), infer(model, batch, speed, engine="batch"))
 
 
 def test_without_padding_there_is_no_mask() -> None:
@@ -126,7 +167,7 @@ def test_a_speed_for_each_head_and_row_imposes_the_exits() -> None:
         speeds = (wanted[None, :] <= torch.arange(1, LAYERS + 1, device=DEVICE)[:, None]).float()
         record = answer(engine, batch, speeds)
         assert torch.equal(record.exit_layer.long(), wanted)
-    assert_same(answer(engine, batch, 0.5), infer(model, batch, 0.5))
+    assert_same(answer(engine, batch, 0.5), infer(model, batch, 0.5, engine="batch"))
 
 
 def test_stages_are_recorded_once_until_a_weight_changes() -> None:
@@ -138,7 +179,7 @@ def test_stages_are_recorded_once_until_a_weight_changes() -> None:
     assert plain.recorded == recorded
     with torch.no_grad():
         model.heads["0"].classifier.bias += 1.0
-    assert_same(answer(engine, batch, 0.5), infer(model, batch, 0.5))
+    assert_same(answer(engine, batch, 0.5), infer(model, batch, 0.5, engine="batch"))
     assert plain.recorded > recorded
     recorded = plain.recorded
     optimizer = torch.optim.SGD(model.heads.parameters(), lr=0.1)
@@ -159,7 +200,8 @@ def test_answers_are_not_overwritten_by_the_next_batch() -> None:
 
 def test_old_shapes_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "MAX_SHAPES", 2)
-    engine = GraphEngine(early_exit_model().to(DEVICE), recorder())
+    model = early_exit_model().to(DEVICE)
+    engine = GraphEngine(model, recorder())
     for rows in (1, 2, 3):
         answer(engine, on_device(random_batch(rows=rows)), 0.5)
     assert [key[0] for key in engine._memories] == [2, 3]

@@ -158,8 +158,16 @@ def test_imported_folder_is_a_model_like_any_other(imported: Path) -> None:
     # numbers 4.. are the words w0..
     assert tokenizer("w0 W2 nothing")["input_ids"] == [2, 4, 6, 1]
 
-    rows = [InputRow(1, "w1 w2"), InputRow(2, "w3", "w4 w5")]
+    # the last two are cut, in the first text and in the second
+    rows = [
+        InputRow(1, "w1 w2"),
+        InputRow(2, "w3", "w4 w5"),
+        InputRow(3, "w1 " * 30, "w2"),
+        InputRow(4, "w6", "w7 " * 30),
+    ]
     answers = list(predict(model.eval(), tokenizer, rows, speed=0.5))
+    batched = list(predict(model, tokenizer, rows, speed=0.5, batch_size=2))
+    assert [(row.label, row.exit_layer) for row in answers] == [(row.label, row.exit_layer) for row in batched]
     official = Official(read_checkpoint(imported.parent / "fastbert.bin"), TINY)
     expected = [official.answer(*read_row(TINY, row.text_a, row.text_b, SEQ_LENGTH), 0.5) for row in rows]
     assert [answer.exit_layer for answer in answers] == [layer for _, layer in expected]

@@ -237,6 +237,7 @@ def test_processes_can_share_a_grid_by_tasks(work: Path, tmp_path: Path) -> None
         ({"metod": 1}, "unknown metod; expected some of tasks, blocks, seeds"),
         ({"train": {"lr": 1}}, "IL, none, Film: unknown lr; expected some of epochs"),
         ({"train": {"epochs": -1}}, "IL, none, Film: epochs: got -1, expected a number above 0"),
+        ({"train": {"seed": 3}}, "IL, none, Film: seed in train; expected it as seeds"),
         ({"eval_split": "train"}, "eval_split: got 'train', expected one of dev, test"),
         ({"tasks": {"Film": {"metric": "accuracy"}}}, "tasks.Film: no data; name the folder of its rows"),
         ({"tasks": {"Film": {"data": "film", "metric": "pearson"}}}, "a regression has num_labels: 1"),
@@ -266,6 +267,16 @@ def test_processes_can_share_a_grid_by_tasks(work: Path, tmp_path: Path) -> None
 def test_a_wrong_grid_is_refused_before_any_work(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(GridError, match=message):
         load_grid(grid_file(tmp_path / "grid.yaml", **changes))
+
+
+def test_numbers_and_options_are_read_as_meant(tmp_path: Path) -> None:
+    train = {"learning_rate": "1e-4", "pseudo_classifiers": {"epochs": 3}, "assistants": ["layers:3"]}
+    grid = load_grid(grid_file(tmp_path / "grid.yaml", train=train))
+    options = kd_table._options(grid, next(grid.cells()))
+    assert options.learning_rate == 1e-4
+    assert options.pseudo_classifiers.epochs == 3
+    assert options.assistants == ("layers:3",)
+    assert options.seed == 1
 
 
 def test_a_broken_file_is_refused(tmp_path: Path) -> None:

@@ -197,6 +197,11 @@ def assert_readable(result: subprocess.CompletedProcess[str], *expected: str) ->
         assert text in result.stderr
 
 
+def test_the_model_needs_no_datasets() -> None:
+    """A GPU machine for measuring has torch and transformers and often nothing more of ours."""
+    python("from fastkd.modeling import EarlyExitForSequenceClassification", "datasets", "typer", "matplotlib")
+
+
 def test_a_missing_torch_is_one_paragraph(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError(\"No module named 'torch'\")")
     result = build(tmp_path)

@@ -128,6 +128,15 @@ def test_answers_are_those_of_the_model_in_input_order(
         assert answer.exit_layer == expected.exit_layer.item()
 
 
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_exit_layers_can_be_chosen(
+    model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase, batch_size: int | None
+) -> None:
+    rows = [predict.InputRow(line, text) for line, text in enumerate(SENTENCES, start=1)]
+    answers = predict.predict(model, tokenizer, rows, speed=1.0, exit_layers=[2], batch_size=batch_size)
+    assert {answer.exit_layer for answer in answers} == {2}
+
+
 def test_pairs_are_answered_as_pairs(
     model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -226,7 +235,7 @@ def test_stopping_at_a_bad_row_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
 
-def test_failure_half_way_keeps_the_earlier_output(
+def test_failure_half_way_keeps_the_earlier_output_and_the_answers_so_far(
     model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     source, target = tmp_path / "in.txt", tmp_path / "out.tsv"
@@ -237,10 +246,14 @@ def test_failure_half_way_keeps_the_earlier_output(
         if rows == 20:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        pytest.warns(UserWarning, match=r"not finished: the answers so far are in .*out\.partial\.tsv"),
+    ):
         predict.predict_file(model, tokenizer, str(source), str(target), on_progress=interrupt, window=8)
     assert target.read_text(encoding="utf-8") == "earlier\n"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.tsv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.partial.tsv", "out.tsv"]
+    assert len((tmp_path / "out.partial.tsv").read_text(encoding="utf-8").splitlines()) == 1 + 20
 
 
 def test_empty_input_leaves_nothing(

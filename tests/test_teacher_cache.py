@@ -215,6 +215,17 @@ def test_pseudo_classifiers_of_other_rows_are_an_error(teacher: Teacher, folder:
         cache_of(tmp_path / "cache", Teacher.load(folder), pseudo_classifiers=more).ensure(rows(20), ["layer_logits"])
 
 
+def test_a_teacher_takes_no_pseudo_classifiers_to_another_cache(teacher: Teacher, folder: Path, tmp_path: Path) -> None:
+    cache_of(tmp_path / "first", teacher).ensure(rows(20), ["layer_logits"])
+    again = cache_of(tmp_path / "second", teacher)
+    again.ensure(rows(20, seed=7), ["layer_logits"])
+    fresh = cache_of(tmp_path / "third", Teacher.load(folder))
+    fresh.ensure(rows(20, seed=7), ["layer_logits"])
+    ids = example_ids(rows(20, seed=7))
+    expected = fresh.answers(ids, ["layer_logits"])["layer_logits"]
+    torch.testing.assert_close(again.answers(ids, ["layer_logits"])["layer_logits"], expected, rtol=0, atol=0)
+
+
 def test_a_folder_with_other_things_in_it_is_left_alone(teacher: Teacher, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="is not empty and holds no teacher cache"):

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any
 
 import bench_exit_gate as gate_baselines
+import bench_kd as kd_baselines
 import bench_student_head as head_baselines
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class Scale:
     compact_shapes: Sequence[tuple[int, int, int, str]]
     step_batches: Sequence[int]
     step_tokens: tuple[int, int]
+    kd_classes: Sequence[int]
     compile_backend: str
 
     def compile(self, function: Callable[..., Any], mode: str | None = None, dynamic: bool | None = None) -> Any:
@@ -76,6 +78,7 @@ FULL = Scale(
     ),
     step_batches=(8, 32, 128),
     step_tokens=(128, 768),
+    kd_classes=(3, 20),
     compile_backend="inductor",
 )
 
@@ -86,6 +89,7 @@ REHEARSAL = Scale(
     compact_shapes=((4, 5, 32, "bf16"), (6, 70, 33, "fp32")),
     step_batches=(4,),
     step_tokens=(5, 32),
+    kd_classes=(3,),
     compile_backend="eager",
 )
 
@@ -419,6 +423,56 @@ def _check_step(
         torch.testing.assert_close(gathered[: len(kept)], tensor[kept], rtol=0, atol=0)
 
 
+def distillation(scale: Scale, device: torch.device) -> Iterator[Case]:
+    """Losses with their gradients: knowledge distillation, Universal-KD, and the mixture of both with labels."""
+    m, n, batch = kd_baselines.M, kd_baselines.N, kd_baselines.B
+
+    def randn(*shape: int, grad: bool = False) -> Tensor:
+        return torch.randn(shape, device=device).requires_grad_(grad)
+
+    for classes in scale.kd_classes:
+        made: dict[str, tuple[Any, Any, Callable[[], tuple[Tensor, ...]], int]] = {
+            "kd_loss": (
+                kd_baselines.our_kd,
+                kd_baselines.eager_kd,
+                lambda classes=classes: (randn(batch, classes, grad=True), randn(batch, classes)),
+                3 * batch * classes,
+            ),
+            "universal_kd_loss": (
+                kd_baselines.our_universal,
+                kd_baselines.eager_universal,
+                lambda classes=classes: (randn(m, batch, classes, grad=True), randn(n, batch, classes)),
+                (n + 2 * m) * batch * classes,
+            ),
+            "distillation_loss": (
+                kd_baselines.our_mixture,
+                kd_baselines.eager_mixture,
+                lambda classes=classes: (
+                    randn(batch, classes, grad=True),
+                    randn(m, batch, classes, grad=True),
+                    randn(batch, classes),
+                    randn(n, batch, classes),
+                    torch.randint(classes, (batch,), device=device),
+                ),
+                (n + 2 * m + 3) * batch * classes,
+            ),
+        }
+        for op, (ours, eager, make_inputs, elements) in made.items():
+            torch.compiler.reset()
+            yield Case(
+                op=op,
+                name=f"N={n} M={m} B={batch} C={classes} fp32",
+                providers={
+                    OURS: Provider(kd_baselines.step(ours)),
+                    "eager": Provider(kd_baselines.step(eager)),
+                    "torch.compile": Provider(kd_baselines.step(scale.compile(eager))),
+                },
+                make_inputs=make_inputs,
+                check=kd_baselines.checker(eager),
+                work=Work(4 * elements),
+            )
+
+
 def fresh_tickets() -> None:
     """Every captured launch of the head keeps one of 4096 counters: those of graphs that are gone come back."""
     head_op._tickets = head_op._Tickets()
@@ -432,4 +486,5 @@ ALL: Mapping[str, Cases] = {
     "compact": compact,
     "compaction step": compaction_step,
     "student_head": student_head,
+    "distillation": distillation,
 }

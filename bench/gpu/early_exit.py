@@ -25,6 +25,7 @@ from gpu.timing import Timer, quantiles
 
 Answers = tuple[Tensor, Tensor | None]
 """Predictions of all rows, and the layers they left after."""
+Contestants = dict[str, Callable[[], Answers]]
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Setting:
 
     # --- the full model ---
 
-    def full_models(self, problems: list[str]) -> dict[str, Callable[[], Answers]]:
+    def full_models(self, problems: list[str]) -> Contestants:
         """Every way to run all layers that works here."""
         compiled = self._compile(self._full_in_torch, None)
         reduced = self._compile(self._full_in_torch, "reduce-overhead")
@@ -128,7 +129,7 @@ class Setting:
             "torch.compile reduce-overhead": lambda: reduced,
             "torch.compile in a CUDA graph": lambda: self._graphed(compiled),
         }
-        contestants: dict[str, Callable[[], Answers]] = {}
+        contestants: Contestants = {}
         for name, make in ways.items():
             try:
                 forward = make()
@@ -177,7 +178,7 @@ class Setting:
 
     # --- early exit ---
 
-    def early_exits(self, pattern: Tensor) -> dict[str, Callable[[], Answers]]:
+    def early_exits(self, pattern: Tensor) -> Contestants:
         """Every engine, on this pattern."""
         patterns = pattern.split(self.batch_size)
         layers = torch.arange(1, self.model.num_layers + 1)[:, None]
@@ -203,7 +204,7 @@ class Setting:
         predictions, layers = [], []
         for number, ids in enumerate(self.batches):
             replay.batch = number
-            output = self.model(input_ids=ids, speed=0.5)
+            output = self.model(input_ids=ids, speed=0.5, engine="batch")
             predictions.append(output.logits.argmax(-1))
             layers.append(output.exit_layer)
         return torch.cat(predictions).cpu(), torch.cat(layers).cpu()
@@ -228,14 +229,19 @@ class Setting:
     @torch.inference_mode()
     def measure(self, problems: list[str]) -> list[ModelRow]:
         """Every engine at every average depth against the fastest full model, all taking turns."""
-        full = self.full_models(problems)
+        full = self._fastest(self.full_models(problems))
         rows = []
         for average in self.scale.average_layers:
             pattern = exit_pattern(self.rows, average, self.model.num_layers)
             rows += self._measure_pattern(pattern, full)
         return rows
 
-    def _measure_pattern(self, pattern: Tensor, full: Mapping[str, Callable[[], Answers]]) -> list[ModelRow]:
+    def _fastest(self, contestants: Contestants, keep: int = 3) -> Contestants:
+        """Those that may turn out to be the best one, by a single pass each."""
+        seconds = {name: self.timer.wall_seconds(answer) for name, answer in contestants.items()}
+        return {name: contestants[name] for name in sorted(seconds, key=seconds.__getitem__)[:keep]}
+
+    def _measure_pattern(self, pattern: Tensor, full: Contestants) -> list[ModelRow]:
         early = self.early_exits(pattern)
         for engine, answer in early.items():
             _, layers = answer()

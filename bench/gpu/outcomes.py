@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -16,8 +17,10 @@ import pytest
 from gpu.records import Outcomes
 
 FILE_VARIABLE = "FASTKD_TEST_OUTCOMES"
-FIRST = ("test_exit_gate", "test_student_head", "test_compact", "test_model")
+FIRST = ("test_exit_gate", "test_student_head", "test_compact", "test_engine_graphs", "test_model")
 """On a GPU these prove the rows of the report; files named *_loss and engines follow, then the rest."""
+MACHINE_CODE = re.compile(r"machine_code|spill|16_bytes|h200|bulk_copies_are_there")
+"""Tests of what a compiler made of a kernel: a file of their own, because they say nothing about its results."""
 TOGETHER = ("test_cuda_build", "test_training", "test_cli")
 
 
@@ -39,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     if os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0" and session.items:
-        for stem, count in Counter(item.path.stem for item in session.items).items():
+        for stem, count in Counter(_file(item.path.stem, item.name) for item in session.items).items():
             _write({"file": stem, "collected": count})
 
 
@@ -53,7 +56,11 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         return  # the controller hears of it too
     if report.failed or report.skipped or report.when == "call":
         path, _, test = report.nodeid.partition("::")
-        _write({"file": Path(path).stem, "test": test, "outcome": report.outcome})
+        _write({"file": _file(Path(path).stem, test), "test": test, "outcome": report.outcome})
+
+
+def _file(stem: str, test: str) -> str:
+    return f"{stem}, machine code" if MACHINE_CODE.search(test) else stem
 
 
 def _write(line: dict[str, object]) -> None:

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import copy
 import csv
+import functools
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -125,14 +126,15 @@ class Benchmark:
 
 
 @dataclass(frozen=True)
-class _Pass:
+class Pass:
     """What one contestant answered."""
 
     predictions: Tensor
     exit_layers: Tensor | None = None
 
 
-Contestant = Callable[[], _Pass]
+Contestant = Callable[[], Pass]
+Name = TypeVar("Name", bound=Hashable)
 
 
 def benchmark(
@@ -209,13 +211,21 @@ class _Setting:
 
     def measure(self, speeds: Sequence[float], repeats: int, on_progress: Callable[[str], None]) -> list[BenchmarkRow]:
         full: dict[str, Contestant] = {
-            OUR_FULL: lambda: self._early_exit(0.0),
-            TRANSFORMERS_FULL: self._transformers,
+            OUR_FULL: lambda: early_exit_pass(self.model, self.inputs, 0.0),
+            TRANSFORMERS_FULL: lambda: transformers_pass(self.model, self.inputs),
         }
-        early: dict[str, Contestant] = {f"speed {speed:g}": lambda s=speed: self._early_exit(s) for speed in speeds}  # type: ignore[misc]
+        early: dict[str, Contestant] = {
+            f"speed {speed:g}": functools.partial(
+                early_exit_pass, self.model, self.inputs, speed, self.criterion, self.top_n
+            )
+            for speed in speeds
+        }
         place = f"{self.dtype}, batch {self.batch_size}"
         seconds, answers = interleaved(
-            full | early, repeats, lambda name: on_progress(f"{place}, {name}"), self._synchronise
+            full | early,
+            repeats,
+            lambda name: on_progress(f"{place}, {name}"),
+            functools.partial(synchronise, self.model.device),
         )
         engine = min(full, key=lambda name: statistics.median(seconds[name]))
         return [
@@ -224,7 +234,7 @@ class _Setting:
         ]
 
     def _row(
-        self, speed: float, seconds: list[float], answer: _Pass, full_seconds: float, engine: str, full: _Pass
+        self, speed: float, seconds: list[float], answer: Pass, full_seconds: float, engine: str, full: Pass
     ) -> BenchmarkRow:
         assert answer.exit_layers is not None
         median = statistics.median(seconds)
@@ -262,53 +272,59 @@ class _Setting:
             speedups[convention] = full / spent
         return speedups
 
-    def _accuracy(self, answer: _Pass) -> float | None:
+    def _accuracy(self, answer: Pass) -> float | None:
         if self.labels is None:
             return None
         return (answer.predictions.cpu() == self.labels).double().mean().item()
 
-    @torch.inference_mode()
-    def _early_exit(self, speed: float) -> _Pass:
-        predictions, exit_layers = [], []
-        for batch in self.inputs:
-            output = self.model(**batch, speed=speed, criterion=self.criterion, top_n=self.top_n)
-            predictions.append(output.logits.argmax(-1))
-            exit_layers.append(output.exit_layer)
-        return _Pass(torch.cat(predictions).cpu(), torch.cat(exit_layers).cpu())
-
-    @torch.inference_mode()
-    def _transformers(self) -> _Pass:
-        predictions = []
-        for batch in self.inputs:
-            hidden_states = self.model.backbone(**batch).last_hidden_state
-            mask = batch.get("attention_mask")
-            logits = self.model.teacher_head(hidden_states, None if mask is None else mask.bool())
-            predictions.append(logits.argmax(-1))
-        return _Pass(torch.cat(predictions).cpu())
-
     def _ids(self) -> list[Tensor]:
         return [batch["input_ids"] for batch in self.inputs]
 
-    def _synchronise(self) -> None:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
+
+@torch.inference_mode()
+def early_exit_pass(
+    model: EarlyExitForSequenceClassification,
+    batches: Sequence[Batch],
+    speed: float,
+    criterion: str | None = None,
+    top_n: int | None = None,
+) -> Pass:
+    """Our model on every batch (without labels); at speed 0 it is the full model."""
+    predictions, exit_layers = [], []
+    for batch in batches:
+        output = model(**batch, speed=speed, criterion=criterion, top_n=top_n)
+        predictions.append(output.logits.argmax(-1))
+        exit_layers.append(output.exit_layer)
+    return Pass(torch.cat(predictions).cpu(), torch.cat(exit_layers).cpu())
+
+
+@torch.inference_mode()
+def transformers_pass(model: EarlyExitForSequenceClassification, batches: Sequence[Batch]) -> Pass:
+    """The full model as transformers runs it: its own forward, then the last head."""
+    predictions = []
+    for batch in batches:
+        hidden_states = model.backbone(**batch).last_hidden_state
+        mask = batch.get("attention_mask")
+        logits = model.teacher_head(hidden_states, None if mask is None else mask.bool())
+        predictions.append(logits.argmax(-1))
+    return Pass(torch.cat(predictions).cpu())
 
 
 def interleaved(
-    contestants: Mapping[str, Contestant],
+    contestants: Mapping[Name, Contestant],
     repeats: int,
-    on_pass: Callable[[str], None] = lambda name: None,
+    on_pass: Callable[[Name], None] = lambda name: None,
     synchronise: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
-) -> tuple[dict[str, list[float]], dict[str, Any]]:
+) -> tuple[dict[Name, list[float]], dict[Name, Any]]:
     """Seconds of `repeats` passes of each contestant, and its last answer.
 
     A first round warms up and is not counted. Each round starts with the next contestant, so that nobody always runs
     after the same neighbour.
     """
     names = list(contestants)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    answers: dict[str, Any] = {}
+    seconds: dict[Name, list[float]] = {name: [] for name in names}
+    answers: dict[Name, Any] = {}
     for number in range(repeats + 1):
         start = number % len(names)
         for name in names[start:] + names[:start]:
@@ -321,6 +337,12 @@ def interleaved(
                 seconds[name].append(elapsed)
             on_pass(name)
     return seconds, answers
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for what was launched there."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def quantile(values: Sequence[float], share: float) -> float:

@@ -18,6 +18,7 @@ from fastkd.commands.import_fastbert import import_fastbert
 from fastkd.commands.kd import kd
 from fastkd.commands.kd_table import kd_table
 from fastkd.commands.report import report
+from fastkd.commands.table2 import table2
 from fastkd.options import (
     BatchSize,
     Bf16,
@@ -338,6 +339,9 @@ def predict(
     ] = None,
     criterion: OneCriterion = None,
     top_n: TopN = None,
+    exit_layers: Annotated[
+        str | None, typer.Option(help="Decide after these layers only, as in 2,4; default: all that have a head.")
+    ] = None,
     input_format: Annotated[
         str | None, typer.Option("--format", help="tsv, jsonl or text; default: by suffix, or by the first line.")
     ] = None,
@@ -360,7 +364,7 @@ def predict(
     text one sentence a line. Answers come in input order. Any size: memory is
     bounded, and rows that stay wait at their layer for company. A row that
     cannot be answered keeps its place, says why in the error column, and makes
-    the exit code 1.
+    the exit code 1. Ctrl-C keeps the answers so far beside the output.
 
     [bold]Examples[/]
 
@@ -385,6 +389,7 @@ def predict(
                 input_format=input_format, output_format=output_format or from_json, bad_rows=bad_rows,
                 on_progress=lambda rows: update(rows, ""),
                 speed=speed, criterion=criterion and criterion.value, top_n=top_n,
+                exit_layers=exit_layers and whole_numbers(exit_layers, "--exit-layers"),
                 batch_size=batch_size, window=window, max_length=max_length,
             )  # fmt: skip
         _report_predictions(screen, summary, model.num_layers, output)
@@ -516,14 +521,15 @@ def demo(
 
 
 app.command(
+    epilog="[bold]Next:[/] [cyan]fastkd predict MODEL INPUT --speed S[/] with the speed that you chose on the page."
+)(report)
+app.command(epilog="[bold]Next:[/] [cyan]fastkd report OUTPUT/DATA[/] shows every speed of a data set's model.")(table2)
+app.command(
     epilog="[bold]Next:[/] [cyan]fastkd kd-table GRID.yaml[/] compares methods on your tasks, with several seeds."
 )(kd)
 app.command(
     epilog="[bold]Next:[/] [cyan]fastkd kd --method METHOD --teacher DIR[/] trains the student that you liked best."
 )(kd_table)
-app.command(
-    epilog="[bold]Next:[/] [cyan]fastkd predict MODEL INPUT --speed S[/] with the speed that you chose on the page."
-)(report)
 app.command(
     "import-fastbert",
     epilog="[bold]Next:[/] [cyan]fastkd sweep MODEL --data DATA[/] shows what each speed costs and wins.",

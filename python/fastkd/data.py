@@ -35,17 +35,9 @@ import pyarrow.parquet
 import torch
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from fastkd.columns import PAIR_COLUMNS, TEXT_COLUMNS
 from fastkd.input_format import encode
 
-PAIR_COLUMNS = (
-    ("text_a", "text_b"),
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("text1", "text2"),
-    ("question", "sentence"),
-)
-TEXT_COLUMNS = ("text_a", "text", "sentence", "content")
 LABEL_COLUMNS = ("label", "labels", "label_id", "class", "category")
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test",)}
 

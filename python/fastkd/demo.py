@@ -184,7 +184,7 @@ def run_demo(
         folder, test = _load(output, data, options)
         record["note"] = f"{len(folder.train)} training rows, {len(test)} test rows"
     screen.say(f"[bold]1[/] data: {record['note']}" + ("" if data else " of a generated corpus with graded difficulty"))
-    model, tokenizer = _train(screen, folder, output, options, timings)
+    model, tokenizer = train_early_exit(screen, folder, output, options, timings)
     with timings.stage("trace") as record:
         recorded, order = steps.run_trace(screen, model, tokenizer, test, max_length=options.max_length)
         recorded.save(output / "trace.safetensors")
@@ -250,7 +250,7 @@ def _load(output: Path, data: Path | None, options: DemoOptions) -> tuple[DataFo
     return replace(folder, train=folder.train.sample(options.train_rows, options.seed)), test
 
 
-def _train(
+def train_early_exit(
     screen: Screen, folder: DataFolder, output: Path, options: DemoOptions, timings: Timings
 ) -> tuple[EarlyExitForSequenceClassification, PreTrainedTokenizerBase]:
     """The distilled model in `output / "model"`, from wherever an earlier run stopped."""

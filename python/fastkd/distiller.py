@@ -46,6 +46,7 @@ from transformers import (
 )
 
 from fastkd import metrics
+from fastkd.backbones import FAMILIES, longest_input
 from fastkd.data import LengthGroupedSampler, LengthSortedBatches, Rows, padding_collator, tokenize
 from fastkd.files import atomic_folder, atomic_path, write_json
 from fastkd.losses import label_loss
@@ -124,6 +125,9 @@ class Distiller:
             every token needs.
         tokenizer: the student's; default: that of the student's folder, else the teacher's.
 
+    Attributes:
+        model: the student, in evaluation mode, once it is trained.
+
     Raises:
         ValueError: an unknown method, an argument that it does not take, or a combination that cannot work.
     """
@@ -143,6 +147,7 @@ class Distiller:
         self.options = options or KDOptions()
         self.method.check(self.options.arguments)
         self.student = student
+        self.model: PreTrainedModel | None = None
         self.cache = cache
         _check_teacher(teacher is not None, student, method, self.method)
         cannot_cache = self.method.teacher_kinds - set(CACHED_KINDS)
@@ -210,11 +215,14 @@ class Distiller:
             check_labels(student, rows, argument, required=True)
             if self.teacher is not None:
                 check_labels(self.teacher.model, rows, argument, required=True)
+        _take_labels(student, train)
         metrics.check_names(options.metric or _default_metric(student), _num_labels(student))
         if options.early_stopping_patience is not None and dev is None:
             raise ValueError("early_stopping_patience: it needs an evaluation; pass dev rows")
         check_tokenizer(self.tokenizer, student)
         check_dtypes([student])
+        for model in [student] if self.teacher is None else [student, self.teacher.model]:
+            _check_length(model, options.max_length)
 
         checkpoints = output_dir.with_name(f"{output_dir.name}.checkpoints")
         arguments = _arguments(checkpoints, options, evaluates=dev is not None)
@@ -231,7 +239,7 @@ class Distiller:
                 for number, stage in enumerate(self.method.stages, start=1)
             ]
         student.zero_grad(set_to_none=True)
-        student.eval()
+        self.model = student.eval()
         result = _joined(results, output_dir)
         if arguments.process_index == 0:
             _save(student, self.tokenizer, result, record)
@@ -261,11 +269,6 @@ class Distiller:
             if getattr(AutoConfig.from_pretrained(path), "num_labels", None) == train.num_labels:
                 labels = {}
             student = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, **labels)
-        if train.label_names is not None:
-            student.config.id2label = dict(enumerate(train.label_names))
-            student.config.label2id = {name: index for index, name in enumerate(train.label_names)}
-        is_regression = student.config.num_labels == 1
-        student.config.problem_type = "regression" if is_regression else "single_label_classification"
         return student
 
     def _record(self, train: Rows, dev: Rows | None, processes: int) -> dict[str, Any]:
@@ -660,7 +663,24 @@ def _save(
         write_json(folder / LOG_FILE, log)
 
 
+def _take_labels(student: PreTrainedModel, rows: Rows) -> None:
+    config = student.config
+    if rows.label_names is not None:
+        config.id2label = dict(enumerate(rows.label_names))
+        config.label2id = {name: index for index, name in enumerate(rows.label_names)}
+    config.problem_type = "regression" if config.num_labels == 1 else "single_label_classification"
+
+
 # Checks before the work
+
+
+def _check_length(model: PreTrainedModel, max_length: int) -> None:
+    config = model.config
+    if config.model_type in FAMILIES and max_length > longest_input(config):
+        raise ValueError(
+            f"max_length: got {max_length}, but this {config.model_type} has {longest_input(config)} positions; pass "
+            "at most that"
+        )
 
 
 def _check_teacher(has_teacher: bool, student: Any, name: str, method: Method) -> None:

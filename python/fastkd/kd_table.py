@@ -41,7 +41,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from transformers import AutoModelForSequenceClassification
 
 from fastkd import metrics
 from fastkd.data import DataFolder, Rows, load_folder
@@ -69,6 +68,7 @@ class Task:
         num_labels: 1 for a regression.
         teacher: folder of a fine-tuned classifier; None: the grid's checkpoint is fine-tuned.
         teacher_rows: training rows of the teacher, instead of as many as the grid says.
+        teacher_train: options of the teacher's training; they win over all others.
         train: options of every training on this task, the teacher's too; they win over the grid's and the block's.
     """
 
@@ -77,6 +77,7 @@ class Task:
     num_labels: int | None = None
     teacher: str | None = None
     teacher_rows: int | None = None
+    teacher_train: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -207,6 +208,8 @@ def load_grid(path: str | Path, data: str | Path | None = None) -> Grid:
         raise GridError(f"eval_split: got {grid.eval_split!r}, expected one of {', '.join(_SPLITS)}")
     for cell in grid.cells():
         _options(grid, cell)
+    for task in grid.tasks:
+        _teacher_options(grid, task)
     _check_shared_rows(grid)
     return grid
 
@@ -340,8 +343,10 @@ class _Runner:
         )
         with tempfile.TemporaryDirectory(prefix=".cell-", dir=self.output) as scratch:
             done = distiller.train(train, None, Path(scratch) / "student")
-            student = AutoModelForSequenceClassification.from_pretrained(done.output_dir)
-        found = _evaluated(student, distiller, evaluated)
+        assert distiller.model is not None
+        found = evaluate(
+            distiller.model, distiller.tokenizer, evaluated, max_length=options.max_length, bf16=_bf16(options)
+        )
         result = {
             "settings": self._settings(cell),
             "train_rows": len(train),
@@ -404,7 +409,7 @@ class _Runner:
         found = evaluate(
             teacher.model, teacher.tokenizer, evaluated, max_length=options.max_length, bf16=_bf16(options)
         )
-        write_json(record, {"metrics": found, "eval_rows": len(evaluated)})
+        write_json(record, {"settings": settings, "metrics": found, "eval_rows": len(evaluated)})
         return target
 
     def _settings(self, cell: Cell) -> str:
@@ -430,11 +435,6 @@ def checkpoint_path(checkpoint: str) -> str:
     from fastkd.steps import PACKAGED_CHECKPOINT, packaged_checkpoint
 
     return str(packaged_checkpoint()) if checkpoint == PACKAGED_CHECKPOINT else checkpoint
-
-
-def _evaluated(student: Any, distiller: Distiller, rows: Rows) -> dict[str, float]:
-    options = distiller.options
-    return evaluate(student, distiller.tokenizer, rows, max_length=options.max_length, bf16=_bf16(options))
 
 
 def _bf16(options: KDOptions) -> bool:
@@ -466,7 +466,9 @@ def _options(grid: Grid, cell: Cell) -> KDOptions:
 
 
 def _teacher_options(grid: Grid, task: str) -> KDOptions:
-    return _kd_options({**grid.train, **grid.teacher.train, **grid.tasks[task].train}, f"teacher of {task}")
+    plan = grid.tasks[task]
+    given = {**grid.train, **grid.teacher.train, **plan.train, **plan.teacher_train}
+    return _kd_options(given, f"teacher of {task}")
 
 
 def _kd_options(given: Mapping[str, Any], where: str) -> KDOptions:

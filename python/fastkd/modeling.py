@@ -25,7 +25,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import fastkd_kernels as fk
 from fastkd import backbones
 from fastkd.configuration import EarlyExitConfig, check_criterion, check_speed
-from fastkd.engines import batch, packed, stream
+from fastkd.engines import batch, graphs, packed, stream
 from fastkd.heads import LinearHead, StudentHead, build_head
 from fastkd.trace import ExitTrace, record_trace
 
@@ -150,7 +150,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             top_n: for the "top_n" criterion; default `config.top_n`.
             exit_layers: after which layers to decide, a choice of those that have a head; default all. The last layer
                 always answers.
-            engine: "batch" keeps the padding and calls the layers as they are, "packed" takes the padding out; default:
+            engine: "batch" keeps the padding and calls the layers as they are, "packed" takes the padding out, "graphs"
+                replays CUDA graphs of everything between two decisions (first calls capture them); default:
                 packed where that is faster, on a CPU where nothing is hooked to the layers or wraps them.
                 Where a gradient is wanted, padding is kept.
             return_dict: False for a plain tuple.
@@ -177,7 +178,14 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected [{rows}], one a row")
         exits = (speed, criterion, top_n, self.decision_layers(speed, exit_layers))
         encoder = self._packed_encoder(engine, input_ids, position_ids, mask, leaves_early)
-        if encoder is not None:
+        if engine == "graphs":
+            if not leaves_early or input_ids is None or position_ids is not None or rows == 0:
+                raise ValueError(
+                    "engine: got 'graphs', which needs a speed above 0, evaluation mode, at least one row of input_ids "
+                    "and no position_ids; use engine='batch'"
+                )
+            answers = self._answers(graphs.engine_of(self).run(input_ids, mask, *exits, token_type_ids))
+        elif encoder is not None:
             assert input_ids is not None
             answers = self._answers(packed.run(self, encoder, input_ids, mask, token_type_ids, *exits))
         else:
@@ -290,9 +298,11 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         leaves_early: bool,
     ) -> packed.PackedEncoder | None:
         """What the packed engine runs on; None where padding is kept; ValueError where it was asked for and cannot."""
-        if engine not in (None, "batch", "packed"):
-            raise ValueError(f"engine: got {engine!r}, expected 'batch' or 'packed'; streams have their own method")
-        if engine == "batch" or (engine is None and not packed.supports(self)):
+        if engine not in (None, "batch", "packed", "graphs"):
+            raise ValueError(
+                f"engine: got {engine!r}, expected 'batch', 'packed' or 'graphs', or call model.stream(rows)"
+            )
+        if engine in ("batch", "graphs") or (engine is None and not packed.supports(self)):
             return None
         wants_grad = self.training or (torch.is_grad_enabled() and not leaves_early)
         can_pack = not (wants_grad or input_ids is None or position_ids is not None or torch.compiler.is_compiling())

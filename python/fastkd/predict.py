@@ -10,6 +10,7 @@ import codecs
 import json
 import sys
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -21,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO
 import torch
 
 from fastkd.backbones import longest_input
-from fastkd.data import PAIR_COLUMNS, TEXT_COLUMNS
+from fastkd.columns import PAIR_COLUMNS, TEXT_COLUMNS
 from fastkd.files import atomic_path
 from fastkd.input_format import encode
 
@@ -149,6 +150,7 @@ def predict(
     speed: float | None = None,
     criterion: str | None = None,
     top_n: int | None = None,
+    exit_layers: Sequence[int] | None = None,
     batch_size: int | None = None,
     max_length: int | None = None,
     window: int = 1024,
@@ -162,6 +164,7 @@ def predict(
         speed: FastBERT's speed in [0, 1]; None takes the model's.
         criterion: uncertainty criterion; None takes the model's.
         top_n: classes that the "top_n" criterion looks at.
+        exit_layers: after which layers to decide; None takes all that have a head.
         batch_size: rows padded to one batch, one window after the other; None leaves it to the stream engine, which
             gathers as many tokens as run well (`EarlyExitForSequenceClassification.stream`).
         max_length: tokens after which a text is cut; None takes the tokenizer's limit.
@@ -173,7 +176,7 @@ def predict(
     for argument, value in (("batch_size", batch_size), ("window", window)):
         if value is not None and value < 1:
             raise ValueError(f"{argument}: got {value}, expected at least 1")
-    exits: dict[str, Any] = {"speed": speed, "criterion": criterion, "top_n": top_n}
+    exits: dict[str, Any] = {"speed": speed, "criterion": criterion, "top_n": top_n, "exit_layers": exit_layers}
     if batch_size is None:
         for answer in model.stream(rows, tokenizer, max_length=max_length, look_ahead=window, **exits):
             yield Prediction(answer.line, answer.label, answer.score, answer.exit_layer, answer.problem)
@@ -201,8 +204,9 @@ def predict_file(
 ) -> PredictSummary:
     """Answer a file, or "-" for standard input, into a file, or "-" for standard output.
 
-    A file appears under its name only when it is whole. TSV output has the columns label, probability, exit_layer and
-    error; JSONL the same keys.
+    A file appears under its name only when it is whole. Where something breaks the run off, Ctrl-C for one, the answers
+    so far are kept beside it, as NAME.partial.SUFFIX, and a warning says so. TSV output has the columns label,
+    probability, exit_layer and error; JSONL the same keys.
 
     Args:
         model: as for `predict`, as are `tokenizer` and `options`.
@@ -440,7 +444,21 @@ def _output(destination: str) -> Iterator[IO[str]]:
         sys.stdout.flush()
         return
     with atomic_path(destination) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as stream:
-        yield stream
+        try:
+            yield stream
+        except BadRowError:
+            raise  # the caller asked for everything or nothing
+        except BaseException:
+            stream.flush()
+            partial = _partial(destination)
+            temporary.replace(partial)
+            warnings.warn(f"{destination} was not finished: the answers so far are in {partial}", stacklevel=3)
+            raise
+
+
+def _partial(destination: str) -> Path:
+    path = Path(destination)
+    return path.with_suffix(f".partial{path.suffix}")
 
 
 def _writer(destination: str, form: str | None) -> Callable[[IO[str], Prediction | None], None]:

@@ -5,19 +5,20 @@ captured once for each bucket of rows and replayed from then on; between two sta
 rows are left, and picks the next bucket. Rows that only fill a bucket up belong to a row of the record that nobody
 reads, and always leave.
 
-Weights may change: layers read them where they are, and stages are captured again when a parameter has a new version.
-What is hooked to modules runs while a stage is captured and not when it is replayed.
+Weights may change: stages are captured again when `fastkd_kernels.ParameterStamp` sees it. What is hooked to modules
+runs while a stage is captured and not when it is replayed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import fastkd_kernels as fk
 from fastkd import backbones
@@ -57,6 +58,7 @@ class _Memory:
     """
 
     rows: int
+    bounds: Sequence[tuple[int, int]]  # the layers of each stage, after the first of the pair up to the second
     input_ids: Tensor  # [R, T]
     segments: Tensor | None  # [R, T]
     hidden_states: tuple[Tensor, Tensor]  # [R, T, H] each
@@ -74,7 +76,7 @@ class GraphEngine:
     """Answers batches of one model; keeps captured stages and their memory as long as it lives.
 
     Args:
-        model: in evaluation mode, with heads that were trained, attention implementation "sdpa".
+        model: in evaluation mode, with heads that were trained, attention implementation "sdpa"; not kept alive.
         recorder: how a stage is captured; default: CUDA graphs that share one memory pool.
 
     Raises:
@@ -90,12 +92,17 @@ class GraphEngine:
                 f"model: got attention implementation {attention!r}, the graphs engine needs 'sdpa'; call "
                 "model.set_attn_implementation('sdpa') or use the batch engine"
             )
-        self._model = model
+        self._reference = weakref.ref(model)
         self._recorder = _CudaGraphs() if recorder is None else recorder
-        self._bounds = list(zip([0, *model.exit_layers], model.exit_layers, strict=False))
         self._memories: dict[tuple[Any, ...], _Memory] = {}
         self._parameters = list(model.parameters())
-        self._stamp = self._read_stamp()
+        self._stamp = fk.ParameterStamp(self._parameters)
+
+    @property
+    def _model(self) -> EarlyExitForSequenceClassification:
+        model = self._reference()
+        assert model is not None, "the model of this engine is gone"
+        return model
 
     def run(
         self,
@@ -104,6 +111,7 @@ class GraphEngine:
         speed: float | Tensor,
         criterion: str = "entropy",
         top_n: int | None = None,
+        decision_layers: Sequence[int] | None = None,
         token_type_ids: Tensor | None = None,
     ) -> fk.ExitRecord:
         """Answer every sequence at the first head that is certain enough; as engine `batch` does.
@@ -111,22 +119,25 @@ class GraphEngine:
         Args:
             input_ids: [B, T] int64, B > 0.
             attention_mask: [B, T] bool, True where a token counts, or None where nothing is padded.
-            speed: as in `fastkd_kernels.exit_gate`; or float32 [number of heads, B], a speed for each head and row.
+            speed: as in `fastkd_kernels.exit_gate`; or float32 [number of decision layers, B], one for each and row.
             criterion, top_n: as in `fastkd_kernels.exit_gate`.
+            decision_layers: the layers whose heads decide, the last layer last; default: all that have a head.
             token_type_ids: [B, T] int64, or None where all are of segment 0.
 
         Returns:
             The logits, uncertainty and exit layer of all B sequences, in memory of their own.
         """
+        layers = tuple(self._model.exit_layers if decision_layers is None else decision_layers)
         # outside of inference mode, because its tensors could not be written to by later calls without it
         with torch.inference_mode(False), torch.no_grad():
-            self._forget_if_changed()
-            memory = self._memory(input_ids, attention_mask, token_type_ids, criterion, top_n)
-            rows = input_ids.shape[0]
+            memory = self._memory(input_ids, attention_mask, token_type_ids, criterion, top_n, layers)
             self._fill(memory, input_ids, attention_mask, token_type_ids, speed)
-            for number in range(len(self._bounds)):
+            rows = input_ids.shape[0]
+            for number in range(len(layers)):
                 stage = self._stage(memory, number, bucket(rows), criterion, top_n)
                 stage.replay()
+                if number == 0 and not self._is_current():
+                    return self.run(input_ids, attention_mask, speed, criterion, top_n, layers, token_type_ids)
                 if stage.count is None:
                     break
                 rows = int(stage.count)
@@ -137,16 +148,17 @@ class GraphEngine:
                 warn_about_nan([answers.uncertainty.sum()])
             return answers
 
-    def _read_stamp(self) -> tuple[Any, ...]:
-        first = self._parameters[0]
-        return first.data_ptr(), first.dtype, _steps.count, [parameter._version for parameter in self._parameters]
+    def _is_current(self) -> bool:
+        """Whether no weight changed; else everything is forgotten, because a graph holds heads folded and addresses.
 
-    def _forget_if_changed(self) -> None:
-        """Heads are folded into other tensors when they are captured, so a graph knows nothing of new weights."""
-        stamp = self._read_stamp()
-        if stamp != self._stamp:
-            self._memories.clear()
-            self._stamp = stamp
+        Asked while the device is busy with the first stage, where it costs no time.
+        """
+        if self._stamp.is_current(self._parameters):
+            return True
+        self._memories.clear()
+        self._parameters = list(self._model.parameters())
+        self._stamp = fk.ParameterStamp(self._parameters)
+        return False
 
     def _memory(
         self,
@@ -155,14 +167,15 @@ class GraphEngine:
         token_type_ids: Tensor | None,
         criterion: str,
         top_n: int | None,
+        layers: tuple[int, ...],
     ) -> _Memory:
         rows, tokens = bucket(input_ids.shape[0]), self._padded(input_ids.shape[1])
         masked = attention_mask is not None or tokens > input_ids.shape[1]
-        key = (rows, tokens, masked, token_type_ids is not None, criterion, top_n)
+        key = (rows, tokens, masked, token_type_ids is not None, criterion, top_n, layers)
         if key not in self._memories:
             if len(self._memories) == MAX_SHAPES:
                 self._memories.pop(next(iter(self._memories)))
-            self._memories[key] = self._allocate(rows, tokens, masked, token_type_ids is not None)
+            self._memories[key] = self._allocate(layers, rows, tokens, masked, token_type_ids is not None)
         return self._memories[key]
 
     def _padded(self, tokens: int) -> int:
@@ -170,7 +183,7 @@ class GraphEngine:
         padded = -(-tokens // TOKEN_STEP) * TOKEN_STEP
         return padded if padded <= backbones.longest_input(self._model.config.backbone) else tokens
 
-    def _allocate(self, rows: int, tokens: int, masked: bool, segmented: bool) -> _Memory:
+    def _allocate(self, layers: tuple[int, ...], rows: int, tokens: int, masked: bool, segmented: bool) -> _Memory:
         model, device = self._model, self._model.device
         shape = (rows, tokens, model.config.hidden_size)
 
@@ -179,6 +192,7 @@ class GraphEngine:
 
         return _Memory(
             rows=rows,
+            bounds=list(pairwise((0, *layers))),
             input_ids=torch.zeros(rows, tokens, dtype=torch.int64, device=device),
             segments=torch.zeros(rows, tokens, dtype=torch.int64, device=device) if segmented else None,
             # zeros, because rows that fill a bucket up have to be finite
@@ -186,7 +200,7 @@ class GraphEngine:
             masks=twice(lambda: torch.ones(shape[:2], dtype=torch.bool, device=device)) if masked else None,
             row_ids=twice(lambda: torch.full((rows,), rows, dtype=torch.int64, device=device)),
             first_ids=torch.full((rows,), rows, dtype=torch.int64, device=device),
-            limits=torch.ones(len(self._bounds), rows + 1, device=device),
+            limits=torch.ones(len(layers), rows + 1, device=device),
             record=fk.ExitRecord.allocate(rows + 1, model.config.num_classes, device),
         )
 
@@ -230,7 +244,7 @@ class GraphEngine:
         return stage
 
     def _capture(self, memory: _Memory, number: int, rows: int, criterion: str, top_n: int | None) -> _Stage:
-        is_last = number == len(self._bounds) - 1
+        is_last = number == len(memory.bounds) - 1
         count = None if is_last else torch.zeros(1, dtype=torch.int32, device=self._model.device)
 
         def run() -> None:
@@ -246,7 +260,7 @@ class GraphEngine:
 
     def _run_stage(self, memory: _Memory, number: int, rows: int, criterion: str, top_n: int | None) -> Tensor:
         """The layers of a stage on the first `rows` rows, its head and compaction; returns how many rows stay, [1]."""
-        model, (first, last) = self._model, self._bounds[number]
+        model, (first, last) = self._model, memory.bounds[number]
         source, target = number % 2, (number + 1) % 2
         mask = None if memory.masks is None else memory.masks[source][:rows]
         row_ids = (memory.row_ids[source] if number else memory.first_ids)[:rows]
@@ -314,15 +328,12 @@ class _CudaGraphs:
         return graph.replay
 
 
-class _OptimizerSteps:
-    """Counts the steps of every optimizer: a fused one changes parameters without raising their version."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        register_optimizer_step_post_hook(self._count)
-
-    def _count(self, *_: Any) -> None:
-        self.count += 1
+_engines: weakref.WeakKeyDictionary[EarlyExitForSequenceClassification, GraphEngine] = weakref.WeakKeyDictionary()
 
 
-_steps = _OptimizerSteps()
+def engine_of(model: EarlyExitForSequenceClassification) -> GraphEngine:
+    """The engine of a model, made at its first use and kept as long as the model."""
+    engine = _engines.get(model)
+    if engine is None:
+        engine = _engines[model] = GraphEngine(model)
+    return engine

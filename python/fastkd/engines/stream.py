@@ -21,8 +21,8 @@ from torch import Tensor
 
 import fastkd_kernels as fk
 from fastkd.backbones import longest_input
+from fastkd.columns import PAIR_COLUMNS, TEXT_COLUMNS
 from fastkd.configuration import check_criterion, check_speed
-from fastkd.data import PAIR_COLUMNS, TEXT_COLUMNS
 from fastkd.engines.batch import warn_about_nan
 from fastkd.engines.packed import PackedTokens, answer_all, bounds, bucket, encoder_of
 from fastkd.engines.schedule import Schedule

