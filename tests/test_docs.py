@@ -127,6 +127,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data").mkdir()
     for seed, (split, rows) in enumerate({"train": 96, "dev": 24, "test": 24}.items()):
         write_rows(folder / "data" / f"{split}.tsv", rows, seed)
+    write_rows(folder / "unseen.tsv", 400, seed=3)
     shutil.copy(folder / "data" / "test.tsv", folder / "reviews.tsv")
     texts = [line.split("\t")[1] for line in (folder / "data" / "train.tsv").read_text().splitlines()[1:]]
     (folder / "unlabelled.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -139,8 +140,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.chdir(folder)
     try:
         for command in (
-            "fastkd finetune bert-base-uncased --data data -o tuned --learning-rate 1e-3 --no-bf16",
-            "fastkd distill tuned --data data -o model --no-bf16",
+            # long enough that some heads are certain, and linear ones, which cost less than the layers that they save
+            "fastkd finetune bert-base-uncased --data data -o tuned --head linear --learning-rate 2e-3 --batch-size 8 "
+            "--epochs 5 --no-bf16",
+            "fastkd distill tuned --data data -o model --learning-rate 1e-2 --batch-size 8 --epochs 5 --no-bf16",
             "fastkd trace model data/dev.tsv -o trace.safetensors",
             "fastkd kd --method none --student bert-base-uncased --data data -o teacher --max-steps 2 --no-bf16",
         ):
