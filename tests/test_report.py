@@ -18,7 +18,7 @@ from fastkd.report import Source, read_source, write_page, write_pictures
 from fastkd.report.content import EXAMPLES, SPEEDS, page_content
 from fastkd.report.sources import Extras
 from fastkd.training_log import read_log, training_curve
-from fastkd.uncertainty import accuracy_by_interval, arrivals, head_uncertainties
+from fastkd.uncertainty import accuracy_by_interval, arrivals
 
 CRITERIA = [("entropy", None), ("max_prob", None), ("margin", None), ("top_n", 2), ("patience", None)]
 
@@ -58,7 +58,7 @@ def embedded(page: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(("criterion", "top_n"), CRITERIA)
 def test_arrivals_are_who_has_not_left(rows: Any, criterion: str, top_n: int | None) -> None:
     trace = made_up_trace(rows, exit_layers=(1, 3, 4, 6))
-    uncertainties = head_uncertainties(trace, criterion, top_n)
+    uncertainties = trace.uncertainties(criterion, top_n)
     for speed in (0.0, 0.2, 0.5, 1.0):
         answers = trace.answers(speed, criterion, top_n)
         # each row's answer carries the uncertainty of the head that gave it
@@ -73,7 +73,7 @@ def test_arrivals_are_who_has_not_left(rows: Any, criterion: str, top_n: int | N
 
 def test_accuracy_by_interval_against_a_plain_loop(rows: Any) -> None:
     trace = made_up_trace(rows)
-    uncertainties = head_uncertainties(trace)
+    uncertainties = trace.uncertainties()
     found = accuracy_by_interval(trace, uncertainties, intervals=5)
     assert trace.labels is not None
     for index, head in enumerate(found):
@@ -88,7 +88,7 @@ def test_accuracy_by_interval_against_a_plain_loop(rows: Any) -> None:
 def test_nan_is_in_no_interval(rows: Any) -> None:
     trace = made_up_trace(rows)
     trace.logits[0, 0] = torch.nan
-    assert sum(accuracy_by_interval(trace, head_uncertainties(trace))[0].counts) == len(trace) - 1
+    assert sum(accuracy_by_interval(trace, trace.uncertainties())[0].counts) == len(trace) - 1
     content = page_content({"broken": (Source("broken", trace, examples=rows), "entropy")}, "t", 0.5)
     assert content["curves"][0]["arrivals"][100][0][0] == len(trace)
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import fastkd_kernels as fk
 from fastkd.trace import ExitTrace
 
 
@@ -32,28 +31,12 @@ class Arrivals:
     """By equal parts of [0, 1]; rows whose uncertainty is NaN are in none of them."""
 
 
-def head_uncertainties(trace: ExitTrace, criterion: str = "entropy", top_n: int | None = None) -> Tensor:
-    """[n, K] float32: what every head says of every row, had nobody left before.
-
-    Raises:
-        ValueError: as `fastkd_kernels.exit_gate`.
-    """
-    rows, _, num_labels = trace.logits.shape
-    record = fk.ExitRecord.allocate(rows, num_labels)
-    heads = [
-        # at speed 0 nobody leaves, and the record remembers what patience asks for
-        fk.exit_gate(trace.logits[:, index], 0.0, criterion, None, top_n, record=record, layer=layer).uncertainty
-        for index, layer in enumerate(trace.exit_layers)
-    ]
-    return torch.stack(heads, dim=1)
-
-
 def accuracy_by_interval(trace: ExitTrace, uncertainties: Tensor, intervals: int = 10) -> list[IntervalAccuracy]:
     """Accuracy over equal intervals of uncertainty, one entry a head, in layer order.
 
     Args:
         trace: with or without labels.
-        uncertainties: of `head_uncertainties`, [n, K].
+        uncertainties: of `ExitTrace.uncertainties`, [n, K].
         intervals: how many parts [0, 1] is cut into.
     """
     return [
@@ -78,7 +61,7 @@ def arrivals(trace: ExitTrace, uncertainties: Tensor, left_after: Tensor, bins: 
 
     Args:
         trace: whose heads these are.
-        uncertainties: of `head_uncertainties`, [n, K].
+        uncertainties: of `ExitTrace.uncertainties`, [n, K].
         left_after: the layer after which each row leaves, [n]: `trace.answers(speed, ...).exit_layer`.
         bins: how many parts [0, 1] is cut into.
     """

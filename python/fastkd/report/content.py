@@ -13,7 +13,7 @@ from fastkd.flops import flops
 from fastkd.report.sources import Source, measured_with
 from fastkd.trace import ExitAnswers, ExitTrace
 from fastkd.training_log import RECORDED_SPEED, training_curve
-from fastkd.uncertainty import accuracy_by_interval, arrivals, head_uncertainties
+from fastkd.uncertainty import accuracy_by_interval, arrivals
 
 SPEEDS = [step / 200 for step in range(201)]
 """Where the slider can stand; calibration tries the same speeds."""
@@ -58,7 +58,7 @@ def page_content(
 def _curve(name: str, source: Source, criterion: str, top_n: int | None) -> Curve:
     trace = source.trace
     sweep = trace.sweep(SPEEDS, criterion, top_n)
-    uncertainties = head_uncertainties(trace, criterion, top_n)
+    uncertainties = trace.uncertainties(criterion, top_n)
     answers = [trace.answers(speed, criterion, top_n) for speed in SPEEDS]
     reached = [arrivals(trace, uncertainties, answer.exit_layer, BINS) for answer in answers]
     return {

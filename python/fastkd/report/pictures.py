@@ -9,7 +9,7 @@ from fastkd import figures
 from fastkd.benchmark import Benchmark
 from fastkd.report.sources import Source, measured_with
 from fastkd.training_log import training_curve
-from fastkd.uncertainty import accuracy_by_interval, arrivals, head_uncertainties
+from fastkd.uncertainty import accuracy_by_interval, arrivals
 
 FORMATS = ("png", "svg", "pdf")
 SWEPT_SPEEDS = [step / 20 for step in range(21)]
@@ -54,7 +54,7 @@ def write_pictures(
     for name, (source, criterion) in curves.items():
         suffix = "" if len(curves) == 1 else "-" + "".join(sign if sign.isalnum() else "-" for sign in name)
         trace, chosen_top_n = source.trace, top_n if criterion == "top_n" else None
-        uncertainties = head_uncertainties(trace, criterion, chosen_top_n)
+        uncertainties = trace.uncertainties(criterion, chosen_top_n)
         if trace.labels is not None:
             figures.accuracy_by_uncertainty(accuracy_by_interval(trace, uncertainties), path(f"figure4{suffix}"))
         left = {speed: trace.answers(speed, criterion, chosen_top_n).exit_layer for speed in SHOWN_SPEEDS}
