@@ -168,18 +168,13 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
                 or whose first token is masked; another number of labels than rows; `exit_layers` without a head; an
                 unknown engine, or "packed" where it cannot run.
         """
-        speed = self.config.speed if speed is None else speed
-        criterion = self.config.criterion if criterion is None else criterion
-        top_n = self.config.top_n if top_n is None else top_n
-        self.check_criterion(criterion, top_n)
+        exits = self.exit_options(speed, criterion, top_n, exit_layers)
+        speed, criterion, top_n, _ = exits
         leaves_early = bool(head_speeds(speed, self.exit_layers)) and not self.training
-        if leaves_early:
-            self.check_exits(criterion)
         mask = self._check_input(input_ids, attention_mask, inputs_embeds)
         rows = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]  # type: ignore[union-attr]
         if labels is not None and labels.numel() != rows:
             raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected [{rows}], one a row")
-        exits = (speed, criterion, top_n, self.decision_layers(speed, exit_layers))
         encoder = self._packed_encoder(engine, input_ids, position_ids, mask, leaves_early)
         if engine == "graphs":
             if not leaves_early or input_ids is None or position_ids is not None or rows == 0:
@@ -439,6 +434,26 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             raise ValueError("input_ids: pass exactly one of input_ids and inputs_embeds")
         _check_tokens(tokens, inputs_embeds is not None, backbones.longest_input(self.config.backbone))
         return _checked_mask(attention_mask, tokens)
+
+    def exit_options(
+        self,
+        speed: float | Sequence[float] | None,
+        criterion: str | None,
+        top_n: int | None,
+        exit_layers: Sequence[int] | None,
+    ) -> tuple[float | Sequence[float], str, int | None, list[int]]:
+        """Speed, criterion, top_n and `decision_layers` of a call; the configuration's where nothing was said.
+
+        Raises:
+            ValueError: options that `forward` refuses.
+        """
+        speed = self.config.speed if speed is None else speed
+        criterion = self.config.criterion if criterion is None else criterion
+        top_n = self.config.top_n if top_n is None else top_n
+        self.check_criterion(criterion, top_n)
+        if head_speeds(speed, self.exit_layers) and not self.training:
+            self.check_exits(criterion)
+        return speed, criterion, top_n, self.decision_layers(speed, exit_layers)
 
     def check_criterion(self, criterion: str, top_n: int | None) -> None:
         """Raise ValueError for a criterion that this model cannot run."""

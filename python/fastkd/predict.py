@@ -205,14 +205,27 @@ def _predict(
     exits: dict[str, Any],
 ) -> Iterator[Prediction]:
     if batch_size is None:
-        for answer in model.stream(rows, tokenizer, max_length=max_length, look_ahead=window, **exits):
-            yield Prediction(answer.line, answer.label, answer.score, answer.exit_layer, answer.problem)
-        return
-    limit = max_length or length_limit(model, tokenizer)
+        stream = model.stream(rows, tokenizer, max_length=max_length, look_ahead=window, **exits)
+        return (Prediction(row.line, row.label, row.score, row.exit_layer, row.problem) for row in stream)
+    model.exit_options(exits["speed"], exits["criterion"], exits["top_n"], exits.get("exit_layers"))
+    return _predict_batches(
+        model, tokenizer, rows, batch_size, max_length or length_limit(model, tokenizer), window, exits
+    )
+
+
+def _predict_batches(
+    model: EarlyExitForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[InputRow],
+    batch_size: int,
+    max_length: int,
+    window: int,
+    exits: dict[str, Any],
+) -> Iterator[Prediction]:
     remaining = iter(rows)
     while block := list(islice(remaining, window)):
         good = [row for row in block if row.problem is None]
-        answers = _answer(model, tokenizer, good, batch_size, limit, exits)
+        answers = _answer(model, tokenizer, good, batch_size, max_length, exits)
         for row in block:
             yield answers.get(row.line) or Prediction(row.line, problem=row.problem)
 
@@ -299,11 +312,12 @@ def predict_file(
     with ExitStack() as stack:
         name = "standard input" if source == STANDARD_STREAM else source
         rows = read_rows(stack.enter_context(_opened(source)), form, name)
-        # the first row is read before an output is opened: an empty input leaves nothing behind
+        # an output is opened only now that a first row is read and the options are checked: bad input leaves nothing
         checked = _checked(chain([next(rows)], rows), bad_rows, name)
+        answers = predict(model, tokenizer, checked, **options)
         output = stack.enter_context(_output(destination))
         write(output, None)
-        for prediction in predict(model, tokenizer, checked, **options):
+        for prediction in answers:
             write(output, prediction)
             _count(summary, prediction)
             on_progress(summary.rows)
