@@ -259,6 +259,21 @@ def test_rows_of_no_and_of_one_student_layer_reach_every_teacher_layer(backend: 
     assert bool(gradient.any()) == bool(layers)
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_autocast_costs_no_precision(backend: str) -> None:
+    student, teacher = (tensor.to(device_of(backend)) for tensor in logits(2, 3, 4, 5))
+    values, gradients = [], []
+    for enabled in (False, True):
+        leaf = student.clone().requires_grad_()
+        with fk.backend(backend), torch.autocast(leaf.device.type, dtype=torch.bfloat16, enabled=enabled):
+            value = universal_kd_loss(leaf, teacher)
+        value.backward()
+        values.append(value.detach())
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(values[1], values[0], rtol=0, atol=0)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_expanded_and_strided_grad_output(backend: str, dtype: torch.dtype) -> None:

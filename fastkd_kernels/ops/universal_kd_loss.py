@@ -89,7 +89,7 @@ def _scores_reference(student: Tensor, teacher: Tensor, attn: str, attn_space: s
     if attn == "neg_sqdist":
         masked = s_masked[:, None] | f_masked[None]
         return -(f[None] - s[:, None]).masked_fill(masked, 0).square().sum(-1)
-    return torch.einsum("mbc,nbc->mnb", s, f)
+    return _einsum("mbc,nbc->mnb", s, f)
 
 
 def _features_reference(logits: Tensor, masked: Tensor, space: str) -> Tensor:
@@ -104,7 +104,7 @@ def _mixed_divergence_reference(
     """[M, B]"""
     if mix == "logits":
         masked = teacher == -math.inf
-        mixed = torch.einsum("mnb,nbc->mbc", log_weights.exp(), teacher.masked_fill(masked, 0))
+        mixed = _einsum("mnb,nbc->mbc", log_weights.exp(), teacher.masked_fill(masked, 0))
         mixed = mixed.masked_fill(masked.any(0), -math.inf)
         return _distillation.divergence_reference(
             _distillation.log_distribution(mixed, temperature, divergence), log_q, divergence
@@ -117,6 +117,12 @@ def _mixed_divergence_reference(
     masked = (log_p == -math.inf).all(0)
     mixed = (log_weights[..., None] + log_p.masked_fill(masked, 0)[None]).logsumexp(1).masked_fill(masked, -math.inf)
     return _distillation.divergence_reference(mixed, log_q, divergence)
+
+
+def _einsum(equation: str, *operands: Tensor) -> Tensor:
+    """In the precision of the operands, also under autocast, as the kernels compute."""
+    with torch.autocast(operands[0].device.type, enabled=False):
+        return torch.einsum(equation, *operands)
 
 
 def attention_of(
