@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 # what else the process touches meanwhile only adds, so the smallest of a few is nearest to the truth
 _ATTEMPTS = 5
 
