@@ -48,7 +48,7 @@ from transformers import (
 from fastkd import metrics
 from fastkd.backbones import FAMILIES, longest_input
 from fastkd.data import LengthGroupedSampler, LengthSortedBatches, Rows, padding_collator, tokenize
-from fastkd.files import atomic_folder, atomic_path, write_json
+from fastkd.files import atomic_path, write_json
 from fastkd.losses import label_loss
 from fastkd.methods import Method, Shapes, Stage, StageLoss, method_of
 from fastkd.probe import LayerProbe, PseudoClassifiers, encoder_layers
@@ -56,7 +56,6 @@ from fastkd.students import student_from_teacher
 from fastkd.teacher import PseudoClassifierOptions, Signals, Teacher, tokenizer_fingerprint
 from fastkd.teacher_cache import CACHED_KINDS, TeacherCache, example_ids
 from fastkd.training import (
-    LOG_FILE,
     ObjectiveTrainer,
     TrainOptions,
     TrainResult,
@@ -67,6 +66,7 @@ from fastkd.training import (
     kept_metrics,
     last_checkpoint,
     require,
+    save_run,
     sorted_by_length,
     training_arguments,
 )
@@ -242,7 +242,7 @@ class Distiller:
         self.model = student.eval()
         result = _joined(results, output_dir)
         if arguments.process_index == 0:
-            _save(student, self.tokenizer, result, record)
+            save_run(student, self.tokenizer, result, record)
             shutil.rmtree(checkpoints)
         PartialState().wait_for_everyone()
         return result
@@ -643,24 +643,6 @@ def _joined(results: Sequence[TrainResult], output_dir: Path) -> TrainResult:
             {"stage": number, **entry} for number, result in enumerate(results, start=1) for entry in result.log_history
         ],
     )
-
-
-def _save(
-    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, result: TrainResult, record: dict[str, Any]
-) -> None:
-    log = {
-        **record,
-        "steps": result.steps,
-        "train_loss": result.train_loss,
-        "seconds": result.seconds,
-        "metrics": result.metrics,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "log_history": result.log_history,
-    }
-    with atomic_folder(result.output_dir) as folder:
-        student.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        write_json(folder / LOG_FILE, log)
 
 
 def _take_labels(student: PreTrainedModel, rows: Rows) -> None:

@@ -39,15 +39,16 @@ def matthews(logits: numpy.ndarray, labels: numpy.ndarray) -> float:
 
 def pearson(logits: numpy.ndarray, labels: numpy.ndarray) -> float:
     """Linear correlation of scores and labels (STS-B)."""
-    return _correlation(logits.squeeze(-1).astype(float), labels.astype(float))
+    return correlation(logits.squeeze(-1).astype(float), labels.astype(float))
 
 
 def spearman(logits: numpy.ndarray, labels: numpy.ndarray) -> float:
     """Correlation of the ranks of scores and labels (STS-B); equal values share the mean of their ranks."""
-    return _correlation(_ranks(logits.squeeze(-1)), _ranks(labels))
+    return correlation(_ranks(logits.squeeze(-1)), _ranks(labels))
 
 
-def _correlation(first: numpy.ndarray, second: numpy.ndarray) -> float:
+def correlation(first: numpy.ndarray, second: numpy.ndarray) -> float:
+    """Pearson's; 0 where one side is constant."""
     if first.std() == 0 or second.std() == 0:
         return 0.0
     return float(numpy.corrcoef(first, second)[0, 1])

@@ -440,7 +440,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         speed: float | Sequence[float] | None,
         criterion: str | None,
         top_n: int | None,
-        exit_layers: Sequence[int] | None,
+        exit_layers: Sequence[int] | None = None,
     ) -> tuple[float | Sequence[float], str, int | None, list[int]]:
         """Speed, criterion, top_n and `decision_layers` of a call; the configuration's where nothing was said.
 

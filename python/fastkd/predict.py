@@ -207,7 +207,7 @@ def _predict(
     if batch_size is None:
         stream = model.stream(rows, tokenizer, max_length=max_length, look_ahead=window, **exits)
         return (Prediction(row.line, row.label, row.score, row.exit_layer, row.problem) for row in stream)
-    model.exit_options(exits["speed"], exits["criterion"], exits["top_n"], exits.get("exit_layers"))
+    model.exit_options(**exits)
     return _predict_batches(
         model, tokenizer, rows, batch_size, max_length or length_limit(model, tokenizer), window, exits
     )

@@ -16,9 +16,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastkd.losses import label_loss
 from fastkd.probe import LayerProbe, PseudoClassifiers
 from fastkd.training import require
 
@@ -169,7 +169,7 @@ def train_pseudo_classifiers(
         for chosen in torch.randperm(rows, generator=generator).split(options.batch_size):
             chosen = chosen.to(hidden_states.device)
             features = (hidden_states[chosen] - mean) / scale
-            loss = _label_losses(classifiers(features.transpose(0, 1)), labels[chosen])
+            loss = label_loss(classifiers(features.transpose(0, 1)), labels[chosen])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -178,14 +178,6 @@ def train_pseudo_classifiers(
         classifiers.weight.div_(scale.unsqueeze(1))
         bias.sub_(torch.einsum("lch,lh->lc", classifiers.weight, mean).unsqueeze(1))
     return classifiers.requires_grad_(False)
-
-
-def _label_losses(layer_logits: Tensor, labels: Tensor) -> Tensor:
-    """The sum over the layers of each one's mean loss."""
-    layers, rows, classes = layer_logits.shape
-    if classes == 1:
-        return (layer_logits.squeeze(-1) - labels).square().mean(1).sum()
-    return F.cross_entropy(layer_logits.reshape(layers * rows, classes), labels.repeat(layers)) * layers
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:

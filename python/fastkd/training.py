@@ -50,6 +50,7 @@ from fastkd.data import DataError, LengthGroupedSampler, Rows, ShuffledOnceSampl
 from fastkd.files import atomic_folder, write_json
 from fastkd.flops import FlopsShape
 from fastkd.input_format import input_format_of
+from fastkd.metrics import correlation
 from fastkd.modeling import EarlyExitForSequenceClassification
 from fastkd.optimizers import BiasedAdamW
 from fastkd.trace import ExitTrace
@@ -482,9 +483,7 @@ def _accuracy(logits: numpy.ndarray, labels: numpy.ndarray) -> dict[str, float]:
 
 def _regression_metrics(logits: numpy.ndarray, labels: numpy.ndarray) -> dict[str, float]:
     predicted = logits.squeeze(-1)
-    is_constant = predicted.std() == 0 or labels.std() == 0
-    correlation = 0.0 if is_constant else float(numpy.corrcoef(predicted, labels)[0, 1])
-    return {"pearson": correlation, "mse": float(((predicted - labels) ** 2).mean())}
+    return {"pearson": correlation(predicted, labels), "mse": float(((predicted - labels) ** 2).mean())}
 
 
 def _score(logits: numpy.ndarray, labels: numpy.ndarray) -> dict[str, float]:
@@ -674,7 +673,7 @@ def _run(
         log_history=trainer.state.log_history,
     )
     if trainer.is_world_process_zero():
-        _save(model, tokenizer, result, record)
+        save_run(model, tokenizer, result, record)
         shutil.rmtree(checkpoints)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
@@ -925,8 +924,8 @@ def _differences(started: dict[str, Any], record: dict[str, Any]) -> list[str]:
 # Saving
 
 
-def _save(
-    model: EarlyExitForSequenceClassification,
+def save_run(
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     result: TrainResult,
     record: dict[str, Any],

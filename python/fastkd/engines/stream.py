@@ -177,18 +177,13 @@ class Stream(Iterator[StreamRow]):
             raise ValueError("model: is in training mode, where nobody leaves early; call model.eval() first")
         config = model.config
         self._model = model
-        speed = config.speed if speed is None else speed
+        exits = model.exit_options(speed, criterion, top_n, exit_layers)
+        speed, self._criterion, self._top_n, decision_layers = exits
         self._speeds = head_speeds(speed, model.exit_layers)
-        self._criterion = config.criterion if criterion is None else criterion
-        self._top_n = config.top_n if top_n is None else top_n
-        model.check_criterion(self._criterion, self._top_n)
-        if self._speeds:
-            model.check_exits(self._criterion)
         for argument, value in (("look_ahead", look_ahead), ("max_rows_waiting", max_rows_waiting)):
             if value < 1:
                 raise ValueError(f"{argument}: got {value}, expected at least 1")
         self._schedule = Schedule(tokens_per_run, max_tokens_in_flight)
-        decision_layers = model.decision_layers(speed, exit_layers)
         self._stages = [list(range(start + 1, end + 1)) for start, end in pairwise([0, *decision_layers])]
         self._reader = _Reader(rows, tokenizer, _limit(model, tokenizer, max_length), truncate)
         self._look_ahead = look_ahead
