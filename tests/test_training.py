@@ -24,7 +24,7 @@ from training_worker import LABEL_NAMES, load, options_of, rows, save_plain, tra
 from transformers import TrainerCallback
 
 import fastkd
-from fastkd.data import DataError, LengthGroupedSampler, LengthSortedBatches, Rows, load_rows, tokenize
+from fastkd.data import DataError, LengthGroupedSampler, LengthSortedBatches, Rows, tokenize
 from fastkd.label_scale import LabelScale
 from fastkd.training import (
     LOG_FILE,
