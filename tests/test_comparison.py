@@ -115,3 +115,18 @@ def test_command_writes_a_table_and_a_picture(tmp_path: Path) -> None:
     refused = CliRunner().invoke(cli.app, ["compare", str(tmp_path / "blind.safetensors")])
     assert refused.exit_code == 2
     assert "have no labels" in refused.output
+
+
+def test_commands_show_the_correlation_of_a_regression(tmp_path: Path) -> None:
+    labelled = {**random_batch(rows=60), "labels": torch.randn(60)}
+    trace = early_exit_model(num_labels=1).trace([labelled])
+    trace.save(tmp_path / "trace.safetensors")
+    correlation = trace.sweep([0.0])[0].pearson
+    for command in ("sweep", "compare"):
+        arguments = [command, str(tmp_path / "trace.safetensors"), "-o", str(tmp_path / command)]
+        shown = CliRunner().invoke(cli.app, arguments).stdout
+        assert "correlation" in shown
+        assert "accuracy" not in shown.replace("_accuracy", "")
+    assert f"full model {trace.compare()['agreement'][0].pearson:.4f}" in shown
+    table = CliRunner().invoke(cli.app, ["sweep", str(tmp_path / "trace.safetensors"), "-o", str(tmp_path)]).stdout
+    assert f"{correlation:.4f}" in table

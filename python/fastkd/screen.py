@@ -20,7 +20,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from fastkd.benchmark import Benchmark, BenchmarkRow
-    from fastkd.trace import Sweep
+    from fastkd.trace import Sweep, SweepRow
 
 BAD_INPUT = 2
 
@@ -131,6 +131,11 @@ def _is_bad_input(error: Exception) -> bool:
     return isinstance(error, (ValueError, OSError, ImportError))
 
 
+def quality(row: SweepRow) -> str:
+    """The accuracy of a speed as a percentage, or the correlation of a regression as a number."""
+    return share(row.accuracy) if row.pearson is None else f"{row.pearson:.4f}"
+
+
 def sweep_table(sweep: Sweep, name: str, is_narrow: bool = False) -> Table:
     """The sweep for people; a narrow one shows FLOPs in the fastbert convention only, as a speed-up."""
     rows = list(sweep)
@@ -141,7 +146,8 @@ def sweep_table(sweep: Sweep, name: str, is_narrow: bool = False) -> Table:
         title_justify="left",
         box=box.SIMPLE_HEAD if is_narrow else box.HEAVY_HEAD,
     )
-    for heading in ("speed", "accuracy", "layers", f"left after layer 1..{layers}"):
+    kind = "accuracy" if rows[0].pearson is None else "correlation"
+    for heading in ("speed", kind, "layers", f"left after layer 1..{layers}"):
         table.add_column(heading, justify="right", no_wrap=True)
     for convention in conventions:
         if not is_narrow:
@@ -154,7 +160,7 @@ def sweep_table(sweep: Sweep, name: str, is_narrow: bool = False) -> Table:
             costs += [] if is_narrow else [f"{row.flops[convention] / 1e9:.3f}"]
             costs.append(f"{row.speedup[convention]:.2f}x")
         exits = " ".join(f"{count or '·':>{width}}" for count in row.exits_per_layer)
-        table.add_row(f"{row.speed:g}", share(row.accuracy), f"{row.average_layers:.2f}", exits, *costs)
+        table.add_row(f"{row.speed:g}", quality(row), f"{row.average_layers:.2f}", exits, *costs)
     return table
 
 

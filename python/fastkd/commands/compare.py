@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastkd.options import Json
-from fastkd.screen import screen_for, share
+from fastkd.screen import quality, screen_for
 
 if TYPE_CHECKING:
     from fastkd.trace import Sweep
@@ -66,12 +66,12 @@ def compare(
             writer.writeheader()
             writer.writerows(lines)
         count = sum(first[0].exits_per_layer)
-        quality = "accuracy" if first[0].pearson is None else "correlation"
+        is_regression = first[0].pearson is not None
         table = Table(
-            title=f"{count} rows, FLOPs at {first.seq_len} tokens, full model {share(first[0].quality)}",
+            title=f"{count} rows, FLOPs at {first.seq_len} tokens, full model {quality(first[0])}",
             title_justify="left",
         )
-        for heading in ("criterion", *(f"{quality} -{100 * drop:g}%" for drop in DROPS)):
+        for heading in ("criterion", *(_heading(drop, is_regression) for drop in DROPS)):
             table.add_column(heading, justify="left" if heading == "criterion" else "right", no_wrap=True)
         best = {name: {f"{drop:g}": _fastest(sweep, drop) for drop in DROPS} for name, sweep in swept.items()}
         for name, found in best.items():
@@ -80,6 +80,10 @@ def compare(
         screen.out.print(f"written: [bold]{output}[/] ({numbers.name}, {picture.name})", soft_wrap=True)
         screen.next_step("fastkd calibrate MODEL --data DATA --criterion CRITERION")
         screen.result(_result(swept, best, [numbers, picture]))
+
+
+def _heading(drop: float, is_regression: bool) -> str:
+    return f"correlation -{drop:g}" if is_regression else f"accuracy -{100 * drop:g}%"
 
 
 def _fastest(sweep: Sweep, drop: float) -> float:
