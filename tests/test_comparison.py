@@ -95,6 +95,7 @@ def test_learned_exits_and_regression_take_their_place() -> None:
     regression = early_exit_model(num_labels=1).trace([{**random_batch(rows=60), "labels": torch.randn(60)}])
     swept = regression.compare(points=5)
     assert list(swept) == ["agreement"]
+    assert sum(swept["agreement"][0].exits_per_layer) == 60, "no rows are set aside for a rule that needs classes"
     assert all(row.pearson is not None for row in swept["agreement"])
 
 
