@@ -65,10 +65,11 @@ def compare(
             writer = csv.DictWriter(stream, fieldnames=list(lines[0]))
             writer.writeheader()
             writer.writerows(lines)
-        count = sum(first[0].exits_per_layer)
-        is_regression = first[0].pearson is not None
+        full = first[0]
+        is_regression = full.pearson is not None
         table = Table(
-            title=f"{count} rows, FLOPs at {first.seq_len} tokens, full model {quality(first[0])}",
+            title=f"{sum(full.exits_per_layer)} rows, FLOPs at {first.seq_len} tokens, full model "
+            f"{quality(full.accuracy, full.pearson)}",
             title_justify="left",
         )
         for heading in ("criterion", *(_heading(drop, is_regression) for drop in DROPS)):
