@@ -384,7 +384,7 @@ def test_the_frozen_teacher_has_no_dropout_and_the_students_do() -> None:
     model = early_exit_model("bert", head_dropout=0.3)
     batch = random_batch()
     expected = model.all_exit_logits(**batch)
-    objective = _SelfDistillation(model, DistillOptions()).train()
+    objective = _SelfDistillation(model, DistillOptions(), LabelScale()).train()
     first, second = objective(**batch)["logits"], objective(**batch)["logits"]
     torch.testing.assert_close(first[:, -1], expected[:, -1], rtol=0, atol=0)
     assert not torch.equal(first[:, :-1], second[:, :-1])
