@@ -181,6 +181,11 @@ class ExitTrace:
         return self.logits.shape[-1] == 1
 
     @property
+    def has_right_answers(self) -> bool:
+        """Whether the rows have labels that an answer meets or misses; a number only comes near."""
+        return self.labels is not None and not self.is_regression
+
+    @property
     def default_criterion(self) -> str:
         return criteria.default_criterion(self.logits.shape[-1])
 
