@@ -1,8 +1,8 @@
 """Benchmarks of attention over packed sequences against what PyTorch offers for sequences of different lengths.
 
-Baselines: `scaled_dot_product_attention` on the padded batch with a mask, the same through `torch.compile`, and sequence
-by sequence without padding. Queries, keys and values are slices of one projection, as in an encoder; what padding and
-unpadding would cost is not charged to the padded baselines. Every provider is checked in float64 before it is timed.
+Baselines: `scaled_dot_product_attention` on the padded batch with a mask, the same through `torch.compile`, and one
+sequence after the other without padding. Queries, keys and values are slices of one projection, as in an encoder; what
+padding and unpadding would cost is not charged. Every provider is checked in float64 before it is timed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def make_inputs(lengths: Sequence[int], heads: int, head_size: int, dtype: torch
         mask = token < torch.tensor(lengths, device=common.DEVICE)[:, None]
         padded = torch.zeros(3, len(lengths), heads, max(lengths), head_size, device=common.DEVICE, dtype=dtype)
         padded.permute(1, 3, 0, 2, 4)[mask] = projected
-        return *projected.unbind(1), cu_seqlens, max(lengths), padded, mask
+        query, key, value = projected.unbind(1)
+        return query, key, value, cu_seqlens, max(lengths), padded, mask
 
     return make
 
