@@ -172,3 +172,13 @@ static inline void narrow_row(const float* from, int64_t count, float scale, T* 
   for (; i + LANES <= count; i += LANES) store(to + i, load(from + i) * scale);
   for (; i < count; ++i) narrow(from[i] * scale, to + i);
 }
+
+// Rows of `width` floats behind one another.
+template <typename T>
+static inline void copy_rows(const T* from, int64_t stride, int64_t rows, int64_t width, float* to) {
+  for (int64_t row = 0; row < rows; ++row) {
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) store(to + row * width + i, load(from + row * stride + i));
+    for (; i < width; ++i) to[row * width + i] = widen(from[row * stride + i]);
+  }
+}
