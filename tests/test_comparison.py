@@ -110,7 +110,7 @@ def test_command_writes_a_table_and_a_picture(tmp_path: Path) -> None:
         kept = [row["speedup_fastbert"] for row in sweep if row["accuracy"] >= sweep[0]["accuracy"] - 0.01]
         assert found["speedup_at_drop"][name]["0.01"] == max(kept)
     with (tmp_path / "out" / "compare.csv").open(encoding="utf-8") as stream:
-        assert {row["criterion"] for row in csv.DictReader(stream)} == {*ALL[:6], "entropy"}
+        assert {row["criterion"] for row in csv.DictReader(stream)} == set(ALL)
     assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
     replace(made_up_trace(), labels=None).save(tmp_path / "blind.safetensors")
     refused = CliRunner().invoke(cli.app, ["compare", str(tmp_path / "blind.safetensors")])

@@ -60,7 +60,8 @@ def compare(
         first = next(iter(swept.values()))
         picture, numbers = output / "compare.png", output / "compare.csv"
         figures.speedup_accuracy(swept, picture)
-        lines = [row for sweep in swept.values() for row in sweep.to_dicts()]
+        # "performance" is a way to use entropy, and would be called so
+        lines = [row | {"criterion": name} for name, sweep in swept.items() for row in sweep.to_dicts()]
         with atomic_path(numbers) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, fieldnames=list(lines[0]))
             writer.writeheader()
@@ -96,7 +97,7 @@ def _fastest(sweep: Sweep, drop: float) -> float:
 
 def _result(swept: dict[str, Sweep], best: dict[str, Any], files: list[Path]) -> dict[str, Any]:
     return {
-        "sweeps": {name: sweep.to_dicts() for name, sweep in swept.items()},
+        "sweeps": {name: [row | {"criterion": name} for row in sweep.to_dicts()] for name, sweep in swept.items()},
         "speedup_at_drop": best,
         "files": [str(path) for path in files],
     }
