@@ -264,6 +264,16 @@ def test_every_unit_of_the_labels_gives_the_same_regression(plain: Path, tmp_pat
     assert distilled["pearson_layer_1"] > 0.5
 
 
+def test_label_scale() -> None:
+    scale = LabelScale.of(_scores(40, 3.0, 7.0))
+    answers = torch.tensor([7.0, 10.0])
+    torch.testing.assert_close(scale.restored(scale.standardised(answers)), answers)
+    assert LabelScale.of(_scores(10, 0.0, 2.5)) == LabelScale(2.5, 1.0), "labels that are all the same"
+    for wrong in ([1.0], [0.0, 0.0], [math.nan, 1.0]):
+        with pytest.raises(ValueError, match="label_scale: got"):
+            fastkd.EarlyExitConfig(num_labels=1, label_scale=wrong)
+
+
 def test_distillation_of_a_regression_keeps_its_teacher_to_the_bit(plain: Path, tmp_path: Path) -> None:
     train_rows, tokenizer = _scores(40, 3.0, 7.0), tokenizer_of("bert")
     model = load(plain, num_labels=1)
