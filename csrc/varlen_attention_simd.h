@@ -53,8 +53,7 @@ static inline void softmax(float* scores, int64_t tokens, int64_t padded, float*
     largest = beyond ? splat(-__builtin_inff()) : largest;
     store(row + padded - LANES, largest);
     for (int64_t t = 0; t < padded - LANES; t += LANES) {
-      const Floats lanes = load(row + t);
-      largest = lanes > largest ? lanes : largest;
+      largest = larger(load(row + t), largest);
     }
     maxima[q] = largest_of(largest);
   }
@@ -62,7 +61,7 @@ static inline void softmax(float* scores, int64_t tokens, int64_t padded, float*
   for (int64_t t = 0; t < padded; t += LANES) {
     for (int q = 0; q < kQueries; ++q) {
       float* row = scores + q * padded + t;
-      const Floats weights = power_of_two(load(row) - maxima[q]);
+      const Floats weights = power_of_two(larger(splat(-127.f), load(row) - maxima[q]));
       store(row, weights);
       totals[q] += weights;
     }
