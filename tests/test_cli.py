@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import WORDS, early_exit_model, save_plain_checkpoint, tokenizer_of
+from tiny_models import WORDS, early_exit_model, one_thread, save_plain_checkpoint, tokenizer_of  # noqa: F401  # a fixture
 from typer.testing import CliRunner
 
 from fastkd import cli, demo, steps
@@ -58,15 +58,6 @@ def write_rows(path: Path, rows: int, seed: int, labels: tuple[str, str] = ("neg
         lines.append(f"{labels[row % 2]}\t{filler} {pick((NEGATIVE, POSITIVE)[row % 2])}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from threads, and lose much where other work wants the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
