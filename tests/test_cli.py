@@ -254,6 +254,13 @@ def test_predict_pipe_to_pipe(model: Path) -> None:
     assert "2 rows in" in result.stderr
 
 
+@pytest.mark.parametrize("monitor", [(), ("--monitor", 1)])
+def test_predict_decides_after_the_chosen_layers_only(model: Path, monitor: tuple[object, ...]) -> None:
+    options = ("--speed", 1, "--exit-layers", "2,3", *monitor)
+    result = succeeded("predict", model, *options, stdin="good film\nbad plot\n")
+    assert [line.split("\t")[2] for line in result.stdout.splitlines()[1:]] == ["2", "2"]
+
+
 def test_predict_json_on_a_pipe_is_one_object_a_row(model: Path) -> None:
     result = succeeded("predict", model, "-", "--json", stdin="good film\nbad plot\n")
     answers = [json.loads(line) for line in result.stdout.splitlines()]
