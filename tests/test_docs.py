@@ -18,8 +18,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import official_fastbert
 import pytest
+
+pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+
+import official_fastbert
 import torch
 from tiny_models import WORDS, one_thread  # noqa: F401  # a fixture
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer

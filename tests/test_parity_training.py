@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+
 import torch
 from tiny_models import early_exit_model, one_thread, tokenizer_of  # noqa: F401  # a fixture
 from torch import Tensor

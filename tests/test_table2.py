@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+
 import torch
 from tiny_models import early_exit_model, one_thread, random_batch, save_plain_checkpoint  # noqa: F401  # a fixture
 from typer.testing import CliRunner

@@ -14,8 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+
+pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+
+import datasets
 import torch
 import training_worker
 from tiny_models import early_exit_model, one_thread, random_batch, tokenizer_of  # noqa: F401  # a fixture
