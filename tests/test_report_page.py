@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+
 from report_sources import LOGS, benchmark, certificate, corpus_rows, made_up_trace
 
 from fastkd.report import Source, write_page
