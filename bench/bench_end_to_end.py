@@ -27,8 +27,6 @@ instead where the stream engine's time goes, and how much of it is Python.
 
 from __future__ import annotations
 
-import cProfile
-import pstats
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -41,12 +39,14 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 from torch import Tensor
+from torch.profiler import profile, record_function
 from transformers import AutoTokenizer
 
 import fastkd
 import fastkd_kernels as fk
 from fastkd.benchmark import DTYPES, interleaved, machine_facts
 from fastkd.data import load_rows, padding_collator, tokenize
+from fastkd.engines.packed import encoder_of
 from fastkd.files import write_json
 
 Batch = dict[str, Tensor]
@@ -214,16 +214,30 @@ def row(setting: Setting, contestant: Contestant, times: dict[Contestant, float]
 
 @torch.inference_mode()
 def show_profile(setting: Setting, speed: float) -> None:
-    """Where the stream engine spends its time; cProfile's own cost counts as Python, so the share is an upper bound."""
-    run = partial(setting.stream, speed)
-    run()
-    profile = cProfile.Profile()
-    profile.runcall(run)
-    stats = pstats.Stats(profile)
-    stats.strip_dirs().sort_stats("tottime").print_stats(25)
-    entries: Any = stats.stats  # type: ignore[attr-defined]  # (file, line, name) -> (..., own seconds, ...)
-    in_python = sum(values[2] for (file, _, _), values in entries.items() if file != "~")
-    print(f"batch {setting.batch_size}, speed {speed:g}: {in_python / stats.total_tt:.1%} Python")  # type: ignore[attr-defined]
+    """Where the stream engine spends its time, and how much of it and of its layer steps is outside PyTorch's ops."""
+    encoder = encoder_of(setting.model)
+    layer = encoder.layer
+
+    def recorded(*arguments: Any) -> Tensor:
+        with record_function("layer step"):
+            return layer(*arguments)
+
+    setting.stream(speed)
+    encoder.layer = recorded  # type: ignore[assignment, method-assign]
+    try:
+        with profile() as profiler, record_function("stream"):
+            setting.stream(speed)
+    finally:
+        del encoder.layer  # type: ignore[method-assign]
+    averages = profiler.key_averages()
+    print(averages.table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
+    total = {event.key: event.cpu_time_total for event in averages}
+    own = {event.key: event.self_cpu_time_total for event in averages}
+    steps = own["layer step"] / total["layer step"]
+    outside = (own["layer step"] + own["stream"]) / total["stream"]
+    print(
+        f"batch {setting.batch_size}, speed {speed:g}: Python takes {steps:.1%} of a layer step, {outside:.1%} of all"
+    )
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -253,7 +267,7 @@ def main(
     compiled: Annotated[bool, typer.Option("--compiled", help="Also torch.compile.")] = False,
     loop: Annotated[bool, typer.Option(help="Also FastBERT's loop.")] = True,
     one_thread: Annotated[bool, typer.Option("--one-thread", help="Processor seconds of one thread.")] = False,
-    profile: Annotated[bool, typer.Option("--profile", help="Profile the stream engine instead.")] = False,
+    profiled: Annotated[bool, typer.Option("--profile", help="Profile the stream engine instead.")] = False,
     output: Annotated[Path | None, typer.Option(help="A JSON file.")] = None,
 ) -> None:
     """Time every engine on the first rows of a file."""
@@ -272,7 +286,7 @@ def main(
     measured: list[Row] = []
     for size in map(int, batch_sizes.split(",")):
         setting = Setting(model, encoded, labels, padding_collator(tokenizer), size)
-        if profile:
+        if profiled:
             for speed in chosen_speeds:
                 show_profile(setting, speed)
             continue

@@ -69,7 +69,7 @@ static inline Floats larger(Floats a, Floats b) {
 }
 
 // 2^y for -127 <= y <= 0, where 2^-127 is exactly 0; NaN stays NaN. As 2^n 2^r with n = round(y).
-static inline Floats power_of_two(Floats y) {
+static inline Floats bounded_power_of_two(Floats y) {
   const float to_integer = 12582912.f;  // 1.5 * 2^23: adding it leaves round(y) in the low mantissa bits
   const Floats shifted = y + to_integer;
   const Floats r = y - (shifted - to_integer);
@@ -80,6 +80,11 @@ static inline Floats power_of_two(Floats y) {
   const Floats p = r * (low + r2 * (middle + r2 * high)) + 1.f;
   // n = -127 makes a scale of exactly 0
   return p * (Floats)(((Ints)shifted + 127) << 23);
+}
+
+// 2^y for y <= 0, exactly 0 from -127 down; NaN stays NaN.
+static inline Floats power_of_two(Floats y) {
+  return bounded_power_of_two(larger(splat(-127.f), y));
 }
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -177,4 +182,14 @@ static inline void narrow_row(const float* from, int64_t count, float scale, T* 
   int64_t i = 0;
   for (; i + LANES <= count; i += LANES) store(to + i, load(from + i) * scale);
   for (; i < count; ++i) narrow(from[i] * scale, to + i);
+}
+
+// Rows of `width` floats behind one another.
+template <typename T>
+static inline void copy_rows(const T* from, int64_t stride, int64_t rows, int64_t width, float* to) {
+  for (int64_t row = 0; row < rows; ++row) {
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) store(to + row * width + i, load(from + row * stride + i));
+    for (; i < width; ++i) to[row * width + i] = widen(from[row * stride + i]);
+  }
 }

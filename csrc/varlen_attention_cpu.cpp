@@ -16,7 +16,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kQueries = 4;  // rows of queries that share each load of a key or value
+constexpr int64_t kQueries = 32;  // as many as share each load of a key or value, at most
 // of reading a token and writing its result, in pairs of tokens
 constexpr int64_t kTokenCost = 64;
 // about 10 microseconds of work: less than that is not worth waking a thread for
@@ -35,10 +35,6 @@ struct Kernels {
   void (*bfloat16)(const Attention&, int64_t first, int64_t tokens, int64_t head, float* scratch);
 };
 
-constexpr int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 #define FASTKD_SIMD_SOURCE "varlen_attention_simd.h"
 #include "simd_levels.h"
 #undef FASTKD_SIMD_SOURCE
@@ -47,8 +43,7 @@ const Kernels kernels = choose_kernels();
 
 // floats that `attend` needs for one head of a sequence
 int64_t scratch_size(int64_t tokens, int64_t head_size) {
-  const int64_t padded = round_up(tokens, 16), wide = round_up(head_size, 16);
-  return head_size * padded + tokens * wide + kQueries * (2 * wide + padded);
+  return 2 * tokens * head_size + kQueries * (head_size + tokens);
 }
 
 const char* check_rows(const Tensor& tensor, const Tensor& query) {

@@ -1,126 +1,153 @@
-// Attention of one head of one sequence; compiled once per instruction set by simd_levels.h.
+// Attention of one head of one sequence; compiled once per instruction set by simd_levels.h. The lanes of a vector are
+// queries, so that keys and values are broadcast from where they are and a softmax never reduces across lanes.
 #include "simd_vectors.h"
 
-// c[q][n] = sum_k a[q][k] b[k][n] for kQueries rows of a and N vectors of columns, all accumulators in registers.
-template <int N>
-static inline void multiply(
-    const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t terms, float* c, int64_t c_stride) {
-  Floats sums[kQueries][N] = {};
-  for (int64_t k = 0; k < terms; ++k) {
-    Floats row[N];
-    for (int n = 0; n < N; ++n) row[n] = load(b + k * b_stride + n * LANES);
-    for (int q = 0; q < kQueries; ++q) {
-      const Floats scale = splat(a[q * a_stride + k]);
-      for (int n = 0; n < N; ++n) sums[q][n] += scale * row[n];
-    }
-  }
-  for (int q = 0; q < kQueries; ++q) {
-    for (int n = 0; n < N; ++n) store(c + q * c_stride + n * LANES, sums[q][n]);
-  }
-}
+constexpr int kSums = 8;  // vectors that one product accumulates at a time: two multiply-adds a cycle, four cycles each
 
-// The same for any multiple of LANES columns.
-static void multiply_all(
-    const float* a,
-    int64_t a_stride,
-    const float* b,
-    int64_t b_stride,
-    int64_t terms,
-    float* c,
-    int64_t c_stride,
-    int64_t columns) {
-  constexpr int kWide = LANES == 16 ? 4 : 2;  // as many as the registers hold
-  int64_t n = 0;
-  for (; n + kWide * LANES <= columns; n += kWide * LANES) {
-    multiply<kWide>(a, a_stride, b + n, b_stride, terms, c + n, c_stride);
-  }
-  if (n + 2 * LANES <= columns) {
-    multiply<2>(a, a_stride, b + n, b_stride, terms, c + n, c_stride);
-    n += 2 * LANES;
-  }
-  if (n < columns) multiply<1>(a, a_stride, b + n, b_stride, terms, c + n, c_stride);
-}
-
-// The scores of kQueries rows, in units of log2, become unnormalised weights; normalisers are 1 / their sums.
-static inline void softmax(float* scores, int64_t tokens, int64_t padded, float* normalisers) {
-  Ints lane;
-  for (int i = 0; i < LANES; ++i) lane[i] = i;
-  const Ints beyond = lane >= static_cast<int32_t>(tokens - (padded - LANES));
-  float maxima[kQueries];
-  for (int q = 0; q < kQueries; ++q) {
-    float* row = scores + q * padded;
-    Floats largest = load(row + padded - LANES);
-    largest = beyond ? splat(-__builtin_inff()) : largest;
-    store(row + padded - LANES, largest);
-    for (int64_t t = 0; t < padded - LANES; t += LANES) {
-      largest = larger(load(row + t), largest);
-    }
-    maxima[q] = largest_of(largest);
-  }
-  Floats totals[kQueries] = {};
-  for (int64_t t = 0; t < padded; t += LANES) {
-    for (int q = 0; q < kQueries; ++q) {
-      float* row = scores + q * padded + t;
-      const Floats weights = power_of_two(larger(splat(-127.f), load(row) - maxima[q]));
-      store(row, weights);
-      totals[q] += weights;
-    }
-  }
-  for (int q = 0; q < kQueries; ++q) normalisers[q] = 1.f / sum_of(totals[q]);
-}
-
-// keys[d, t] of the rows key[t, d]; whole blocks of LANES tokens, the last of them repeating the last token.
-template <typename T>
-static void transpose_keys(const T* key, int64_t stride, int64_t tokens, int64_t width, float* keys, int64_t padded) {
-  for (int64_t t = 0; t < padded; t += LANES) {
+// to[d][query] = scale * from[query][d] for N * LANES queries; those behind the last repeat it, so that all is defined.
+template <int N, typename T>
+static inline void transpose_queries(const T* from, int64_t stride, int64_t rows, int64_t width, float scale, float* to) {
+  for (int64_t n = 0; n < N; ++n) {
     for (int64_t d = 0; d < width; d += LANES) {
+      const int64_t columns = width - d < LANES ? width - d : LANES;
       Floats block[LANES];
-      for (int row = 0; row < LANES; ++row) {
-        const T* from = key + (t + row < tokens ? t + row : tokens - 1) * stride + d;
-        if (d + LANES <= width) {
-          block[row] = load(from);
+      for (int64_t lane = 0; lane < LANES; ++lane) {
+        const int64_t query = n * LANES + lane;
+        const T* row = from + (query < rows ? query : rows - 1) * stride + d;
+        if (columns == LANES) {
+          block[lane] = load(row) * scale;
           continue;
         }
         float tail[LANES];
-        widen_row(from, width - d, 1.f, tail);
-        block[row] = load(tail);
+        widen_row(row, columns, scale, tail);
+        block[lane] = load(tail);
       }
       transpose(block);
-      const int64_t columns = width - d < LANES ? width - d : LANES;
-      for (int64_t column = 0; column < columns; ++column) store(keys + (d + column) * padded + t, block[column]);
+      for (int64_t column = 0; column < columns; ++column) store(to + ((d + column) * N + n) * LANES, block[column]);
     }
   }
+}
+
+// The first `rows` of N * LANES columns of from[d][query], times their scale, back to to[query][d].
+template <int N, typename T>
+static inline void transpose_back(
+    const float* from, const Floats* scales, int64_t rows, int64_t width, T* to, int64_t stride) {
+  for (int64_t n = 0; n < N; ++n) {
+    for (int64_t d = 0; d < width; d += LANES) {
+      const int64_t columns = width - d < LANES ? width - d : LANES;
+      Floats block[LANES];
+      for (int64_t column = 0; column < LANES; ++column) {
+        block[column] = load(from + ((column < columns ? d + column : d) * N + n) * LANES) * scales[n];
+      }
+      transpose(block);
+      for (int64_t lane = 0; lane < LANES && n * LANES + lane < rows; ++lane) {
+        T* row = to + (n * LANES + lane) * stride + d;
+        if (columns == LANES) {
+          store(row, block[lane]);
+          continue;
+        }
+        float tail[LANES];
+        store(tail, block[lane]);
+        narrow_row(tail, columns, 1.f, row);
+      }
+    }
+  }
+}
+
+// c[r] = sum_k a[r * row_stride + k * term_stride] b[k] for ROWS rows, each b[k] and c[r] being N vectors.
+template <int ROWS, int N>
+static inline void multiply(
+    const float* a, int64_t row_stride, int64_t term_stride, const float* b, int64_t terms, float* c) {
+  Floats sums[ROWS][N] = {};
+  for (int64_t k = 0; k < terms; ++k) {
+    Floats vectors[N];
+    for (int n = 0; n < N; ++n) vectors[n] = load(b + (k * N + n) * LANES);
+    for (int row = 0; row < ROWS; ++row) {
+      const Floats factor = splat(a[row * row_stride + k * term_stride]);
+      for (int n = 0; n < N; ++n) sums[row][n] += factor * vectors[n];
+    }
+  }
+  for (int row = 0; row < ROWS; ++row) {
+    for (int n = 0; n < N; ++n) store(c + (row * N + n) * LANES, sums[row][n]);
+  }
+}
+
+// The same for any number of rows.
+template <int N>
+static inline void multiply_rows(
+    const float* a, int64_t row_stride, int64_t term_stride, const float* b, int64_t terms, float* c, int64_t rows) {
+  constexpr int kRows = kSums / N;
+  if (rows < kRows) {
+    for (int64_t row = 0; row < rows; ++row) {
+      multiply<1, N>(a + row * row_stride, row_stride, term_stride, b, terms, c + row * N * LANES);
+    }
+    return;
+  }
+  for (int64_t row = 0; row < rows; row += kRows) {
+    // the last block starts early and computes some rows again
+    const int64_t begin = row + kRows <= rows ? row : rows - kRows;
+    multiply<kRows, N>(a + begin * row_stride, row_stride, term_stride, b, terms, c + begin * N * LANES);
+  }
+}
+
+// Scores of `tokens` keys, in units of log2, become unnormalised weights; normalisers are 1 / their sums.
+template <int N>
+static inline void softmax(float* scores, int64_t tokens, Floats* normalisers) {
+  for (int n = 0; n < N; ++n) {
+    Floats largest = load(scores + n * LANES);
+    for (int64_t t = 1; t < tokens; ++t) {
+      const Floats lanes = load(scores + (t * N + n) * LANES);
+      largest = larger(lanes, largest);
+    }
+    Floats total{};
+    for (int64_t t = 0; t < tokens; ++t) {
+      float* at = scores + (t * N + n) * LANES;
+      const Floats weights = power_of_two(load(at) - largest);
+      store(at, weights);
+      total += weights;
+    }
+    normalisers[n] = 1.f / total;
+  }
+}
+
+template <int N, typename T>
+static inline void attend_block(
+    const Attention& call, const T* query, int64_t queries, const float* keys, const float* values, int64_t tokens, T* out,
+    float* scratch) {
+  const int64_t width = call.head_size;
+  float* transposed = scratch;                       // [width, N * LANES]: queries, later their context
+  float* scores = transposed + width * N * LANES;    // [tokens, N * LANES]
+  transpose_queries<N>(query, call.query_stride, queries, width, call.scale_log2, transposed);
+  multiply_rows<N>(keys, width, 1, transposed, width, scores, tokens);
+  Floats normalisers[N];
+  softmax<N>(scores, tokens, normalisers);
+  multiply_rows<N>(values, 1, width, scores, tokens, transposed, width);
+  transpose_back<N>(transposed, normalisers, queries, width, out, call.out_stride);
 }
 
 template <typename T>
 static void attend(const Attention& call, int64_t first, int64_t tokens, int64_t head, float* scratch) {
-  const int64_t width = call.head_size, wide = round_up(width, LANES), padded = round_up(tokens, LANES);
-  float* keys = scratch;                        // [width, padded], transposed
-  float* values = keys + width * padded;        // [tokens, wide]
-  float* queries = values + tokens * wide;      // [kQueries, wide]
-  float* scores = queries + kQueries * wide;    // [kQueries, padded]
-  float* context = scores + kQueries * padded;  // [kQueries, wide]
-  const T* query = static_cast<const T*>(call.query) + first * call.query_stride + head * width;
+  const int64_t width = call.head_size, stride = call.query_stride, out_stride = call.out_stride;
+  const T* query = static_cast<const T*>(call.query) + first * stride + head * width;
   const T* key = static_cast<const T*>(call.key) + first * call.key_stride + head * width;
   const T* value = static_cast<const T*>(call.value) + first * call.value_stride + head * width;
-  T* out = static_cast<T*>(call.out) + first * call.out_stride + head * width;
+  T* out = static_cast<T*>(call.out) + first * out_stride + head * width;
 
-  transpose_keys(key, call.key_stride, tokens, width, keys, padded);
-  for (int64_t t = 0; t < tokens; ++t) widen_row(value + t * call.value_stride, width, 1.f, values + t * wide);
-  for (int64_t begin = 0; begin < tokens; begin += kQueries) {
-    const int64_t rows = tokens - begin < kQueries ? tokens - begin : kQueries;
-    for (int64_t q = 0; q < kQueries; ++q) {
-      // the last block repeats its last row, so that nothing undefined is computed
-      const T* from = query + (begin + (q < rows ? q : rows - 1)) * call.query_stride;
-      widen_row(from, width, call.scale_log2, queries + q * wide);
-    }
-    multiply_all(queries, wide, keys, padded, width, scores, padded, padded);
-    float normalisers[kQueries];
-    softmax(scores, tokens, padded, normalisers);
-    multiply_all(scores, padded, values, wide, tokens, context, wide, wide);
-    for (int64_t q = 0; q < rows; ++q) {
-      narrow_row(context + q * wide, width, normalisers[q], out + (begin + q) * call.out_stride);
-    }
+  float* keys = scratch;                    // [tokens, width]
+  float* values = keys + tokens * width;    // [tokens, width]
+  // in place, rows are so far apart that few of them fit the first cache together
+  copy_rows(key, call.key_stride, tokens, width, keys);
+  copy_rows(value, call.value_stride, tokens, width, values);
+  float* rest = values + tokens * width;
+  int64_t begin = 0;
+  for (; tokens - begin > LANES; begin += 2 * LANES) {
+    const int64_t queries = tokens - begin < 2 * LANES ? tokens - begin : 2 * LANES;
+    attend_block<2>(
+        call, query + begin * stride, queries, keys, values, tokens, out + begin * out_stride, rest);
+  }
+  if (begin < tokens) {
+    attend_block<1>(
+        call, query + begin * stride, tokens - begin, keys, values, tokens, out + begin * out_stride, rest);
   }
 }
 

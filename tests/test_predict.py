@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tiny_models import early_exit_model, tokenizer_of
 from transformers import PreTrainedTokenizerBase
 
 from fastkd import EarlyExitForSequenceClassification, predict
+from fastkd.engines.stream import Stream
 
 SENTENCES = [
     "the film was good",
@@ -254,6 +256,44 @@ def test_failure_half_way_keeps_the_earlier_output_and_the_answers_so_far(
     assert target.read_text(encoding="utf-8") == "earlier\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.txt", "out.partial.tsv", "out.tsv"]
     assert len((tmp_path / "out.partial.tsv").read_text(encoding="utf-8").splitlines()) == 1 + 20
+
+
+def test_ctrl_c_keeps_answers_behind_a_row_that_waits(
+    model: EarlyExitForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    source, target = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    source.write_text("\n".join(SENTENCES * 8), encoding="utf-8")
+    rows = list(predict.read_rows(io.BytesIO(source.read_bytes())))
+    uncertainty = sorted(row.uncertainty for row in model.stream(rows, tokenizer, exit_layers=[1, 4], speed=1.0))
+    speed = uncertainty[len(uncertainty) // 2]
+    expected = list(predict.predict(model, tokenizer, rows, speed=speed, window=8))
+    assert len({prediction.exit_layer for prediction in expected}) > 1
+
+    move_on, runs = Stream._move_on, 0
+
+    def interrupted(self: Stream, stage: int, *arguments: Any) -> None:
+        nonlocal runs
+        runs += 1
+        if stage > 0 or runs == 4:
+            raise KeyboardInterrupt
+        move_on(self, stage, *arguments)
+
+    monkeypatch.setattr(Stream, "_move_on", interrupted)
+    with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="not finished"):
+        predict.predict_file(model, tokenizer, str(source), str(target), speed=speed, window=8)
+    written = [json.loads(line) for line in (tmp_path / "out.partial.jsonl").read_text(encoding="utf-8").splitlines()]
+    answered = [index for index, row in enumerate(written) if row["label"] is not None]
+    missing = [row["error"] for row in written if row["label"] is None]
+    assert answered
+    assert missing
+    assert set(missing) == {"not answered before the run broke off"}
+    assert written[-1]["label"] is not None
+    for index in answered:
+        assert written[index]["label"] == expected[index].label
+        assert written[index]["exit_layer"] == expected[index].exit_layer == 1
 
 
 def test_empty_input_leaves_nothing(

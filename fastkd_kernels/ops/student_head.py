@@ -684,7 +684,7 @@ def _linear_tanh(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _cpu_dtype(dtype: torch.dtype) -> torch.dtype:
     """In which dtype a CPU multiplies `dtype`: without instructions for it, float32 is several times faster."""
-    return dtype if dtype == torch.float64 or _onednn_multiplies(dtype) else torch.float32
+    return dtype if _onednn_multiplies(dtype) else torch.float32
 
 
 def _onednn_multiplies(dtype: torch.dtype) -> bool:
@@ -777,11 +777,13 @@ def _head_arguments(
     }
 
 
-def _unsupported(head: StudentHeadWeights) -> str | None:
-    """None where the CUDA kernel takes this head, else the sentence that says why not."""
+def _unsupported(head: StudentHeadWeights, backend: str) -> str | None:
+    """None where the kernel takes this head, else the sentence that says why not."""
     dtype, width, heads = head.narrow[0].dtype, head.narrow[0].shape[0], head.num_attention_heads
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its kernel has no {dtype}"
+    if backend == "cpu":
+        return None
     if not 16 <= width <= 256 or width & (width - 1):
         return f"its kernel needs a head width that is a power of two from 16 to 256, and this head is {width} wide"
     if heads > 16 or heads & (heads - 1):
@@ -806,7 +808,7 @@ _backend.register_backends("student_head", cuda=_cuda_reason, cpu=_cpu_reason, i
 
 def _resolve(hidden_states: Tensor, head: StudentHeadWeights) -> str:
     name = _backend.resolve("student_head", hidden_states.device)
-    reason = _unsupported(head) if name == "cuda" else None
+    reason = None if name == "reference" else _unsupported(head, name)
     return name if reason is None else _backend.fall_back("student_head", name, reason)
 
 
@@ -911,7 +913,8 @@ def student_head(
     `torch.no_grad()`.
 
     Args:
-        hidden_states: [B, T, H] float32, bfloat16, float16 or float64; with `cu_seqlens` packed, [N_tokens, H].
+        hidden_states: [B, T, H] float32, bfloat16, float16 or float64, which always takes the reference; with
+            `cu_seqlens` packed, [N_tokens, H].
         head: the weights; H, D and C come from them.
         lengths: [B] int32 or int64 from 1 to T, where padding is on the right only.
         attention_mask: [B, T] of any dtype, non-zero where a token counts; token 0 of every row must.

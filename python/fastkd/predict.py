@@ -11,7 +11,7 @@ import json
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from fastkd.drift import DriftMonitor
+    from fastkd.engines.stream import Stream, StreamRow
     from fastkd.modeling import EarlyExitForSequenceClassification
 
 FORMATS = ("tsv", "jsonl", "text")
@@ -205,12 +206,52 @@ def _predict(
     exits: dict[str, Any],
 ) -> Iterator[Prediction]:
     if batch_size is None:
-        stream = model.stream(rows, tokenizer, max_length=max_length, look_ahead=window, **exits)
-        return (Prediction(row.line, row.label, row.score, row.exit_layer, row.problem) for row in stream)
+        unanswered: deque[int] = deque()
+        noted = _note_lines(rows, unanswered)
+        stream = model.stream(noted, tokenizer, max_length=max_length, look_ahead=window, **exits)
+        return _predict_stream(stream, unanswered)
     model.exit_options(**exits)
     return _predict_batches(
         model, tokenizer, rows, batch_size, max_length or length_limit(model, tokenizer), window, exits
     )
+
+
+def _note_lines(rows: Iterable[InputRow], lines: deque[int]) -> Iterator[InputRow]:
+    for row in rows:
+        lines.append(row.line)
+        yield row
+
+
+def _predict_stream(stream: Stream, unanswered: deque[int]) -> Iterator[Prediction]:
+    """The answers of a stream; where it breaks off, Ctrl-C for one, also those that are ready behind rows that wait.
+
+    Args:
+        stream: not yet iterated.
+        unanswered: line numbers of what the stream has read and not yet given, in order.
+    """
+    try:
+        for row in stream:
+            unanswered.popleft()
+            yield _of_stream(row)
+    except GeneratorExit:
+        raise
+    except BaseException:
+        yield from _ready(stream, unanswered)
+        raise
+
+
+def _ready(stream: Stream, unanswered: Iterable[int]) -> Iterator[Prediction]:
+    """The finished answers, and in the place of rows that wait before one of them a prediction that says so."""
+    finished = {row.line: row for row in stream.finished()}
+    for line in unanswered:
+        if not finished:
+            return
+        row = finished.pop(line, None)
+        yield Prediction(line, problem="not answered before the run broke off") if row is None else _of_stream(row)
+
+
+def _of_stream(row: StreamRow) -> Prediction:
+    return Prediction(row.line, row.label, row.score, row.exit_layer, row.problem)
 
 
 def _predict_batches(
@@ -286,7 +327,8 @@ def predict_file(
     """Answer a file, or "-" for standard input, into a file, or "-" for standard output.
 
     A file appears under its name only when it is whole. Where something breaks the run off, Ctrl-C for one, the answers
-    so far are kept beside it, as NAME.partial.SUFFIX, and a warning says so. TSV output has the columns label,
+    so far are kept beside it, as NAME.partial.SUFFIX, and a warning says so; rows that were still on their way before
+    the last of them keep their line, with the reason in place of the answer. TSV output has the columns label,
     probability, exit_layer and error; JSONL the same keys.
 
     Args:
