@@ -51,7 +51,7 @@ static inline Floats binary_exponent(Floats difference) {
 
 static inline void include(Sums& sums, Floats difference) {
   const Floats y = binary_exponent(difference);
-  const Floats weight = power_of_two(y);
+  const Floats weight = bounded_power_of_two(y);
   sums.total += weight;
   sums.weighted += weight * y;
 }
@@ -61,7 +61,7 @@ static inline Floats uncertainty(Largest largest, Sums sums, Criterion criterion
   if (criterion == kMaxProb) {
     u = (1.f - 1.f / sums.total) / scale;
   } else if (criterion == kMargin) {
-    u = 1.f - (1.f - power_of_two(binary_exponent(largest.second - largest.first))) / sums.total;
+    u = 1.f - (1.f - bounded_power_of_two(binary_exponent(largest.second - largest.first))) / sums.total;
   } else {
     u = (logarithm(sums.total) - 0.693147181f * sums.weighted / sums.total) / scale;
   }

@@ -69,7 +69,7 @@ static inline Floats larger(Floats a, Floats b) {
 }
 
 // 2^y for -127 <= y <= 0, where 2^-127 is exactly 0; NaN stays NaN. As 2^n 2^r with n = round(y).
-static inline Floats power_of_two(Floats y) {
+static inline Floats bounded_power_of_two(Floats y) {
   const float to_integer = 12582912.f;  // 1.5 * 2^23: adding it leaves round(y) in the low mantissa bits
   const Floats shifted = y + to_integer;
   const Floats r = y - (shifted - to_integer);
@@ -80,6 +80,11 @@ static inline Floats power_of_two(Floats y) {
   const Floats p = r * (low + r2 * (middle + r2 * high)) + 1.f;
   // n = -127 makes a scale of exactly 0
   return p * (Floats)(((Ints)shifted + 127) << 23);
+}
+
+// 2^y for y <= 0, exactly 0 from -127 down; NaN stays NaN.
+static inline Floats power_of_two(Floats y) {
+  return bounded_power_of_two(larger(splat(-127.f), y));
 }
 
 #if defined(__GNUC__) && !defined(__clang__)
