@@ -150,6 +150,20 @@ def test_rows_without_labels_have_no_accuracy() -> None:
     assert (row.accuracy, row.full_accuracy) == (None, None)
 
 
+def test_a_regression_has_a_correlation_in_place_of_an_accuracy() -> None:
+    model, generator = early_exit_model(num_labels=1), torch.Generator().manual_seed(0)
+
+    def scored(size: int) -> list[dict[str, Tensor]]:
+        return [{**batch, "labels": scores[batch["input_ids"].shape[0]]} for batch in batches_of(size)]
+
+    scores = {size: torch.rand(size, generator=generator) for size in (12,)}
+    measured = benchmark.benchmark(model, scored, speeds=[0.9], batch_sizes=[12], dtypes=["fp32"], repeats=1)
+    (row,), trace = measured.rows, model.trace(scored(12))
+    assert (row.accuracy, row.full_accuracy) == (None, None)
+    assert row.pearson == pytest.approx(trace.sweep([0.9])[0].pearson, abs=1e-4)
+    assert row.full_pearson == pytest.approx(trace.sweep([0.0])[0].pearson, abs=1e-4)
+
+
 def test_files_hold_the_table(measured: benchmark.Benchmark, tmp_path: Path) -> None:
     measured.to_json(tmp_path / "bench.json")
     measured.to_csv(tmp_path / "bench.csv")

@@ -95,6 +95,7 @@ def test_learned_exits_and_regression_take_their_place() -> None:
     regression = early_exit_model(num_labels=1).trace([{**random_batch(rows=60), "labels": torch.randn(60)}])
     swept = regression.compare(points=5)
     assert list(swept) == ["agreement"]
+    assert sum(swept["agreement"][0].exits_per_layer) == 60, "no rows are set aside for a rule that needs classes"
     assert all(row.pearson is not None for row in swept["agreement"])
 
 
@@ -109,9 +110,24 @@ def test_command_writes_a_table_and_a_picture(tmp_path: Path) -> None:
         kept = [row["speedup_fastbert"] for row in sweep if row["accuracy"] >= sweep[0]["accuracy"] - 0.01]
         assert found["speedup_at_drop"][name]["0.01"] == max(kept)
     with (tmp_path / "out" / "compare.csv").open(encoding="utf-8") as stream:
-        assert {row["criterion"] for row in csv.DictReader(stream)} == {*ALL[:6], "entropy"}
+        assert {row["criterion"] for row in csv.DictReader(stream)} == set(ALL)
     assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
     replace(made_up_trace(), labels=None).save(tmp_path / "blind.safetensors")
     refused = CliRunner().invoke(cli.app, ["compare", str(tmp_path / "blind.safetensors")])
     assert refused.exit_code == 2
     assert "have no labels" in refused.output
+
+
+def test_commands_show_the_correlation_of_a_regression(tmp_path: Path) -> None:
+    labelled = {**random_batch(rows=60), "labels": torch.randn(60)}
+    trace = early_exit_model(num_labels=1).trace([labelled])
+    trace.save(tmp_path / "trace.safetensors")
+    correlation = trace.sweep([0.0])[0].pearson
+    for command in ("sweep", "compare"):
+        arguments = [command, str(tmp_path / "trace.safetensors"), "-o", str(tmp_path / command)]
+        shown = CliRunner().invoke(cli.app, arguments).stdout
+        assert "correlation" in shown
+        assert "accuracy" not in shown.replace("_accuracy", "")
+    assert f"full model {trace.compare()['agreement'][0].pearson:.4f}" in shown
+    table = CliRunner().invoke(cli.app, ["sweep", str(tmp_path / "trace.safetensors"), "-o", str(tmp_path)]).stdout
+    assert f"{correlation:.4f}" in table

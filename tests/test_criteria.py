@@ -30,7 +30,8 @@ def model_with(criterion: str, head: str = "fastbert", family: str = "bert", **o
     model = early_exit_model(family, head=head, learned_exit=True, **options)
     torch.manual_seed(3)
     with torch.no_grad():
-        torch.nn.init.normal_(model.learned_exit.linear.weight, std=0.3)
+        model.learned_exit.start()
+        torch.nn.init.normal_(model.learned_exit.linear.weight[:, :-1], std=0.3)
     return model
 
 
@@ -100,9 +101,24 @@ def test_learned_is_one_minus_the_certainty() -> None:
     trace = model.trace([batch])
     with torch.no_grad():
         hidden = model.backbone(**batch, output_hidden_states=True).hidden_states[1:]
-        certainty = torch.stack([torch.sigmoid(model.learned_exit.linear(states[:, 0]))[:, 0] for states in hidden], 1)
+        weight, bias = model.learned_exit.linear.weight[0], model.learned_exit.linear.bias
+        assert weight[-1] != 0
+        states = torch.stack([states[:, 0] for states in hidden], 1)
+        probabilities = trace.logits.softmax(-1).sort(-1).values
+        margin = (probabilities[..., -1] / probabilities[..., -2]).log()
+        certainty = torch.sigmoid(states @ weight[:-1] + weight[-1] * margin + bias)
     torch.testing.assert_close(trace.certainty, certainty, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(trace.uncertainties("learned"), 1 - certainty, rtol=1e-4, atol=1e-5)
+
+
+def test_a_new_learned_exit_believes_the_margin() -> None:
+    model = early_exit_model(num_labels=2)
+    model.add_learned_exit()
+    trace = model.trace(batches())
+    torch.testing.assert_close(trace.certainty, trace.logits.softmax(-1).amax(-1), rtol=1e-4, atol=1e-5)
+    regression = early_exit_model(num_labels=1)
+    regression.add_learned_exit()
+    assert set(regression.trace(batches()).certainty.flatten().tolist()) == {0.5}
 
 
 def test_nan_is_never_answered_early() -> None:
@@ -162,7 +178,7 @@ def test_learned_exits_are_saved_and_cost_a_little(tmp_path: Any) -> None:
     assert torch.equal(fastkd.ExitTrace.load(tmp_path / "t.safetensors").certainty, trace.certainty)
     (row,) = trace.sweep([1.0], "learned")
     (plain,) = trace.sweep([1.0])
-    assert row.flops["fastbert"] == plain.flops["fastbert"] + 2 * 32
+    assert row.flops["fastbert"] == plain.flops["fastbert"] + 2 * (32 + 1)
 
 
 def test_regression_sweeps_have_a_correlation() -> None:

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import fastkd
 from fastkd import cli
 from fastkd.data import ShuffledOnceSampler, tokenize
+from fastkd.label_scale import LabelScale
 from fastkd.optimizers import BiasedAdamW
 from fastkd.training import DistillOptions, FinetuneOptions, TrainOptions, TrainResult, distill, finetune
 
@@ -135,7 +136,7 @@ def test_dropout_acts_in_the_frozen_teacher(teacher_dropout: bool) -> None:
     from fastkd.training import _SelfDistillation
 
     model = early_exit_model("bert", num_labels=2, head_dropout=0.1)
-    objective = _SelfDistillation(model, DistillOptions(teacher_dropout=teacher_dropout)).train()
+    objective = _SelfDistillation(model, DistillOptions(teacher_dropout=teacher_dropout), LabelScale()).train()
     batch = {"input_ids": torch.tensor([[2, 5, 7, 3]])}
     answers = [objective(**batch)["logits"][:, -1] for _ in range(2)]
     assert torch.equal(*answers) != teacher_dropout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ pytest.importorskip("datasets", reason="datasets is not installed: pip install d
 
 import torch
 from report_sources import LOGS, benchmark, certificate, corpus_rows, made_up_trace, report_folder
+from tiny_models import early_exit_model, random_batch
 from typer.testing import CliRunner
 
 from fastkd import cli
@@ -193,6 +195,25 @@ def test_bare_trace_is_enough(rows: Any, tmp_path: Path) -> None:
     (curve,) = embedded(tmp_path / "report.html")["curves"]
     assert [curve[name] for name in ("accuracy", "benchmark", "certificate", "examples")] == [None] * 4
     assert curve["training"] == []
+
+
+def test_regression_has_a_page_and_figures(tmp_path: Path) -> None:
+    labelled = {**random_batch(rows=20), "labels": torch.linspace(0, 5, 20)}
+    trace = early_exit_model(num_labels=1).trace([labelled])
+    replace(trace, rows=torch.arange(20)).save(tmp_path / "trace.safetensors")
+    lines = [f"{label}\ttext {row}" for row, label in enumerate(labelled["labels"].tolist())]
+    (tmp_path / "rows.tsv").write_text("\n".join(["label\ttext_a", *lines]) + "\n", encoding="utf-8")
+    succeeded(
+        "report", tmp_path / "trace.safetensors", "-o", tmp_path / "page.html", "--examples", tmp_path / "rows.tsv",
+        "--figures", tmp_path / "figures",
+    )  # fmt: skip
+    (curve,) = embedded(tmp_path / "page.html")["curves"]
+    assert (curve["criterion"], curve["accuracy"], curve["examples"]["labels"]) == ("agreement", None, None)
+    assert curve["correlation"] == [row.pearson for row in trace.sweep(SPEEDS)]
+    row, layer, _, answer = curve["examples"]["first"][0][0]
+    assert layer == 4, "at speed 0"
+    assert answer == pytest.approx(trace.logits[row, -1, 0].item(), abs=1e-3)
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"figure3.png", "figure6.png"}
 
 
 def test_nothing_to_show_is_refused(tmp_path: Path) -> None:

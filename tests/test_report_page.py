@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
 
 from report_sources import LOGS, benchmark, certificate, corpus_rows, made_up_trace
+from tiny_models import early_exit_model, random_batch
 
 from fastkd.report import Source, write_page
 from fastkd.report.content import SPEEDS
@@ -258,6 +260,19 @@ def test_page_without_labels_hides_what_needs_them(opened: Callable[..., Any], t
     write_page({"bare": (Source("bare", trace), "entropy")}, tmp_path / "bare.html")
     browser = opened(tmp_path / "bare.html")
     assert browser.find_element(By.ID, "accuracy").text == "–"
+    assert not browser.find_element(By.ID, "reliability").is_displayed()
+    assert browser.find_element(By.ID, "speed-speedup").is_displayed()
+    assert browser.get_log("browser") == []
+
+
+def test_page_of_a_regression_shows_its_correlation(opened: Callable[..., Any], tmp_path: Path) -> None:
+    labelled = {**random_batch(rows=60), "labels": torch.randn(60)}
+    trace = early_exit_model(num_labels=1).trace([labelled])
+    write_page({"scores": (Source("scores", trace), "agreement")}, tmp_path / "scores.html")
+    browser = opened(tmp_path / "scores.html")
+    assert browser.find_element(By.ID, "accuracy-heading").text == "Correlation"
+    assert browser.find_element(By.ID, "accuracy").text == f"{trace.sweep([0.5])[0].pearson:.4f}"
+    assert "in the full model" in browser.find_element(By.ID, "accuracy-note").text
     assert not browser.find_element(By.ID, "reliability").is_displayed()
     assert browser.find_element(By.ID, "speed-speedup").is_displayed()
     assert browser.get_log("browser") == []

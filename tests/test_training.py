@@ -27,7 +27,8 @@ from training_worker import LABEL_NAMES, load, options_of, rows, save_plain, tra
 from transformers import TrainerCallback
 
 import fastkd
-from fastkd.data import DataError, LengthGroupedSampler, LengthSortedBatches, Rows, load_rows, tokenize
+from fastkd.data import DataError, LengthGroupedSampler, LengthSortedBatches, Rows, tokenize
+from fastkd.label_scale import LabelScale
 from fastkd.training import (
     LOG_FILE,
     DistillOptions,
@@ -207,25 +208,100 @@ def test_bf16_is_chosen_where_the_hardware_has_it(plain: Path, tmp_path: Path) -
     assert set(seen) == {torch.bfloat16 if bf16_is_fast() else torch.float32}
 
 
+def _scores(count: int, scale: float, shift: float, seed: int = 0) -> Rows:
+    """Sentences whose score, 0 or `scale` beside `shift`, half of the words give away."""
+    source = rows(count, seed).dataset
+    scores = [scale * label + shift for label in source["label"]]
+    features = datasets.Features({"text_a": datasets.Value("string"), "label": datasets.Value("float32")})
+    scored = datasets.Dataset.from_dict({"text_a": source["text_a"][:], "label": scores}, features)
+    return Rows(scored, None, 1, f"scores {scale} {shift} {seed}")
+
+
+def _trained_regression(
+    plain: Path, folder: Path, train_rows: Rows, callbacks: Any = (), **changes: Any
+) -> tuple[fastkd.EarlyExitForSequenceClassification, list[dict[str, float]]]:
+    """Fine-tuned and distilled, with the dev metrics of both steps."""
+    model, tokenizer = load(plain, num_labels=1), tokenizer_of("bert")
+    dev = replace(train_rows, dataset=train_rows.dataset.select(range(40)))
+    tuned = finetune(model, train_rows, dev, folder / "tuned", options_of("finetune", **changes), tokenizer, callbacks)
+    distilled = distill(model, train_rows, dev, folder / "distilled", options_of("distill", **changes), tokenizer)
+    return model, [tuned.metrics, distilled.metrics]
+
+
 def test_regression(plain: Path, tmp_path: Path) -> None:
-    path = tmp_path / "rows.tsv"
-    source = rows(80).dataset
-    path.write_text(
-        "label\ttext\n" + "".join(f"{2.5 * row['label'] + 0.25}\t{row['text_a']}\n" for row in source), encoding="utf-8"
-    )
-    train_rows = load_rows(path, num_labels=1)
-    model = load(plain, num_labels=1)
-    tokenizer = tokenizer_of("bert")
-    options = options_of("finetune")
-    result = finetune(model, train_rows, train_rows, tmp_path / "out", options, tokenizer)
-    assert result.metrics["pearson"] > 0.9
-    assert result.metrics["mse"] == pytest.approx(result.metrics["loss"], rel=1e-5)
+    train_rows = _scores(80, 2.5, 0.25)
+    model, (tuned, distilled) = _trained_regression(plain, tmp_path, train_rows)
+    assert tuned["pearson"] > 0.9
+    scale = LabelScale.of(train_rows)
+    labels = torch.tensor(train_rows.dataset["label"][:])
+    assert (scale.mean, scale.std) == pytest.approx((labels.mean().item(), labels.std(correction=0).item()))
+    assert tuned["mse"] == pytest.approx(tuned["loss"] * scale.std**2, rel=1e-5)
     assert model.config.problem_type == "regression"
-    options = options_of("distill")
-    result = distill(model, train_rows, train_rows, tmp_path / "distilled", options, tokenizer)
-    assert {f"{name}_layer_{layer}" for name in ("pearson", "mse") for layer in (1, 2, 3, 4)} <= set(result.metrics)
-    losses = [entry["eval_loss"] for entry in result.log_history if "eval_loss" in entry]
-    assert losses[-1] < losses[0]
+    assert {f"{name}_layer_{layer}" for name in ("pearson", "mse") for layer in (1, 2, 3, 4)} <= set(distilled)
+    assert min(distilled[f"pearson_layer_{layer}"] for layer in (1, 2, 3, 4)) > 0.9
+    saved = fastkd.EarlyExitForSequenceClassification.from_pretrained(tmp_path / "distilled")
+    assert saved.config.label_scale == [scale.mean, scale.std]
+    batch = random_batch()
+    with torch.no_grad():
+        assert torch.equal(saved.all_exit_logits(**batch), model.all_exit_logits(**batch))
+
+
+def test_every_unit_of_the_labels_gives_the_same_regression(plain: Path, tmp_path: Path) -> None:
+    small, _ = _trained_regression(plain, tmp_path / "small", _scores(80, 2.0, 0.0), epochs=1)
+    # powers of two, so that both runs round alike
+    large, (tuned, distilled) = _trained_regression(plain, tmp_path / "large", _scores(80, 2048.0, 4096.0), epochs=1)
+    batch = random_batch()
+    with torch.no_grad():
+        expected = 1024 * small.all_exit_logits(**batch) + 4096
+        torch.testing.assert_close(large.all_exit_logits(**batch), expected, rtol=0, atol=2.0)
+    assert tuned["pearson"] > 0.5
+    assert distilled["pearson_layer_1"] > 0.5
+
+
+def test_label_scale() -> None:
+    scale = LabelScale.of(_scores(40, 3.0, 7.0))
+    answers = torch.tensor([7.0, 10.0])
+    torch.testing.assert_close(scale.restored(scale.standardised(answers)), answers)
+    assert LabelScale.of(_scores(10, 0.0, 2.5)) == LabelScale(2.5, 1.0), "labels that are all the same"
+    for wrong in ([1.0], [0.0, 0.0], [math.nan, 1.0]):
+        with pytest.raises(ValueError, match="label_scale: got"):
+            fastkd.EarlyExitConfig(num_labels=1, label_scale=wrong)
+
+
+def test_distillation_of_a_regression_keeps_its_teacher_to_the_bit(plain: Path, tmp_path: Path) -> None:
+    train_rows, tokenizer = _scores(40, 3.0, 7.0), tokenizer_of("bert")
+    model = load(plain, num_labels=1)
+    finetune(model, train_rows, None, tmp_path / "tuned", options_of("finetune", epochs=1), tokenizer)
+    before = _state(model)
+    distill(model, train_rows, None, tmp_path / "out", options_of("distill", epochs=1), tokenizer)
+    assert {name.split(".")[1] for name in _changed(model, before)} == {"0", "1", "2"}
+    again = _state(model)
+    finetune(model, train_rows, None, tmp_path / "again", options_of("finetune", max_steps=1), tokenizer)
+    weight, moved = again["heads.3.classifier.weight"], model.state_dict()["heads.3.classifier.weight"]
+    # one warm-up step moves it by a learning rate of the standardised unit; scaling it once more would by far more
+    torch.testing.assert_close(moved, weight, rtol=0, atol=0.05)
+
+
+class _Interrupt(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 12:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_regression_answers_in_its_unit_and_continues_to_the_same_weights(
+    plain: Path, tmp_path: Path
+) -> None:
+    train_rows, tokenizer, options = _scores(80, 3.0, 500.0), tokenizer_of("bert"), options_of("finetune", epochs=2)
+    whole = load(plain, num_labels=1)
+    finetune(whole, train_rows, None, tmp_path / "whole", options, tokenizer)
+    stopped = load(plain, num_labels=1)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(stopped, train_rows, None, tmp_path / "out", options, tokenizer, [_Interrupt()])
+    with torch.no_grad():
+        assert stopped(**random_batch()).logits.mean().item() == pytest.approx(500, abs=10)
+    resumed = load(plain, num_labels=1)
+    finetune(resumed, train_rows, None, tmp_path / "out", replace(options, resume=True), tokenizer)
+    assert not _changed(resumed, _state(whole))
 
 
 # Distillation
@@ -272,7 +348,7 @@ def test_distill_trains_a_learned_exit(finetuned: Path, tmp_path: Path) -> None:
     assert model.config.learned_exit
     saved = load(tmp_path / "out")
     assert torch.equal(saved.learned_exit.linear.weight, model.learned_exit.linear.weight)
-    assert saved.learned_exit.linear.weight.abs().max() > 0, "it starts at 0"
+    assert saved.learned_exit.linear.weight[:, :-1].abs().max() > 0, "it starts at 0"
     batch = next(iter(LengthSortedBatches(tokenize(rows(40, seed=1), tokenizer_of("bert")), tokenizer_of("bert"), 40)))
     del batch["labels"]
     with torch.no_grad():
@@ -312,7 +388,7 @@ def test_the_frozen_teacher_has_no_dropout_and_the_students_do() -> None:
     model = early_exit_model("bert", head_dropout=0.3)
     batch = random_batch()
     expected = model.all_exit_logits(**batch)
-    objective = _SelfDistillation(model, DistillOptions()).train()
+    objective = _SelfDistillation(model, DistillOptions(), LabelScale()).train()
     first, second = objective(**batch)["logits"], objective(**batch)["logits"]
     torch.testing.assert_close(first[:, -1], expected[:, -1], rtol=0, atol=0)
     assert not torch.equal(first[:, :-1], second[:, :-1])

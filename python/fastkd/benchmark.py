@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from fastkd.files import atomic_path, write_json
 from fastkd.flops import CONVENTIONS, flops
+from fastkd.trace import correlation, predictions
 
 if TYPE_CHECKING:
     from fastkd.modeling import EarlyExitForSequenceClassification
@@ -51,6 +52,7 @@ class BenchmarkRow:
     rows: int
     accuracy: float | None
     full_accuracy: float | None
+    """Both None without labels and for regression."""
     average_layers: float
     flops_speedup: float
     """Full model / early exit, fastbert convention."""
@@ -66,6 +68,9 @@ class BenchmarkRow:
     """Which full model was the faster one: "fastkd" or "transformers"."""
     speedup: float
     """`full_seconds / seconds`."""
+    pearson: float | None = None
+    full_pearson: float | None = None
+    """Correlation of answers and labels, for regression."""
 
     @property
     def realised(self) -> float:
@@ -256,6 +261,8 @@ class _Setting:
             full_seconds=full_seconds,
             full_engine=engine,
             speedup=full_seconds / median,
+            pearson=self._pearson(answer),
+            full_pearson=self._pearson(full),
         )
 
     def _flops_speedups(self, exit_layers: Tensor) -> dict[str, float]:
@@ -273,9 +280,14 @@ class _Setting:
         return speedups
 
     def _accuracy(self, answer: Pass) -> float | None:
-        if self.labels is None:
+        if self.labels is None or self.model.config.num_classes == 1:
             return None
         return (answer.predictions.cpu() == self.labels).double().mean().item()
+
+    def _pearson(self, answer: Pass) -> float | None:
+        if self.labels is None or self.model.config.num_classes > 1:
+            return None
+        return correlation(answer.predictions.cpu(), self.labels)
 
     def _ids(self) -> list[Tensor]:
         return [batch["input_ids"] for batch in self.inputs]
@@ -290,24 +302,24 @@ def early_exit_pass(
     top_n: int | None = None,
 ) -> Pass:
     """Our model on every batch (without labels); at speed 0 it is the full model."""
-    predictions, exit_layers = [], []
+    answers, exit_layers = [], []
     for batch in batches:
         output = model(**batch, speed=speed, criterion=criterion, top_n=top_n)
-        predictions.append(output.logits.argmax(-1))
+        answers.append(predictions(output.logits))
         exit_layers.append(output.exit_layer)
-    return Pass(torch.cat(predictions).cpu(), torch.cat(exit_layers).cpu())
+    return Pass(torch.cat(answers).cpu(), torch.cat(exit_layers).cpu())
 
 
 @torch.inference_mode()
 def transformers_pass(model: EarlyExitForSequenceClassification, batches: Sequence[Batch]) -> Pass:
     """The full model as transformers runs it: its own forward, then the last head."""
-    predictions = []
+    answers = []
     for batch in batches:
         hidden_states = model.backbone(**batch).last_hidden_state
         mask = batch.get("attention_mask")
         logits = model.teacher_head(hidden_states, None if mask is None else mask.bool())
-        predictions.append(logits.argmax(-1))
-    return Pass(torch.cat(predictions).cpu())
+        answers.append(predictions(logits))
+    return Pass(torch.cat(answers).cpu())
 
 
 def interleaved(

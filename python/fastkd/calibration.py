@@ -40,7 +40,7 @@ from torch import Tensor
 import fastkd_kernels as fk
 from fastkd.configuration import EarlyExitConfig, check_criterion
 from fastkd.files import write_json
-from fastkd.trace import ExitAnswers, ExitTrace, SweepRow, model_fingerprint
+from fastkd.trace import ExitAnswers, ExitTrace, SweepRow, model_fingerprint, predictions
 
 if TYPE_CHECKING:
     from fastkd.modeling import EarlyExitForSequenceClassification
@@ -294,10 +294,10 @@ class ThresholdPath:
         if criterion == "patience":
             raise ValueError("criterion: got 'patience', whose few values need no path; calibrate its speed")
         uncertainty = trace.uncertainties(criterion, top_n).double().numpy()
-        full = _prediction(trace.logits[:, -1])
+        full = predictions(trace.logits[:, -1])
         shares, thresholds = [], []
         for index in range(len(trace.exit_layers) - 1):
-            failed = _failed(_prediction(trace.logits[:, index]), full, trace.labels, guarantee, tolerance).numpy()
+            failed = _failed(predictions(trace.logits[:, index]), full, trace.labels, guarantee, tolerance).numpy()
             is_known = ~np.isnan(uncertainty[:, index])
             values, where, count = np.unique(uncertainty[is_known, index], return_inverse=True, return_counts=True)
             mean = np.bincount(where, weights=failed[is_known], minlength=len(values)) / count
@@ -526,11 +526,6 @@ def _failed(early: Tensor, full: Tensor, labels: Tensor | None, guarantee: str, 
         return early.ne(full)
     assert labels is not None
     return (full == labels) & (early != labels)
-
-
-def _prediction(logits: Tensor) -> Tensor:
-    """What logits [n, C] answer: a class, or for regression a number."""
-    return logits[:, 0] if logits.shape[-1] == 1 else logits.argmax(dim=-1)
 
 
 def _fastest(tried: Sequence[_Tried]) -> _Tried | None:

@@ -33,7 +33,7 @@ def compare(
     Args:
         trace: labelled rows for a comparison of accuracies.
         reliability: other rows, from which "performance" learns its thresholds; default: a random half of `trace`, and
-            then all criteria are compared on the other half.
+            then all criteria are compared on the other half. A regression has no "performance", and needs none.
         points: at most so many speeds for each criterion, quantiles of what its gates see.
         top_n: classes that the "top_n" criterion looks at; it stands for "entropy" again where there are no more.
         patience: heads that "pcee_bert" wants certain, one after the other.
@@ -50,14 +50,14 @@ def compare(
         raise ValueError(f"trace: got {len(trace)} rows, expected at least 2")
     if points < 2 or patience < 1:
         raise ValueError(f"points, patience: got {points} and {patience}, expected at least 2 and 1")
-    if reliability is None:
+    if reliability is None and not trace.is_regression:
         reliability, trace = _halves(trace)
     swept: dict[str, Sweep] = {}
     for criterion in _criteria(trace):
         n = top_n if criterion == "top_n" else None
         speeds = _quantiles(trace.uncertainties(criterion, n)[:, :-1].numpy(), points)
         swept[criterion] = trace.sweep(speeds, criterion, n, seq_len=seq_len)
-    if trace.is_regression:
+    if reliability is None or trace.is_regression:
         return swept
     speeds = _quantiles(trace.uncertainties("entropy")[:, :-1].numpy(), points)
     rows = [trace.cost(speed, speed, patient_answers(trace, speed, patience), seq_len) for speed in speeds]

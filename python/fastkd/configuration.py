@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -37,6 +38,8 @@ class EarlyExitConfig(PreTrainedConfig):
             or "uer".
         learned_exit: whether there is a learned exit (`fastkd.heads.LearnedExit`), for the criterion "learned".
         certificate: what `ExitTrace.calibrate` vouches for, as `Certificate.to_dict` writes it.
+        label_scale: mean and standard deviation of the labels that a regression was fine-tuned on, see
+            `fastkd.label_scale`; None: not fine-tuned, or no regression.
         training_data: fingerprints (`Rows.digest`) of the rows that the weights have seen, by their part in training
             ("finetune train", "finetune dev", "distill train"...).
         kwargs: what every Hugging Face configuration takes (`num_labels`, `id2label`, `problem_type`...).
@@ -64,6 +67,7 @@ class EarlyExitConfig(PreTrainedConfig):
         input_format: str = "standard",
         learned_exit: bool = False,
         certificate: Mapping[str, Any] | None = None,
+        label_scale: Sequence[float] | None = None,
         training_data: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -88,6 +92,7 @@ class EarlyExitConfig(PreTrainedConfig):
         self.input_format = input_format
         self.learned_exit = learned_exit
         self.certificate = None if certificate is None else dict(certificate)
+        self.label_scale = None if label_scale is None else _checked_label_scale(label_scale)
         self.training_data = dict(training_data or {})
         super().__init__(**kwargs)
         self.criterion = criterion or default_criterion(self.num_classes)
@@ -172,6 +177,14 @@ def check_criterion(criterion: str, top_n: int | None, num_labels: int) -> None:
         )
     if criterion == "top_n" and (top_n is None or not 2 <= top_n <= num_labels):
         raise ValueError(f"top_n: got {top_n}, criterion 'top_n' needs a whole number from 2 to {num_labels} classes")
+
+
+def _checked_label_scale(label_scale: Sequence[float]) -> list[float]:
+    """Raise ValueError unless these are a mean and a standard deviation."""
+    is_right = len(label_scale) == 2 and all(math.isfinite(value) for value in label_scale) and label_scale[1] > 0
+    if not is_right:
+        raise ValueError(f"label_scale: got {label_scale!r}, expected a mean and a standard deviation above 0")
+    return [float(value) for value in label_scale]
 
 
 def _backbone_config(backbone: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:

@@ -1,7 +1,7 @@
 """Exit criteria beyond those of the fused gate, which see the class probabilities of one head only.
 
-    learned      u = 1 - c, c the certainty in [0, 1] that the learned exit reads off the hidden state of [CLS]
-                 (`fastkd.heads.LearnedExit`; BERxiT, EACL 2021)
+    learned      u = 1 - c, c the certainty in [0, 1] that the learned exit reads off the hidden state of [CLS] and
+                 the margin of the logits (`fastkd.heads.LearnedExit`; BERxiT, EACL 2021)
     agreement    u = d / (1 + d), d = |y_k - y_(k-1)| how far the answer moved since the head asked before, 1 at the
                  first head asked: for regression, which has no probabilities. A speed of t / (1 + t) lets rows leave
                  that moved by at most t, in units of the label

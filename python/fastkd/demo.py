@@ -242,7 +242,10 @@ def _load(output: Path, data: Path | None, options: DemoOptions) -> tuple[DataFo
         data = output / "corpus"
     folder = load_folder(data)
     if folder.num_labels == 1:
-        raise ValueError(f"data: {data} is a regression; early exit needs at least 2 classes")
+        raise ValueError(
+            f"data: {data} is a regression, and the demo is about classes; run fastkd finetune {options.checkpoint} "
+            f"--num-labels 1 --data {data} -o tuned, then fastkd distill tuned --data {data} -o model"
+        )
     test = folder.test or folder.dev
     if test is None:
         raise ValueError(f"data: {data} has neither test nor dev rows; the demo needs some that it did not train on")

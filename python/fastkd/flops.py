@@ -77,7 +77,7 @@ def flops(
         heads: how many heads look at it; the full model runs one.
         num_labels: number of classes; default: that of `config`, 2 where it says nothing.
         convention: "fastbert", "macs", "all_matmuls" or "fastbert_float32" (module docstring).
-        learned_exits: how often it meets the learned exit, a linear layer on [CLS].
+        learned_exits: how often it meets the learned exit, a linear layer on [CLS] and one number more.
 
     Raises:
         ValueError: an unknown convention, or counts out of range.
@@ -96,7 +96,7 @@ def flops(
             limit = f"at least {least}" if most is None else f"{least} to {most} (this backbone's depth)"
             raise ValueError(f"{name}: got {value}, expected {limit}")
     linear = list(_linear_terms(shape, seq_len, layers, heads, num_labels))
-    linear += [2 * shape.hidden_size] * learned_exits
+    linear += [2 * (shape.hidden_size + 1)] * learned_exits
     if convention == "fastbert":
         return sum(linear)
     if convention == "macs":

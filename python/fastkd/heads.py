@@ -118,18 +118,41 @@ class LinearHead(nn.Module):
 
 
 class LearnedExit(nn.Module):
-    """How certain a head may be, read off the hidden state of [CLS]: one linear layer for all (BERxiT, EACL 2021).
+    """How certain a head may be: one linear layer for all, on the hidden state of [CLS] (BERxiT, EACL 2021) and margin.
 
-    Distillation trains it to say whether a head's answer is the full model's.
+    Distillation trains it to say whether a head's answer is the full model's. The margin between the two largest logits
+    is our addition: [CLS] alone says nothing in an encoder that was trained to be read as the mean of its tokens, where
+    it hardly differs from text to text. A regression has no margin; 0 stands for it.
     """
 
     def __init__(self, config: EarlyExitConfig) -> None:
         super().__init__()
-        self.linear = nn.Linear(config.hidden_size, 1)
+        self.linear = nn.Linear(config.hidden_size + 1, 1)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Log-odds [...] in float32 that the answer stands, of hidden states of [CLS] [..., H]."""
-        return _at_least_float32(self.linear(hidden_states).squeeze(-1))
+    @torch.no_grad()
+    def start(self) -> None:
+        """Believe the margin: for two classes, the certainty is then the larger probability."""
+        # a logistic regression has one optimum; one fixed start keeps a killed and resumed training the same
+        nn.init.zeros_(self.linear.bias)
+        nn.init.zeros_(self.linear.weight)[:, -1] = 1
+
+    def forward(self, hidden_states: Tensor, logits: Tensor) -> Tensor:
+        """Log-odds [...] in float32 that the answer stands.
+
+        Args:
+            hidden_states: of [CLS], [..., H].
+            logits: of the head, [..., C]; no gradient reaches them.
+        """
+        features = torch.cat([hidden_states, _margin(logits.detach()).to(hidden_states.dtype)], dim=-1)
+        return _at_least_float32(self.linear(features).squeeze(-1))
+
+
+def _margin(logits: Tensor) -> Tensor:
+    """How far the largest logit [..., C] is above the second one, [..., 1]; 0 for C = 1."""
+    if logits.shape[-1] == 1:
+        return torch.zeros_like(logits)
+    largest, second = logits.topk(2, dim=-1).values.split(1, dim=-1)
+    return largest - second
 
 
 def build_head(config: EarlyExitConfig) -> StudentHead | LinearHead:

@@ -233,18 +233,16 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
                 continue
             logits.append(heads[number](hidden_states, mask))
             if self.learned_exit is not None:
-                log_odds.append(self.learned_exit(hidden_states[:, 0]))
+                log_odds.append(self.learned_exit(hidden_states[:, 0], logits[-1]))
         return torch.stack(logits, dim=1), torch.stack(log_odds, dim=1) if log_odds else None
 
     def add_learned_exit(self) -> None:
-        """Give the model a learned exit that knows nothing yet, unless it has one; `fastkd.distill` trains it."""
+        """Give the model a learned exit that knows the margin only, unless it has one; `fastkd.distill` trains it."""
         if self.learned_exit is not None:
             return
         self.config.learned_exit = True
         self.learned_exit = LearnedExit(self.config).to(self.device, self.dtype)
-        # a logistic regression has one optimum; starting at 0 keeps a killed and resumed training the same
-        for parameter in self.learned_exit.parameters():
-            nn.init.zeros_(parameter)
+        self.learned_exit.start()
 
     def decide(
         self,
@@ -279,17 +277,17 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         else:
             logits = head.packed(hidden_states, cu_seqlens)
             cls_states = hidden_states.index_select(0, cu_seqlens[:-1])
-        certainty = self._certainty(cls_states, criterion)
+        certainty = self._certainty(cls_states, logits, criterion)
         return criteria.decide(
             logits, speed, criterion, row_ids, top_n, record=record, layer=layer, certainty=certainty
         )
 
-    def _certainty(self, cls_states: Tensor, criterion: str) -> Tensor | None:
+    def _certainty(self, cls_states: Tensor, logits: Tensor, criterion: str) -> Tensor | None:
         """[B] of the learned exit, where `criterion` asks for it."""
         if criterion != "learned":
             return None
         assert self.learned_exit is not None
-        return self.learned_exit(cls_states).sigmoid()
+        return self.learned_exit(cls_states, logits).sigmoid()
 
     def trace(self, batches: Iterable[Mapping[str, Tensor]], fingerprint: str | None = None) -> ExitTrace:
         """Run every head on every batch once, see `ExitTrace`.
@@ -407,7 +405,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         if num_labels == 1:
             return {"logits": logits, "exit_layer": exit_layer}
         record = fk.ExitRecord.allocate(rows, num_labels, logits.device)
-        certainty = self._certainty(hidden_states[:, 0].detach(), criterion)
+        certainty = self._certainty(hidden_states[:, 0].detach(), logits, criterion)
         gate = criteria.decide(
             logits.detach(), 0.0, criterion, None, top_n, record=record, layer=self.num_layers, certainty=certainty
         )

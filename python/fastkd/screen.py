@@ -131,6 +131,11 @@ def _is_bad_input(error: Exception) -> bool:
     return isinstance(error, (ValueError, OSError, ImportError))
 
 
+def quality(accuracy: float | None, pearson: float | None) -> str:
+    """An accuracy as a percentage, or the correlation of a regression as a number."""
+    return share(accuracy) if pearson is None else f"{pearson:.4f}"
+
+
 def sweep_table(sweep: Sweep, name: str, is_narrow: bool = False) -> Table:
     """The sweep for people; a narrow one shows FLOPs in the fastbert convention only, as a speed-up."""
     rows = list(sweep)
@@ -141,7 +146,8 @@ def sweep_table(sweep: Sweep, name: str, is_narrow: bool = False) -> Table:
         title_justify="left",
         box=box.SIMPLE_HEAD if is_narrow else box.HEAVY_HEAD,
     )
-    for heading in ("speed", "accuracy", "layers", f"left after layer 1..{layers}"):
+    kind = "accuracy" if rows[0].pearson is None else "correlation"
+    for heading in ("speed", kind, "layers", f"left after layer 1..{layers}"):
         table.add_column(heading, justify="right", no_wrap=True)
     for convention in conventions:
         if not is_narrow:
@@ -154,7 +160,7 @@ def sweep_table(sweep: Sweep, name: str, is_narrow: bool = False) -> Table:
             costs += [] if is_narrow else [f"{row.flops[convention] / 1e9:.3f}"]
             costs.append(f"{row.speedup[convention]:.2f}x")
         exits = " ".join(f"{count or '·':>{width}}" for count in row.exits_per_layer)
-        table.add_row(f"{row.speed:g}", share(row.accuracy), f"{row.average_layers:.2f}", exits, *costs)
+        table.add_row(f"{row.speed:g}", quality(row.accuracy, row.pearson), f"{row.average_layers:.2f}", exits, *costs)
     return table
 
 
@@ -195,8 +201,8 @@ def _benchmark_cells(row: BenchmarkRow) -> dict[str, str]:
         "dtype": row.dtype,
         "batch": str(row.batch_size),
         "speed": f"{row.speed:g}",
-        "accuracy": share(row.accuracy),
-        "full": share(row.full_accuracy),
+        "accuracy" if row.pearson is None else "correlation": quality(row.accuracy, row.pearson),
+        "full": quality(row.full_accuracy, row.full_pearson),
         "layers": f"{row.average_layers:.2f}",
         "FLOPs": f"{row.flops_speedup:.2f}x",
         "measured": f"[red]{row.speedup:.2f}x[/]" if loses else f"{row.speedup:.2f}x",

@@ -183,6 +183,11 @@ class ExitTrace:
         return self.logits.shape[-1] == 1
 
     @property
+    def has_right_answers(self) -> bool:
+        """Whether the rows have labels that an answer meets or misses; a number only comes near."""
+        return self.labels is not None and not self.is_regression
+
+    @property
     def default_criterion(self) -> str:
         return criteria.default_criterion(self.logits.shape[-1])
 
@@ -220,8 +225,7 @@ class ExitTrace:
                 record.write(staying, logits, gate.uncertainty, layer)
                 break
             staying = staying.index_select(0, gate.kept())
-        prediction = record.logits[:, 0] if self.is_regression else record.logits.argmax(dim=-1)
-        return ExitAnswers(prediction, record.exit_layer, record.uncertainty, record.logits)
+        return ExitAnswers(predictions(record.logits), record.exit_layer, record.uncertainty, record.logits)
 
     def uncertainties(self, criterion: str | None = None, top_n: int | None = None) -> Tensor:
         """What every head's gate sees if nobody leaves, [n, K] float32.
@@ -292,7 +296,7 @@ class ExitTrace:
         exits = torch.bincount(answers.exit_layer.long(), minlength=self.num_layers + 1)[1:].tolist()
         accuracy = pearson = None
         if self.labels is not None and self.is_regression:
-            pearson = _correlation(answers.prediction, self.labels)
+            pearson = correlation(answers.prediction, self.labels)
         elif self.labels is not None:
             accuracy = (answers.prediction == self.labels).double().mean().item()
         asked = [*head_speeds(thresholds, self.exit_layers), self.num_layers]
@@ -464,7 +468,12 @@ def model_fingerprint(model: EarlyExitForSequenceClassification) -> str:
     return sha.hexdigest()
 
 
-def _correlation(answers: Tensor, labels: Tensor) -> float:
+def predictions(logits: Tensor) -> Tensor:
+    """What logits [n, C] answer: a class, or for regression a number."""
+    return logits[:, 0] if logits.shape[-1] == 1 else logits.argmax(dim=-1)
+
+
+def correlation(answers: Tensor, labels: Tensor) -> float:
     """Pearson's; 0 where one side is constant."""
     value = torch.corrcoef(torch.stack([answers.double(), labels.double()]))[0, 1].item()
     return 0.0 if math.isnan(value) else value

@@ -50,6 +50,8 @@ from fastkd.data import DataError, LengthGroupedSampler, Rows, ShuffledOnceSampl
 from fastkd.files import atomic_folder, write_json
 from fastkd.flops import FlopsShape
 from fastkd.input_format import input_format_of
+from fastkd.label_scale import LabelScale
+from fastkd.losses import label_loss
 from fastkd.metrics import correlation
 from fastkd.modeling import EarlyExitForSequenceClassification
 from fastkd.optimizers import BiasedAdamW
@@ -284,10 +286,19 @@ def finetune(
     config.exits_trained = False
     if options.redraw_heads:
         _redraw(model.heads, options.seed)
+    scale = LabelScale()
+    if config.num_labels == 1:
+        scale = LabelScale.of(train)
+        if config.label_scale is None or options.redraw_heads:
+            for head in model.heads.values():
+                scale.put_into(head)
+        config.label_scale = [scale.mean, scale.std]
     stage = _Stage(
         name="finetune",
-        objective=_TeacherObjective(model),
+        objective=_TeacherObjective(model, scale),
         trained=[model.backbone, model.teacher_head],
+        scale=scale,
+        scaled=[model.teacher_head],
         head_learning_rate=options.learning_rate * options.head_learning_rate_factor,
         metrics=_teacher_metrics,
         best_metric="pearson" if config.num_labels == 1 else "accuracy",
@@ -322,10 +333,13 @@ def distill(
     if options.learned_exit:
         model.add_learned_exit()
     learned = [] if model.learned_exit is None else [model.learned_exit]
+    scale = LabelScale(*model.config.label_scale or ())
     stage = _Stage(
         name="distill",
-        objective=_SelfDistillation(model, options),
+        objective=_SelfDistillation(model, options, scale),
         trained=[*model.student_heads, *learned],
+        scale=scale,
+        scaled=model.student_heads,
         head_learning_rate=options.learning_rate,
         metrics=_ExitMetrics(model.exit_layers, FlopsShape.of(model.config), options.max_length),
         best_metric="loss",
@@ -417,31 +431,39 @@ def bf16_is_fast() -> bool:
 
 
 class _TeacherObjective(nn.Module):
-    """Cross-entropy (squared error for regression) of the last head."""
+    """Cross-entropy (squared error of standardised labels for regression) of the last head.
+
+    The head answers in standardised units, the logits given here are in those of the labels.
+    """
 
     accepts_loss_kwargs = False
 
-    def __init__(self, model: EarlyExitForSequenceClassification) -> None:
+    def __init__(self, model: EarlyExitForSequenceClassification, scale: LabelScale) -> None:
         super().__init__()
         self.model = model
+        self.scale = scale
 
-    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
-        output = self.model(**batch, speed=0.0)
-        return {"loss": output.loss, "logits": output.logits}
+    def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:
+        logits = self.model(**batch, speed=0.0).logits
+        if logits.shape[-1] > 1:
+            return {"loss": label_loss(logits, labels), "logits": logits}
+        return {"loss": label_loss(logits, self.scale.standardised(labels)), "logits": self.scale.restored(logits)}
 
 
 class _SelfDistillation(nn.Module):
     """`self_distillation_loss` of all heads, and `learned_exit_loss` where there is a learned exit.
 
-    In training mode dropout acts in the students, and nowhere else unless `teacher_dropout`.
+    In training mode dropout acts in the students, and nowhere else unless `teacher_dropout`. Students of a regression
+    answer in standardised units, the logits given here are in those of the labels.
     """
 
     accepts_loss_kwargs = False
 
-    def __init__(self, model: EarlyExitForSequenceClassification, options: DistillOptions) -> None:
+    def __init__(self, model: EarlyExitForSequenceClassification, options: DistillOptions, scale: LabelScale) -> None:
         super().__init__()
         self.model = model
         self.options = options
+        self.scale = scale
 
     def train(self, mode: bool = True) -> _SelfDistillation:
         super().train(mode and self.options.teacher_dropout)
@@ -453,12 +475,14 @@ class _SelfDistillation(nn.Module):
     def forward(self, labels: Tensor | None = None, **batch: Tensor) -> dict[str, Tensor]:
         # the frozen parameters ask for no gradient, so nothing below the students is recorded
         logits, log_odds = self.model.all_exits(**batch)
+        students, teacher = logits[:, :-1], logits[:, -1]
+        if logits.shape[-1] == 1:
+            logits = torch.cat([self.scale.restored(students), teacher.unsqueeze(1)], dim=1)
+            teacher = self.scale.standardised(teacher)
         options = self.options
-        loss = self_distillation_loss(
-            logits[:, :-1], logits[:, -1], options.temperature, options.direction, options.t2_scale
-        )
+        loss = self_distillation_loss(students, teacher, options.temperature, options.direction, options.t2_scale)
         if log_odds is not None:
-            loss = loss + learned_exit_loss(log_odds[:, :-1], logits[:, :-1], logits[:, -1])
+            loss = loss + learned_exit_loss(log_odds[:, :-1], students, teacher)
         return {"loss": loss, "logits": logits}
 
 
@@ -469,6 +493,9 @@ class _Stage:
     name: str
     objective: _TeacherObjective | _SelfDistillation
     trained: Sequence[nn.Module]
+    scale: LabelScale
+    scaled: Sequence[nn.Module]
+    """Heads that learn in standardised units."""
     head_learning_rate: float
     metrics: Callable[[EvalPrediction], dict[str, float]]
     best_metric: str
@@ -650,7 +677,7 @@ def _run(
     }
     if arguments.process_index == 0:
         check_outputs(output_dir, checkpoints, options, record)
-    with only_trainable(model, stage.trained):
+    with only_trainable(model, stage.trained), stage.scale.taken_out_of(stage.scaled):
         trainer = _trainer(stage, train_tokens, dev_tokens, arguments, options, tokenizer, callbacks)
         # no process may look for checkpoints before the first one has put the folder in order
         trainer.accelerator.wait_for_everyone()

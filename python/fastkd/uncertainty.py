@@ -18,7 +18,7 @@ class IntervalAccuracy:
     counts: list[int]
     """Rows whose uncertainty lies in each interval."""
     accuracies: list[float | None]
-    """Share of right answers among them; None where there are none, or no labels."""
+    """Share of right answers among them; None where there are none, or no labels, or for regression."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def _interval_accuracy(
     trace: ExitTrace, layer: int, logits: Tensor, uncertainty: Tensor, intervals: int
 ) -> IntervalAccuracy:
     counts = _histogram(uncertainty, intervals)
-    if trace.labels is None:
+    if trace.labels is None or trace.is_regression:
         return IntervalAccuracy(layer, counts, [None] * intervals)
     right = _histogram(uncertainty[logits.argmax(dim=-1) == trace.labels], intervals)
     shares = [hits / count if count else None for hits, count in zip(right, counts, strict=True)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastkd.options import Json
-from fastkd.screen import screen_for, share
+from fastkd.screen import quality, screen_for
 
 if TYPE_CHECKING:
     from fastkd.trace import Sweep
@@ -60,18 +60,20 @@ def compare(
         first = next(iter(swept.values()))
         picture, numbers = output / "compare.png", output / "compare.csv"
         figures.speedup_accuracy(swept, picture)
-        lines = [row for sweep in swept.values() for row in sweep.to_dicts()]
+        # "performance" is a way to use entropy, and would be called so
+        lines = [row | {"criterion": name} for name, sweep in swept.items() for row in sweep.to_dicts()]
         with atomic_path(numbers) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, fieldnames=list(lines[0]))
             writer.writeheader()
             writer.writerows(lines)
-        count = sum(first[0].exits_per_layer)
-        quality = "accuracy" if first[0].pearson is None else "correlation"
+        full = first[0]
+        is_regression = full.pearson is not None
         table = Table(
-            title=f"{count} rows, FLOPs at {first.seq_len} tokens, full model {share(first[0].quality)}",
+            title=f"{sum(full.exits_per_layer)} rows, FLOPs at {first.seq_len} tokens, full model "
+            f"{quality(full.accuracy, full.pearson)}",
             title_justify="left",
         )
-        for heading in ("criterion", *(f"{quality} -{100 * drop:g}%" for drop in DROPS)):
+        for heading in ("criterion", *(_heading(drop, is_regression) for drop in DROPS)):
             table.add_column(heading, justify="left" if heading == "criterion" else "right", no_wrap=True)
         best = {name: {f"{drop:g}": _fastest(sweep, drop) for drop in DROPS} for name, sweep in swept.items()}
         for name, found in best.items():
@@ -80,6 +82,10 @@ def compare(
         screen.out.print(f"written: [bold]{output}[/] ({numbers.name}, {picture.name})", soft_wrap=True)
         screen.next_step("fastkd calibrate MODEL --data DATA --criterion CRITERION")
         screen.result(_result(swept, best, [numbers, picture]))
+
+
+def _heading(drop: float, is_regression: bool) -> str:
+    return f"correlation -{drop:g}" if is_regression else f"accuracy -{100 * drop:g}%"
 
 
 def _fastest(sweep: Sweep, drop: float) -> float:
@@ -91,7 +97,7 @@ def _fastest(sweep: Sweep, drop: float) -> float:
 
 def _result(swept: dict[str, Sweep], best: dict[str, Any], files: list[Path]) -> dict[str, Any]:
     return {
-        "sweeps": {name: sweep.to_dicts() for name, sweep in swept.items()},
+        "sweeps": {name: [row | {"criterion": name} for row in sweep.to_dicts()] for name, sweep in swept.items()},
         "speedup_at_drop": best,
         "files": [str(path) for path in files],
     }

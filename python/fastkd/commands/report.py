@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fastkd.options import Criteria, Criterion, Json, TopN, curve_name, source_names
+from fastkd.options import Criteria, Json, TopN, curve_name, source_names
 from fastkd.screen import screen_for
 
 
@@ -71,15 +71,15 @@ def report(
                 f"sources: got {len(sources)}, but --bench, --log, --examples and --certificate belong to one; name "
                 "folders that hold these files beside their trace"
             )
-        criteria = [item.value for item in criterion or [Criterion.entropy]]
         found = {
             name: read_source(path, name, extras)
             for name, path in zip(source_names([str(path) for path in sources]), sources, strict=True)
         }
+        criteria = [item.value for item in criterion or ()]
         curves = {
-            (name if len(criteria) == 1 else curve_name(name, item, len(found), len(criteria))): (source, item)
+            (curve_name(name, item, len(found), len(criteria)) if len(criteria) > 1 else name): (source, item)
             for name, source in found.items()
-            for item in criteria
+            for item in criteria or [source.trace.default_criterion]
         }
         write_page(curves, output, title=title, speed=speed, top_n=top_n)
         files = [output]

@@ -70,7 +70,8 @@ def _curve(name: str, source: Source, criterion: str, top_n: int | None) -> Curv
         "heads": trace.exit_layers,
         "seqLen": sweep.seq_len,
         "fullFlops": flops(trace.shape, sweep.seq_len, convention=CONVENTION),
-        "accuracy": None if trace.labels is None else [row.accuracy for row in sweep],
+        "accuracy": [row.accuracy for row in sweep] if trace.has_right_answers else None,
+        "correlation": None if sweep[0].pearson is None else [row.pearson for row in sweep],
         "averageLayers": [row.average_layers for row in sweep],
         "speedup": [row.speedup[CONVENTION] for row in sweep],
         "exits": [row.exits_per_layer for row in sweep],
@@ -78,7 +79,7 @@ def _curve(name: str, source: Source, criterion: str, top_n: int | None) -> Curv
         "reliability": [asdict(entry) for entry in accuracy_by_interval(trace, uncertainties, INTERVALS)],
         # seconds were measured with one criterion; another one leaves elsewhere
         "benchmark": source.benchmark if measured_with(source.benchmark) == criterion else None,
-        "training": [asdict(point) for point in training_curve(source.logs)],
+        "training": [] if trace.is_regression else [asdict(point) for point in training_curve(source.logs)],
         "certificate": source.certificate,
         "examples": _examples(source, answers),
     }
@@ -113,11 +114,15 @@ def _sortable(uncertainty: Tensor) -> list[float]:
 
 
 def _entries(answer: ExitAnswers, rows: Sequence[int]) -> list[list[float]]:
-    """Row of the trace, layer, uncertainty, predicted class."""
+    """Row of the trace, layer, uncertainty, predicted class or number."""
     return [
-        [row, int(answer.exit_layer[row]), round(float(answer.uncertainty[row]), 4), int(answer.prediction[row])]
+        [row, int(answer.exit_layer[row]), round(float(answer.uncertainty[row]), 4), _answer(answer.prediction[row])]
         for row in rows
     ]
+
+
+def _answer(prediction: Tensor) -> float:
+    return round(float(prediction), 3) if prediction.is_floating_point() else int(prediction)
 
 
 def _text(source: Source, row: int) -> str:
@@ -129,9 +134,13 @@ def _text(source: Source, row: int) -> str:
 
 
 def _labels(trace: ExitTrace, source: Source, rows: Sequence[int]) -> dict[int, int] | None:
-    return None if trace.labels is None else {row: int(trace.labels[row]) for row in rows}
+    if trace.labels is None or trace.is_regression:
+        return None
+    return {row: int(trace.labels[row]) for row in rows}
 
 
 def _label_names(source: Source) -> list[str]:
     classes = source.trace.logits.shape[-1]
+    if classes == 1:
+        return []
     return list(source.label_names or (f"class {index}" for index in range(classes)))

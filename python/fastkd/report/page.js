@@ -58,7 +58,10 @@
   function showHeadline() {
     const shown = curve();
     const accuracy = shown.accuracy?.[state.step] ?? null;
-    setValue("accuracy", percent(accuracy), accuracy);
+    const correlation = shown.correlation?.[state.step] ?? null;
+    $("accuracy-heading").textContent = correlation === null ? "Accuracy" : "Correlation";
+    if (correlation === null) setValue("accuracy", percent(accuracy), accuracy);
+    else setValue("accuracy", correlation.toFixed(4), correlation);
     $("accuracy-note").textContent = accuracyNote(shown);
     const layers = shown.averageLayers[state.step];
     setValue("layers", layers.toFixed(2), layers, `of ${shown.layers}`);
@@ -73,6 +76,8 @@
   }
 
   function accuracyNote(shown) {
+    if (shown.correlation !== null)
+      return state.step === 0 ? "the full model" : `Pearson's; ${shown.correlation[0].toFixed(4)} in the full model`;
     if (shown.accuracy === null) return "the traced rows have no labels";
     const change = 100 * (shown.accuracy[state.step] - shown.accuracy[0]);
     if (state.step === 0) return "the full model";
@@ -343,10 +348,10 @@
   function showSweepTable() {
     const shown = curve();
     const steps = [...new Set([...speeds.keys()].filter((step) => step % 20 === 0).concat(state.step))].sort((a, b) => a - b);
-    const headings = ["speed", "accuracy", "average layers", "FLOPs speed-up", ...shown.exits[0].map((_, layer) => `layer ${layer + 1}`)];
+    const headings = ["speed", shown.correlation === null ? "accuracy" : "correlation", "average layers", "FLOPs speed-up", ...shown.exits[0].map((_, layer) => `layer ${layer + 1}`)];
     table($("sweep"), headings, steps.map((step) => ({
       chosen: step === state.step,
-      cells: [String(speeds[step]), percent(shown.accuracy?.[step] ?? null), shown.averageLayers[step].toFixed(2), times(shown.speedup[step]), ...shown.exits[step].map(whole)],
+      cells: [String(speeds[step]), shown.correlation?.[step].toFixed(4) ?? percent(shown.accuracy?.[step] ?? null), shown.averageLayers[step].toFixed(2), times(shown.speedup[step]), ...shown.exits[step].map(whole)],
     })));
   }
 

@@ -55,12 +55,12 @@ def write_pictures(
         suffix = "" if len(curves) == 1 else "-" + "".join(sign if sign.isalnum() else "-" for sign in name)
         trace, chosen_top_n = source.trace, top_n if criterion == "top_n" else None
         uncertainties = trace.uncertainties(criterion, chosen_top_n)
-        if trace.labels is not None:
+        if trace.has_right_answers:
             figures.accuracy_by_uncertainty(accuracy_by_interval(trace, uncertainties), path(f"figure4{suffix}"))
         left = {speed: trace.answers(speed, criterion, chosen_top_n).exit_layer for speed in SHOWN_SPEEDS}
         reached = {speed: arrivals(trace, uncertainties, layers, bins=50) for speed, layers in left.items()}
         figures.uncertainty_per_layer(reached, path(f"figure6{suffix}"))
-        points = training_curve(source.logs)
+        points = [] if trace.is_regression else training_curve(source.logs)
         if points:
             figures.training(points, path(f"figure7{suffix}"))
         if source.benchmark is not None and measured_with(source.benchmark) == criterion:

@@ -73,7 +73,7 @@ def read_source(path: Path, name: str, extras: Extras | None = None) -> Source:
     model = None if beside is None else beside / "model"
     config = _read_config(model)
     labels = _label_names(config)
-    examples = _examples(extras.examples or _generated_corpus(beside, trace), labels)
+    examples = _examples(extras.examples or _generated_corpus(beside, trace), labels, trace)
     certificate = config.get("certificate") if extras.certificate is None else read_certificate(extras.certificate)
     return Source(
         name=name,
@@ -169,8 +169,11 @@ def _generated_corpus(beside: Path | None, trace: ExitTrace) -> Path | None:
     return beside / "corpus" / "test.tsv"
 
 
-def _examples(path: Path | None, label_names: Sequence[str] | None) -> Rows | None:
-    return None if path is None else load_rows(path, require_labels=False, label_names=label_names)
+def _examples(path: Path | None, label_names: Sequence[str] | None, trace: ExitTrace) -> Rows | None:
+    if path is None:
+        return None
+    labels: dict[str, Any] = {"num_labels": 1} if trace.is_regression else {"label_names": label_names}
+    return load_rows(path, require_labels=False, **labels)
 
 
 def _check_examples(trace: ExitTrace, examples: Rows) -> None:
