@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import warnings
@@ -143,6 +144,17 @@ def test_without_a_certificate_for_this_nothing_is_promised() -> None:
     empty = DriftMonitor(early_exit_model(), 0.01).report()
     assert empty.agreement is None
     assert "none of 0 rows" in str(empty)
+
+
+def test_predict_says_when_its_answers_are_not_what_was_certified() -> None:
+    model, tokenizer = certified_model(), tokenizer_of("bert")
+    rows = list(read_rows(io.BytesIO(b"good\nbad\n"), "text"))
+    with pytest.warns(CalibrationWarning, match="it is for exit layers 1, 2, 3, 4, in use is 2, 4"):
+        list(predict_rows(model, tokenizer, rows, exit_layers=[2]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CalibrationWarning)
+        list(predict_rows(model, tokenizer, rows))
+        list(predict_rows(early_exit_model(), tokenizer, rows, exit_layers=[2]))
 
 
 def test_regression_agrees_within_the_tolerance() -> None:
