@@ -148,7 +148,7 @@ class Contestant(NamedTuple):
         return f"{self.engine} {self.speed:g}"
 
 
-BASELINE, SORTED, COMPILED = (Contestant(f"transformers{name}") for name in ("", " sorted", " compiled sorted"))
+BASELINE, SORTED, COMPILED = map(Contestant, ("transformers", "transformers sorted", "compiled sorted"))
 PACKED_SORTED, STREAM = Contestant("packed sorted"), Contestant("stream")
 IN_LENGTH_ORDER = (SORTED, COMPILED, PACKED_SORTED)
 

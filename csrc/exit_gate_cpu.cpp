@@ -8,20 +8,15 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <limits>
 #include <optional>
-#include <string_view>
 #include <tuple>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "exit_gate_cpu.h"
+#include "simd.h"
 
 namespace {
 
@@ -30,6 +25,7 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+using fastkd::Bf16;
 using fastkd::Criterion;
 using fastkd::kEntropy;
 using fastkd::kMargin;
@@ -53,54 +49,9 @@ struct Kernels {
   float (*row)(const float* row, int64_t columns, Criterion criterion, float scale);
 };
 
-// MAXIMUM(a, b) is a > b ? a : b, and so b where either is NaN: what x86 has an instruction for.
-namespace baseline {
-#define LANES 4
-#define MAXIMUM(a, b) ((a) > (b) ? (a) : (b))
-#include "exit_gate_simd.h"
-#undef MAXIMUM
-#undef LANES
-}  // namespace baseline
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FASTKD_X86_LEVELS 1
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define LANES 8
-#define MAXIMUM(a, b) _mm256_max_ps(a, b)
-#include "exit_gate_simd.h"
-#undef MAXIMUM
-#undef LANES
-}  // namespace avx2
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,fma")
-namespace avx512 {
-#define LANES 16
-// the unmasked intrinsic makes GCC 12 warn of an uninitialised variable of its own
-#define MAXIMUM(a, b) _mm512_maskz_max_ps(0xffff, a, b)
-#include "exit_gate_simd.h"
-#undef MAXIMUM
-#undef LANES
-}  // namespace avx512
-#pragma GCC pop_options
-#endif
-
-// The instruction set, which ATEN_CPU_CAPABILITY can lower exactly as it does for PyTorch itself.
-Kernels choose_kernels() {
-#if FASTKD_X86_LEVELS
-  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string_view asked = variable ? variable : "avx512";
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
-  if (asked == "avx512" && has_avx512) return avx512::kKernels;
-  if (asked != "default" && has_avx2) return avx2::kKernels;
-#endif
-  return baseline::kKernels;
-}
+#define FASTKD_SIMD_SOURCE "exit_gate_simd.h"
+#include "simd_levels.h"
+#undef FASTKD_SIMD_SOURCE
 
 const Kernels kernels = choose_kernels();
 

@@ -1,51 +1,5 @@
-// Vectorised part of the CPU exit gate. exit_gate_cpu.cpp includes this once per instruction set, inside a namespace and
-// a target pragma, with LANES defined: hence no include guard, and no standard template, whose instantiation for one
-// instruction set the linker could hand to code that runs on another.
-
-typedef float Floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-
-static inline Floats load(const float* from) {
-  Floats lanes;
-  __builtin_memcpy(&lanes, from, sizeof lanes);
-  return lanes;
-}
-
-static inline void store(float* to, Floats lanes) {
-  __builtin_memcpy(to, &lanes, sizeof lanes);
-}
-
-static inline Floats splat(float value) {
-  return value - Floats{};
-}
-
-// LANES rows by LANES columns, turned over: swaps ever larger off-diagonal blocks.
-static inline void transpose(Floats rows[LANES]) {
-#ifdef __clang__
-  for (int i = 0; i < LANES; ++i) {
-    for (int j = 0; j < i; ++j) {
-      const float swapped = rows[i][j];
-      rows[i][j] = rows[j][i];
-      rows[j][i] = swapped;
-    }
-  }
-#else
-  Ints lane;
-  for (int i = 0; i < LANES; ++i) lane[i] = i;
-#pragma GCC unroll 4
-  for (int step = 1; step < LANES; step *= 2) {
-    const Ints upper = (lane & step) != 0;
-    const Ints to_first = upper ? lane - step + LANES : lane, to_second = upper ? lane + LANES : lane + step;
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; ++i) {
-      if (i & step) continue;
-      const Floats first = rows[i], second = rows[i + step];
-      rows[i] = __builtin_shuffle(first, second, to_first);
-      rows[i + step] = __builtin_shuffle(first, second, to_second);
-    }
-  }
-#endif
-}
+// Uncertainties of the CPU exit gate; compiled once per instruction set by simd_levels.h.
+#include "simd_vectors.h"
 
 // LANES columns of kTileRows rows, interleaved: tile[c * kTileRows + row].
 static void interleave_columns(const float* from, int64_t stride, float* tile) {
@@ -57,25 +11,6 @@ static void interleave_columns(const float* from, int64_t stride, float* tile) {
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; ++i) store(tile + i * kTileRows + row, rows[i]);
   }
-}
-
-// The larger of both; `largest` where x is NaN.
-static inline Floats larger(Floats x, Floats largest) {
-  return MAXIMUM(x, largest);
-}
-
-// 2^y for y <= 0, exactly 0 where y <= -127; NaN stays NaN. As 2^n 2^r with n = round(y).
-static inline Floats power_of_two(Floats y) {
-  const float to_integer = 12582912.f;  // 1.5 * 2^23: adding it leaves round(y) in the low mantissa bits
-  const Floats shifted = y + to_integer;
-  const Floats r = y - (shifted - to_integer);
-  const Floats r2 = r * r;
-  const Floats low = r * 0.24022647738456726f + 0.6931471824645996f;
-  const Floats middle = r * 0.00961843691766262f + 0.055503323674201965f;
-  const Floats high = r * 0.00015353361959569156f + 0.0013398873852565885f;
-  const Floats p = r * (low + r2 * (middle + r2 * high)) + 1.f;
-  // n = -127 makes a scale of exactly 0
-  return p * (Floats)(((Ints)shifted + 127) << 23);
 }
 
 // ln s for finite s >= 1, as k ln 2 + ln(1 + f) with 1 + f in [sqrt(1/2), sqrt(2))
@@ -116,7 +51,7 @@ static inline Floats binary_exponent(Floats difference) {
 
 static inline void include(Sums& sums, Floats difference) {
   const Floats y = binary_exponent(difference);
-  const Floats weight = power_of_two(y);
+  const Floats weight = bounded_power_of_two(y);
   sums.total += weight;
   sums.weighted += weight * y;
 }
@@ -126,7 +61,7 @@ static inline Floats uncertainty(Largest largest, Sums sums, Criterion criterion
   if (criterion == kMaxProb) {
     u = (1.f - 1.f / sums.total) / scale;
   } else if (criterion == kMargin) {
-    u = 1.f - (1.f - power_of_two(binary_exponent(largest.second - largest.first))) / sums.total;
+    u = 1.f - (1.f - bounded_power_of_two(binary_exponent(largest.second - largest.first))) / sums.total;
   } else {
     u = (logarithm(sums.total) - 0.693147181f * sums.weighted / sums.total) / scale;
   }

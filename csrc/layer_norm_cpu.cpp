@@ -7,6 +7,8 @@
 #include <optional>
 #include <vector>
 
+#include "simd.h"
+
 namespace fastkd::layer_norm {
 namespace {
 
@@ -15,10 +17,6 @@ using torch::stable::Tensor;
 
 // about 10 microseconds of work: less than that is not worth waking a thread for
 constexpr int64_t kElementsPerTask = 64 * 1024;
-
-struct Bf16 {
-  uint16_t bits;
-};
 
 struct Norm {
   const void *weight, *bias;  // [width]

@@ -1,8 +1,7 @@
 // Compiles FASTKD_SIMD_SOURCE once per instruction set, each time in a namespace and under a target pragma of its own with
 // LANES defined, and picks one of the results when the library is loaded. The source must define `kKernels` of type
 // Kernels, and may not instantiate standard templates: the linker could hand such an instance to code of another level.
-#include <cstdlib>
-#include <string_view>
+// Included inside a namespace, after simd.h.
 
 namespace baseline {
 #define LANES 4

@@ -56,20 +56,35 @@ static inline void narrow(float value, Bf16* to) {
   to->bits = value == value ? static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : 0x7fc0;
 }
 
-// 2^y for y <= 0, exactly 0 below -126; NaN stays NaN. With n = round(y): 2^n e^((y - n) ln 2).
-static inline Floats power_of_two(Floats y) {
+// a > b ? a : b, and so b where either is NaN: what x86 has an instruction for.
+static inline Floats larger(Floats a, Floats b) {
+#if FASTKD_X86_LEVELS && LANES == 16
+  // GCC 12 takes two instructions without being told, and warns of the unmasked form
+  return _mm512_maskz_max_ps(0xffff, a, b);
+#elif FASTKD_X86_LEVELS && LANES == 8
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// 2^y for -127 <= y <= 0, where 2^-127 is exactly 0; NaN stays NaN. As 2^n 2^r with n = round(y).
+static inline Floats bounded_power_of_two(Floats y) {
   const float to_integer = 12582912.f;  // 1.5 * 2^23: adding it leaves round(y) in the low mantissa bits
-  const Floats clipped = y < -127.f ? splat(-127.f) : y;
-  const Floats shifted = clipped + to_integer;
-  const Floats f = clipped - (shifted - to_integer);
-  Floats p = f * 1.54035304e-4f + 1.33335581e-3f;  // Taylor coefficients ln(2)^k / k!, enough for |f| <= 1/2
-  p = p * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
-  p = p * f + 1.f;
-  // n = -127 gives a scale of exactly 0
+  const Floats shifted = y + to_integer;
+  const Floats r = y - (shifted - to_integer);
+  const Floats r2 = r * r;
+  const Floats low = r * 0.24022647738456726f + 0.6931471824645996f;
+  const Floats middle = r * 0.00961843691766262f + 0.055503323674201965f;
+  const Floats high = r * 0.00015353361959569156f + 0.0013398873852565885f;
+  const Floats p = r * (low + r2 * (middle + r2 * high)) + 1.f;
+  // n = -127 makes a scale of exactly 0
   return p * (Floats)(((Ints)shifted + 127) << 23);
+}
+
+// 2^y for y <= 0, exactly 0 from -127 down; NaN stays NaN.
+static inline Floats power_of_two(Floats y) {
+  return bounded_power_of_two(larger(splat(-127.f), y));
 }
 
 #if defined(__GNUC__) && !defined(__clang__)
@@ -89,10 +104,6 @@ static inline float sum_of(Floats lanes) {
 #endif
   lanes += swapped<2>(lanes);
   return lanes[0] + lanes[1];
-}
-
-static inline Floats larger(Floats a, Floats b) {
-  return a > b ? a : b;
 }
 
 static inline float largest_of(Floats lanes) {

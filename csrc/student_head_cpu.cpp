@@ -7,6 +7,8 @@
 #include <optional>
 #include <vector>
 
+#include "simd.h"
+
 namespace fastkd::student_head {
 namespace {
 
@@ -14,10 +16,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kMostSequences = 8;  // in one block, whatever the instruction set
-
-struct Bf16 {
-  uint16_t bits;
-};
 
 // One call. Matrices are stored [in, out], so that a product with vectors runs along rows.
 struct Heads {

@@ -8,6 +8,8 @@
 #include <optional>
 #include <vector>
 
+#include "simd.h"
+
 namespace fastkd::varlen_attention {
 namespace {
 
@@ -19,10 +21,6 @@ constexpr int64_t kQueries = 32;  // as many as share each load of a key or valu
 constexpr int64_t kTokenCost = 64;
 // about 10 microseconds of work: less than that is not worth waking a thread for
 constexpr int64_t kCostPerTask = 16384;
-
-struct Bf16 {
-  uint16_t bits;
-};
 
 struct Attention {
   const void *query, *key, *value;

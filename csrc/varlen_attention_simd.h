@@ -95,14 +95,11 @@ template <int N>
 static inline void softmax(float* scores, int64_t tokens, Floats* normalisers) {
   for (int n = 0; n < N; ++n) {
     Floats largest = load(scores + n * LANES);
-    for (int64_t t = 1; t < tokens; ++t) {
-      const Floats lanes = load(scores + (t * N + n) * LANES);
-      largest = lanes > largest ? lanes : largest;
-    }
+    for (int64_t t = 1; t < tokens; ++t) largest = larger(load(scores + (t * N + n) * LANES), largest);
     Floats total{};
     for (int64_t t = 0; t < tokens; ++t) {
       float* at = scores + (t * N + n) * LANES;
-      const Floats weights = power_of_two(load(at) - largest);
+      const Floats weights = power_of_two(larger(splat(-127.f), load(at) - largest));
       store(at, weights);
       total += weights;
     }

@@ -123,3 +123,11 @@ def assert_equal_gradients_three_times(
     torch.testing.assert_close(third, first, rtol=0, atol=0)
     (single,) = torch.autograd.grad(value, inputs[0], torch.ones_like(value))
     torch.testing.assert_close(first, 3 * single)
+
+
+def assert_compiles_into_one_graph(loss: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+    """`torch.compile` finds no break, and gives the value and the gradients of the eager loss."""
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    compiled, eager = torch.compile(loss, fullgraph=True)(*inputs), loss(*inputs)
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(torch.autograd.grad(compiled, wanted), torch.autograd.grad(eager, wanted))

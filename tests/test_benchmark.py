@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import early_exit_model, random_batch
+from tiny_models import early_exit_model, one_thread, random_batch  # noqa: F401  # a fixture
 from torch import Tensor
 
 import fastkd
 from fastkd import benchmark
 from fastkd.trace import ExitTrace
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from threads, and lose much where other work wants the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def batches_of(size: int, rows: int = 12) -> list[dict[str, Tensor]]:

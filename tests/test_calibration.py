@@ -10,8 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+
+pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+
+import numpy as np
 import torch
 from scipy.stats import binomtest
 from tiny_models import (
@@ -39,6 +42,7 @@ from fastkd.calibration import (
     bounds,
     holding,
     smallest_sample,
+    warn_if_uncertified,
 )
 from fastkd.data import load_rows
 from fastkd.flops import FlopsShape
@@ -237,9 +241,6 @@ def test_certificate_says_what_the_sweep_measures() -> None:
     assert certificate.disagreements == certificate.failures == int((early != whole).sum())
     assert certificate.agreement == 0.98
     assert (certificate.data, certificate.model, certificate.seq_len) == ("part", "m" * 64, 33)
-    assert certificate.covers(certificate.speed, "margin", None)
-    assert not certificate.covers(certificate.speed, "entropy", None)
-    assert not certificate.covers(certificate.speed / 2, "margin", None)
     assert f"{certificate.failures} of 3,000 did" in str(certificate)
     accuracy = trace.calibrate(0.02, guarantee="accuracy")
     assert accuracy.disagreements > accuracy.failures
@@ -417,6 +418,45 @@ def test_save_touches_nothing_else(tmp_path: Path, with_path: bool) -> None:
     assert torch.equal(answers.exit_layer, trace.answers(certificate.speed).exit_layer)
 
 
+def test_what_is_not_as_certified_is_told() -> None:
+    model, trace = traced_model()
+    certificate = trace.calibrate(0.6, criterion="margin")
+    assert (certificate.dtype, certificate.exit_layers) == ("float32", model.exit_layers)
+
+    def told(dtype: torch.dtype = torch.float32, **exits: Any) -> list[str]:
+        return certificate.mismatches(model.config, dtype, **{"speed": speed, "criterion": "margin", **exits})
+
+    speed = certificate.speed
+    assert told() == told(exit_layers=model.exit_layers) == []
+    assert told(torch.bfloat16) == ["it is for dtype float32, in use is bfloat16"]
+    assert told(criterion="entropy") == ["it is for criterion margin, in use is entropy"]
+    assert told(speed=0.125) == [f"it is for speed {speed}, in use is 0.125"]
+    assert told(exit_layers=[2]) == ["it is for exit layers 1, 2, 3, 4, in use is 2, 4"]
+    assert told(speed=[speed] * 3) == [f"it is for speed {speed}, in use is {', '.join(3 * [str(speed)])}"]
+    assert told(criterion="top_n", top_n=2)[1] == "it is for top_n None, in use is 2"
+    assert told(torch.bfloat16, speed=0.0) == [], "the full model gives the full model's answers"
+    assert certificate.mismatches(model.config, "float32") == [], "the default is still the full model"
+    certificate.apply(model, set_default=True)
+    assert certificate.mismatches(model.config, "float32") == []
+    assert certificate.mismatches(model.config, "float32", 0.125), "what is given wins over the default"
+    unknown = replace(trace, source=replace(trace.source, dtype="")).calibrate(0.6)
+    assert unknown.mismatches(model.config, "float32", unknown.speed, "entropy") == [
+        "it is for dtype unknown, in use is float32"
+    ]
+
+
+def test_uncertified_calls_warn() -> None:
+    model, trace = traced_model()
+    assert warn_if_uncertified(model, speed=0.125) == [], "without a certificate there is nothing to tell"
+    certificate = trace.calibrate(0.6)
+    certificate.apply(model)
+    assert warn_if_uncertified(model, speed=certificate.speed) == []
+    with pytest.warns(CalibrationWarning, match=r"certificate: it is for speed 0\.\d+, in use is 0.125; nothing is"):
+        assert len(warn_if_uncertified(model, speed=0.125)) == 1
+    with pytest.warns(CalibrationWarning, match="it is for dtype float32, in use is bfloat16"):
+        warn_if_uncertified(model.bfloat16(), speed=certificate.speed)
+
+
 def test_certificate_of_other_weights_is_refused(tmp_path: Path) -> None:
     model, trace = traced_model()
     certificate = trace.calibrate(0.6)
@@ -532,6 +572,28 @@ def test_calibrate_writes_what_info_prints(saved: Path, rows: Path) -> None:
     assert found["certificate"]["n"] == 500
     assert found["default_speed"] == 0.0
     assert found["certificate"] == Certificate.of(steps.load_config(str(saved))).to_dict()  # type: ignore[union-attr]
+    assert (found["dtype"], found["mismatches"]) == ("float32", [])
+
+
+def test_info_tells_where_the_default_is_not_what_was_certified(saved: Path, rows: Path) -> None:
+    options = ("--max-drop", "60%", "--set-default", "--dtype", "bf16")
+    found = json.loads(succeeded("calibrate", saved, "--data", rows, *options, "--json").stdout)
+    assert found["dtype"] == "bfloat16"
+    assert "not the default: it is for dtype bfloat16, in use is float32" in succeeded("info", saved).stdout
+    sentences = json.loads(succeeded("info", saved, "--json").stdout)["mismatches"]
+    assert sentences == ["it is for dtype bfloat16, in use is float32"]
+
+
+def test_a_trace_in_another_dtype_certifies_its_folder(saved: Path, rows: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "bf16.safetensors"
+    succeeded("trace", saved, rows, "-o", trace, "--dtype", "bf16")
+    assert fastkd.ExitTrace.load(trace).source.dtype == "bfloat16"
+    succeeded("calibrate", trace, "--max-drop", 0.6, "--model", saved)
+    model, _ = steps.load_model(str(saved), "cpu", "bf16")
+    certificate = Certificate.of(model.config)
+    assert certificate is not None
+    assert certificate.model == model_fingerprint(model)
+    assert certificate.mismatches(model.config, model.dtype, certificate.speed) == []
 
 
 def test_calibrate_a_trace_and_save_into_its_model(saved: Path, rows: Path, tmp_path: Path) -> None:

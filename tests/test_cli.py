@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+
 import torch
-from tiny_models import WORDS, early_exit_model, save_plain_checkpoint, tokenizer_of
+from tiny_models import WORDS, early_exit_model, one_thread, save_plain_checkpoint, tokenizer_of  # noqa: F401  # a fixture
 from typer.testing import CliRunner
 
 from fastkd import cli, demo, steps
@@ -58,15 +61,6 @@ def write_rows(path: Path, rows: int, seed: int, labels: tuple[str, str] = ("neg
         lines.append(f"{labels[row % 2]}\t{filler} {pick((NEGATIVE, POSITIVE)[row % 2])}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from threads, and lose much where other work wants the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -261,6 +255,13 @@ def test_predict_pipe_to_pipe(model: Path) -> None:
     assert header.split("\t") == ["label", "probability", "exit_layer", "error"]
     assert [line.split("\t")[2] for line in lines] == ["1", "1"]
     assert "2 rows in" in result.stderr
+
+
+@pytest.mark.parametrize("monitor", [(), ("--monitor", 1)])
+def test_predict_decides_after_the_chosen_layers_only(model: Path, monitor: tuple[object, ...]) -> None:
+    options = ("--speed", 1, "--exit-layers", "2,3", *monitor)
+    result = succeeded("predict", model, *options, stdin="good film\nbad plot\n")
+    assert [line.split("\t")[2] for line in result.stdout.splitlines()[1:]] == ["2", "2"]
 
 
 def test_predict_json_on_a_pipe_is_one_object_a_row(model: Path) -> None:

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+
 import datasets
 import pyarrow
 import pyarrow.parquet
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from losses import (
     assert_as_accurate_as_torch,
+    assert_compiles_into_one_graph,
     assert_equal_gradients_three_times,
     assert_parity,
     device_of,
@@ -205,12 +206,10 @@ def test_opcheck(backend: str, labelled: bool) -> None:
 
 def test_compiles_into_one_graph() -> None:
     student, layers, teacher, teachers = logits(2, 3, 4, 5)
-    inputs = (student.requires_grad_(), layers.requires_grad_())
+    for tensor in (student, layers):
+        tensor.requires_grad_()
     loss = loss_with(torch.tensor([0, 1, 2, 0]))
-    compiled = torch.compile(loss, fullgraph=True)(student, layers, teacher, teachers)
-    eager = loss(student, layers, teacher, teachers)
-    torch.testing.assert_close(compiled, eager)
-    torch.testing.assert_close(torch.autograd.grad(compiled, inputs), torch.autograd.grad(eager, inputs))
+    assert_compiles_into_one_graph(loss, (student, layers, teacher, teachers))
 
 
 @pytest.mark.skipif(not _triton.available, reason=str(_triton.missing_reason))

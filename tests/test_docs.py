@@ -18,10 +18,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import official_fastbert
 import pytest
+
+pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+
+import official_fastbert
 import torch
-from tiny_models import WORDS
+from tiny_models import WORDS, one_thread  # noqa: F401  # a fixture
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 from typer.testing import CliRunner
 
@@ -103,14 +106,6 @@ def reason_not_to_run(command: str) -> str | None:
 
 PYTHON_PAGES = [page for page in PAGES if any(block.language == "python" for block in blocks_of(page))]
 BASH_PAGES = [page for page in PAGES if any(block.language == "bash" for block in blocks_of(page))]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

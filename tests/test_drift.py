@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import warnings
@@ -23,7 +24,7 @@ from tiny_models import (
 from typer.testing import CliRunner
 
 from fastkd import cli
-from fastkd.calibration import Certificate, binomial_interval
+from fastkd.calibration import CalibrationWarning, Certificate, binomial_interval
 from fastkd.drift import DriftMonitor, DriftWarning, evidence
 from fastkd.predict import predict as predict_rows
 from fastkd.predict import read_rows
@@ -121,20 +122,39 @@ def test_drift_warns_once() -> None:
     assert monitor.report().has_drifted
 
 
-def test_without_a_certificate_for_this_speed_nothing_is_promised() -> None:
+def test_without_a_certificate_for_this_nothing_is_promised() -> None:
+    monitors = {"the model has no certificate": DriftMonitor(early_exit_model(), 1.0, speed=0.5)}
+    for exits, told in (
+        ({"speed": 0.123}, "it is for speed 0."),
+        ({"criterion": "margin"}, "it is for criterion entropy, in use is margin"),
+        ({"exit_layers": [2]}, "it is for exit layers 1, 2, 3, 4, in use is 2, 4"),
+    ):
+        with pytest.warns(CalibrationWarning, match=told):
+            monitors[told] = DriftMonitor(certified_model(), 1.0, **exits)
+    with pytest.warns(CalibrationWarning, match="it is for dtype float32, in use is bfloat16"):
+        monitors["in use is bfloat16"] = DriftMonitor(certified_model().bfloat16(), 1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for monitor in (
-            DriftMonitor(early_exit_model(), 1.0, speed=0.5),
-            DriftMonitor(certified_model(), 1.0, speed=0.123),
-            DriftMonitor(certified_model(), 1.0, criterion="margin"),
-        ):
+        for told, monitor in monitors.items():
             monitor.record(500, ["a"] * 500, ["b"] * 500)
-            assert monitor.report().promised is None
-            assert "no certificate covers this speed" in str(monitor.report())
+            report = monitor.report()
+            assert report.promised is None
+            assert f"nothing is promised: {told}" in str(report) or told in report.mismatches[0]
+            assert len(report.mismatches) == (told != "the model has no certificate")
     empty = DriftMonitor(early_exit_model(), 0.01).report()
     assert empty.agreement is None
     assert "none of 0 rows" in str(empty)
+
+
+def test_predict_says_when_its_answers_are_not_what_was_certified() -> None:
+    model, tokenizer = certified_model(), tokenizer_of("bert")
+    rows = list(read_rows(io.BytesIO(b"good\nbad\n"), "text"))
+    with pytest.warns(CalibrationWarning, match="it is for exit layers 1, 2, 3, 4, in use is 2, 4"):
+        list(predict_rows(model, tokenizer, rows, exit_layers=[2]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CalibrationWarning)
+        list(predict_rows(model, tokenizer, rows))
+        list(predict_rows(early_exit_model(), tokenizer, rows, exit_layers=[2]))
 
 
 def test_regression_agrees_within_the_tolerance() -> None:
@@ -186,6 +206,7 @@ def test_predict_watches_the_same_rows_with_every_engine(batch_size: int | None,
 
 
 def test_predict_command_reports_and_warns(tmp_path: Path) -> None:
+    pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
     model = certified_model()
     certificate = Certificate.of(model.config)
     assert certificate is not None

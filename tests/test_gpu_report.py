@@ -135,6 +135,21 @@ def test_rows_whose_tests_failed_are_not_reported() -> None:
     assert "[32, 4] fp32 | eager" not in text
 
 
+def test_a_stream_has_its_own_proof_and_goal() -> None:
+    report = full_report()
+    report.models += [replace(model_row(), engine="stream"), replace(model_row(seconds=0.024), engine="stream")]
+    assert [(row.goal, row.ratio >= row.goal) for row in report.models if row.goal] == [
+        (0.8, True),
+        (0.8, True),
+        (0.9, True),
+        (0.9, False),
+    ]
+    assert replace(model_row(8), engine="stream").goal is None
+    report.tests["test_stream"] = Outcomes(passed=9, failed=("test_stream::test_it",))
+    assert {row.engine for row in report.shown_models()} == {"batch"}
+    assert [reason.split(":")[0] for reason in report.withheld()] == ["early exit, stream"]
+
+
 @pytest.mark.parametrize("outcome", [None, Outcomes(skipped=5), Outcomes(not_reached=5)])
 def test_rows_that_no_test_proved_are_not_reported(outcome: Outcomes | None) -> None:
     report = full_report()
@@ -368,7 +383,9 @@ def test_every_step_on_the_cpu(name: str, tmp_path: Path) -> None:
         assert sum(row.heuristic for row in part.sweeps) == 3
         assert len(part.sweeps) > 6
     if name == "models":
-        assert {(row.batch_size, row.engine) for row in part.models} == set(product((1, 4), ("batch", "graphs")))
+        assert {(row.batch_size, row.engine) for row in part.models} == set(
+            product((1, 4), ("batch", "graphs", "stream"))
+        )
         assert all(row.seconds > 0 and row.ratio > 0 for row in part.models)
 
 
@@ -473,6 +490,25 @@ def test_an_exit_pattern_has_its_average(average: float, layers: int) -> None:
     counts = pattern.bincount(minlength=layers + 1)[1:]
     assert counts[:-1].diff().max() <= 1, "deeper layers answer fewer rows, but for those that never leave"
     assert pattern.equal(early_exit.exit_pattern(512, average, layers)), "the same every time"
+
+
+def test_an_engine_that_answers_something_else_costs_only_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = early_exit.Setting(early_exit.REHEARSAL, 4, WallTimer())
+    pattern = early_exit.exit_pattern(setting.rows, 1.5, 3)
+    problems: list[str] = []
+    early = setting._right_engines(pattern, problems)
+    assert (list(early), problems) == (["batch", "graphs", "stream"], [])
+    predictions, _ = early["batch"]()
+    for make, message in (
+        (lambda: (predictions + 1, pattern), "AssertionError: only 0.0% of its answers are those of batch"),
+        (lambda: (predictions, pattern + 1), "AssertionError: it does not follow the imposed exit pattern"),
+        (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
+    ):
+        contestants = {**early, "stream": make}
+        monkeypatch.setattr(setting, "early_exits", lambda _, contestants=contestants: contestants)
+        problems.clear()
+        assert list(setting._right_engines(pattern, problems)) == ["batch", "graphs"]
+        assert problems == [f"early exit, batch 4: stream: {message}"]
 
 
 def test_an_average_that_is_too_deep_is_refused() -> None:

@@ -7,8 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+
+pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+
+import datasets
 import torch
 from official_fastbert import Official, Size, random_checkpoint, random_rows, read_row, vocabulary
 from tiny_models import one_thread, save_plain_checkpoint, tokenizer_of  # noqa: F401  # a fixture

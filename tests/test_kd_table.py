@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+
 import yaml
 from kd_worker import save_teacher
 from test_cli import refused, succeeded

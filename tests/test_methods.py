@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+
 import torch
 from kd_worker import OPTIONS, regression_rows, save_teacher
 from tiny_models import one_thread  # noqa: F401  # a fixture

@@ -6,13 +6,15 @@ import copy
 import json
 import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+
 import torch
-from tiny_models import early_exit_model, tokenizer_of
+from tiny_models import early_exit_model, one_thread, tokenizer_of  # noqa: F401  # a fixture
 from torch import Tensor
 from torch.nn import functional as F
 from training_worker import load, rows, save_plain
@@ -27,14 +29,6 @@ from fastkd.training import DistillOptions, FinetuneOptions, TrainOptions, Train
 
 BATCH, ROWS, LENGTH = 8, 20, 16
 QUICK = {"batch_size": BATCH, "max_length": LENGTH, "progress": False, "bf16": False, "logging_steps": 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

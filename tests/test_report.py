@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+
 import torch
 from report_sources import LOGS, benchmark, certificate, corpus_rows, made_up_trace, report_folder
 from tiny_models import early_exit_model, random_batch

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+
 from report_sources import LOGS, benchmark, certificate, corpus_rows, made_up_trace
 from tiny_models import early_exit_model, random_batch
 

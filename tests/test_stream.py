@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
 import pytest
 import torch
 from tiny_models import WORDS, clear_speed, early_exit_model, one_thread, random_batch, row_of, tokenizer_of
+from torch import nn
 
 import fastkd
 from fastkd.engines.stream import StreamRow
@@ -64,6 +64,26 @@ def test_same_answers_as_one_by_one(num_labels: int, tokens_per_run: int, look_a
     assert [row.line for row in result] == list(range(1, len(rows) + 1))
     assert len({row.exit_layer for row in result}) > 1
     assert stream.statistics.rows_read == stream.statistics.rows_answered == len(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_same_answers_as_padded_batches_on_the_device(dtype: torch.dtype) -> None:
+    """Where there is a GPU, by the kernels that a stream runs there."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, rows = early_exit_model(num_labels=4), encoded_rows(80)
+    speed = speed_of(model, rows)
+    nn.Module.to(model, device=device, dtype=dtype)
+    expected = []
+    for row in rows:
+        batch = {name: torch.tensor([values], device=device) for name, values in row.items()}
+        output = model(**batch, speed=speed, engine="batch")
+        expected.append((model.config.id2label[int(output.logits.argmax())], int(output.exit_layer)))
+    given = answers_of(list(model.stream(rows, speed=speed, tokens_per_run=100)))
+    same = sum(answer == other for answer, other in zip(given, expected, strict=True))
+    # rounding to 8 bits moves a few rows across the speed, or to another class
+    assert same >= (80 if dtype == torch.float32 else 72)
+    assert len({layer for _, layer in given}) > 2
 
 
 @pytest.mark.parametrize("options", [{"criterion": "patience"}, {"criterion": "top_n", "top_n": 2}, {"speed": 0.0}])
@@ -127,14 +147,22 @@ def test_later_layers_run_on_full_batches() -> None:
         assert ran <= count / 200 + 1
 
 
-def test_texts_pairs_and_datasets() -> None:
+@pytest.mark.parametrize("kind", ["pairs", "dataset", "iterable dataset"])
+def test_pairs_of_texts(kind: str) -> None:
+    model, tokenizer = early_exit_model(), tokenizer_of("bert")
+    texts, second = sentences(12), sentences(24)[12:]
+    rows: Any = list(zip(texts, second, strict=True))
+    expected = [one_by_one(model, [dict(tokenizer(*pair))], speed=0.5)[0] for pair in rows]
+    if kind != "pairs":
+        datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+        rows = datasets.Dataset.from_dict({"sentence1": texts, "sentence2": second, "label": [0] * 12})
+        rows = rows.to_iterable_dataset() if kind == "iterable dataset" else rows
+    assert answers_of(list(model.stream(rows, tokenizer, speed=0.5))) == expected
+
+
+def test_texts() -> None:
     model, tokenizer = early_exit_model(), tokenizer_of("bert")
     texts = sentences(12)
-    second = sentences(24)[12:]
-    expected = [one_by_one(model, [dict(tokenizer(*pair))], speed=0.5)[0] for pair in zip(texts, second, strict=True)]
-    pairs = datasets.Dataset.from_dict({"sentence1": texts, "sentence2": second, "label": [0] * 12})
-    for rows in (list(zip(texts, second, strict=True)), pairs, pairs.to_iterable_dataset()):
-        assert answers_of(list(model.stream(rows, tokenizer, speed=0.5))) == expected
     single = [one_by_one(model, [dict(tokenizer(text))], speed=0.5)[0] for text in texts]
     for rows in (texts, [{"text": text} for text in texts], (text for text in texts)):
         assert answers_of(list(model.stream(rows, tokenizer, speed=0.5))) == single

@@ -287,6 +287,20 @@ def test_other_architectures(family: str, kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded(**batch).logits, output.logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta"])  # whose padding tokens differ
+@pytest.mark.parametrize("kind", NEW)
+def test_other_architectures_of_an_early_exit_model(family: str, kind: str, tmp_path: Path) -> None:
+    early_exit_model(family, num_labels=5).save_pretrained(tmp_path)
+    teacher = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    student = student_from_teacher(teacher, kind, hidden_size=18, embedding_size=HIDDEN)
+    assert student.config.num_labels == 5
+    padding = CONFIGS[family].pad_token_id
+    assert student.config.pad_token_id == padding
+    rows = torch.arange(320) != padding
+    assert torch.equal(student.embeddings.weight[rows], teacher.get_input_embeddings().weight[rows])
+    assert student.embeddings.weight[padding].abs().max() == 0
+
+
 @torch.no_grad()
 def test_embeddings_keep_the_dot_products_of_words_as_well_as_any() -> None:
     table = torch.randn(200, 24) * torch.linspace(3, 0.1, 24)

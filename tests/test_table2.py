@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+
 import torch
-from tiny_models import early_exit_model, random_batch, save_plain_checkpoint
+from tiny_models import early_exit_model, one_thread, random_batch, save_plain_checkpoint  # noqa: F401  # a fixture
 from typer.testing import CliRunner
 
 from fastkd import benchmark, cli, corpus, steps, table2
@@ -25,15 +27,6 @@ from fastkd.trace import ExitTrace
 
 MODELS = ["full model (4 layers)", "DistilBERT-style (2 layers)", "DistilBERT-style (1 layer)"]
 MODELS += ["FastBERT (speed=0.5)", "FastBERT (speed=0.8)"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny matrices gain nothing from threads, and lose much where other work wants the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+
+pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+
+import datasets
 import torch
 from kd_worker import OPTIONS, regression_rows, save_teacher
 from tiny_models import one_thread  # noqa: F401  # a fixture

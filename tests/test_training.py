@@ -14,11 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
+
+pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+
+import datasets
 import torch
 import training_worker
-from tiny_models import early_exit_model, random_batch, tokenizer_of
+from tiny_models import early_exit_model, one_thread, random_batch, tokenizer_of  # noqa: F401  # a fixture
 from torch.nn import functional as F
 from training_worker import LABEL_NAMES, load, options_of, rows, save_plain, train
 from transformers import TrainerCallback
@@ -40,15 +43,6 @@ from fastkd.training import (
 )
 
 WORKER = Path(training_worker.__file__)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """As in the worker processes, so that sums add up in the same order; and tiny tensors gain nothing from more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

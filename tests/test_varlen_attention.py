@@ -47,8 +47,10 @@ def test_error_budget(lengths: list[int], heads: int, head_size: int, dtype: tor
     truth = varlen_attention_reference(*wide, bounds, longest)
     same_dtype = varlen_attention_reference(query, key, value, bounds, longest)
     assert result.dtype == dtype
-    assert_within_budget(result, truth, same_dtype, slack=2.0, absolute=4 * torch.finfo(dtype).eps)
-    assert not result[sum(lengths) :].any()
+    used = slice(0, sum(lengths))
+    assert_within_budget(result[used], truth[used], same_dtype[used], slack=2.0, absolute=4 * torch.finfo(dtype).eps)
+    is_flash = DEVICE.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0
+    assert (longest and is_flash) or not result[sum(lengths) :].any(), "rows of no sequence"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -59,7 +61,9 @@ def test_batch_mates_change_nothing(dtype: torch.dtype) -> None:
     for b, length in enumerate(lengths):
         rows = slice(int(bounds[b]), int(bounds[b + 1]))
         alone = fk.varlen_attention(query[rows], key[rows], value[rows], bounds.new_tensor([0, length]), length)
-        assert together[rows].equal(alone)
+        # on a GPU float32 is padded, and how much decides in which order it is added up
+        tolerance = 1e-6 if DEVICE.type == "cuda" and dtype == torch.float32 else 0.0
+        torch.testing.assert_close(together[rows], alone, rtol=0, atol=tolerance)
 
 
 def test_huge_scores_and_a_scale() -> None:
@@ -111,7 +115,7 @@ def test_bad_input_raises_before_any_work() -> None:
 def test_a_gpu_gets_pytorchs_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for `varlen_attn` that takes what the oldest supported one takes, which knows no scale."""
     module = sys.modules["fastkd_kernels.ops.varlen_attention"]
-    calls = []
+    calls: list[tuple[torch.dtype, int, int]] = []
 
     def flash(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
         calls.append((query.dtype, max_q, max_k))
@@ -126,8 +130,11 @@ def test_a_gpu_gets_pytorchs_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None
         (16, torch.float32, False),
         (12, torch.bfloat16, False),
     ):
-        query, key, value, bounds = inputs([4, 9], 2, head_size, dtype)
         calls.clear()
+        empty, *_ = inputs([0, 0], 2, head_size, dtype, spare=3)
+        assert not fk.varlen_attention(empty, empty, empty, torch.zeros(3).int().to(DEVICE), 0).any()
+        assert calls == [], "nothing to launch"
+        query, key, value, bounds = inputs([4, 9], 2, head_size, dtype)
         result = fk.varlen_attention(query, key, value, bounds, 9)
         assert result.equal(varlen_attention_reference(query, key, value, bounds, 9))
         assert calls == [(dtype, 9, 9)] * is_called

@@ -71,9 +71,12 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 MAIN_FAMILIES = ("bert", "roberta", "distilbert", "electra")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """For modules that import it: models this small run many times slower on two threads of a busy machine."""
+    """For modules that import it: models this small run many times slower on two threads of a busy machine.
+
+    Worker processes have one thread too, so sums add up in the same order there.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

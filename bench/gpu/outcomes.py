@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from gpu.records import Outcomes
+from gpu.records import TESTS_OF_OP, Outcomes
 
 FILE_VARIABLE = "FASTKD_TEST_OUTCOMES"
-FIRST = ("test_exit_gate", "test_student_head", "test_compact", "test_engine_graphs", "test_model")
-"""On a GPU these prove the rows of the report; files named *_loss and engines follow, then the rest."""
+FIRST = tuple(dict.fromkeys(file for files in TESTS_OF_OP.values() for file in files))
+"""These prove the rows of the report; the rest follows."""
 MACHINE_CODE = re.compile(r"machine_code|spill|16_bytes|h200|bulk_copies_are_there")
 """Tests of what a compiler made of a kernel: a file of their own, because they say nothing about its results."""
 TOGETHER = ("test_cuda_build", "test_training", "test_cli")
@@ -26,9 +26,7 @@ TOGETHER = ("test_cuda_build", "test_training", "test_cli")
 
 def rank(stem: str) -> int:
     """When the tests of a file run."""
-    if stem in FIRST:
-        return FIRST.index(stem)
-    return len(FIRST) if stem.endswith("_loss") else len(FIRST) + 1
+    return FIRST.index(stem) if stem in FIRST else len(FIRST)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -112,7 +112,8 @@ def _models(rows: Sequence[ModelRow]) -> str:
         "## Whole early-exit BERT-base against the best full model",
         "",
         "Random weights, imposed exit pattern. The ratio is wall-clock speed-up over FLOPs speed-up (fastbert "
-        "convention); the goal is 0.8 at batch 32 and more.",
+        "convention); the goal at batch 32 and more is 0.8, for the stream 0.9. A stream gets its rows as lists of "
+        "token numbers and runs a layer on as many tokens as a batch has; its ms are for as many rows as a batch has.",
         "",
         "| batch | average layers | engine | ms a batch | p20 to p80 | best full model | ms a batch | speed-up | FLOPs "
         "| ratio | goal met |",
@@ -123,7 +124,7 @@ def _models(rows: Sequence[ModelRow]) -> str:
         ms, p20, p80, full = (
             seconds / batches * 1e3 for seconds in (row.seconds, row.p20_seconds, row.p80_seconds, row.full_seconds)
         )
-        met = "" if row.batch_size < 32 else "yes" if row.ratio >= 0.8 else "no"
+        met = "" if row.goal is None else "yes" if row.ratio >= row.goal else "no"
         lines.append(
             f"| {row.batch_size} | {row.average_layers:.2f} | {row.engine} | {ms:.3f} | {p20:.3f} to {p80:.3f} | "
             f"{row.full_engine} | {full:.3f} | {row.speedup:.2f}x | {row.flops_speedup:.2f}x | {row.ratio:.2f} | "

@@ -107,6 +107,8 @@ def varlen_attention(
     backend = resolve("varlen_attention", query.device)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     if backend == "cuda" and query.dtype in _CUDA_DTYPES and query.shape[-1] % 8 == 0:
+        if max_seqlen == 0 or cu_seqlens.shape[0] == 1:
+            return torch.zeros_like(query)  # a grid of no blocks cannot be launched
         # torch 2.10 knows the usual scale only
         usual = query.shape[-1] ** -0.5
         query = query if scale == usual else query * (scale / usual)

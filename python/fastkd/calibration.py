@@ -77,6 +77,10 @@ class Certificate:
     """The speed's name: itself, or its place on the threshold path."""
     criterion: str
     top_n: int | None
+    exit_layers: list[int]
+    """After which layers it is decided, and the last."""
+    dtype: str
+    """Of the weights, as torch calls it: "float32"; empty if the trace did not say."""
     tolerance: float | None
     """Regression: up to which difference two answers are the same, in units of the label."""
     n: int
@@ -113,10 +117,40 @@ class Certificate:
             return 1 - self.max_drop
         return 1 - float(binomial_upper_bound(self.disagreements, self.n, self.confidence or 0.95))
 
-    def covers(self, speed: float | Sequence[float], criterion: str, top_n: int | None) -> bool:
-        """Whether this is the speed that was calibrated."""
-        same = [float(value) for value in np.atleast_1d(speed)] == [float(value) for value in np.atleast_1d(self.speed)]
-        return same and (criterion, top_n) == (self.criterion, self.top_n)
+    def mismatches(
+        self,
+        config: EarlyExitConfig,
+        dtype: torch.dtype | str,
+        speed: float | Sequence[float] | None = None,
+        criterion: str | None = None,
+        top_n: int | None = None,
+        exit_layers: Sequence[int] | None = None,
+    ) -> list[str]:
+        """Where what is in use is not what was certified, a sentence each; none where the guarantee holds.
+
+        It holds for the full model (speed 0) whatever was certified.
+
+        Args:
+            config: of the model.
+            dtype: of its weights.
+            speed, criterion, top_n, exit_layers: as given to `forward`; None takes what the model says.
+        """
+        speeds = _as_list(config.speed if speed is None else speed)
+        if not any(speeds):
+            return []
+        layers = config.exit_layers if exit_layers is None else sorted({*exit_layers, config.num_hidden_layers})
+        compared: dict[str, tuple[Sequence[object], Sequence[object]]] = {
+            "dtype": ([self.dtype or "unknown"], [str(dtype).removeprefix("torch.")]),
+            "speed": (_as_list(self.speed), speeds),
+            "criterion": ([self.criterion], [config.criterion if criterion is None else criterion]),
+            "top_n": ([self.top_n], [config.top_n if top_n is None else top_n]),
+            "exit layers": (self.exit_layers, layers),
+        }
+        return [
+            f"it is for {name} {', '.join(map(str, certified))}, in use is {', '.join(map(str, used))}"
+            for name, (certified, used) in compared.items()
+            if certified != used
+        ]
 
     def __str__(self) -> str:
         what = {
@@ -198,6 +232,19 @@ class Certificate:
                 f"certificate: it is for other weights (fingerprint {self.model[:12]}) than this model's "
                 f"({fingerprint[:12]}); trace this model and calibrate again"
             )
+
+
+def warn_if_uncertified(model: EarlyExitForSequenceClassification, **exits: Any) -> list[str]:
+    """`Certificate.mismatches` for a call of `model` with the options `exits`; none where it has no certificate.
+
+    Warns:
+        CalibrationWarning: there are some.
+    """
+    certificate = Certificate.of(model.config)
+    mismatches = [] if certificate is None else certificate.mismatches(model.config, model.dtype, **exits)
+    if mismatches:
+        warnings.warn(f"certificate: {'; '.join(mismatches)}; nothing is promised", CalibrationWarning, stacklevel=3)
+    return mismatches
 
 
 @dataclass(frozen=True)
@@ -363,6 +410,8 @@ def calibrate(
         position=row.speed,
         criterion=criterion,
         top_n=top_n,
+        exit_layers=list(trace.exit_layers),
+        dtype=trace.source.dtype,
         tolerance=tolerance,
         n=len(trace),
         failures=failures,
@@ -560,6 +609,10 @@ def _why_none(slowest: _Tried, n: int, max_drop: float, confidence: float, metho
 def _aim(max_drop: float, confidence: float, method: str) -> str:
     with_confidence = f" with {_percent(confidence)} confidence" if method == "fixed-sequence" else ""
     return f"at most {_percent(max_drop)} failures{with_confidence}"
+
+
+def _as_list(speed: float | Sequence[float]) -> list[float]:
+    return [float(value) for value in np.atleast_1d(speed)]
 
 
 def _percent(share: float) -> str:

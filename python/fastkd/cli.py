@@ -31,6 +31,7 @@ from fastkd.options import (
     DevFile,
     Device,
     Dtype,
+    DtypeOption,
     Epochs,
     Json,
     Limit,
@@ -243,6 +244,7 @@ def trace(
     max_length: MaxLength = None,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
+    dtype: DtypeOption = Dtype.fp32,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -260,7 +262,9 @@ def trace(
     with screen_for(as_json) as screen:
         from fastkd import steps
 
-        recorded = steps.make_trace(screen, checkpoint, data, split, limit, max_length, batch_size, seed, device)
+        recorded = steps.make_trace(
+            screen, checkpoint, data, split, limit, max_length, batch_size, seed, device, dtype.value
+        )
         recorded.save(output)
         screen.out.print(f"{len(recorded)} rows, heads after layers {_listed(recorded.exit_layers)}: [bold]{output}[/]")
         screen.next_step(f"fastkd sweep {output}")
@@ -365,7 +369,7 @@ def predict(
         str | None,
         typer.Option(help="Run this share of the rows (0.01, 1%) to full depth too, and report how often they agree."),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Precision of the weights.")] = Dtype.fp32,
+    dtype: DtypeOption = Dtype.fp32,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -395,12 +399,18 @@ def predict(
         watched_share = None if monitor is None else parse_share(monitor, "--monitor")
         prediction.check_files(source, output, input_format, output_format or from_json, bad_rows)
         model, tokenizer = steps.load_model(checkpoint, device, dtype.value)
-        exits: dict[str, Any] = {"speed": speed, "criterion": criterion and criterion.value, "top_n": top_n}
+        exits: dict[str, Any] = {
+            "speed": speed,
+            "criterion": criterion and criterion.value,
+            "top_n": top_n,
+            "exit_layers": _layers(exit_layers),
+        }
         drift = None
         if watched_share is not None:
             from fastkd.drift import DriftMonitor
 
-            drift = DriftMonitor(model, watched_share, **exits)
+            with screen.warnings():
+                drift = DriftMonitor(model, watched_share, **exits)
         with (
             screen.progress("rows answered", None) as update,
             screen.warnings(),

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from fastkd import corpus, figures, steps, training
 from fastkd.benchmark import Benchmark
 from fastkd.data import DataFolder, Rows, load_folder
-from fastkd.files import write_json, write_text
+from fastkd.files import changed_settings, write_json, write_text
 from fastkd.modeling import EarlyExitForSequenceClassification
 from fastkd.report import read_source, write_page
 from fastkd.screen import Screen, benchmark_table, share, sweep_table
@@ -223,8 +223,7 @@ def _prepare(output: Path, data: Path | None, options: DemoOptions, start_over: 
             shutil.rmtree(output / name, ignore_errors=True)
         path.unlink(missing_ok=True)
     if path.exists():
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-        different = sorted(name for name in settings if earlier.get(name) != settings[name])
+        different = changed_settings(path, settings)
         if different:
             raise ValueError(
                 f"output: {output} holds a demo with another {', '.join(different)}; choose another --output, or pass "

@@ -27,7 +27,7 @@ import torch
 from scipy.special import betaincc, betaln
 from torch import Tensor
 
-from fastkd.calibration import Certificate, binomial_interval
+from fastkd.calibration import Certificate, binomial_interval, warn_if_uncertified
 
 if TYPE_CHECKING:
     from fastkd.modeling import EarlyExitForSequenceClassification, EarlyExitOutput
@@ -53,7 +53,9 @@ class DriftReport:
     """Interval of the agreement at `confidence`."""
     confidence: float
     promised: float | None
-    """The agreement of the certificate; None where it does not cover this speed."""
+    """The agreement of the certificate; None where there is none for what is in use."""
+    mismatches: list[str]
+    """Where what is in use is not what was certified, a sentence each."""
     has_drifted: bool
     """Whether the alarm has been raised."""
 
@@ -69,7 +71,7 @@ class DriftReport:
             f"{100 * self.high:.2f}%)"
         )
         if self.promised is None:
-            return f"{text}; no certificate covers this speed"
+            return f"{text}; nothing is promised: {'; '.join(self.mismatches) or 'the model has no certificate'}"
         promise = f"the certificate promises {100 * self.promised:.2f}%"
         if self.has_drifted:
             return f"{text}; {promise}, and these rows do not keep it: calibrate again on rows like these"
@@ -87,6 +89,7 @@ class DriftMonitor:
         speed: float | Sequence[float] | None = None,
         criterion: str | None = None,
         top_n: int | None = None,
+        exit_layers: Sequence[int] | None = None,
         confidence: float = 0.95,
         seed: int = 0,
     ) -> None:
@@ -95,9 +98,12 @@ class DriftMonitor:
         Args:
             model: in evaluation mode; its certificate is what the traffic is held to.
             share: of the rows that run to full depth too, above 0 and up to 1.
-            speed, criterion, top_n: what the rows are answered with; default: what the model says.
+            speed, criterion, top_n, exit_layers: what the rows are answered with; default: what the model says.
             confidence: of interval and alarm.
             seed: which rows are watched.
+
+        Warns:
+            CalibrationWarning: the model's certificate is for something else, so there is nothing to hold the rows to.
 
         Raises:
             ValueError: a share or confidence outside its range.
@@ -114,17 +120,23 @@ class DriftMonitor:
         self.speed = config.speed if speed is None else speed
         self.criterion = config.criterion if criterion is None else criterion
         self.top_n = config.top_n if top_n is None else top_n
-        certificate = Certificate.of(config)
-        covered = certificate is not None and certificate.covers(self.speed, self.criterion, self.top_n)
-        self._promised = certificate.agreement if certificate is not None and covered else None
-        self._tolerance = certificate.tolerance if certificate is not None and covered else None
+        self.exit_layers = exit_layers
+        self._mismatches = warn_if_uncertified(model, **self.exits)
+        certificate = None if self._mismatches else Certificate.of(config)
+        self._promised = None if certificate is None else certificate.agreement
+        self._tolerance = None if certificate is None else certificate.tolerance
         self.rows = self.watched = self.agreements = 0
         self.has_drifted = False
 
     @property
     def exits(self) -> dict[str, Any]:
         """What the rows are answered with, as arguments of `forward`."""
-        return {"speed": self.speed, "criterion": self.criterion, "top_n": self.top_n}
+        return {
+            "speed": self.speed,
+            "criterion": self.criterion,
+            "top_n": self.top_n,
+            "exit_layers": self.exit_layers,
+        }
 
     def watches(self, numbers: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         """Which of the rows with these numbers are watched; every number is its own draw."""
@@ -180,6 +192,7 @@ class DriftMonitor:
             high=high,
             confidence=self.confidence,
             promised=self._promised,
+            mismatches=self._mismatches,
             has_drifted=self.has_drifted,
         )
 

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write `value` as indented JSON atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def changed_settings(path: Path, settings: Mapping[str, Any]) -> list[str]:
+    """The names in `settings` whose values are not those of the JSON file `path`, sorted."""
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    return sorted(name for name in settings if earlier.get(name) != settings[name])
 
 
 @contextmanager

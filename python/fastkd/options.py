@@ -32,6 +32,7 @@ class Dtype(str, Enum):
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output, and nothing else.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1...; auto takes a GPU where there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision of the weights.")]
 Checkpoint = Annotated[str, typer.Argument(help="Folder of a model trained by fastkd.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same weights.")]
 MaxLength = Annotated[

@@ -176,6 +176,9 @@ def predict(
         monitor: of `model`; watches rows by their line number and changes no answer. It brings its own speed, criterion
             and top_n.
 
+    Warns:
+        CalibrationWarning: the model's certificate is for something else than what these rows are answered with.
+
     Raises:
         ValueError: `batch_size` or `window` is not positive; a monitor together with what it brings; what
             `model.forward` raises.
@@ -185,6 +188,10 @@ def predict(
             raise ValueError(f"{argument}: got {value}, expected at least 1")
     exits: dict[str, Any] = {"speed": speed, "criterion": criterion, "top_n": top_n, "exit_layers": exit_layers}
     if monitor is None:
+        if model.config.certificate is not None:
+            from fastkd.calibration import warn_if_uncertified  # brings scipy
+
+            warn_if_uncertified(model, **exits)
         return _predict(model, tokenizer, rows, batch_size, max_length, window, exits)
     if any(value is not None for value in exits.values()):
         raise ValueError(

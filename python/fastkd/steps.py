@@ -68,13 +68,15 @@ def load_model(
 ) -> tuple[EarlyExitForSequenceClassification, PreTrainedTokenizerBase]:
     """A saved early-exit model in evaluation mode on `device`, and its tokenizer.
 
+    `dtype` is one of `benchmark.DTYPES` or what torch calls it; default: as it was saved.
+
     Raises:
         ValueError: not a model of this project, or an unknown device.
         OSError: nothing to load.
     """
     target = pick_device(device)
     config = load_config(checkpoint)
-    options: dict[str, Any] = {} if dtype is None else {"dtype": benchmark.DTYPES[dtype]}
+    options: dict[str, Any] = {} if dtype is None else {"dtype": benchmark.DTYPES.get(dtype, dtype)}
     model = EarlyExitForSequenceClassification.from_pretrained(checkpoint, **options)
     tokenizer = with_input_format(AutoTokenizer.from_pretrained(checkpoint), config.input_format)
     return model.to(target).eval(), tokenizer  # type: ignore[arg-type]
@@ -217,10 +219,10 @@ def run_trace(
 
 def make_trace(
     screen: Screen, checkpoint: str, data: Path, split: str, limit: int | None, max_length: int | None,
-    batch_size: int, seed: int, device: str,
+    batch_size: int, seed: int, device: str, dtype: str,
 ) -> ExitTrace:  # fmt: skip
     """The trace of a model folder on the rows of a file or of one split of a folder."""
-    model, tokenizer = load_model(checkpoint, device)
+    model, tokenizer = load_model(checkpoint, device, dtype)
     rows = load_data(data, split, model, require_labels=False)
     numbers = torch.arange(len(rows))
     fingerprint = rows.digest()
@@ -237,7 +239,7 @@ def make_trace(
 
 def load_or_make_trace(
     screen: Screen, source: str, data: Path | None, split: str, limit: int | None, max_length: int | None,
-    batch_size: int, seed: int, device: str,
+    batch_size: int, seed: int, device: str, dtype: str = "fp32",
 ) -> ExitTrace:  # fmt: skip
     """The trace in the file `source`, or the one that the model folder `source` makes on `data`.
 
@@ -248,7 +250,7 @@ def load_or_make_trace(
         return ExitTrace.load(source)
     if data is None:
         raise ValueError(f"--data: {source} is a model folder, so say on which rows: --data FILE, or name a trace file")
-    return make_trace(screen, source, data, split, limit, max_length, batch_size, seed, device)
+    return make_trace(screen, source, data, split, limit, max_length, batch_size, seed, device, dtype)
 
 
 def _counted(batches: Any, update: Callable[..., None]) -> Iterator[Any]:

@@ -355,9 +355,11 @@ def _new_student(
 ) -> PreTrainedModel:
     config_class, model_class = _NEW_STUDENTS[spec]
     table = cast(Tensor, teacher.get_input_embeddings().weight).detach()
-    task = {name: getattr(teacher.config, name) for name in ("id2label", "label2id", "problem_type", "pad_token_id")}
+    task = {name: getattr(teacher.config, name) for name in ("id2label", "label2id", "problem_type")}
+    # an early-exit model keeps its vocabulary in the configuration of its encoder
+    vocabulary = {"vocab_size": table.shape[0], "pad_token_id": teacher.config.get_text_config().pad_token_id}
     width = min(table.shape[1], 300)
-    config = config_class(**{"vocab_size": table.shape[0], "embedding_size": width, **task, **options})
+    config = config_class(**{"embedding_size": width, **vocabulary, **task, **options})
     if copy_embeddings and config.embedding_size > table.shape[1]:
         raise ValueError(
             f"embedding_size: got {config.embedding_size}, expected at most the {table.shape[1]} of the teacher's "

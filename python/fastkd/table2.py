@@ -32,7 +32,7 @@ from fastkd.configuration import EarlyExitConfig
 from fastkd.data import LengthSortedBatches, Rows, load_folder, tokenize
 from fastkd.demo import REAL, DemoOptions, Timings, train_early_exit
 from fastkd.distiller import Distiller, KDOptions
-from fastkd.files import write_json, write_text
+from fastkd.files import changed_settings, write_json, write_text
 from fastkd.modeling import EarlyExitForSequenceClassification
 from fastkd.probe import encoder_layers
 from fastkd.screen import Screen
@@ -324,8 +324,7 @@ def _check_students(place: Path, options: Table2Options, rows: Rows, start_over:
     if not path.is_file():
         write_json(path, settings)
         return
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    different = sorted(name for name in settings if earlier.get(name) != settings[name])
+    different = changed_settings(path, settings)
     if different:
         raise ValueError(
             f"output: {place} holds students that were trained with other {', '.join(different)}; choose another "

@@ -128,6 +128,8 @@ class TraceSource:
     """Of the rows (`Rows.digest`), before any were drawn from them."""
     training_data: Mapping[str, str] = field(default_factory=dict)
     """Of the rows that the weights have seen, see `EarlyExitConfig`."""
+    dtype: str = ""
+    """Of the weights, as torch calls it: "float32"."""
 
 
 @dataclass(frozen=True)
@@ -451,6 +453,7 @@ def record_trace(
             model=model_fingerprint(model),
             data=fingerprint or f"tokens:{recorder.tokens.hexdigest()}",
             training_data=dict(model.config.training_data),
+            dtype=str(model.dtype).removeprefix("torch."),
         ),
         certainty=torch.cat(recorder.certainty) if recorder.certainty else None,
     )

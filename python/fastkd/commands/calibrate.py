@@ -12,6 +12,8 @@ from fastkd.options import (
     BatchSize,
     Criterion,
     Device,
+    Dtype,
+    DtypeOption,
     Json,
     Limit,
     MaxLength,
@@ -88,6 +90,7 @@ def calibrate(
     max_length: MaxLength = None,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
+    dtype: DtypeOption = Dtype.fp32,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -118,7 +121,9 @@ def calibrate(
             path = ExitTrace.load(path_trace).threshold_path(
                 chosen, top_n, guarantee=guarantee.value, tolerance=tolerance
             )
-        trace = steps.load_or_make_trace(screen, source, data, split, limit, max_length, batch_size, seed, device)
+        trace = steps.load_or_make_trace(
+            screen, source, data, split, limit, max_length, batch_size, seed, device, dtype.value
+        )
         with screen.warnings():
             certificate = trace.calibrate(
                 drop, sure, guarantee=guarantee.value, method=method.value, criterion=chosen, top_n=top_n,
@@ -126,8 +131,9 @@ def calibrate(
             )  # fmt: skip
         folder = Path(source) if Path(source).is_dir() else model
         if folder is not None:
-            is_traced = folder == Path(source)
-            weights = trace.source.model if is_traced else model_fingerprint(steps.load_model(str(folder), "cpu")[0])
+            weights = trace.source.model
+            if folder != Path(source):
+                weights = model_fingerprint(steps.load_model(str(folder), "cpu", trace.source.dtype or None)[0])
             certificate.save(folder, weights, set_default=set_default)
         if output is not None:
             write_json(output, certificate.to_dict())

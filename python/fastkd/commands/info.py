@@ -44,7 +44,10 @@ def info(
         else:
             screen.out.print("[bold]certificate[/]")
             print_certificate(screen, certificate, config.num_hidden_layers)
-        screen.result(facts | {"certificate": config.certificate})
+        mismatches = [] if certificate is None else certificate.mismatches(config, config.dtype or "unknown")
+        for sentence in mismatches:
+            screen.out.print(f"[bold yellow]not the default:[/] {sentence}", soft_wrap=True)
+        screen.result(facts | {"certificate": config.certificate, "mismatches": mismatches})
 
 
 def _facts(config: EarlyExitConfig) -> dict[str, Any]:
@@ -54,6 +57,7 @@ def _facts(config: EarlyExitConfig) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "heads": config.head,
         "heads_after": config.exit_layers,
+        "dtype": str(config.dtype).removeprefix("torch."),
         "labels": [str(name) for name in (config.id2label or {}).values()],
         "exits_trained": config.exits_trained,
         "default_speed": config.speed,
