@@ -20,13 +20,15 @@ and the early-exit engines, all in the order of the file:
     stream                packed tokens, survivors rebatched across the input; reads `batch size` rows at a time
 
 "realised" is the wall-clock speed-up over a baseline divided by the FLOPs speed-up, in FastBERT's convention and for
-the true lengths. Times are medians of interleaved passes; run it on a quiet machine. Where there is none, --one-thread
+the true lengths. Times are medians of interleaved passes, and oneDNN may remember all primitives of all contestants (by
+default 1024, of which FastBERT's loop alone needs more); run it on a quiet machine. Where there is none, --one-thread
 measures processor seconds of a single thread, which other programs disturb less, and takes minima. --profile prints
 instead where the stream engine's time goes, and how much of it is Python.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +37,9 @@ from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
+
+# engines with many row counts must not make oneDNN forget what the others prepared; read when torch is loaded
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
 import torch
 import typer
