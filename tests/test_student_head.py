@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastkd_kernels as fk
-from fastkd_kernels import _extension, _triton
+from fastkd_kernels import _backend, _extension, _triton
 from fastkd_kernels.ops import student_head as ops
 from fastkd_kernels.ops.student_head import StudentHeadConfig, StudentHeadWeights, fold, student_head_reference
 
@@ -122,7 +122,8 @@ def test_error_budget_of_sizes(backend: str, hidden: int, width: int, labels: in
 
 @needs_extension
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="tensors on a GPU")
-def test_float64_is_computed_by_the_reference() -> None:
+def test_float64_is_computed_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "_warned", set())  # it is said once a process
     head = random_head(dtype=torch.float64)
     hidden_states = torch.randn(2, 9, 48, dtype=torch.float64)
     with fk.backend("cpu"), pytest.raises(fk.BackendUnavailableError, match="float64"):
