@@ -20,8 +20,9 @@ and the early-exit engines, all in the order of the file:
     stream                packed tokens, survivors rebatched across the input; reads `batch size` rows at a time
 
 "realised" is the wall-clock speed-up over a baseline divided by the FLOPs speed-up, in FastBERT's convention and for
-the true lengths. Times are medians of interleaved passes, and oneDNN may remember all primitives of all contestants (by
-default 1024, of which FastBERT's loop alone needs more); run it on a quiet machine. Where there is none, --one-thread
+the true lengths. Times are medians of interleaved passes. So that no contestant pays for another one, oneDNN may remember
+all primitives (by default 1024, of which FastBERT's loop alone needs more) and freed memory is kept. Run it on a quiet
+machine. Where there is none, --one-thread
 measures processor seconds of a single thread, which other programs disturb less, and takes minima. --profile prints
 instead where the stream engine's time goes, and how much of it is Python.
 """
@@ -53,6 +54,7 @@ from fastkd.benchmark import DTYPES, interleaved, machine_facts
 from fastkd.data import load_rows, padding_collator, tokenize
 from fastkd.engines.packed import encoder_of
 from fastkd.files import write_json
+from fastkd.memory import keep_freed_memory
 
 Batch = dict[str, Tensor]
 
@@ -276,6 +278,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="A JSON file.")] = None,
 ) -> None:
     """Time every engine on the first rows of a file."""
+    keep_freed_memory()
     if one_thread:
         torch.set_num_threads(1)
     model = fastkd.EarlyExitForSequenceClassification.from_pretrained(checkpoint, dtype=DTYPES[dtype]).eval()

@@ -22,6 +22,7 @@ from fastkd.commands.kd import kd
 from fastkd.commands.kd_table import kd_table
 from fastkd.commands.report import report
 from fastkd.commands.table2 import table2
+from fastkd.memory import keep_freed_memory
 from fastkd.options import (
     BatchSize,
     Bf16,
@@ -637,6 +638,7 @@ def _report_predictions(screen: Screen, summary: Any, layers: int, output: str) 
 
 def main() -> None:
     """Entry point of the `fastkd` command."""
+    keep_freed_memory()
     app()
 
 
