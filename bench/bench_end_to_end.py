@@ -20,11 +20,11 @@ and the early-exit engines, all in the order of the file:
     stream                packed tokens, survivors rebatched across the input; reads `batch size` rows at a time
 
 "realised" is the wall-clock speed-up over a baseline divided by the FLOPs speed-up, in FastBERT's convention and for
-the true lengths. Times are medians of interleaved passes. So that no contestant pays for another one, oneDNN may remember
-all primitives (by default 1024, of which FastBERT's loop alone needs more) and freed memory is kept. Run it on a quiet
-machine. Where there is none, --one-thread
-measures processor seconds of a single thread, which other programs disturb less, and takes minima. --profile prints
-instead where the stream engine's time goes, and how much of it is Python.
+the true lengths. Times are medians of interleaved passes. So that no contestant pays for another one, oneDNN may
+remember all primitives (by default 1024, of which FastBERT's loop alone needs more) and freed memory is kept. Run it on
+a quiet machine. Where there is none, --one-thread measures processor seconds of a single thread, which other programs
+disturb less, and takes minima. --profile prints instead where the stream engine's time goes, and how much of it is
+Python.
 """
 
 from __future__ import annotations
