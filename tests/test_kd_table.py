@@ -297,6 +297,10 @@ def test_the_grid_of_the_published_table_is_right() -> None:
     assert {"takd", "dih", "annealing", "universal-cg"} <= methods[1]
     assert all({"none", "kd", "universal-ca"} <= chosen for chosen in methods[2:])
     assert [block.student for block in grid.blocks[2:]] == ["bilstm", "gated-cnn"]
+    larger = load_grid(Path(__file__).parents[1] / "bench" / "kd_table_2000.yaml")
+    assert larger.blocks == grid.blocks
+    assert larger.seeds == grid.seeds
+    assert larger.train_rows == 10 * grid.train_rows
 
 
 # Commands
