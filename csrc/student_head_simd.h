@@ -85,7 +85,7 @@ static inline void softmax(float* scores, int64_t tokens) {
   const float maximum = largest_of(largest);
   Floats total{};
   for (int64_t t = 0; t < padded; t += LANES) {
-    const Floats weights = power_of_two(larger(splat(-127.f), load(scores + t) - maximum));
+    const Floats weights = power_of_two(load(scores + t) - maximum);
     store(scores + t, weights);
     total += weights;
   }
@@ -118,7 +118,7 @@ static inline void average(const float* weights, const T* const* rows, int64_t t
 static inline Floats tanh_of(Floats x) {
   const float minus_two_log2e = -2.885390082f;
   const Floats magnitude = x < 0.f ? -x : x;
-  const Floats decay = power_of_two(larger(splat(-127.f), magnitude * minus_two_log2e));
+  const Floats decay = power_of_two(magnitude * minus_two_log2e);
   const Floats result = (1.f - decay) / (1.f + decay);
   return x < 0.f ? -result : result;
 }

@@ -99,7 +99,7 @@ static inline void softmax(float* scores, int64_t tokens, Floats* normalisers) {
     Floats total{};
     for (int64_t t = 0; t < tokens; ++t) {
       float* at = scores + (t * N + n) * LANES;
-      const Floats weights = power_of_two(larger(splat(-127.f), load(at) - largest));
+      const Floats weights = power_of_two(load(at) - largest);
       store(at, weights);
       total += weights;
     }
