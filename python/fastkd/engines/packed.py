@@ -351,7 +351,10 @@ class PackedEncoder:
         input_ids = F.pad(tokens.input_ids, (0, added), value=self._config.pad_token_id or 0)
         segments = tokens.token_type_ids
         segments = torch.zeros_like(input_ids) if segments is None else F.pad(segments, (0, added))
-        positions = self._positions(tokens, input_ids.shape[0])
+        return self.embed_rows(input_ids, self._positions(tokens, input_ids.shape[0]), segments, out)
+
+    def embed_rows(self, input_ids: Tensor, positions: Tensor, segments: Tensor, out: Tensor | None = None) -> Tensor:
+        """Hidden states [R, H] of rows whose positions and segments are known; all [R] int64."""
         if self._tables is None:
             hidden_states = self._family.embed(self._backbone, input_ids[None], segments[None], positions[None], None)[
                 0
