@@ -722,10 +722,10 @@ def test_exit_compiles_to_one_graph(backend: str) -> None:
     with fk.backend(backend):
         compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(hidden_states, compiled_record)
         eager = run(hidden_states, eager_record)
-    for ours, theirs in zip(compiled, eager, strict=True):
-        assert torch.equal(ours, theirs)
     assert torch.equal(compiled_record.exit_layer, eager_record.exit_layer)
-    assert torch.equal(compiled_record.logits, eager_record.logits)
+    # NumPy, which multiplies in Triton's interpreter, may add up in another order at another address
+    for ours, theirs in zip((*compiled, compiled_record.logits), (*eager, eager_record.logits), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
