@@ -183,6 +183,8 @@ class BatchStream(Iterator["EarlyExitOutput"]):
         self._batches = iter(batches)
         self._error: Exception | None = None
         self._ended = False
+        self._first_position = backbones.first_position(model.config.backbone)
+        self._columns: Tensor | None = None
         self._read_rows: tuple[Tensor, np.ndarray[Any, Any]] | None = None
         self._waiting: deque[_Batch] = deque()
         self._unanswered = np.zeros(self._memory.rows, dtype=np.int64)  # of the batch that begins at this row
@@ -301,10 +303,11 @@ class BatchStream(Iterator["EarlyExitOutput"]):
         if mask is not None and not is_right_padded(mask):
             raise ValueError("attention_mask: got padding before a token, expected it on the right only")
         rows, tokens = input_ids.shape
-        first = backbones.first_position(self._model.config.backbone)
-        positions = torch.arange(first, first + tokens, device=input_ids.device).expand_as(input_ids)
-        segments = torch.zeros_like(input_ids) if segments is None else segments
-        columns = torch.stack([input_ids, positions, segments])
+        others = self._usual_columns(input_ids)
+        if segments is None:
+            columns = torch.cat([input_ids[None], others])
+        else:
+            columns = torch.stack([input_ids, others[0], segments])
         if mask is None:
             columns, lengths = columns.flatten(1), np.full(rows, tokens, dtype=np.int64)
         else:
@@ -312,6 +315,17 @@ class BatchStream(Iterator["EarlyExitOutput"]):
         if self._device.type == "cuda" and columns.device.type == "cpu":
             columns = columns.pin_memory()  # else the copy waits for the run that is on its way
         return columns.to(self._device, non_blocking=True), lengths
+
+    def _usual_columns(self, input_ids: Tensor) -> Tensor:
+        """Positions, and segments that are all 0, of a batch like `input_ids` [B, T]: [2, B, T]."""
+        before = self._columns
+        if before is None or before.shape[1:] != input_ids.shape or before.device != input_ids.device:
+            first = self._first_position
+            columns = input_ids.new_zeros(2, *input_ids.shape, dtype=torch.int64)
+            columns[0] = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
+            self._columns = columns
+            return columns
+        return before
 
     def _queue_rows(self) -> None:
         """Give the batch that was read its rows of the record, if enough are free."""
