@@ -9,12 +9,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from launches import count_launches
 from test_model import CRITERIA, TOLERANCE, infer, mixed_speed
 from tiny_models import LAYERS, early_exit_model, one_thread, random_batch  # noqa: F401  # one is a fixture
 from torch import Tensor
 
 import fastkd
+import fastkd_kernels as fk
+from fastkd.engines import packed
 from fastkd.engines.rebatch import BatchStream, token_bucket
+from fastkd_kernels import _triton
+from fastkd_kernels.ops import exit_gate, student_head
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Model = fastkd.EarlyExitForSequenceClassification
@@ -266,6 +271,49 @@ def test_a_criterion_of_the_host_is_refused() -> None:
 def test_training_mode_is_refused() -> None:
     with pytest.raises(ValueError, match="training mode"):
         early_exit_model().train().stream_batches([], speed=0.5)
+
+
+@pytest.mark.skipif(not _triton.interpreting, reason="a GPU captures the runs, which fails where one waits")
+def test_a_run_is_few_launches_and_asks_the_device_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph of a run holds, by running the code of a GPU in Triton's interpreter."""
+    attention = fk.varlen_attention
+
+    def not_interpreted(*arguments: Any) -> Tensor:
+        with fk.backend("cpu"):
+            return attention(*arguments)
+
+    monkeypatch.setattr(fk, "varlen_attention", not_interpreted)
+    monkeypatch.setattr(packed, "_linear_on", lambda device: packed.JoinedLinear)
+    # values are looked at on a CPU only
+    monkeypatch.setattr(student_head, "_check_values", lambda *_: None)
+    monkeypatch.setattr(exit_gate, "_values_are_free", lambda *_: False)
+    # a captured launch has its counter from memory that was zeroed before
+    counter = torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(student_head._tickets, "take", lambda *_: counter)
+    model, batches = early_exit_model(), some_batches()
+    runs: list[Callable[[], Any]] = []
+
+    def recorder(run: Callable[[], Any]) -> Callable[[], None]:
+        runs.append(run)
+        return run
+
+    list(BatchStream(model, batches[:1], speed=1e-6, tokens_per_run=4096, recorder=recorder))
+    assert len(runs) == LAYERS
+    with fk.backend("cuda"), torch.no_grad():
+        first, later, *_, last = [count_launches(run, monkeypatch) for run in runs]
+    layer = {
+        "aten.addmm.default": 4,  # queries, keys and values; output; expand; contract
+        "fastkd_kernels.varlen_attention_.default": 1,
+        "aten.gelu.default": 1,
+        "_add_layer_norm_kernel": 2,
+    }
+    decision = {"aten.index_select.default": 1, "_student_head_kernel": 1, "_compact_packed_kernel": 1}
+    assert later == {**layer, **decision}
+    assert first == {**layer, **decision, "_embed_layer_norm_kernel": 1}
+    assert "_compact_packed_kernel" not in last
+    assert not {"aten._local_scalar_dense.default", "aten.nonzero.default"} & (
+        first.keys() | later.keys() | last.keys()
+    )
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(1, 64), (64, 64), (65, 128), (512, 512), (513, 640), (4096, 4096)])
