@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastkd
 import fastkd_kernels as fk
-from fastkd.engines import graphs
+from fastkd.engines import graphs, packed
 from fastkd.engines.graphs import GraphEngine, bucket
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -72,8 +72,13 @@ def test_it_answers_as_the_batch_engine_does(head: str, criterion: str, top_n: i
         assert_same(answer(engine, batch, speed, **options), expected)
 
 
+@pytest.mark.parametrize("layers", ["from parts", "from parts, as on a GPU", "modules"])
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra"])
-def test_every_family(family: str) -> None:
+def test_every_family(family: str, layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if layers == "modules":
+        monkeypatch.setattr(packed, "runs_from_parts", lambda model: False)
+    if layers == "from parts, as on a GPU":
+        monkeypatch.setattr(packed, "_linear_on", lambda device: packed.JoinedLinear)
     model = early_exit_model(family).to(DEVICE)
     batch = on_device(random_batch(family))
     speed = mixed_speed(model, batch)

@@ -24,6 +24,7 @@ import fastkd_kernels as fk
 from fastkd import backbones
 from fastkd.configuration import head_speeds
 from fastkd.engines.batch import warn_about_nan
+from fastkd.engines.packed import encoder_of
 
 if TYPE_CHECKING:
     from fastkd.modeling import EarlyExitForSequenceClassification
@@ -279,8 +280,9 @@ class GraphEngine:
             if criterion == "patience":
                 memory.record.history.copy_(_NOTHING_SAID.to(memory.record.history.device))
         layer_mask = None if mask is None else mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
-        for layer in model.layers[first:last]:
-            hidden_states = layer(hidden_states, layer_mask)
+        encoder = encoder_of(model)
+        for layer in range(first + 1, last + 1):
+            hidden_states = encoder.padded_layer(layer, hidden_states, layer_mask)
         is_last = last == model.num_layers
         decided = model.heads_by_layer[last].decide(
             hidden_states,

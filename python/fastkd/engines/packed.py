@@ -198,15 +198,29 @@ class _LayerFromParts:
 
     def __call__(self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """The layer's output [R, H]; rows behind the last sequence stay finite."""
-        parts, width = self._parts, hidden_states.shape[1]
-        projected = self._project(hidden_states).view(hidden_states.shape[0], 3, self._heads, width // self._heads)
-        query, key, value = projected.unbind(1)
-        attended = fk.varlen_attention(query, key, value, cu_seqlens, max_seqlen).flatten(1)
-        middle = _add_norm(self._output(attended), hidden_states, parts.attention_norm)
+        query, key, value = self._queries_keys_values(hidden_states)
+        attended = fk.varlen_attention(query, key, value, cu_seqlens, max_seqlen)
+        return self._after_attention(attended.flatten(1), hidden_states)
+
+    def padded(self, hidden_states: Tensor, layer_mask: Tensor | None) -> Tensor:
+        """The layer's output [B, T, H] of padded sequences; `layer_mask` bool [B, 1, T, T] or None."""
+        rows = hidden_states.flatten(0, 1)
+        query, key, value = (
+            tensor.unflatten(0, hidden_states.shape[:2]).transpose(1, 2) for tensor in self._queries_keys_values(rows)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=layer_mask)
+        return self._after_attention(attended.transpose(1, 2).reshape(rows.shape), rows).view_as(hidden_states)
+
+    def _queries_keys_values(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Each [R, heads, head size]."""
+        return self._project(rows).view(rows.shape[0], 3, self._heads, -1).unbind(1)
+
+    def _after_attention(self, attended: Tensor, rows: Tensor) -> Tensor:
+        middle = _add_norm(self._output(attended), rows, self._parts.attention_norm)
         expanded = self._expand(middle)
         if self._activation is not None:
             expanded = self._activation(expanded)
-        return _add_norm(self._contract(expanded), middle, parts.feed_forward_norm)
+        return _add_norm(self._contract(expanded), middle, self._parts.feed_forward_norm)
 
 
 def _add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -238,6 +252,9 @@ class _ModuleLayer:
 
     def __call__(self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         return self._layer(hidden_states[None], None, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)[0]
+
+    def padded(self, hidden_states: Tensor, layer_mask: Tensor | None) -> Tensor:
+        return self._layer(hidden_states, layer_mask)
 
 
 def packed_attention_forward(
@@ -372,6 +389,10 @@ class PackedEncoder:
     def layer(self, number: int, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """The output of layer `number` (1 is the first) for packed rows [R, H]."""
         return self._layers[number - 1](hidden_states, cu_seqlens, max_seqlen)
+
+    def padded_layer(self, number: int, hidden_states: Tensor, layer_mask: Tensor | None) -> Tensor:
+        """The output of layer `number` for padded sequences [B, T, H]; `layer_mask` bool [B, 1, T, T] or None."""
+        return self._layers[number - 1].padded(hidden_states, layer_mask)
 
     def _positions(self, tokens: PackedTokens, rows: int) -> Tensor:
         first = backbones.first_position(self._config)
