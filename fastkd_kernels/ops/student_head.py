@@ -314,6 +314,7 @@ def _attend(
     attention_mask,  # [B, T] or None
     cu_seqlens,  # [B + 1] or None
     scratch,  # [1 + heads, D] float32 of this program: the steps hand vectors on through it
+    means,  # [heads, D] float32, out
     tokens,  # T
     hidden,  # H
     stride_batch,
@@ -329,8 +330,8 @@ def _attend(
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """Softmax over the tokens of one share: largest score, sum of the weights e^(score - largest), [heads, 1] each, and
-    weighted sum of the narrow tokens, [heads, D]; a share without a token gives -inf, 0 and 0."""
+    """Softmax over the tokens of one share: returns its largest score and sum of the weights e^(score - largest),
+    [heads, 1] each, and leaves the weighted means of the narrow tokens. A share without a token gives -inf and 0."""
     if cu_seqlens is not None:
         first = tl.load(cu_seqlens + sequence)
         length = (tl.load(cu_seqlens + sequence + 1) - first).to(tl.int32)
@@ -356,7 +357,6 @@ def _attend(
     head_index = tl.arange(0, HEADS)[:, None]
     largest = tl.full([HEADS, 1], float("-inf"), tl.float32)
     total = tl.zeros([HEADS, 1], tl.float32)
-    context = tl.zeros([HEADS, WIDTH], tl.float32)
     for start in range(0, rows, BLOCK_TOKENS):
         row = start + tl.arange(0, BLOCK_TOKENS)
         token = tl.where(row == 0, 0, skipped + row)
@@ -395,13 +395,19 @@ def _attend(
             # -inf where no token of the share has counted yet
             pivot = tl.where(after == float("-inf"), 0.0, after)
             weight = tl.exp(score - pivot)
-            scale = tl.exp(before - pivot)
+            carried = tl.exp(before - pivot) * tl.sum(tl.where(is_head, total, 0.0), 0, keep_dims=True)
+            summed = carried + tl.sum(weight, 0, keep_dims=True)
+            mean = tl.sum(narrow * weight, 0, keep_dims=True)
+            # between tiles in memory: there are no registers for it next to a tile of 128 tokens
+            cell = means + head * WIDTH + column[None, :]
+            if start > 0:
+                mean += tl.where(carried == 0, 0.0, carried * tl.load(cell))
+                tl.debug_barrier()  # several threads may hold a column: all have read it before one of them writes it
+            tl.store(cell, mean / summed)
             largest = tl.where(is_head, after, largest)
-            total = tl.where(is_head, total * scale + tl.sum(weight, 0, keep_dims=True), total)
-            added = tl.sum(narrow * weight, 0, keep_dims=True)
-            context = tl.where(is_head, context * scale + added, context)
+            total = tl.where(is_head, summed, total)
 
-    return largest, total, context
+    return largest, total
 
 
 @_jit
@@ -418,63 +424,48 @@ def _is_last(
 
 
 @_jit
-def _store_partial(
-    partial,  # [2 + heads, D] float32 of this share, out
-    largest,  # [heads, 1]
-    total,  # [heads, 1]
-    context,  # [heads, D]
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    head = tl.arange(0, HEADS)[:, None]
-    tl.store(partial + head, largest)
-    tl.store(partial + WIDTH + head, total)
-    tl.store(partial + (2 + head) * WIDTH + tl.arange(0, WIDTH)[None, :], context)
-
-
-@_jit
-def _combine_partials(
-    partials,  # of the shares of a sequence, [2 + heads, D] float32 each
+def _combine_shares(
+    shares,  # [2 + heads, D] float32 of each: largest score, sum of the weights, means
     stride,  # from one to the next
+    means,  # [heads, D] float32, out
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Sum of the weights and weighted sum of all shares, added in their order whoever comes last."""
+    """Weighted means of a sequence, its shares added in their order whichever came last."""
     head = tl.arange(0, HEADS)[:, None]
     cell = head * WIDTH + tl.arange(0, WIDTH)[None, :]
     largest = tl.full([HEADS, 1], float("-inf"), tl.float32)
     for split in tl.static_range(SPLITS):
-        largest = tl.maximum(largest, tl.load(partials + split * stride + head, cache_modifier=".cg"))
+        largest = tl.maximum(largest, tl.load(shares + split * stride + head, cache_modifier=".cg"))
     total = tl.zeros([HEADS, 1], tl.float32)
-    context = tl.zeros([HEADS, WIDTH], tl.float32)
+    mean = tl.zeros([HEADS, WIDTH], tl.float32)
     for split in tl.static_range(SPLITS):
-        partial = partials + split * stride
-        scale = tl.exp(tl.load(partial + head, cache_modifier=".cg") - largest)
-        total += scale * tl.load(partial + WIDTH + head, cache_modifier=".cg")
-        context += scale * tl.load(partial + 2 * WIDTH + cell, cache_modifier=".cg")
-    return total, context
+        share = shares + split * stride
+        weight = tl.load(share + WIDTH + head, cache_modifier=".cg")
+        weight *= tl.exp(tl.load(share + head, cache_modifier=".cg") - largest)
+        total += weight
+        # the means of a share without a token were never written
+        mean += tl.where(weight == 0, 0.0, weight * tl.load(share + 2 * WIDTH + cell, cache_modifier=".cg"))
+    tl.store(means + cell, mean / total)
 
 
 @_jit
 def _mix(
-    context,  # [heads, D], the c_j
+    means,  # [heads, D] float32, the c_j
     mix,  # [heads, D, D] float32
     mix_bias,  # [D] float32
-    scratch,  # [heads + 1, D] float32
+    dense,  # [D] float32, out
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """tanh(sum_j M_j c_j + m), [D], left in scratch; returns its address."""
+    """tanh(sum_j M_j c_j + m)."""
+    tl.debug_barrier()  # other threads of the program read what this one stored
+    pooled = _vector_matrix(means, mix, HEADS * WIDTH, WIDTH, BLOCK_ROWS)
     column = tl.arange(0, WIDTH)
-    dense = scratch + HEADS * WIDTH
-    tl.store(scratch + tl.arange(0, HEADS)[:, None] * WIDTH + column[None, :], context)
-    tl.debug_barrier()
-    pooled = _vector_matrix(scratch, mix, HEADS * WIDTH, WIDTH, BLOCK_ROWS)
     tl.store(dense + column, _tanh(pooled + tl.load(mix_bias + column)))
     tl.debug_barrier()
-    return dense
 
 
 @_jit
@@ -577,10 +568,12 @@ def _student_head_kernel(
     sequence = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1) if SPLITS > 1 else 0
     stride_split = (4 + 3 * HEADS) * WIDTH
-    partials = scratch + sequence * (SPLITS * stride_split)
-    partial = partials + split * stride_split
-    own_scratch = partial + (2 + HEADS) * WIDTH
-    largest, total, context = _attend(
+    shares = scratch + sequence * (SPLITS * stride_split)
+    share = shares + split * stride_split
+    means = share + 2 * WIDTH
+    own_scratch = means + HEADS * WIDTH
+    dense = own_scratch + (1 + HEADS) * WIDTH
+    largest, total = _attend(
         sequence,
         split,
         hidden_states,
@@ -592,6 +585,7 @@ def _student_head_kernel(
         attention_mask,
         cu_seqlens,
         own_scratch,
+        means,
         tokens,
         hidden,
         stride_batch,
@@ -608,12 +602,14 @@ def _student_head_kernel(
         BLOCK_ROWS,
     )
     if SPLITS > 1:
-        _store_partial(partial, largest, total, context, HEADS, WIDTH)
+        head = tl.arange(0, HEADS)[:, None]
+        tl.store(share + head, largest)
+        tl.store(share + WIDTH + head, total)
         if not _is_last(tickets + 1 + sequence, SPLITS):
             return
-        total, context = _combine_partials(partials, stride_split, HEADS, WIDTH, SPLITS)
-    mix_scratch = own_scratch + (1 + HEADS) * WIDTH
-    dense = _mix(context / total, mix, mix_bias, mix_scratch, HEADS, WIDTH, BLOCK_ROWS)
+        means = dense + WIDTH
+        _combine_shares(shares, stride_split, means, HEADS, WIDTH, SPLITS)
+    _mix(means, mix, mix_bias, dense, HEADS, WIDTH, BLOCK_ROWS)
     own_logits = logits + sequence * num_labels
     _classify(own_logits, dense, classifier, classifier_bias, num_labels, WIDTH, BLOCK_LABELS, BLOCK_WIDTH)
     if CRITERION is not None:
@@ -697,7 +693,7 @@ class StudentHeadConfig:
         Every tile reads all narrow weights, so splits are worth their second ticket only where they leave a program
         fewer rows to compute, and only on multiprocessors that would be idle. A tile of 64 rows is the smallest that
         fills `wgmma`; its float32 accumulator and the reductions over it fit the registers of 8 warps up to a width of
-        128, and with `wgmma` one of 128 rows those of 16. A float32 operand takes three products and their halves in
+        128, and with `wgmma` one of 128 rows too. A float32 operand takes three products and their halves in
         registers, hence its narrower step. 80 KiB in flight are a memory latency at all that L2 gives one
         multiprocessor.
         """
@@ -705,7 +701,7 @@ class StudentHeadConfig:
         block_labels = min(max(_next_power_of_2(num_labels), 2), 256)
         gate = ExitGateConfig.heuristic(1, num_labels)
         small = 64 if width <= 128 else 32
-        large = 128 if limits.wgmma and dtype != torch.float32 and width <= 128 else small
+        large = 128 if limits.wgmma and width <= 128 else small
 
         def block_and_rows(splits: int) -> tuple[int, int]:
             rows = tokens if splits == 1 else 1 + -(-(tokens - 1) // splits)
@@ -728,7 +724,7 @@ class StudentHeadConfig:
             gate_labels=gate.block_columns,
             resident=gate.resident,
             list_rows=1024,
-            num_warps=16 if block_tokens == 128 else 8,
+            num_warps=8,
             num_stages=max(stages, 2),
         )
 
