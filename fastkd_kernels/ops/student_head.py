@@ -694,14 +694,14 @@ class StudentHeadConfig:
         fewer rows to compute, and only on multiprocessors that would be idle. A tile of 64 rows is the smallest that
         fills `wgmma`; its float32 accumulator and the reductions over it fit the registers of 8 warps up to a width of
         128, and with `wgmma` one of 128 rows too. A float32 operand takes three products and their halves in
-        registers, hence its narrower step. 80 KiB in flight are a memory latency at all that L2 gives one
-        multiprocessor.
+        registers, hence its narrower step and small tile. 80 KiB in flight are one memory latency at all that L2 gives
+        a multiprocessor.
         """
         block_hidden = min(16 if dtype == torch.float32 else 64, max(16, _next_power_of_2(hidden)))
         block_labels = min(max(_next_power_of_2(num_labels), 2), 256)
         gate = ExitGateConfig.heuristic(1, num_labels)
         small = 64 if width <= 128 else 32
-        large = 128 if limits.wgmma and width <= 128 else small
+        large = 128 if limits.wgmma and dtype != torch.float32 and width <= 128 else small
 
         def block_and_rows(splits: int) -> tuple[int, int]:
             rows = tokens if splits == 1 else 1 + -(-(tokens - 1) // splits)
