@@ -392,6 +392,18 @@ def test_whoever_comes_last_finishes(monkeypatch: pytest.MonkeyPatch, splits: in
             assert torch.equal(ours, theirs)
 
 
+def test_tickets_are_shared_by_nobody_and_aligned() -> None:
+    tickets, tensor = ops._Tickets(), torch.empty(0, device=DEVICE)
+    tickets._cells[tensor.device] = store = torch.zeros(20, dtype=torch.int32, device=DEVICE)
+    taken = [tickets._new_cells(tensor, count) for count in (1, 9, 4, 1)]
+    assert [cells.shape[0] for cells in taken] == [4, 12, 4, 4]
+    assert all(cells.data_ptr() % 16 == 0 for cells in taken), "the launcher compiles another kernel for other pointers"
+    for number, cells in enumerate(taken):
+        assert not cells.any()
+        cells.fill_(number)
+    assert store.unique_consecutive(return_counts=True)[1].tolist() == [4, 12, 4]
+
+
 @contextmanager
 def _programs_run(order: Callable[[int, int], list[tuple[int, int]]], batch: int, splits: int) -> Iterator[None]:
     """Triton's interpreter runs program (0, 0) first and (batch - 1, splits - 1) last; here in another order."""

@@ -401,6 +401,7 @@ def _attend(
             # between tiles in memory: there are no registers for it next to a tile of 128 tokens
             cell = means + head * WIDTH + column[None, :]
             if start > 0:
+                tl.debug_barrier()  # every thread has stored its part of the tile before
                 mean += tl.where(carried == 0, 0.0, carried * tl.load(cell))
                 tl.debug_barrier()  # several threads may hold a column: all have read it before one of them writes it
             tl.store(cell, mean / summed)
@@ -696,6 +697,8 @@ class StudentHeadConfig:
         128, and with `wgmma` one of 128 rows too. A float32 operand takes three products and their halves in
         registers, hence its narrower step and small tile. 80 KiB in flight are one memory latency at all that L2 gives
         a multiprocessor.
+
+        Shares are added in another order than tiles, so another batch size may move a logit by a rounding.
         """
         block_hidden = min(16 if dtype == torch.float32 else 64, max(16, _next_power_of_2(hidden)))
         block_labels = min(max(_next_power_of_2(num_labels), 2), 256)
@@ -840,7 +843,6 @@ class _Tickets:
 
     def take(self, tensor: Tensor, count: int) -> Tensor:
         """At least `count` of int32, on the device of `tensor`."""
-        count = -(-count // 4) * 4  # 16 bytes: another alignment would be another binary, in the middle of a capture
         capturing = _capturing(tensor)
         if not tensor.is_cuda or (capturing and tensor.device not in self._cells):
             return tensor.new_zeros(count, dtype=torch.int32)
@@ -858,6 +860,7 @@ class _Tickets:
             # once a device, so that every stream may use them
             torch.cuda.current_stream(tensor.device).synchronize()
         cells = self._cells[tensor.device]
+        count = -(-count // 4) * 4  # 16 bytes: another alignment would be another binary, in the middle of a capture
         if cells.shape[0] < count:
             return tensor.new_zeros(count, dtype=torch.int32)
         self._cells[tensor.device] = cells[count:]
