@@ -321,8 +321,8 @@ def configure(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
 def test_error_budget_of_splits(monkeypatch: pytest.MonkeyPatch, splits: int, dtype: torch.dtype, layout: str) -> None:
     """Lengths around the ends of tiles and shares, and shares that have no token."""
     configure(monkeypatch, splits=splits)
-    head, lengths = random_head(dtype=dtype), torch.tensor([1, 2, 4, 63, 64, 65, 127, 128, 129, 130], device=DEVICE)
-    hidden_states, masks = laid_out(torch.randn(10, 130, 48, device=DEVICE).to(dtype), lengths, layout)
+    head, lengths = random_head(dtype=dtype), torch.tensor([1, 2, 63, 64, 65, 127, 128, 129], device=DEVICE)
+    hidden_states, masks = laid_out(torch.randn(8, 129, 48, device=DEVICE).to(dtype), lengths, layout)
     with fk.backend("cuda"):
         logits = fk.student_head(hidden_states, head, **masks)
     assert_accurate(logits, hidden_states, head, **masks)
@@ -359,11 +359,11 @@ def test_nan_in_a_share_reaches_its_sequence(monkeypatch: pytest.MonkeyPatch, sp
 def test_whoever_comes_last_finishes(monkeypatch: pytest.MonkeyPatch, splits: int, criterion: str) -> None:
     """Programs in any order give the same bits, are listed in the batch's order, and leave the tickets at zero."""
     configure(monkeypatch, splits=splits)
-    batch, layers = 5, 2
+    batch, layers = 4, 2
     tickets = torch.zeros(1 + batch, dtype=torch.int32, device=DEVICE)
     monkeypatch.setattr(ops._tickets, "take", lambda tensor, count: tickets[:count])
     head, hidden_states = random_head(), torch.randn(batch, 70, 48, device=DEVICE)
-    lengths, row_ids = torch.tensor([70, 3, 65, 1, 33], device=DEVICE), torch.tensor([4, 0, 2, 1, 3], device=DEVICE)
+    lengths, row_ids = torch.tensor([70, 2, 65, 1], device=DEVICE), torch.tensor([3, 0, 2, 1], device=DEVICE)
     speed = torch.full((batch,), 0.6, device=DEVICE)
     results = []
     for order in ORDERS:
