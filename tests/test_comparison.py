@@ -119,6 +119,7 @@ def test_command_writes_a_table_and_a_picture(tmp_path: Path) -> None:
 
 
 def test_commands_show_the_correlation_of_a_regression(tmp_path: Path) -> None:
+    pytest.importorskip("plotly", reason="plotly, which draws what the commands write, is not installed")
     labelled = {**random_batch(rows=60), "labels": torch.randn(60)}
     trace = early_exit_model(num_labels=1).trace([labelled])
     trace.save(tmp_path / "trace.safetensors")

@@ -42,7 +42,20 @@ def cuda_home() -> Path | None:
     return next((home for home in homes if (home / "include" / "cuda_runtime.h").exists()), None)
 
 
-needs_nvcc = pytest.mark.skipif(cuda_home() is None, reason="no CUDA toolkit (nvcc and cuda_runtime.h) on this machine")
+def toolkit_problem() -> str | None:
+    """Why the sources cannot be compiled for the torch that is installed, or None."""
+    home = cuda_home()
+    if home is None:
+        return "no CUDA toolkit (nvcc and cuda_runtime.h) on this machine"
+    printed = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+    major = re.search(r"release (\d+)\.", printed)
+    of_torch = (torch.version.cuda or "").split(".")[0]
+    if major is not None and of_torch not in ("", major.group(1)):
+        return f"the CUDA toolkit here is {major.group(1)}, and torch was built with CUDA {torch.version.cuda}"
+    return None
+
+
+needs_nvcc = pytest.mark.skipif(toolkit_problem() is not None, reason=toolkit_problem() or "")
 
 
 def cuda_tool(name: str) -> str:

@@ -254,4 +254,4 @@ def _spec(dtype: str, shape: tuple[int, int], **flags: Any) -> KernelSpec:
         **flags,
     }
     name = "fastkd_kernels.ops.distillation_loss:_distillation_kernel"
-    return KernelSpec(name, arguments, {"num_warps": config.num_warps})
+    return KernelSpec(name, arguments, {"num_warps": config.num_warps, "maxnreg": module.MOST_REGISTERS})

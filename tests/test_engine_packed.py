@@ -37,12 +37,12 @@ def some_speed(model: Model, inputs: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("from_parts", [True, False])
-def test_same_answers_and_exits_as_the_padded_engine(
-    family: str, from_parts: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not from_parts:
-        monkeypatch.setattr(packed, "supports", lambda model: False)
+@pytest.mark.parametrize("layers", ["from parts", "from parts, as on a GPU", "modules"])
+def test_same_answers_and_exits_as_the_padded_engine(family: str, layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if layers == "modules":
+        monkeypatch.setattr(packed, "runs_from_parts", lambda model: False)
+    if layers == "from parts, as on a GPU":
+        monkeypatch.setattr(packed, "_linear_on", lambda device: packed.JoinedLinear)
     model, inputs = early_exit_model(family), random_batch(family, rows=23)
     speed = some_speed(model, inputs)
     expected, result = padded(model, inputs, speed), packed_run(model, inputs, speed)

@@ -43,6 +43,7 @@ from gpu.timing import CudaTimer, Provider, Sampling, WallTimer, measure
 
 ROOT = Path(__file__).parents[1]
 DISTILLATION = {"kd_loss", "universal_kd_loss", "distillation_loss"}
+ENGINES = ["batch", "graphs", "stream", "stream_batches", "stream_batches, long runs"]
 CEILINGS = Ceilings(copy_bytes_per_s=4e12, matmul_flops_per_s=8e14, launch_us=1.5)
 PROVED = {file: Outcomes(passed=3) for files in TESTS_OF_OP.values() for file in files}
 SHORT = Sampling(rounds=3, replay_seconds=1e-5, max_calls=2, host_calls=2, max_copies=3)
@@ -135,19 +136,23 @@ def test_rows_whose_tests_failed_are_not_reported() -> None:
     assert "[32, 4] fp32 | eager" not in text
 
 
-def test_a_stream_has_its_own_proof_and_goal() -> None:
+@pytest.mark.parametrize(
+    ("engine", "proof"),
+    [("stream", "test_stream"), ("stream_batches", "test_rebatch"), ("stream_batches, long runs", "test_rebatch")],
+)
+def test_a_stream_has_its_own_proof_and_goal(engine: str, proof: str) -> None:
     report = full_report()
-    report.models += [replace(model_row(), engine="stream"), replace(model_row(seconds=0.024), engine="stream")]
+    report.models += [replace(model_row(), engine=engine), replace(model_row(seconds=0.024), engine=engine)]
     assert [(row.goal, row.ratio >= row.goal) for row in report.models if row.goal] == [
         (0.8, True),
         (0.8, True),
         (0.9, True),
         (0.9, False),
     ]
-    assert replace(model_row(8), engine="stream").goal is None
-    report.tests["test_stream"] = Outcomes(passed=9, failed=("test_stream::test_it",))
+    assert replace(model_row(8), engine=engine).goal is None
+    report.tests[proof] = Outcomes(passed=9, failed=(f"{proof}::test_it",))
     assert {row.engine for row in report.shown_models()} == {"batch"}
-    assert [reason.split(":")[0] for reason in report.withheld()] == ["early exit, stream"]
+    assert [reason.split(":")[0] for reason in report.withheld()] == [f"early exit, {engine.split(',')[0]}"]
 
 
 @pytest.mark.parametrize("outcome", [None, Outcomes(skipped=5), Outcomes(not_reached=5)])
@@ -383,9 +388,7 @@ def test_every_step_on_the_cpu(name: str, tmp_path: Path) -> None:
         assert sum(row.heuristic for row in part.sweeps) == 3
         assert len(part.sweeps) > 6
     if name == "models":
-        assert {(row.batch_size, row.engine) for row in part.models} == set(
-            product((1, 4), ("batch", "graphs", "stream"))
-        )
+        assert {(row.batch_size, row.engine) for row in part.models} == set(product((1, 4), ENGINES))
         assert all(row.seconds > 0 and row.ratio > 0 for row in part.models)
 
 
@@ -497,7 +500,7 @@ def test_an_engine_that_answers_something_else_costs_only_itself(monkeypatch: py
     pattern = early_exit.exit_pattern(setting.rows, 1.5, 3)
     problems: list[str] = []
     early = setting._right_engines(pattern, problems)
-    assert (list(early), problems) == (["batch", "graphs", "stream"], [])
+    assert (list(early), problems) == (ENGINES, [])
     predictions, _ = early["batch"]()
     for make, message in (
         (lambda: (predictions + 1, pattern), "AssertionError: only 0.0% of its answers are those of batch"),
@@ -507,7 +510,7 @@ def test_an_engine_that_answers_something_else_costs_only_itself(monkeypatch: py
         contestants = {**early, "stream": make}
         monkeypatch.setattr(setting, "early_exits", lambda _, contestants=contestants: contestants)
         problems.clear()
-        assert list(setting._right_engines(pattern, problems)) == ["batch", "graphs"]
+        assert list(setting._right_engines(pattern, problems)) == [name for name in ENGINES if name != "stream"]
         assert problems == [f"early exit, batch 4: stream: {message}"]
 
 

@@ -741,10 +741,21 @@ def test_bad_masks(backend: str, error: type[Exception], message: str, arguments
         fk.student_head(torch.randn(2, 5, 48, device=DEVICE), random_head(), **tensors)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_behind_the_last_sequence_are_nobodys(backend: str) -> None:
+    head, hidden_states = random_head(), torch.randn(14, 48, device=DEVICE)
+    hidden_states[10:] = float("nan")
+    cu_seqlens = torch.tensor([0, 5, 10], dtype=torch.int32, device=DEVICE)
+    with fk.backend(backend):
+        expected = fk.student_head(hidden_states[:10], head, cu_seqlens=cu_seqlens)
+        result = fk.student_head(hidden_states, head, cu_seqlens=cu_seqlens)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+
+
 @CPU_ONLY
-@pytest.mark.parametrize("cu_seqlens", [[0, 5, 9], [1, 5, 10], [0, 5, 5, 10], [0, 7, 5, 10]])
+@pytest.mark.parametrize("cu_seqlens", [[0, 5, 11], [1, 5, 10], [0, 5, 5, 10], [0, 7, 5, 10]])
 def test_bad_cu_seqlens(cu_seqlens: list[int]) -> None:
-    with pytest.raises(ValueError, match="rise from 0 to N_tokens=10"):
+    with pytest.raises(ValueError, match="rise from 0 to at most N_tokens=10"):
         fk.student_head(torch.randn(10, 48), random_head(), cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32))
 
 
@@ -872,10 +883,10 @@ def test_exit_compiles_to_one_graph(backend: str) -> None:
     with fk.backend(backend):
         compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(hidden_states, compiled_record)
         eager = run(hidden_states, eager_record)
-    for ours, theirs in zip(compiled, eager, strict=True):
-        assert torch.equal(ours, theirs)
     assert torch.equal(compiled_record.exit_layer, eager_record.exit_layer)
-    assert torch.equal(compiled_record.logits, eager_record.logits)
+    # NumPy, which multiplies in Triton's interpreter, may add up in another order at another address
+    for ours, theirs in zip((*compiled, compiled_record.logits), (*eager, eager_record.logits), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from numbers import Real
 from typing import NamedTuple
 
@@ -603,6 +604,7 @@ class ExitGateConfig:
     num_warps: int
 
     @classmethod
+    @lru_cache(maxsize=1024)  # the host is what a small gate waits for
     def heuristic(cls, rows: int, columns: int) -> ExitGateConfig:
         """The analytical choice for `rows` > 0.
 
@@ -632,6 +634,11 @@ class ExitGateConfig:
             "BLOCK_COLUMNS": self.block_columns,
             "WINDOW": 64,
         }
+
+    @cached_property
+    def launch(self) -> dict[str, int]:
+        """Constexprs and options, as the launcher takes them."""
+        return {**self.constants(), **self.options()}
 
 
 def _next_power_of_2(value: int) -> int:
@@ -683,8 +690,7 @@ def _exit_gate_triton(
             _scale(name, columns, top_n),
             top_n,
             CRITERION=name,
-            **config.options(),
-            **config.constants(),
+            **config.launch,
         )
     return uncertainty, survivors, count
 
@@ -909,7 +915,8 @@ def _check(
 
 def _check_speed(speed: float | Tensor, logits: Tensor) -> None:
     if not isinstance(speed, Tensor):
-        if not isinstance(speed, Real):
+        # asking the abstract class takes longer than all other checks
+        if type(speed) is not float and not isinstance(speed, Real):
             raise TypeError(f"speed: got {type(speed).__name__}, expected a number or a tensor [B]")
         if not 0 <= speed <= 1:
             raise ValueError(f"speed: got {speed}, expected a number from 0 (never leave) to 1 (leave at once)")

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import fastkd_kernels as fk
 from fastkd import backbones, criteria
 from fastkd.configuration import EarlyExitConfig, check_criterion, head_speeds
-from fastkd.engines import batch, graphs, packed, stream
+from fastkd.engines import batch, graphs, packed, rebatch, stream
 from fastkd.heads import LearnedExit, LinearHead, StudentHead, build_head
 from fastkd.trace import ExitTrace, record_trace
 
@@ -171,7 +171,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         exits = self.exit_options(speed, criterion, top_n, exit_layers)
         speed, criterion, top_n, _ = exits
         leaves_early = bool(head_speeds(speed, self.exit_layers)) and not self.training
-        mask = self._check_input(input_ids, attention_mask, inputs_embeds)
+        mask = self.check_input(input_ids, attention_mask, inputs_embeds)
         rows = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]  # type: ignore[union-attr]
         if labels is not None and labels.numel() != rows:
             raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected [{rows}], one a row")
@@ -357,6 +357,52 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             deadline=deadline,
         )
 
+    def stream_batches(
+        self,
+        batches: Iterable[Mapping[str, Tensor]],
+        *,
+        speed: float | Sequence[float] | None = None,
+        criterion: str | None = None,
+        top_n: int | None = None,
+        exit_layers: Sequence[int] | None = None,
+        tokens_per_run: int | None = None,
+        max_rows_waiting: int = 16384,
+    ) -> rebatch.BatchStream:
+        """Answer batches in their order, rebatching the survivors of each layer across them; made for GPUs.
+
+        Where `stream` takes texts and gives rows, this takes tensors and gives tensors, and nothing on the host is done
+        row by row. On a GPU each run is a CUDA graph (the first runs capture them), and the host prepares one run while
+        the device is busy with another. Weights must not change before the stream ends.
+
+        Args:
+            batches: mappings with `input_ids` [B, T], perhaps `attention_mask` (padding on the right) and
+                `token_type_ids`, on any device: a list, a `DataLoader`, a generator. B and T may differ from batch to
+                batch. A mask on a GPU costs a wait for the device.
+            speed, exit_layers: as in `forward`.
+            criterion, top_n: of `fastkd_kernels.exit_gate`; default those of the configuration.
+            tokens_per_run: a layer runs when as many tokens wait for it; default 4,096, on a GPU 16,384. Memory is
+                three times this, times the hidden size, for each layer with a head.
+            max_rows_waiting: rows that were read and not given back yet; more are read only when the oldest are
+                answered, however empty their run. A batch may not have more.
+
+        Returns:
+            An iterator of EarlyExitOutput, one a batch, in memory of their own on the device of the model.
+
+        Raises:
+            ValueError: as `forward`, at the batch concerned; bounds that cannot be kept; a criterion that only
+                `stream` has.
+        """
+        return rebatch.BatchStream(
+            self,
+            batches,
+            speed=speed,
+            criterion=criterion,
+            top_n=top_n,
+            exit_layers=exit_layers,
+            tokens_per_run=tokens_per_run,
+            max_rows_waiting=max_rows_waiting,
+        )
+
     def layer_mask(self, hidden_states: Tensor, attention_mask: Tensor | None) -> Any:
         """`attention_mask` [B, T] or None in the form that the layers take."""
         return backbones.layer_mask(self.config.backbone, hidden_states, attention_mask)
@@ -386,6 +432,10 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             )
         encoder = packed.encoder_of(self) if can_pack else None
         return encoder if encoder is not None and (engine == "packed" or encoder.is_faster) else None
+
+    def output_of(self, record: fk.ExitRecord) -> EarlyExitOutput:
+        """What an engine recorded."""
+        return EarlyExitOutput(**self._answers(record))
 
     def _answers(self, record: fk.ExitRecord) -> dict[str, Any]:
         """What an engine recorded, as fields of EarlyExitOutput; a regression knows no uncertainty."""
@@ -420,11 +470,11 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         inputs_embeds: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Hidden states before the first layer, and the mask as [B, T] bool, None where nothing is padded."""
-        mask = self._check_input(input_ids, attention_mask, inputs_embeds)
+        mask = self.check_input(input_ids, attention_mask, inputs_embeds)
         return self._family.embed(self.backbone, input_ids, token_type_ids, position_ids, inputs_embeds), mask
 
-    def _check_input(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: Tensor | None
+    def check_input(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: Tensor | None = None
     ) -> Tensor | None:
         """The mask as [B, T] bool, None where nothing is padded; ValueError for what `forward` cannot take."""
         tokens = input_ids if inputs_embeds is None else inputs_embeds

@@ -94,7 +94,7 @@ class GraphEngine:
                 "model.set_attn_implementation('sdpa') or use the batch engine"
             )
         self._reference = weakref.ref(model)
-        self._recorder = _CudaGraphs() if recorder is None else recorder
+        self._recorder = CudaGraphs() if recorder is None else recorder
         self._memories: dict[tuple[Any, ...], _Memory] = {}
         self._parameters = list(model.parameters())
         self._stamp = fk.ParameterStamp(self._parameters)
@@ -315,7 +315,7 @@ _NOTHING_SAID = torch.tensor([-1, 0], dtype=torch.int32)
 """A row of `ExitRecord.history` before the first layer."""
 
 
-class _CudaGraphs:
+class CudaGraphs:
     """Captures into CUDA graphs that share one memory pool: they are never replayed at the same time."""
 
     WARM_UPS = 2

@@ -1,12 +1,14 @@
 """Engine `packed`: an encoder on packed tokens, so that padding costs nothing.
 
-The modules of transformers stay the owners of the weights. On a GPU they also run: each layer's own `forward`, with the
-attention that this file registers with transformers. On a CPU the layers are run from their parts instead:
+The modules of transformers stay the owners of the weights. Layers without hooks, adapters or patches are run from their
+parts:
 
-* linear layers multiply by weights that were rearranged once for oneDNN, with queries, keys and values in one product
-  and the activation inside its product; the copies are made again when a parameter changes;
-* row counts are rounded up to a few sizes, because oneDNN prepares a primitive for every new one;
-* sums and normalisations are one pass (`fastkd_kernels.add_layer_norm`).
+* queries, keys and values are one product; the joined copy of their weights is made again when a parameter changes;
+* sums and normalisations are one pass (`fastkd_kernels.add_layer_norm`);
+* on a CPU, weights are rearranged once for oneDNN, the activation is inside its product, and row counts are rounded up
+  to a few sizes, because oneDNN prepares a primitive for every new one.
+
+Any other layer runs its own `forward`, with the attention that this file registers with transformers.
 """
 
 from __future__ import annotations
@@ -76,14 +78,18 @@ def bounds(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor
 
 
 def supports(model: EarlyExitForSequenceClassification) -> bool:
-    """Whether the layers can be run from their parts: on a CPU, in a dtype that oneDNN multiplies, with our kernels."""
+    """Whether packed tokens beat padded batches: on a CPU, with layers that run from their parts."""
+    return model.device.type == "cpu" and runs_from_parts(model)
+
+
+def runs_from_parts(model: EarlyExitForSequenceClassification) -> bool:
+    """Whether our kernels, and on a CPU oneDNN, take the dtype of the model where it is."""
     parameter = next(model.parameters())
-    return (
-        parameter.device.type == "cpu"
-        and not torch.is_autocast_enabled("cpu")
-        and _onednn_multiplies(parameter.dtype)
-        and fk.missing_kernels(("varlen_attention", "layer_norm", "packed"), "cpu") is None
-    )
+    device = parameter.device.type
+    if device not in ("cpu", "cuda") or torch.is_autocast_enabled(device):
+        return False
+    takes_dtype = _onednn_multiplies(parameter.dtype) if device == "cpu" else parameter.dtype == torch.bfloat16
+    return takes_dtype and fk.missing_kernels(("varlen_attention", "layer_norm", "packed"), device) is None
 
 
 def _onednn_multiplies(dtype: torch.dtype) -> bool:
@@ -99,18 +105,17 @@ def _onednn_multiplies(dtype: torch.dtype) -> bool:
 # Linear layers
 
 
-class PackedLinear:
-    """One or several linear layers of the same input as one product with a rearranged copy of their weights."""
+class JoinedLinear:
+    """One or several linear layers of the same input as one product; the weights of a single one are not copied."""
 
-    def __init__(self, modules: Sequence[nn.Linear], activation: tuple[str, str] = ("none", "")) -> None:
+    def __init__(self, modules: Sequence[nn.Linear]) -> None:
         self._modules = modules
-        self._activation = activation
         self._stamp: fk.ParameterStamp | None = None
-        self._weight: Tensor | None = None
+        self._weight: Any = None
         self._bias: Tensor | None = None
 
     def refresh(self) -> None:
-        """Rearrange the weights again if they changed since the last time."""
+        """Join the weights again if they changed since the last time."""
         parameters = [p for module in self._modules for p in (module.weight, module.bias) if p is not None]
         if self._stamp is not None and self._stamp.is_current(parameters):
             return
@@ -118,14 +123,34 @@ class PackedLinear:
         with torch.no_grad():
             weights: list[Tensor] = [module.weight for module in self._modules]
             biases: list[Tensor] = [module.bias for module in self._modules if module.bias is not None]
-            weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+            self._weight = self._prepared((torch.cat(weights) if len(weights) > 1 else weights[0]).detach())
             self._bias = (torch.cat(biases) if len(biases) > 1 else biases[0]).detach() if biases else None
         self._stamp = stamp
+
+    def _prepared(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return F.linear(rows, self._weight, self._bias)
+
+
+class PackedLinear(JoinedLinear):
+    """The same with a copy of the weights that is rearranged for oneDNN, and an activation inside the product."""
+
+    def __init__(self, modules: Sequence[nn.Linear], activation: tuple[str, str] = ("none", "")) -> None:
+        super().__init__(modules)
+        self._activation = activation
+
+    def _prepared(self, weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
     def __call__(self, rows: Tensor) -> Tensor:
         attribute, algorithm = self._activation
         return torch.ops.mkldnn._linear_pointwise.default(rows, self._weight, self._bias, attribute, [], algorithm)
+
+
+def _linear_on(device: torch.device) -> type[JoinedLinear]:
+    return PackedLinear if device.type == "cpu" else JoinedLinear
 
 
 _FUSED_ACTIVATIONS = {"gelu": ("gelu", "none"), "tanh gelu": ("gelu", "tanh"), "relu": ("relu", "")}
@@ -147,18 +172,25 @@ def _fused_activation(activation: Callable[[Tensor], Tensor]) -> tuple[str, str]
 # Layers
 
 
-class _CpuLayer:
+class _LayerFromParts:
     """One encoder layer on packed rows, run from its parts."""
 
-    def __init__(self, parts: backbones.LayerParts, heads: int) -> None:
-        self.parts = parts
+    def __init__(self, parts: backbones.LayerParts, heads: int, linear: type[JoinedLinear]) -> None:
+        self._parts = parts
+        self._device = parts.query.weight.device
         self._heads = heads
-        fused = _fused_activation(parts.activation)
-        self._project = PackedLinear([parts.query, parts.key, parts.value])
-        self._output = PackedLinear([parts.output])
-        self._expand = PackedLinear([parts.expand], fused or ("none", ""))
-        self._activation = None if fused else parts.activation
-        self._contract = PackedLinear([parts.contract])
+        self._activation: Callable[[Tensor], Tensor] | None = parts.activation
+        self._project = linear([parts.query, parts.key, parts.value])
+        self._output = linear([parts.output])
+        self._expand = linear([parts.expand])
+        self._contract = linear([parts.contract])
+        fused = _fused_activation(parts.activation) if linear is PackedLinear else None
+        if fused is not None:
+            self._expand, self._activation = PackedLinear([parts.expand], fused), None
+
+    def runs(self, parts: backbones.LayerParts) -> bool:
+        """Whether it was made for these modules where they are now."""
+        return self._parts == parts and self._device == parts.query.weight.device
 
     def refresh(self) -> None:
         for linear in (self._project, self._output, self._expand, self._contract):
@@ -166,7 +198,7 @@ class _CpuLayer:
 
     def __call__(self, hidden_states: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """The layer's output [R, H]; rows behind the last sequence stay finite."""
-        parts, width = self.parts, hidden_states.shape[1]
+        parts, width = self._parts, hidden_states.shape[1]
         projected = self._project(hidden_states).view(hidden_states.shape[0], 3, self._heads, width // self._heads)
         query, key, value = projected.unbind(1)
         attended = fk.varlen_attention(query, key, value, cu_seqlens, max_seqlen).flatten(1)
@@ -242,13 +274,13 @@ class PackedEncoder:
         self.layers_of = [id(layer) for layer in self._modules]
         self._family = backbones.family_of(model.config.backbone.model_type)
         self._config = model.config.backbone
-        self._layers: list[_CpuLayer | _ModuleLayer] = []
+        self._layers: list[_LayerFromParts | _ModuleLayer] = []
         self._tables: tuple[nn.Embedding, ...] | None = None
 
     @property
     def is_faster(self) -> bool:
         """Whether every layer runs from its parts, which is where packed tokens beat padded batches."""
-        return all(isinstance(layer, _CpuLayer) for layer in self._layers)
+        return all(isinstance(layer, _LayerFromParts) for layer in self._layers)
 
     def compaction_pays(self, tokens: int, kept: int, layers: int) -> bool:
         """Whether dropping all but `kept` of `tokens` tokens before the next `layers` layers saves time."""
@@ -276,21 +308,21 @@ class PackedEncoder:
             return CompactionCost(layer=fit(run_layer, device), compaction=fit(compact, device))
 
     def refresh(self, from_parts: bool) -> None:
-        """Take note of modules and parameters that changed; `from_parts` where `supports` allows it."""
+        """Take note of modules and parameters that changed; `from_parts` where `runs_from_parts` allows it."""
         self._tables = backbones.embedding_tables(self._backbone.embeddings)
-        previous: Sequence[_CpuLayer | _ModuleLayer | None] = self._layers or [None] * len(self._modules)
+        previous: Sequence[_LayerFromParts | _ModuleLayer | None] = self._layers or [None] * len(self._modules)
         self._layers = [
             self._runner(layer, before, from_parts) for layer, before in zip(self._modules, previous, strict=True)
         ]
 
     def _runner(
-        self, layer: nn.Module, before: _CpuLayer | _ModuleLayer | None, from_parts: bool
-    ) -> _CpuLayer | _ModuleLayer:
+        self, layer: nn.Module, before: _LayerFromParts | _ModuleLayer | None, from_parts: bool
+    ) -> _LayerFromParts | _ModuleLayer:
         parts = self._family.parts(layer) if from_parts else None
         if parts is None or not _is_plain(layer, parts):
             return before if isinstance(before, _ModuleLayer) else _ModuleLayer(layer)
-        if not isinstance(before, _CpuLayer) or before.parts != parts:
-            before = _CpuLayer(parts, self._config.num_attention_heads)
+        if not isinstance(before, _LayerFromParts) or not before.runs(parts):
+            before = _LayerFromParts(parts, self._config.num_attention_heads, _linear_on(self._backbone.device))
         before.refresh()
         return before
 
@@ -319,7 +351,10 @@ class PackedEncoder:
         input_ids = F.pad(tokens.input_ids, (0, added), value=self._config.pad_token_id or 0)
         segments = tokens.token_type_ids
         segments = torch.zeros_like(input_ids) if segments is None else F.pad(segments, (0, added))
-        positions = self._positions(tokens, input_ids.shape[0])
+        return self.embed_rows(input_ids, self._positions(tokens, input_ids.shape[0]), segments, out)
+
+    def embed_rows(self, input_ids: Tensor, positions: Tensor, segments: Tensor, out: Tensor | None = None) -> Tensor:
+        """Hidden states [R, H] of rows whose positions and segments are known; all [R] int64."""
         if self._tables is None:
             hidden_states = self._family.embed(self._backbone, input_ids[None], segments[None], positions[None], None)[
                 0
@@ -357,7 +392,7 @@ def encoder_of(model: EarlyExitForSequenceClassification) -> PackedEncoder:
     encoder = _encoders.get(model)
     if encoder is None or encoder.layers_of != [id(layer) for layer in model.layers]:
         encoder = _encoders[model] = PackedEncoder(model)
-    encoder.refresh(from_parts=supports(model))
+    encoder.refresh(from_parts=runs_from_parts(model))
     return encoder
 
 
