@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
+import itertools
+import json
+import random
 import re
 import threading
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,7 +28,13 @@ from torch import Tensor, nn
 import fastkd_kernels as fk
 from fastkd_kernels import _backend, _extension, _triton
 from fastkd_kernels.ops import student_head as ops
-from fastkd_kernels.ops.student_head import StudentHeadConfig, StudentHeadWeights, fold, student_head_reference
+from fastkd_kernels.ops.student_head import (
+    GpuLimits,
+    StudentHeadConfig,
+    StudentHeadWeights,
+    fold,
+    student_head_reference,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -289,6 +301,168 @@ def test_batch_mates_and_layouts_change_nothing(backend: str, layout: str) -> No
             fk.student_head(row[None, :length], head) for row, length in zip(padded, lengths.tolist(), strict=True)
         ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=3e-6)
+
+
+# --- several programs a sequence -------------------------------------------------------------------------------------
+
+SPLITS = [1, 2, 4]
+
+
+def configure(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """The heuristic's choice with some fields changed, from here on."""
+    usual = StudentHeadConfig.heuristic
+    monkeypatch.setattr(StudentHeadConfig, "heuristic", lambda *sizes: dataclasses.replace(usual(*sizes), **changes))
+
+
+@needs_triton
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("splits", SPLITS)
+def test_error_budget_of_splits(monkeypatch: pytest.MonkeyPatch, splits: int, dtype: torch.dtype, layout: str) -> None:
+    """Lengths around the ends of tiles and shares, and shares that have no token."""
+    configure(monkeypatch, splits=splits)
+    head, lengths = random_head(dtype=dtype), torch.tensor([1, 2, 63, 64, 65, 127, 128, 129], device=DEVICE)
+    hidden_states, masks = laid_out(torch.randn(8, 129, 48, device=DEVICE).to(dtype), lengths, layout)
+    with fk.backend("cuda"):
+        logits = fk.student_head(hidden_states, head, **masks)
+    assert_accurate(logits, hidden_states, head, **masks)
+
+
+@needs_triton
+@pytest.mark.parametrize("splits", SPLITS)
+def test_a_share_may_be_masked_as_a_whole(monkeypatch: pytest.MonkeyPatch, splits: int) -> None:
+    configure(monkeypatch, splits=splits)
+    head, attention_mask = random_head(), torch.ones(3, 130, dtype=torch.bool, device=DEVICE)
+    attention_mask[0, 1:] = attention_mask[1, 30:100] = attention_mask[2, 1:129] = False
+    hidden_states = torch.randn(3, 130, 48, device=DEVICE).masked_fill(~attention_mask[..., None], torch.nan)
+    with fk.backend("cuda"):
+        logits = fk.student_head(hidden_states, head, attention_mask=attention_mask)
+    assert_accurate(logits, hidden_states, head, attention_mask=attention_mask)
+
+
+@needs_triton
+@pytest.mark.parametrize("token", [0, 1, 40, 129])
+@pytest.mark.parametrize("splits", SPLITS)
+def test_nan_in_a_share_reaches_its_sequence(monkeypatch: pytest.MonkeyPatch, splits: int, token: int) -> None:
+    configure(monkeypatch, splits=splits)
+    hidden_states = torch.randn(3, 130, 48, device=DEVICE)
+    hidden_states[1, token, 0] = torch.nan
+    with fk.backend("cuda"):
+        logits = fk.student_head(hidden_states, random_head())
+    assert logits.isnan().all(dim=1).tolist() == [False, True, False]
+
+
+@needs_triton
+@pytest.mark.parametrize("criterion", fk.CRITERIA)
+@pytest.mark.parametrize("splits", SPLITS[1:])
+@torch.no_grad()
+def test_whoever_comes_last_finishes(monkeypatch: pytest.MonkeyPatch, splits: int, criterion: str) -> None:
+    """Programs in any order give the same bits, are listed in the batch's order, and leave the tickets at zero."""
+    configure(monkeypatch, splits=splits)
+    batch, layers = 4, 2
+    tickets = torch.zeros(1 + batch, dtype=torch.int32, device=DEVICE)
+    monkeypatch.setattr(ops._tickets, "take", lambda tensor, count: tickets[:count])
+    head, hidden_states = random_head(), torch.randn(batch, 70, 48, device=DEVICE)
+    lengths, row_ids = torch.tensor([70, 2, 65, 1], device=DEVICE), torch.tensor([3, 0, 2, 1], device=DEVICE)
+    speed = torch.full((batch,), 0.6, device=DEVICE)
+    results = []
+    for order in ORDERS:
+        record = fk.ExitRecord.allocate(batch, 3, DEVICE)
+        for layer in range(1, layers + 1):
+            with fk.backend("cuda"), order(batch, splits):
+                out = fk.student_head_exit(
+                    hidden_states,
+                    head,
+                    speed,
+                    criterion,
+                    row_ids,
+                    2 if criterion == "top_n" else None,
+                    lengths=lengths,
+                    record=record,
+                    layer=layer,
+                )
+            assert not tickets.any()
+            assert out.logits is not None
+        results.append((out.logits, out.uncertainty, out.kept(), *vars(record).values()))
+    assert_accurate(results[0][0], hidden_states, head, lengths=lengths)
+    stays = ~(results[0][1] <= speed)
+    assert results[0][2].tolist() == stays.nonzero().flatten().tolist()
+    for other in results[1:]:
+        for ours, theirs in zip(results[0], other, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_tickets_are_shared_by_nobody_and_aligned() -> None:
+    tickets, tensor = ops._Tickets(), torch.empty(0, device=DEVICE)
+    tickets._cells[tensor.device] = store = torch.zeros(20, dtype=torch.int32, device=DEVICE)
+    taken = [tickets._new_cells(tensor, count) for count in (1, 9, 4, 1)]
+    assert [cells.shape[0] for cells in taken] == [4, 12, 4, 4]
+    assert all(cells.data_ptr() % 16 == 0 for cells in taken), "the launcher compiles another kernel for other pointers"
+    for number, cells in enumerate(taken):
+        assert not cells.any()
+        cells.fill_(number)
+    assert store.unique_consecutive(return_counts=True)[1].tolist() == [4, 12, 4]
+
+
+@contextmanager
+def _programs_run(order: Callable[[int, int], list[tuple[int, int]]], batch: int, splits: int) -> Iterator[None]:
+    """Triton's interpreter runs program (0, 0) first and (batch - 1, splits - 1) last; here in another order."""
+    if not _triton.interpreting:
+        yield  # a GPU has its own order
+        return
+    from triton.runtime import interpreter
+
+    permuted, started = order(batch, splits), itertools.count()
+    set_grid_idx = interpreter.interpreter_builder.set_grid_idx
+    with mock.patch.object(
+        interpreter.interpreter_builder, "set_grid_idx", lambda x, y, z: set_grid_idx(*permuted[next(started)], z)
+    ):
+        yield
+    assert next(started) == batch * splits
+
+
+def _as_numbered(batch: int, splits: int) -> list[tuple[int, int]]:
+    return list(itertools.product(range(batch), range(splits)))
+
+
+def _reversed(batch: int, splits: int) -> list[tuple[int, int]]:
+    return _as_numbered(batch, splits)[::-1]
+
+
+def _shuffled(batch: int, splits: int) -> list[tuple[int, int]]:
+    return random.Random(batch).sample(_as_numbered(batch, splits), batch * splits)
+
+
+ORDERS = [functools.partial(_programs_run, order) for order in (_as_numbered, _reversed, _shuffled)]
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "multiprocessors", "splits", "block_tokens"),
+    [
+        *[(1, 128, 132, 4, 64), (33, 128, 132, 4, 64), (34, 128, 132, 1, 128), (34, 127, 132, 2, 64)],
+        *[(66, 127, 132, 2, 64), (67, 127, 132, 1, 128), (256, 128, 132, 1, 128), (8, 512, 132, 4, 128)],
+        *[(1, 64, 132, 1, 64), (1, 65, 132, 2, 64), (1, 1, 132, 1, 64), (8, 0, 132, 1, 64)],
+        *[(14, 128, 56, 4, 64), (15, 128, 56, 1, 128)],
+    ],
+)
+def test_sequences_are_split_where_it_saves_rows_and_multiprocessors_are_free(
+    batch: int, tokens: int, multiprocessors: int, splits: int, block_tokens: int
+) -> None:
+    limits = GpuLimits(multiprocessors)
+    config = StudentHeadConfig.heuristic(torch.bfloat16, 768, 128, 4, batch, tokens, limits)
+    assert (config.splits, config.block_tokens) == (splits, block_tokens)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [16, 128, 256])
+@pytest.mark.parametrize("shared_memory", [101_376, 166_912, 232_448])
+def test_stages_fit_the_shared_memory(shared_memory: int, width: int, dtype: torch.dtype) -> None:
+    for tokens in (64, 128):
+        limits = GpuLimits(shared_memory=shared_memory)
+        config = StudentHeadConfig.heuristic(dtype, 768, width, 4, 256, tokens, limits)
+        assert config.num_stages >= 2
+        stage = (config.block_tokens + width) * config.block_hidden * dtype.itemsize
+        assert config.num_stages * stage <= shared_memory
 
 
 # --- folding and its cache ------------------------------------------------------------------------------------------
@@ -676,8 +850,7 @@ def test_exit_of_an_empty_batch(backend: str) -> None:
 
 @needs_triton
 def test_more_rows_than_are_listed_in_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = dataclasses.replace(StudentHeadConfig.heuristic(torch.float32, 48, 32, 3), list_rows=4)
-    monkeypatch.setattr(StudentHeadConfig, "heuristic", lambda *sizes: config)
+    configure(monkeypatch, list_rows=4)
     head, hidden_states = random_head(), torch.randn(11, 2, 48, device=DEVICE)
     with fk.backend("cuda"):
         uncertainty = fk.student_head_exit(hidden_states, head, 0.0).uncertainty
@@ -685,18 +858,6 @@ def test_more_rows_than_are_listed_in_one_step(monkeypatch: pytest.MonkeyPatch) 
         out = fk.student_head_exit(hidden_states, head, speed.expand(11))
     assert out.kept().tolist() == (uncertainty > speed).nonzero().flatten().tolist()
     assert int(out.count) == 5
-
-
-@needs_triton
-@torch.no_grad()
-def test_ticket_is_reset() -> None:
-    head, hidden_states = random_head(), torch.randn(3, 5, 48, device=DEVICE)
-    ticket = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    with fk.backend("cuda"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops._tickets, "take", lambda tensor: ticket)
-        first, second = (fk.student_head_exit(hidden_states, head, 0.6) for _ in range(2))
-    assert int(ticket) == 0
-    assert first.kept().tolist() == second.kept().tolist()
 
 
 @needs_triton
@@ -803,7 +964,7 @@ _RECORD = {
 _GATE = {
     "uncertainty": "*fp32:16",
     "stays": "*i8:16",
-    **dict.fromkeys(("survivors", "count", "ticket"), "*i32:16"),
+    **dict.fromkeys(("survivors", "count"), "*i32:16"),
 }
 
 
@@ -818,9 +979,11 @@ def _specification(
     width: int = 128,
     labels: int = 4,
     heads: int = 2,
+    batch: int = 256,
+    limits: GpuLimits = GpuLimits(),  # noqa: B008
 ) -> KernelSpec:
     """The kernel as its launcher would specialise it."""
-    config = StudentHeadConfig.heuristic(dtype, hidden, width, labels)
+    config = StudentHeadConfig.heuristic(dtype, hidden, width, labels, batch, 128, limits)
     size = "i32:16" if hidden % 16 == 0 else "i32"
     arguments = {
         **dict.fromkeys(_FLOAT32, "*fp32:16"),
@@ -833,6 +996,7 @@ def _specification(
         "scale": "fp32",
         "speeds": "*fp32:16" if per_row else None,
         **(_GATE if criterion else dict.fromkeys(_GATE, None)),
+        "tickets": "*i32:16" if criterion or config.splits > 1 else None,
         **(_RECORD if record else dict.fromkeys(_RECORD, None)),
         "CRITERION": criterion,
         "EVEN_HIDDEN": hidden % config.block_hidden == 0,
@@ -845,31 +1009,50 @@ def _specification(
     return KernelSpec("fastkd_kernels.ops.student_head:_student_head_kernel", arguments, config.options())
 
 
-def _gated_specifications() -> list[KernelSpec]:
-    """Every dtype x layout, the criteria and flags taking turns so that each meets every dtype and every layout."""
+def _gated_specifications(limits: GpuLimits) -> list[KernelSpec]:
+    """Every dtype x layout; criteria, flags and batch sizes take turns so that each meets all dtypes and layouts."""
     specifications = []
     for number, (dtype, layout) in enumerate((dtype, layout) for dtype in DTYPES for layout in LAYOUTS):
         criterion = fk.CRITERIA[number % len(fk.CRITERIA)]
         record = number % 2 == 0 or criterion == "patience"
-        specifications.append(_specification(dtype, layout, criterion, record=record, per_row=number % 3 == 0))
+        batch = (16, 256)[(number + number // 4) % 2]
+        specifications.append(
+            _specification(dtype, layout, criterion, record=record, per_row=number % 3 == 0, batch=batch, limits=limits)
+        )
     return specifications
 
 
+LIMITS = [
+    ((80, 100, 120), GpuLimits(84, 101_376, wgmma=False)),  # the least of the three
+    ((90,), GpuLimits()),
+]
+
+
 @needs_triton
-def test_machine_code_of_the_logits() -> None:
-    for cubin in compile_kernels(
-        _specification(dtype, layout, None) for dtype, layout in zip(DTYPES, LAYOUTS[1:], strict=True)
-    ):
+@pytest.mark.parametrize(("capabilities", "limits"), LIMITS)
+def test_machine_code_of_the_logits(capabilities: tuple[int, ...], limits: GpuLimits) -> None:
+    specifications = [
+        _specification(dtype, layout, None, batch=batch, limits=limits)
+        for dtype, layout, batch in zip(DTYPES, LAYOUTS[1:], (256, 256, 1), strict=True)
+    ]
+    for cubin in compile_kernels(specifications, capabilities):
         cubin.assert_no_spills()
         assert_streams_and_multiplies(cubin)
+        assert _launched_shared_memory(cubin) <= limits.shared_memory
 
 
 @needs_triton
-def test_machine_code_with_the_gate() -> None:
-    for cubin in compile_kernels(_gated_specifications()):
+@pytest.mark.parametrize(("capabilities", "limits"), LIMITS)
+def test_machine_code_with_the_gate(capabilities: tuple[int, ...], limits: GpuLimits) -> None:
+    for cubin in compile_kernels(_gated_specifications(limits), capabilities):
         cubin.assert_no_spills()
         if cubin.capability == 90:
             assert_streams_and_multiplies(cubin)
+
+
+def _launched_shared_memory(cubin: Cubin) -> int:
+    """In bytes, with what the launch adds to the binary's own."""
+    return json.loads(Path(cubin.path).with_suffix(".json").read_text())["shared"]
 
 
 @needs_triton
@@ -899,14 +1082,20 @@ def assert_streams_and_multiplies(cubin: Cubin) -> None:
 @needs_triton
 def test_what_the_h200_runs() -> None:
     """The facts that NOTES-performance.md builds on, of the launches that bench/gpu_report.py measures."""
-    for cubin in compile_kernels([_specification(dtype, "padded", "entropy") for dtype in DTYPES], [90]):
-        opcodes = cubin.opcodes()
-        assert cubin.spec.options["num_warps"] * 32 * cubin.registers <= 65536, "one program must fit a multiprocessor"
+    specifications = [
+        _specification(dtype, "padded", "entropy", batch=batch) for dtype in DTYPES for batch in (32, 256)
+    ]
+    for cubin in compile_kernels(specifications, [90]):
+        cubin.assert_no_spills()
+        opcodes, arguments = cubin.opcodes(), cubin.spec.arguments
+        threads = cubin.spec.options["num_warps"] * 32
+        assert threads * cubin.registers <= 65536, "one program must fit a multiprocessor"
         assert not [name for name in opcodes if name.startswith(("LDL", "STL"))], "registers went to local memory"
         assert sum(count for name, count in opcodes.items() if name.startswith("HGMMA")) >= 1
         assert not [name for name in opcodes if re.match(r"HMMA|IMMA|DMMA", name)], "a slower matrix unit is used"
-        # both folded matrices of two attention heads, 16 bytes a thread: 4 * 128 * 128 * 4 bytes / 256 threads / 16
-        assert opcodes["LDG.E.128"] >= 64, opcodes
+        # both folded matrices of two attention heads, 16 bytes a thread
+        assert opcodes["LDG.E.128"] >= 4 * 128 * 128 * 4 // (16 * threads), opcodes
         narrow_loads = [name for name in opcodes if re.match(r"LDG\.E\.(U8|U16|S8|S16)$", name)]
         assert not narrow_loads, f"features are loaded one by one: {narrow_loads}"
-        assert sum(count for name, count in opcodes.items() if name.startswith("ATOMG")) == 1, "one ticket a program"
+        tickets = sum(count for name, count in opcodes.items() if name.startswith("ATOMG"))
+        assert tickets == (2 if arguments["SPLITS"] > 1 else 1), "a ticket of the batch, and one of a split sequence"

@@ -474,7 +474,7 @@ def distillation(scale: Scale, device: torch.device) -> Iterator[Case]:
 
 
 def fresh_tickets() -> None:
-    """Every captured launch of the head keeps one of 4096 counters: those of graphs that are gone come back."""
+    """Every captured launch of the head keeps counters of a fixed store: those of graphs that are gone come back."""
     head_op._tickets = head_op._Tickets()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import fastkd_kernels as fk
 from fastkd_kernels.ops.compact import CompactConfig
 from fastkd_kernels.ops.exit_gate import ExitGateConfig
-from fastkd_kernels.ops.student_head import StudentHeadConfig
+from fastkd_kernels.ops.student_head import GpuLimits, StudentHeadConfig
 from gpu import cases
 from gpu.cases import DTYPES, LABELS, SPEED, WIDTH
 from gpu.records import SweepRow
@@ -33,8 +33,8 @@ class Scale:
 
     gate_shapes: Sequence[tuple[int, int]]
     head_shapes: Sequence[tuple[int, int, int, str]]
-    head_options: Sequence[tuple[int, int, int, int]]
-    """block_tokens, block_hidden, num_warps, num_stages"""
+    head_options: Sequence[tuple[int, int, int, int, int]]
+    """splits, block_tokens, block_hidden, num_warps, num_stages"""
     compact_batches: Sequence[int]
     compact_row: tuple[int, int]
 
@@ -42,14 +42,25 @@ class Scale:
 FULL = Scale(
     gate_shapes=((32, 4), (256, 4), (1024, 10), (4096, 2), (4096, 40), (65536, 1024)),
     head_shapes=((256, 128, 768, "bf16"), (32, 128, 768, "bf16"), (8, 128, 768, "bf16"), (1, 128, 768, "bf16")),
-    head_options=tuple(product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4))),
+    head_options=tuple(
+        (splits, *options)
+        for splits, options in product(
+            (1, 2, 4),
+            (
+                *product((64,), (64,), (8,), (3, 4, 6)),
+                *product((64,), (128,), (8,), (3, 4)),
+                *product((128,), (64,), (8, 16), (3, 4, 6)),
+                *product((128,), (128,), (8, 16), (3,)),
+            ),
+        )
+    ),
     compact_batches=(2, 8, 32, 128, 512, 2048),
     compact_row=(128, 768),
 )
 REHEARSAL = Scale(
     gate_shapes=((40, 4),),
     head_shapes=((2, 5, 32, "fp32"),),
-    head_options=((64, 32, 4, 2),),
+    head_options=((2, 64, 32, 4, 2),),
     compact_batches=(4,),
     compact_row=(5, 32),
 )
@@ -101,16 +112,23 @@ def _gate(config: ExitGateConfig | None) -> Callable[..., Any]:
 
 def _student_heads(scale: Scale, device: torch.device) -> Iterator[Swept]:
     for batch, tokens, hidden, dtype in scale.head_shapes:
-        usual = StudentHeadConfig.heuristic(DTYPES[dtype], hidden, WIDTH, LABELS)
+        limits = GpuLimits.of(device)
+        usual = StudentHeadConfig.heuristic(DTYPES[dtype], hidden, WIDTH, LABELS, batch, tokens, limits)
         configs = {HEURISTIC: _head(None)}
-        for block_tokens, block_hidden, warps, stages in scale.head_options:
-            if hidden % block_hidden:
+        for splits, block_tokens, block_hidden, warps, stages in scale.head_options:
+            # a split reads all narrow weights: only for multiprocessors that would be idle
+            if hidden % block_hidden or (splits > 1 and batch * splits > limits.multiprocessors):
                 continue
             config = replace(
-                usual, block_tokens=block_tokens, block_hidden=block_hidden, num_warps=warps, num_stages=stages
+                usual,
+                splits=splits,
+                block_tokens=block_tokens,
+                block_hidden=block_hidden,
+                num_warps=warps,
+                num_stages=stages,
             )
             if config != usual:
-                name = f"tokens {block_tokens}, hidden {block_hidden}, warps {warps}, stages {stages}"
+                name = f"splits {splits}, tokens {block_tokens}, hidden {block_hidden}, warps {warps}, stages {stages}"
                 configs[name] = _head(config)
         make_inputs = cases._head_inputs(batch, tokens, hidden, DTYPES[dtype], device)
         yield Swept("student_head_exit", f"[{batch}, {tokens}, {hidden}] {dtype}", configs, make_inputs, "cold")

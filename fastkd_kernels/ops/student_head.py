@@ -20,9 +20,9 @@ needs to be kept.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -303,19 +303,19 @@ def _narrow_tile(
 
 
 @_jit
-def _pool_sequence(
+def _attend(
     sequence,  # its number, int64
+    split,  # the number of this program's share of its tokens
     hidden_states,  # [B, T, H], or [N_tokens, H] with cu_seqlens
     narrow_weight,  # [D, H]
     narrow_bias,  # [D]
     query_key,  # [heads, D, D] float32
     query_bias,  # [heads, D] float32
-    mix,  # [heads, D, D] float32
-    mix_bias,  # [D] float32
     lengths,  # [B] or None
     attention_mask,  # [B, T] or None
     cu_seqlens,  # [B + 1] or None
-    scratch,  # [2 + 2 heads, D] float32 of this sequence: the steps hand vectors on through it
+    scratch,  # [1 + heads, D] float32 of this program: the steps hand vectors on through it
+    means,  # [heads, D] float32, out
     tokens,  # T
     hidden,  # H
     stride_batch,
@@ -326,11 +326,13 @@ def _pool_sequence(
     WIDEN: tl.constexpr,
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """tanh(sum_j M_j c_j + m) of one sequence, [D], left in scratch; returns its address."""
+    """Softmax over the tokens of one share: returns its largest score and sum of the weights e^(score - largest),
+    [heads, 1] each, and leaves the weighted means of the narrow tokens. A share without a token gives -inf and 0."""
     if cu_seqlens is not None:
         first = tl.load(cu_seqlens + sequence)
         length = (tl.load(cu_seqlens + sequence + 1) - first).to(tl.int32)
@@ -342,19 +344,24 @@ def _pool_sequence(
         # a length outside 1..T must not read outside the tensor
         length = tl.minimum(tl.maximum(tl.load(lengths + sequence).to(tl.int32), 1), tokens)
 
+    # row 0 of every share is token 0, which asks the question but is answered in share 0 only
+    share = tl.cdiv(length - 1, SPLITS)
+    skipped = split * share
+    rows = 1 + tl.minimum(share, length - 1 - skipped)
+    if SPLITS > 1:
+        rows = tl.where((split > 0) & (rows <= 1), 0, rows)
+
     column = tl.arange(0, WIDTH)
     query = scratch + WIDTH
-    context_vectors = query + HEADS * WIDTH
-    dense = context_vectors + HEADS * WIDTH
 
     # all two-dimensional: Triton 3.6 fails for compute capability 10.0 on a vector reduced further
     head_index = tl.arange(0, HEADS)[:, None]
     largest = tl.full([HEADS, 1], float("-inf"), tl.float32)
     total = tl.zeros([HEADS, 1], tl.float32)
-    context = tl.zeros([HEADS, WIDTH], tl.float32)
-    for start in range(0, length, BLOCK_TOKENS):
-        token = start + tl.arange(0, BLOCK_TOKENS)
-        valid = token < length
+    for start in range(0, rows, BLOCK_TOKENS):
+        row = start + tl.arange(0, BLOCK_TOKENS)
+        token = tl.where(row == 0, 0, skipped + row)
+        valid = row < rows
         if attention_mask is not None:
             flags = attention_mask + sequence * stride_mask_batch + token.to(tl.int64) * stride_mask_token
             valid &= tl.load(flags, mask=valid, other=0) != 0
@@ -371,33 +378,96 @@ def _pool_sequence(
             WIDTH,
         )
         if start == 0:
-            tl.store(scratch + column, tl.sum(tl.where((token == 0)[:, None], narrow, 0.0), 0))
+            tl.store(scratch + column, tl.sum(tl.where((row == 0)[:, None], narrow, 0.0), 0))
             tl.debug_barrier()  # other threads of the program read what this one stored
             for head in tl.static_range(HEADS):
                 folded = _vector_matrix(scratch, query_key + head * WIDTH * WIDTH, WIDTH, WIDTH, BLOCK_ROWS)
                 folded += tl.load(query_bias + head * WIDTH + column)
                 tl.store(query + head * WIDTH + column, folded)
             tl.debug_barrier()
+        answered = valid & ((row > 0) | (split == 0))
         for head in tl.static_range(HEADS):
             is_head = head_index == head
             folded = tl.load(query + head * WIDTH + column)
             score = tl.sum(narrow * folded[None, :], 1, keep_dims=True)
-            score = tl.where(valid[:, None], score, float("-inf"))
+            score = tl.where(answered[:, None], score, float("-inf"))
             before = tl.max(tl.where(is_head, largest, float("-inf")), 0, keep_dims=True)
             after = tl.maximum(before, tl.max(score, 0, keep_dims=True))
-            weight = tl.exp(score - after)
-            scale = tl.exp(before - after)
+            # -inf where no token of the share has counted yet
+            pivot = tl.where(after == float("-inf"), 0.0, after)
+            weight = tl.exp(score - pivot)
+            carried = tl.exp(before - pivot) * tl.sum(tl.where(is_head, total, 0.0), 0, keep_dims=True)
+            summed = carried + tl.sum(weight, 0, keep_dims=True)
+            mean = tl.sum(narrow * weight, 0, keep_dims=True)
+            # between tiles in memory: there are no registers for it next to a tile of 128 tokens
+            cell = means + head * WIDTH + column[None, :]
+            if start > 0:
+                tl.debug_barrier()  # every thread has stored its part of the tile before
+                mean += tl.where(carried == 0, 0.0, carried * tl.load(cell))
+                tl.debug_barrier()  # several threads may hold a column: all have read it before one of them writes it
+            tl.store(cell, mean / summed)
             largest = tl.where(is_head, after, largest)
-            total = tl.where(is_head, total * scale + tl.sum(weight, 0, keep_dims=True), total)
-            added = tl.sum(narrow * weight, 0, keep_dims=True)
-            context = tl.where(is_head, context * scale + added, context)
+            total = tl.where(is_head, summed, total)
 
-    tl.store(context_vectors + head_index * WIDTH + column[None, :], context / total)
-    tl.debug_barrier()
-    pooled = _vector_matrix(context_vectors, mix, HEADS * WIDTH, WIDTH, BLOCK_ROWS)
+    return largest, total
+
+
+@_jit
+def _is_last(
+    ticket,  # int32, 0 before and after the launch
+    programs,  # how many take it
+):
+    """Whether the others have all arrived; what they stored is in L2 then, to be loaded with .cg past an older L1."""
+    tl.debug_barrier()  # every thread of this program has stored before one of them takes the ticket
+    last = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu") == programs - 1
+    if last:
+        tl.store(ticket, 0)
+    return last
+
+
+@_jit
+def _combine_shares(
+    shares,  # [2 + heads, D] float32 of each: largest score, sum of the weights, means
+    stride,  # from one to the next
+    means,  # [heads, D] float32, out
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Weighted means of a sequence, its shares added in their order whichever came last."""
+    head = tl.arange(0, HEADS)[:, None]
+    cell = head * WIDTH + tl.arange(0, WIDTH)[None, :]
+    largest = tl.full([HEADS, 1], float("-inf"), tl.float32)
+    for split in tl.static_range(SPLITS):
+        largest = tl.maximum(largest, tl.load(shares + split * stride + head, cache_modifier=".cg"))
+    total = tl.zeros([HEADS, 1], tl.float32)
+    mean = tl.zeros([HEADS, WIDTH], tl.float32)
+    for split in tl.static_range(SPLITS):
+        share = shares + split * stride
+        weight = tl.load(share + WIDTH + head, cache_modifier=".cg")
+        weight *= tl.exp(tl.load(share + head, cache_modifier=".cg") - largest)
+        total += weight
+        # the means of a share without a token were never written
+        mean += tl.where(weight == 0, 0.0, weight * tl.load(share + 2 * WIDTH + cell, cache_modifier=".cg"))
+    tl.store(means + cell, mean / total)
+
+
+@_jit
+def _mix(
+    means,  # [heads, D] float32, the c_j
+    mix,  # [heads, D, D] float32
+    mix_bias,  # [D] float32
+    dense,  # [D] float32, out
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """tanh(sum_j M_j c_j + m)."""
+    tl.debug_barrier()  # other threads of the program read what this one stored
+    pooled = _vector_matrix(means, mix, HEADS * WIDTH, WIDTH, BLOCK_ROWS)
+    column = tl.arange(0, WIDTH)
     tl.store(dense + column, _tanh(pooled + tl.load(mix_bias + column)))
     tl.debug_barrier()
-    return dense
 
 
 @_jit
@@ -428,22 +498,18 @@ def _list_if_last(
     stays,  # [B] int8, written by all programs
     survivors,  # [B] int32, out
     count,  # [1] int32, out
-    ticket,  # [1] int32, 0 before and after the launch
-    batch,  # B, which is the number of programs
+    ticket,  # int32, 0 before and after the launch
+    batch,  # B, which is the number of programs that take it
     BLOCK: tl.constexpr,
 ):
     """The last program to arrive lists the rows that stay, in their order."""
-    tl.debug_barrier()  # every thread of this program has stored before one of them takes the ticket
-    arrived = tl.atomic_add(ticket, 1, sem="acq_rel", scope="gpu")
-    if arrived == batch - 1:
+    if _is_last(ticket, batch):
         kept = tl.zeros((), tl.int32)
         for first in range(0, batch, BLOCK):
             row = first + tl.arange(0, BLOCK)
-            # .cg: the other programs' flags are in L2, not in this multiprocessor's L1
             stay = tl.load(stays + row, mask=row < batch, other=0, cache_modifier=".cg").to(tl.int32)
             kept = _list_survivors(survivors, first, stay, kept, BLOCK)
         tl.store(count, kept)
-        tl.store(ticket, 0)
 
 
 @_jit_kernel
@@ -460,7 +526,7 @@ def _student_head_kernel(
     lengths,  # [B] or None
     attention_mask,  # [B, T] or None
     cu_seqlens,  # [B + 1] or None
-    scratch,  # [B, 2 + 2 heads, D] float32
+    scratch,  # [B, SPLITS, 4 + 3 heads, D] float32
     logits,  # [B, C] float32, out
     speeds,  # [B] float32 or None
     row_ids,  # [B] or None
@@ -468,7 +534,7 @@ def _student_head_kernel(
     stays,  # [B] int8, scratch
     survivors,  # [B] int32, out
     count,  # [1] int32, out
-    ticket,  # [1] int32, 0 before and after the launch
+    tickets,  # int32, 0 before and after the launch: one of the batch, then one a sequence where there are splits
     exit_logits,  # [N, C] float32 or None, out, as the other three
     exit_uncertainty,  # [N] float32
     exit_layer,  # [N] int32
@@ -491,6 +557,7 @@ def _student_head_kernel(
     WIDEN: tl.constexpr,  # Triton's interpreter multiplies bfloat16 as if it were integers
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,  # D
+    SPLITS: tl.constexpr,  # programs that share the tokens of a sequence
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -501,19 +568,26 @@ def _student_head_kernel(
     LIST_ROWS: tl.constexpr,
 ):
     sequence = tl.program_id(0).to(tl.int64)
-    dense = _pool_sequence(
+    split = tl.program_id(1) if SPLITS > 1 else 0
+    stride_split = (4 + 3 * HEADS) * WIDTH
+    shares = scratch + sequence * (SPLITS * stride_split)
+    share = shares + split * stride_split
+    means = share + 2 * WIDTH
+    own_scratch = means + HEADS * WIDTH
+    dense = own_scratch + (1 + HEADS) * WIDTH
+    largest, total = _attend(
         sequence,
+        split,
         hidden_states,
         narrow_weight,
         narrow_bias,
         query_key,
         query_bias,
-        mix,
-        mix_bias,
         lengths,
         attention_mask,
         cu_seqlens,
-        scratch + sequence * ((2 + 2 * HEADS) * WIDTH),
+        own_scratch,
+        means,
         tokens,
         hidden,
         stride_batch,
@@ -524,10 +598,20 @@ def _student_head_kernel(
         WIDEN,
         HEADS,
         WIDTH,
+        SPLITS,
         BLOCK_TOKENS,
         BLOCK_HIDDEN,
         BLOCK_ROWS,
     )
+    if SPLITS > 1:
+        head = tl.arange(0, HEADS)[:, None]
+        tl.store(share + head, largest)
+        tl.store(share + WIDTH + head, total)
+        if not _is_last(tickets + 1 + sequence, SPLITS):
+            return
+        means = dense + WIDTH
+        _combine_shares(shares, stride_split, means, HEADS, WIDTH, SPLITS)
+    _mix(means, mix, mix_bias, dense, HEADS, WIDTH, BLOCK_ROWS)
     own_logits = logits + sequence * num_labels
     _classify(own_logits, dense, classifier, classifier_bias, num_labels, WIDTH, BLOCK_LABELS, BLOCK_WIDTH)
     if CRITERION is not None:
@@ -557,13 +641,33 @@ def _student_head_kernel(
             GATE_LABELS,
         )
         tl.store(stays + sequence + tl.arange(0, 1), stay.to(tl.int8))
-        _list_if_last(stays, survivors, count, ticket, batch, LIST_ROWS)
+        _list_if_last(stays, survivors, count, tickets, batch, LIST_ROWS)
+
+
+class GpuLimits(NamedTuple):
+    """What the heuristic asks about a GPU; an H100 and an H200 have the defaults."""
+
+    multiprocessors: int = 132
+    shared_memory: int = 232_448
+    """Bytes one program may have."""
+    wgmma: bool = True
+    """Compute capability 9: operands of matrix products stay in shared memory and their sums in registers."""
+
+    @classmethod
+    @lru_cache
+    def of(cls, device: torch.device) -> GpuLimits:
+        """Those of a GPU; on a CPU, where the kernel is interpreted, the defaults."""
+        if device.type != "cuda":
+            return cls()
+        properties: Any = torch.cuda.get_device_properties(device)
+        return cls(properties.multi_processor_count, properties.shared_memory_per_block_optin, properties.major == 9)
 
 
 @dataclass(frozen=True)
 class StudentHeadConfig:
-    """Launch configuration of the CUDA kernel; one program a sequence."""
+    """Launch configuration of the CUDA kernel; `splits` programs a sequence."""
 
+    splits: int
     block_tokens: int
     block_hidden: int
     block_rows: int  # of a folded matrix, a step
@@ -576,19 +680,47 @@ class StudentHeadConfig:
     num_stages: int
 
     @classmethod
-    def heuristic(cls, dtype: torch.dtype, hidden: int, width: int, num_labels: int) -> StudentHeadConfig:
-        """The analytical choice.
+    def heuristic(
+        cls,
+        dtype: torch.dtype,
+        hidden: int,
+        width: int,
+        num_labels: int,
+        batch: int,
+        tokens: int,
+        limits: GpuLimits = GpuLimits(),  # noqa: B008
+    ) -> StudentHeadConfig:
+        """The analytical choice for sequences of about `tokens`: up to 4 splits and two tiles, so at most six binaries.
 
-        A tile of 64 tokens is the smallest that fills `wgmma`; its float32 accumulator and the reductions over it
-        fit the registers of 8 warps up to a width of 128. A float32 operand takes three products and their halves in
-        registers, hence its narrower step. Three stages hide a load behind two steps and fit the shared memory of
-        every GPU from compute capability 8.0.
+        Every tile reads all narrow weights, so splits are worth their second ticket only where they leave a program
+        fewer rows to compute, and only on multiprocessors that would be idle. A tile of 64 rows is the smallest that
+        fills `wgmma`; its float32 accumulator and the reductions over it fit the registers of 8 warps up to a width of
+        128, and with `wgmma` one of 128 rows too. A float32 operand takes three products and their halves in
+        registers, hence its narrower step and small tile. 80 KiB in flight are one memory latency at all that L2 gives
+        a multiprocessor.
+
+        Shares are added in another order than tiles, so another batch size may move a logit by a rounding.
         """
         block_hidden = min(16 if dtype == torch.float32 else 64, max(16, _next_power_of_2(hidden)))
         block_labels = min(max(_next_power_of_2(num_labels), 2), 256)
         gate = ExitGateConfig.heuristic(1, num_labels)
+        small = 64 if width <= 128 else 32
+        large = 128 if limits.wgmma and dtype != torch.float32 and width <= 128 else small
+
+        def block_and_rows(splits: int) -> tuple[int, int]:
+            rows = tokens if splits == 1 else 1 + -(-(tokens - 1) // splits)
+            block = small if rows <= small else large
+            return block, -(-rows // block) * block
+
+        splits = min(
+            (n for n in (1, 2, 4) if n == 1 or batch * n <= limits.multiprocessors), key=lambda n: block_and_rows(n)[1]
+        )
+        block_tokens, _ = block_and_rows(splits)
+        stage = (block_tokens + width) * block_hidden * dtype.itemsize
+        stages = min(1 + -(-(80 << 10) // stage), limits.shared_memory // stage, 6)
         return cls(
-            block_tokens=64 if width <= 128 else 32,
+            splits=splits,
+            block_tokens=block_tokens,
             block_hidden=block_hidden,
             block_rows=min(width, 4096 // width),
             block_labels=block_labels,
@@ -597,12 +729,13 @@ class StudentHeadConfig:
             resident=gate.resident,
             list_rows=1024,
             num_warps=8,
-            num_stages=3,
+            num_stages=max(stages, 2),
         )
 
     def constants(self) -> dict[str, int]:
         """The constexprs under the kernel's names."""
         return {
+            "SPLITS": self.splits,
             "BLOCK_TOKENS": self.block_tokens,
             "BLOCK_HIDDEN": self.block_hidden,
             "BLOCK_ROWS": self.block_rows,
@@ -696,6 +829,48 @@ def _onednn_multiplies(dtype: torch.dtype) -> bool:
     return dtype == torch.float32
 
 
+class _Tickets:
+    """Zeroed counters for `_is_last`, which leaves them at zero.
+
+    Launches that may overlap must not share one: every stream has its own, and so has every launch in a CUDA graph.
+    """
+
+    CELLS = 1 << 18
+
+    def __init__(self) -> None:
+        self._cells: dict[torch.device, Tensor] = {}
+        self._of_stream: dict[tuple[torch.device, int], Tensor] = {}
+        self._lock = threading.Lock()
+
+    def take(self, tensor: Tensor, count: int) -> Tensor:
+        """At least `count` of int32, on the device of `tensor`."""
+        capturing = _capturing(tensor)
+        if not tensor.is_cuda or (capturing and tensor.device not in self._cells):
+            return tensor.new_zeros(count, dtype=torch.int32)
+        with self._lock:
+            if capturing:
+                return self._new_cells(tensor, count)
+            key = (tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream)
+            if key not in self._of_stream or self._of_stream[key].shape[0] < count:
+                self._of_stream[key] = self._new_cells(tensor, _next_power_of_2(count))
+            return self._of_stream[key]
+
+    def _new_cells(self, tensor: Tensor, count: int) -> Tensor:
+        if tensor.device not in self._cells:
+            self._cells[tensor.device] = torch.zeros(self.CELLS, dtype=torch.int32, device=tensor.device)
+            # once a device, so that every stream may use them
+            torch.cuda.current_stream(tensor.device).synchronize()
+        cells = self._cells[tensor.device]
+        count = -(-count // 4) * 4  # 16 bytes: another alignment would be another binary, in the middle of a capture
+        if cells.shape[0] < count:
+            return tensor.new_zeros(count, dtype=torch.int32)
+        self._cells[tensor.device] = cells[count:]
+        return cells[:count]
+
+
+_tickets = _Tickets()
+
+
 def _student_head_cuda(
     hidden_states: Tensor,
     head: StudentHeadWeights,
@@ -710,7 +885,7 @@ def _student_head_cuda(
 
 
 _GATE_TENSORS = (
-    *("speeds", "row_ids", "uncertainty", "stays", "survivors", "count", "ticket"),
+    *("speeds", "row_ids", "uncertainty", "stays", "survivors", "count"),
     *("exit_logits", "exit_uncertainty", "exit_layer", "history"),
 )
 _GATE_NUMBERS = ("batch", "capacity", "layer", "top_n")
@@ -726,12 +901,23 @@ def _launch(
     gate: dict[str, Any],
 ) -> None:
     folded = _fold_cache.get(head)
-    config = StudentHeadConfig.heuristic(hidden_states.dtype, *folded.sizes)
+    config = _config(hidden_states, folded, cu_seqlens)
     arguments = _head_arguments(hidden_states, folded, lengths, attention_mask, cu_seqlens, config)
+    batch = logits.shape[0]
+    counted = batch if config.splits > 1 else 0
+    tickets = None if gate["CRITERION"] is None and not counted else _tickets.take(hidden_states, 1 + counted)
     with torch.cuda.device(hidden_states.device) if hidden_states.is_cuda else nullcontext():
-        _student_head_kernel[(logits.shape[0],)](
-            logits=logits, **arguments, **gate, **config.constants(), **config.options()
+        _student_head_kernel[(batch, config.splits)](
+            logits=logits, tickets=tickets, **arguments, **gate, **config.constants(), **config.options()
         )
+
+
+def _config(hidden_states: Tensor, folded: FoldedStudentHead, cu_seqlens: Tensor | None) -> StudentHeadConfig:
+    batch, tokens = _batch_and_tokens(hidden_states, cu_seqlens)
+    if cu_seqlens is not None:
+        tokens = hidden_states.shape[0] // batch  # on average; asking for the longest would wait for the device
+    limits = GpuLimits.of(hidden_states.device)
+    return StudentHeadConfig.heuristic(hidden_states.dtype, *folded.sizes, batch, tokens, limits)
 
 
 def _head_arguments(
@@ -763,7 +949,7 @@ def _head_arguments(
         "lengths": None if lengths is None else lengths.contiguous(),
         "attention_mask": attention_mask,
         "cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(),
-        "scratch": folded.mix.new_empty(batch, 2 + 2 * heads, width),
+        "scratch": folded.mix.new_empty(batch, config.splits, 4 + 3 * heads, width),
         "tokens": tokens,
         "hidden": hidden,
         "num_labels": num_labels,
@@ -951,45 +1137,6 @@ def _needs_unfolded(hidden_states: Tensor, head: StudentHeadWeights) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, *_parameters(head)))
 
 
-class _Tickets:
-    """Zeroed counters for `_list_if_last`, which leaves them at zero.
-
-    Launches that may overlap must not share one: every stream has its own, and so has every launch in a CUDA graph.
-    """
-
-    CELLS = 4096
-
-    def __init__(self) -> None:
-        self._cells: dict[torch.device, Iterator[Tensor]] = {}
-        self._of_stream: dict[tuple[torch.device, int], Tensor] = {}
-        self._lock = threading.Lock()
-
-    def take(self, tensor: Tensor) -> Tensor:
-        capturing = _capturing(tensor)
-        if not tensor.is_cuda or (capturing and tensor.device not in self._cells):
-            return tensor.new_zeros(1, dtype=torch.int32)
-        with self._lock:
-            if capturing:
-                cell = next(self._cells[tensor.device], None)
-                return tensor.new_zeros(1, dtype=torch.int32) if cell is None else cell
-            key = (tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream)
-            if key not in self._of_stream:
-                self._of_stream[key] = self._new_cell(tensor)
-            return self._of_stream[key]
-
-    def _new_cell(self, tensor: Tensor) -> Tensor:
-        if tensor.device not in self._cells:
-            cells = torch.zeros(self.CELLS, dtype=torch.int32, device=tensor.device)
-            # once a device, so that every stream may use them
-            torch.cuda.current_stream(tensor.device).synchronize()
-            self._cells[tensor.device] = iter(cells.split(1))
-        cell = next(self._cells[tensor.device], None)
-        return tensor.new_zeros(1, dtype=torch.int32) if cell is None else cell
-
-
-_tickets = _Tickets()
-
-
 def _student_head_exit_cuda(
     hidden_states: Tensor,
     head: StudentHeadWeights,
@@ -1015,7 +1162,6 @@ def _student_head_exit_cuda(
         "stays": survivors.new_empty(batch, dtype=torch.int8),
         "survivors": survivors,
         "count": count,
-        "ticket": _tickets.take(hidden_states),
         "exit_logits": exit_logits,
         "exit_uncertainty": exit_uncertainty,
         "exit_layer": exit_layer,
