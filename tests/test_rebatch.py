@@ -287,9 +287,9 @@ def test_a_run_is_few_launches_and_asks_the_device_nothing(monkeypatch: pytest.M
     # values are looked at on a CPU only
     monkeypatch.setattr(student_head, "_check_values", lambda *_: None)
     monkeypatch.setattr(exit_gate, "_values_are_free", lambda *_: False)
-    # a captured launch has its counter from memory that was zeroed before
-    counter = torch.zeros(1, dtype=torch.int32)
-    monkeypatch.setattr(student_head._tickets, "take", lambda *_: counter)
+    # a captured launch has its counters from memory that was zeroed before
+    counters = torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr(student_head._tickets, "take", lambda *_: counters)
     model, batches = early_exit_model(), some_batches()
     runs: list[Callable[[], Any]] = []
 

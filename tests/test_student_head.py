@@ -91,8 +91,9 @@ def assert_accurate(actual: Tensor, hidden_states: Tensor, head: StudentHeadWeig
     baseline = student_head_reference(hidden_states, head, **masks)
     eps = torch.finfo(hidden_states.dtype).eps
     scale = float(truth.abs().max()) if truth.numel() else 0.0
-    # float32: hundreds of products are summed in another order; below: the narrow activations are rounded once
-    absolute = (32 if eps < 1e-6 else 0.5) * eps * max(scale, 1.0)
+    # float32: hundreds of products are summed in another order, 1 in 10,000 random heads comes to 31 eps;
+    # below: the narrow activations are rounded once
+    absolute = (64 if eps < 1e-6 else 0.5) * eps * max(scale, 1.0)
     assert actual.dtype == (torch.float64 if hidden_states.dtype == torch.float64 else torch.float32)
     assert_within_budget(actual, truth, baseline, absolute=absolute)
 
