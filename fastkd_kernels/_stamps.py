@@ -51,14 +51,13 @@ class ParameterStamp:
 
     def is_current(self, parameters: Sequence[Tensor]) -> bool:
         """Whether `parameters` are the same as then, and unchanged."""
-        return (
-            self._steps == _optimizer_steps.count
-            and len(parameters) == len(self._marks)
-            and all(
-                reference() is parameter and address == parameter.data_ptr() and version == _version(parameter)
-                for parameter, (reference, version, address) in zip(parameters, self._marks, strict=True)
-            )
-        )
+        if self._steps != _optimizer_steps.count or len(parameters) != len(self._marks):
+            return False
+        # a plain loop, because every call of a head asks for its 14 parameters
+        for parameter, (reference, version, address) in zip(parameters, self._marks, strict=True):
+            if reference() is not parameter or address != parameter.data_ptr() or version != _version(parameter):
+                return False
+        return True
 
 
 def _version(parameter: Tensor) -> int:

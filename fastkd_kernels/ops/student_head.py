@@ -22,7 +22,7 @@ from __future__ import annotations
 import threading
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -680,6 +680,7 @@ class StudentHeadConfig:
     num_stages: int
 
     @classmethod
+    @lru_cache(maxsize=1024)  # the host is what a small batch waits for
     def heuristic(
         cls,
         dtype: torch.dtype,
@@ -749,6 +750,11 @@ class StudentHeadConfig:
     def options(self) -> dict[str, int]:
         """What the compiler is told."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    @cached_property
+    def launch(self) -> dict[str, int]:
+        """Constexprs and options, as the launcher takes them."""
+        return {**self.constants(), **self.options()}
 
 
 def _next_power_of_2(value: int) -> int:
@@ -908,7 +914,7 @@ def _launch(
     tickets = None if gate["CRITERION"] is None and not counted else _tickets.take(hidden_states, 1 + counted)
     with torch.cuda.device(hidden_states.device) if hidden_states.is_cuda else nullcontext():
         _student_head_kernel[(batch, config.splits)](
-            logits=logits, tickets=tickets, **arguments, **gate, **config.constants(), **config.options()
+            logits=logits, tickets=tickets, **arguments, **gate, **config.launch
         )
 
 
