@@ -52,6 +52,20 @@ def test_same_answers_and_exits_as_the_padded_engine(family: str, layers: str, m
     torch.testing.assert_close(result.uncertainty, expected.uncertainty, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, which runs layers from their parts in bfloat16")
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_gpu_runs_layers_from_their_parts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = early_exit_model(family).bfloat16(), random_batch(family, rows=40)
+    truth = padded(copy.deepcopy(model).double(), inputs, 0.0).logits
+    model, inputs = nn.Module.to(model, device="cuda"), {name: value.cuda() for name, value in inputs.items()}
+    assert packed.encoder_of(model).is_faster
+    from_parts = (packed_run(model, inputs, 0.0).logits.cpu() - truth).abs()
+    monkeypatch.setattr(packed, "runs_from_parts", lambda model: False)
+    as_modules = (packed_run(model, inputs, 0.0).logits.cpu() - truth).abs()
+    assert from_parts.mean() <= as_modules.mean() * 1.2
+    assert from_parts.max() <= as_modules.max() * 2
+
+
 @pytest.mark.parametrize("pays", [True, False])
 @pytest.mark.parametrize("criterion", ["entropy", "patience"])
 def test_sequences_that_left_may_stay_in_the_batch(pays: bool, criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:

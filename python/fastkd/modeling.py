@@ -371,8 +371,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         """Answer batches in their order, rebatching the survivors of each layer across them; made for GPUs.
 
         Where `stream` takes texts and gives rows, this takes tensors and gives tensors, and nothing on the host is done
-        row by row. On a GPU each run is a CUDA graph (the first runs capture them), and the host prepares one run while
-        the device is busy with another. Weights must not change before the stream ends.
+        row by row. On a GPU the host prepares one run while the device is busy with another, and each run of a bfloat16
+        or float16 model is a CUDA graph (the first runs capture them). Weights must not change before the stream ends.
 
         Args:
             batches: mappings with `input_ids` [B, T], perhaps `attention_mask` (padding on the right) and

@@ -92,6 +92,18 @@ def runs_from_parts(model: EarlyExitForSequenceClassification) -> bool:
     return takes_dtype and fk.missing_kernels(("varlen_attention", "layer_norm", "packed"), device) is None
 
 
+def is_capturable(model: EarlyExitForSequenceClassification) -> bool:
+    """Whether a CUDA graph can hold packed layers: attention in another dtype or head size waits for the lengths."""
+    config = model.config.backbone
+    head_size = config.hidden_size // config.num_attention_heads
+    return (
+        model.device.type == "cuda"
+        and model.dtype in (torch.float16, torch.bfloat16)
+        and head_size % 8 == 0
+        and fk.missing_kernels(("varlen_attention", "packed", "student_head", "exit_gate"), "cuda") is None
+    )
+
+
 def _onednn_multiplies(dtype: torch.dtype) -> bool:
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False

@@ -31,7 +31,7 @@ from fastkd.configuration import head_speeds
 from fastkd.engines.batch import warn_about_nan
 from fastkd.engines.graphs import CudaGraphs, Recorder
 from fastkd.engines.graphs import bucket as sequence_bucket
-from fastkd.engines.packed import answer_all, encoder_of, is_right_padded
+from fastkd.engines.packed import answer_all, encoder_of, is_capturable, is_right_padded
 from fastkd.engines.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -500,7 +500,7 @@ _MOST_KEPT = 4
 
 
 def _take_memory(model: EarlyExitForSequenceClassification, key: tuple[Any, ...], recorder: Recorder | None) -> _Memory:
-    if recorder is None and model.device.type == "cuda":
+    if recorder is None and is_capturable(model):
         kept = _kept.get(model)
         if kept is None or not kept.stamp.is_current(list(model.parameters())):
             kept = _kept[model] = _Kept(fk.ParameterStamp(list(model.parameters())))
