@@ -223,6 +223,24 @@ def test_an_error_of_the_input_comes_after_the_answers_to_what_was_read() -> Non
     assert list(answers) == []
 
 
+def test_rows_run_on_while_the_input_has_nothing() -> None:
+    """An input that waits for the answers to its first batch before it gives the second."""
+    model, batches, outputs = early_exit_model().to(DEVICE), some_batches(), []
+
+    def patient() -> Iterator[Batch | None]:
+        for number, batch in enumerate(batches):
+            yield None
+            yield batch
+            for _ in range(2 * LAYERS + 2):
+                if len(outputs) <= number:
+                    yield None
+            assert len(outputs) == number + 1
+
+    for output in stream(model, patient(), 0.6, tokens_per_run=4096):
+        outputs.append(output)
+    assert_answers(model, batches, outputs, 0.6)
+
+
 def test_an_error_of_the_model_ends_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = early_exit_model().to(DEVICE), some_batches()
     answers = stream(model, batches, 0.6, tokens_per_run=64)

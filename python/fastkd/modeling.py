@@ -359,7 +359,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
 
     def stream_batches(
         self,
-        batches: Iterable[Mapping[str, Tensor]],
+        batches: Iterable[Mapping[str, Tensor] | None],
         *,
         speed: float | Sequence[float] | None = None,
         criterion: str | None = None,
@@ -377,7 +377,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         Args:
             batches: mappings with `input_ids` [B, T], perhaps `attention_mask` (padding on the right) and
                 `token_type_ids`, on any device: a list, a `DataLoader`, a generator. B and T may differ from batch to
-                batch. A mask on a GPU costs a wait for the device.
+                batch. A mask on a GPU costs a wait for the device. An input that has nothing right now may give None,
+                so that the oldest rows run on, a stage for each None.
             speed, exit_layers: as in `forward`.
             criterion, top_n: of `fastkd_kernels.exit_gate`; default those of the configuration.
             tokens_per_run: a layer runs when as many tokens wait for it; default 4,096, on a GPU 16,384. Memory is

@@ -147,7 +147,7 @@ class BatchStream(Iterator["EarlyExitOutput"]):
     def __init__(
         self,
         model: EarlyExitForSequenceClassification,
-        batches: Iterable[Mapping[str, Tensor]],
+        batches: Iterable[Mapping[str, Tensor] | None],
         *,
         speed: float | Sequence[float] | None = None,
         criterion: str | None = None,
@@ -255,17 +255,21 @@ class BatchStream(Iterator["EarlyExitOutput"]):
         queue = self._next_queue()
         full = queue is not None and self._queues[queue].tokens >= self._schedule.tokens_per_run
         if queue is not None and (full or self._in_flight is None):
-            before, self._in_flight = self._in_flight, self._launch(queue)
-            if before is not None:
-                self._settle(before)
+            self._turn(queue)
         elif queue is None and not self._ended and self._read_rows is None:
-            self._read()
+            if not self._read():
+                self._turn(self._oldest_queue() if self._in_flight is None else None)
         elif self._in_flight is not None:
-            before, self._in_flight = self._in_flight, None
-            self._settle(before)
+            self._turn(None)
         else:
             return False
         return True
+
+    def _turn(self, queue: int | None) -> None:
+        """Launch a run, where a queue is named, and settle the one before it."""
+        before, self._in_flight = self._in_flight, None if queue is None else self._launch(queue)
+        if before is not None:
+            self._settle(before)
 
     def _next_queue(self) -> int | None:
         tokens = [queue.tokens for queue in self._queues]
@@ -275,26 +279,32 @@ class BatchStream(Iterator["EarlyExitOutput"]):
         return self._schedule.next_queue(tokens, input_ended=self._ended, overdue=overdue)
 
     def _oldest_queue(self) -> int | None:
-        """Where rows of the oldest batch wait; None where all of them are on their way."""
+        """Where rows of the oldest batch wait; None where there is none, or all of them are on their way."""
+        if not self._waiting:
+            return None
         oldest = self._waiting[0].first
         holding = (number for number, queue in enumerate(self._queues) if (self._batch_of[queue.slots] == oldest).any())
         return next(holding, None)
 
-    def _read(self) -> None:
+    def _read(self) -> bool:
+        """Read a batch; False where the input has nothing right now."""
         try:
             batch = next(self._batches)
         except StopIteration:
             self._ended = True
-            return
+            return True
         except Exception as error:
             self._ended, self._error = True, error
-            return
+            return True
+        if batch is None:
+            return False
         columns, lengths = self._packed(batch)
         if len(lengths) > self._memory.rows:
             raise ValueError(
                 f"batches: got one of {len(lengths)} rows, expected at most max_rows_waiting, {self._memory.rows}"
             )
         self._read_rows = columns, lengths
+        return True
 
     def _packed(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, np.ndarray[Any, Any]]:
         """Tokens, positions and segments [3, N] of a padded batch on the device of the model, and lengths [B]."""
