@@ -84,7 +84,6 @@ class _Memory:
     """What the runs of one stream read and write; graphs know it by its addresses."""
 
     bounds: Sequence[tuple[int, int]]  # the layers of each stage, after the first of the pair up to the second
-    most_tokens: int  # of a run
     inputs: Tensor  # [3, R] int64: numbers of tokens, their positions and their segments
     waiting: list[Tensor]  # before each stage but the first, [3 R, H]
     limits: Tensor  # [stages, rows + 1] float32 speeds by row of the record
@@ -171,7 +170,7 @@ class BatchStream(Iterator["EarlyExitOutput"]):
         self._device = model.device
         if tokens_per_run is None:
             tokens_per_run = TOKENS_PER_RUN.get(self._device.type, TOKENS_PER_RUN["cpu"])
-        self._schedule = Schedule(tokens_per_run, max(len(layers), 1) * tokens_per_run)
+        self._schedule = Schedule(tokens_per_run, len(layers) * tokens_per_run)
         self._model = model
         self._encoder = encoder_of(model)
         self._key = (tokens_per_run, max_rows_waiting, self._criterion, self._top_n, tuple(layers))
@@ -554,7 +553,6 @@ def _allocate(model: EarlyExitForSequenceClassification, key: tuple[Any, ...], r
 
     return _Memory(
         bounds=list(pairwise((0, *layers))),
-        most_tokens=tokens,
         inputs=torch.zeros(3, tokens, dtype=torch.int64, device=device),
         # zeros, because rows that fill a run up have to be finite
         waiting=[torch.zeros(3 * tokens, hidden, dtype=model.dtype, device=device) for _ in layers[1:]],
