@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launches import count_launches
+from test_engine_graphs import Plain
 from test_model import CRITERIA, TOLERANCE, infer, mixed_speed
 from tiny_models import LAYERS, early_exit_model, one_thread, random_batch  # noqa: F401  # one is a fixture
 from torch import Tensor
@@ -26,18 +27,6 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: a stream on a CPU captures nothing")
 Model = fastkd.EarlyExitForSequenceClassification
 Batch = dict[str, Tensor]
-
-
-class Plain:
-    """In the place of CUDA graphs: runs when it records, as a warm-up does, and again at every replay."""
-
-    def __init__(self) -> None:
-        self.recorded = 0
-
-    def __call__(self, run: Callable[[], Any]) -> Callable[[], None]:
-        self.recorded += 1
-        run()
-        return run
 
 
 def some_batches(family: str = "bert", rows: tuple[int, ...] = (13, 5, 1, 13, 8, 13)) -> list[Batch]:
