@@ -70,7 +70,7 @@ class _Run:
 class _Lane:
     """What a run needs of its own until it is settled; two lanes take turns."""
 
-    plan: Tensor  # [2 S + 1] int32: cu_seqlens, then the row of the record of each sequence
+    plan: Tensor  # int32: cu_seqlens [S + 1], and from `_rows_at` on the row of the record of each sequence [S]
     kept: Tensor  # [R, H] hidden states of those who stay
     plan_on_host: Tensor  # pinned, as the next two
     count_on_host: Tensor  # [1] int32
@@ -399,9 +399,10 @@ class BatchStream(Iterator["EarlyExitOutput"]):
     def _write_plan(
         self, lane: _Lane, lengths: np.ndarray[Any, Any], slots: np.ndarray[Any, Any], sequences: int
     ) -> None:
-        count, size = len(lengths), 2 * sequences + 1
+        count, rows_at = len(lengths), _rows_at(sequences)
+        size = rows_at + sequences
         plan = lane.plan_on_host.numpy()
-        ends, rows = plan[: sequences + 1], plan[sequences + 1 : size]
+        ends, rows = plan[: sequences + 1], plan[rows_at:size]
         ends[0] = 0
         lengths.cumsum(out=ends[1 : count + 1])
         ends[count + 1 :] = ends[count] + np.arange(1, sequences - count + 1)
@@ -464,7 +465,8 @@ class BatchStream(Iterator["EarlyExitOutput"]):
         """The layers of a stage on `tokens` tokens, its head and compaction; survivors and their number."""
         memory, model, encoder = self._memory, self._model, self._encoder
         first, last = memory.bounds[stage]
-        cu_seqlens, row_ids = lane.plan[: sequences + 1], lane.plan[sequences + 1 : 2 * sequences + 1]
+        rows_at = _rows_at(sequences)
+        cu_seqlens, row_ids = lane.plan[: sequences + 1], lane.plan[rows_at : rows_at + sequences]
         with encoder.running():
             if stage == 0:
                 hidden_states = encoder.embed_rows(*memory.inputs[:, :tokens])
@@ -484,6 +486,11 @@ class BatchStream(Iterator["EarlyExitOutput"]):
         )  # fmt: skip
         fk.compact_packed([hidden_states], cu_seqlens, decided.survivors, decided.count, out=[lane.kept])
         return decided.survivors, decided.count
+
+
+def _rows_at(sequences: int) -> int:
+    """Where the rows begin in a plan: Triton compiles a kernel again for an address that is no multiple of 16 bytes."""
+    return -(-(sequences + 1) // 4) * 4
 
 
 def _move_to_front(rows: Tensor, start: int, count: int) -> None:
@@ -543,9 +550,9 @@ def _allocate(model: EarlyExitForSequenceClassification, key: tuple[Any, ...], r
 
     def lane() -> _Lane:
         return _Lane(
-            plan=torch.zeros(2 * sequences + 1, dtype=torch.int32, device=device),
+            plan=torch.zeros(_rows_at(sequences) + sequences, dtype=torch.int32, device=device),
             kept=torch.zeros(tokens, hidden, dtype=model.dtype, device=device),
-            plan_on_host=torch.zeros(2 * sequences + 1, dtype=torch.int32, pin_memory=pinned),
+            plan_on_host=torch.zeros(_rows_at(sequences) + sequences, dtype=torch.int32, pin_memory=pinned),
             count_on_host=torch.zeros(1, dtype=torch.int32, pin_memory=pinned),
             survivors_on_host=torch.zeros(sequences, dtype=torch.int32, pin_memory=pinned),
             finished=torch.cuda.Event() if device.type == "cuda" else None,
