@@ -89,14 +89,19 @@ class ExitRecord:
     @classmethod
     def allocate(cls, rows: int, num_labels: int, device: torch.device | str = "cpu") -> ExitRecord:
         """An empty record for `rows` sequences and `num_labels` classes."""
-        history = torch.zeros(rows, 2, dtype=torch.int32, device=device)
-        history[:, 0] = -1
-        return cls(
+        record = cls(
             logits=torch.zeros(rows, num_labels, dtype=torch.float32, device=device),
             uncertainty=torch.zeros(rows, dtype=torch.float32, device=device),
             exit_layer=torch.zeros(rows, dtype=torch.int32, device=device),
-            history=history,
+            history=torch.zeros(rows, 2, dtype=torch.int32, device=device),
         )
+        record.forget()
+        return record
+
+    def forget(self, rows: slice | list[int] = slice(None)) -> None:
+        """Put `history` of `rows` back to what it is before the first layer."""
+        self.history[rows, 0] = -1
+        self.history[rows, 1] = 0
 
     def write(self, row_ids: Tensor, logits: Tensor, uncertainty: Tensor, layer: int) -> None:
         """Answer `row_ids` [K] with `logits` [K, C] and `uncertainty` [K] of `layer`, whatever the uncertainty."""

@@ -146,7 +146,7 @@ class GraphEngine:
                 rows = int(stage.count)
                 if rows == 0:
                     break
-            answers = _first_rows(memory.record, input_ids.shape[0])
+            answers = rows_of(memory.record, slice(input_ids.shape[0]))
             if rows:
                 warn_about_nan([answers.uncertainty.sum()])
             return answers
@@ -261,11 +261,7 @@ class GraphEngine:
             if count is not None:
                 count.copy_(staying)
 
-        # recording may run the stage, and what was said before is all that a stage both reads and writes
-        history = memory.record.history.clone()
-        stage = _Stage(self._recorder(run), count)
-        memory.record.history.copy_(history)
-        return stage
+        return _Stage(capture(self._recorder, run, memory.record), count)
 
     def _run_stage(self, memory: _Memory, number: int, rows: int, criterion: str, top_n: int | None) -> Tensor:
         """The layers of a stage on the first `rows` rows, its head and compaction; returns how many rows stay, [1]."""
@@ -278,7 +274,7 @@ class GraphEngine:
             segments = None if memory.segments is None else memory.segments[:rows]
             hidden_states = model._family.embed(model.backbone, memory.input_ids[:rows], segments, None, None)
             if criterion == "patience":
-                memory.record.history.copy_(_NOTHING_SAID.to(memory.record.history.device))
+                memory.record.forget()
         layer_mask = None if mask is None else mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
         encoder = encoder_of(model)
         for layer in range(first + 1, last + 1):
@@ -307,14 +303,19 @@ class GraphEngine:
         return decided.count
 
 
-def _first_rows(record: fk.ExitRecord, rows: int) -> fk.ExitRecord:
-    """Copies of the first `rows` rows."""
+def capture(recorder: Recorder, run: Callable[[], Any], record: fk.ExitRecord) -> Callable[[], None]:
+    """What replays `run`, which decides with `record`."""
+    # recording may run it, and what was said before is all that it both reads and writes
+    history = record.history.clone()
+    replay = recorder(run)
+    record.history.copy_(history)
+    return replay
+
+
+def rows_of(record: fk.ExitRecord, rows: slice) -> fk.ExitRecord:
+    """Copies of these rows."""
     fields = (record.logits, record.uncertainty, record.exit_layer, record.history)
-    return fk.ExitRecord(*(tensor[:rows].clone() for tensor in fields))
-
-
-_NOTHING_SAID = torch.tensor([-1, 0], dtype=torch.int32)
-"""A row of `ExitRecord.history` before the first layer."""
+    return fk.ExitRecord(*(tensor[rows].clone() for tensor in fields))
 
 
 class CudaGraphs:

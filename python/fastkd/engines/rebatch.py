@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ import fastkd_kernels as fk
 from fastkd import backbones
 from fastkd.configuration import head_speeds
 from fastkd.engines.batch import warn_about_nan
-from fastkd.engines.graphs import CudaGraphs, Recorder
+from fastkd.engines.graphs import CudaGraphs, Recorder, capture, rows_of
 from fastkd.engines.graphs import bucket as sequence_bucket
 from fastkd.engines.packed import answer_all, encoder_of, is_capturable, is_right_padded
 from fastkd.engines.schedule import Schedule
@@ -77,6 +77,16 @@ class _Lane:
     survivors_on_host: Tensor  # [S] int32
     finished: torch.cuda.Event | None  # None on a CPU
     runs: dict[tuple[int, int, int, int], _Run] = field(default_factory=dict)
+
+
+class _Kind(NamedTuple):
+    """What streams have in common that may use the same memory and graphs."""
+
+    tokens_per_run: int
+    rows: int
+    criterion: str
+    top_n: int | None
+    layers: tuple[int, ...]
 
 
 @dataclass
@@ -173,12 +183,13 @@ class BatchStream(Iterator["EarlyExitOutput"]):
         self._schedule = Schedule(tokens_per_run, len(layers) * tokens_per_run)
         self._model = model
         self._encoder = encoder_of(model)
-        self._key = (tokens_per_run, max_rows_waiting, self._criterion, self._top_n, tuple(layers))
+        self._kind = _Kind(tokens_per_run, max_rows_waiting, self._criterion, self._top_n, tuple(layers))
         with torch.inference_mode(False), torch.no_grad():
-            self._memory = _take_memory(model, self._key, recorder)
+            self._memory = _take_memory(model, self._kind, recorder)
             speeds = head_speeds(speed, model.exit_layers)
             limits = torch.tensor([speeds.get(layer, 0.0) for layer in layers])
             self._memory.limits.copy_(limits[:, None])
+            self._checksum = torch.zeros((), device=self._device)
         self._batches = iter(batches)
         self._error: Exception | None = None
         self._ended = False
@@ -191,7 +202,6 @@ class BatchStream(Iterator["EarlyExitOutput"]):
         self._inputs: deque[Tensor] = deque()
         self._queues = [_Queue() for _ in layers]
         self._in_flight: _Flight | None = None
-        self._checksums: Tensor | float = 0.0
         self.statistics = RebatchStatistics(*([0] * len(layers) for _ in range(3)))
 
     def __iter__(self) -> BatchStream:
@@ -214,8 +224,8 @@ class BatchStream(Iterator["EarlyExitOutput"]):
     def _finish(self) -> None:
         """All is answered: say what went wrong, if anything did, and stop."""
         if self._queues:
-            warn_about_nan([self._checksums] if isinstance(self._checksums, Tensor) else [])
-            _give_back(self._model, self._key, self._memory)
+            warn_about_nan([self._checksum])
+            _give_back(self._model, self._kind, self._memory)
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -227,11 +237,9 @@ class BatchStream(Iterator["EarlyExitOutput"]):
         return batch.rows == 0 or self._unanswered[batch.first] == 0
 
     def _hand_out(self, batch: _Batch) -> EarlyExitOutput:
-        rows, kept = slice(batch.first, batch.first + batch.rows), self._memory.record
-        fields = (kept.logits, kept.uncertainty, kept.exit_layer, kept.history)
-        record = fk.ExitRecord(*(tensor[rows].clone() for tensor in fields))
+        record = rows_of(self._memory.record, slice(batch.first, batch.first + batch.rows))
         # whether it is a number is asked at the end: here the host would wait for the run that is on its way
-        self._checksums = self._checksums + record.uncertainty.sum()
+        self._checksum += record.uncertainty.sum()
         return self._model.output_of(record)
 
     def _free_rows(self, rows: int) -> int | None:
@@ -351,9 +359,7 @@ class BatchStream(Iterator["EarlyExitOutput"]):
             return
         self._batch_of[slots], self._unanswered[first] = first, len(lengths)
         if self._criterion == "patience":
-            history = self._memory.record.history[first : first + len(lengths)]
-            history[:, 0].fill_(-1)
-            history[:, 1].zero_()
+            self._memory.record.forget(slice(first, first + len(lengths)))
         limits = self._limits_of(len(lengths))
         if limits is not None:
             self._memory.limits[:, first : first + len(lengths)].copy_(limits)
@@ -452,10 +458,7 @@ class BatchStream(Iterator["EarlyExitOutput"]):
         def record() -> None:
             run.survivors, run.count = self._run_stage(lane, *key)
 
-        # recording may run the stage, and what was said before is all that a run both reads and writes
-        history = self._memory.record.history.clone()
-        run.replay = self._memory.recorder(record)
-        self._memory.record.history.copy_(history)
+        run.replay = capture(self._memory.recorder, record, self._memory.record)
         lane.runs[key] = run
         return run
 
@@ -508,30 +511,30 @@ class _Kept:
     """Memories of one model that no stream uses, and what its parameters were when their graphs were captured."""
 
     stamp: fk.ParameterStamp
-    memories: dict[tuple[Any, ...], _Memory] = field(default_factory=dict)
+    memories: dict[_Kind, _Memory] = field(default_factory=dict)
 
 
 _kept: weakref.WeakKeyDictionary[EarlyExitForSequenceClassification, _Kept] = weakref.WeakKeyDictionary()
 _MOST_KEPT = 4
 
 
-def _take_memory(model: EarlyExitForSequenceClassification, key: tuple[Any, ...], recorder: Recorder | None) -> _Memory:
+def _take_memory(model: EarlyExitForSequenceClassification, kind: _Kind, recorder: Recorder | None) -> _Memory:
     if recorder is None and is_capturable(model):
         kept = _kept.get(model)
         if kept is None or not kept.stamp.is_current(list(model.parameters())):
             kept = _kept[model] = _Kept(fk.ParameterStamp(list(model.parameters())))
-        memory = kept.memories.pop(key, None)
-        return _allocate(model, key, CudaGraphs()) if memory is None else memory
-    return _allocate(model, key, _plain_calls if recorder is None else recorder)
+        memory = kept.memories.pop(kind, None)
+        return _allocate(model, kind, CudaGraphs()) if memory is None else memory
+    return _allocate(model, kind, _plain_calls if recorder is None else recorder)
 
 
-def _give_back(model: EarlyExitForSequenceClassification, key: tuple[Any, ...], memory: _Memory) -> None:
+def _give_back(model: EarlyExitForSequenceClassification, kind: _Kind, memory: _Memory) -> None:
     kept = _kept.get(model)
     if kept is None or not isinstance(memory.recorder, CudaGraphs):
         return  # plain calls are quick to make, and would keep the model alive
     if not kept.stamp.is_current(list(model.parameters())):
         return
-    kept.memories[key] = memory
+    kept.memories[kind] = memory
     while len(kept.memories) > _MOST_KEPT:
         kept.memories.pop(next(iter(kept.memories)))
 
@@ -540,11 +543,10 @@ def _plain_calls(run: Callable[[], Any]) -> Callable[[], None]:
     return run
 
 
-def _allocate(model: EarlyExitForSequenceClassification, key: tuple[Any, ...], recorder: Recorder) -> _Memory:
-    tokens_per_run, rows, _, _, layers = key
+def _allocate(model: EarlyExitForSequenceClassification, kind: _Kind, recorder: Recorder) -> _Memory:
     device, hidden = model.device, model.config.hidden_size
     # a row longer than a run is a run of its own
-    most = max(tokens_per_run, backbones.longest_input(model.config.backbone))
+    most = max(kind.tokens_per_run, backbones.longest_input(model.config.backbone))
     tokens, sequences = token_bucket(most), sequence_bucket(most)
     pinned = device.type == "cuda"
 
@@ -559,12 +561,12 @@ def _allocate(model: EarlyExitForSequenceClassification, key: tuple[Any, ...], r
         )
 
     return _Memory(
-        bounds=list(pairwise((0, *layers))),
+        bounds=list(pairwise((0, *kind.layers))),
         inputs=torch.zeros(3, tokens, dtype=torch.int64, device=device),
         # zeros, because rows that fill a run up have to be finite
-        waiting=[torch.zeros(3 * tokens, hidden, dtype=model.dtype, device=device) for _ in layers[1:]],
-        limits=torch.ones(len(layers), rows + 1, device=device),
-        record=fk.ExitRecord.allocate(rows + 1, model.config.num_classes, device),
+        waiting=[torch.zeros(3 * tokens, hidden, dtype=model.dtype, device=device) for _ in kind.layers[1:]],
+        limits=torch.ones(len(kind.layers), kind.rows + 1, device=device),
+        record=fk.ExitRecord.allocate(kind.rows + 1, model.config.num_classes, device),
         lanes=(lane(), lane()),
         recorder=recorder,
         added=np.array([sequence_bucket(count) - count for count in range(1, sequences + 1)]),

@@ -124,13 +124,8 @@ class _Slots:
             self._grow(count - len(self._free))
         taken = self._free[-count:]
         del self._free[-count:]
-        self.reset(taken)
+        self.record.forget(taken)
         return taken
-
-    def reset(self, slots: list[int]) -> None:
-        """Empty the memory of the patience criterion."""
-        self.record.history[slots, 0] = -1
-        self.record.history[slots, 1] = 0
 
     def give_back(self, slots: Iterable[int]) -> None:
         self._free.extend(slots)
@@ -296,7 +291,7 @@ class Stream(Iterator[StreamRow]):
         ]
         queue.drop(len(queue.rows), queue.tokens)
         slots = [slot for _, slot in waiting]
-        self._slots.reset(slots)
+        self._slots.record.forget(slots)
         self._queues[0].push([row for row, _ in waiting], slots, sum(row.tokens for row, _ in waiting))
 
     def _before(self, stage: int, rows: Sequence[_Encoded], lengths: Sequence[int], cu_seqlens: Tensor) -> Tensor:
