@@ -195,4 +195,5 @@ def main() -> None:
     setup(**settings)
 
 
-main()
+if __name__ == "__main__":
+    main()

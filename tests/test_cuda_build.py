@@ -6,6 +6,7 @@ The build goes through setup.py with FASTKD_FORCE_CUDA=1 against whatever torch 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -31,38 +33,26 @@ CUDA_SHIMS = {
 """What csrc/ may take from libtorch_cuda: the C functions of the stable ABI, and nothing that is mangled."""
 
 
-def cuda_home() -> Path | None:
-    nvcc = shutil.which("nvcc")
-    candidates = [
-        os.environ.get("CUDA_HOME"),
-        str(Path(nvcc).resolve().parents[1]) if nvcc else None,
-        "/usr/local/cuda",
-    ]
-    homes = [Path(candidate) for candidate in candidates if candidate]
-    return next((home for home in homes if (home / "include" / "cuda_runtime.h").exists()), None)
+def _setup() -> ModuleType:
+    """setup.py, which knows where the toolkit is and whether it belongs to this torch."""
+    specification = importlib.util.spec_from_file_location("fastkd_setup", ROOT / "setup.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
-def toolkit_problem() -> str | None:
-    """Why the sources cannot be compiled for the torch that is installed, or None."""
-    home = cuda_home()
-    if home is None:
-        return "no CUDA toolkit (nvcc and cuda_runtime.h) on this machine"
-    printed = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
-    major = re.search(r"release (\d+)\.", printed)
-    of_torch = (torch.version.cuda or "").split(".")[0]
-    if major is not None and of_torch not in ("", major.group(1)):
-        return f"the CUDA toolkit here is {major.group(1)}, and torch was built with CUDA {torch.version.cuda}"
-    return None
-
-
-needs_nvcc = pytest.mark.skipif(toolkit_problem() is not None, reason=toolkit_problem() or "")
+SETUP = _setup()
+CUDA_HOME: Path | None = SETUP.find_cuda_home()
+PROBLEM: str | None = SETUP.toolkit_problem(torch, CUDA_HOME)
+needs_nvcc = pytest.mark.skipif(PROBLEM is not None, reason=PROBLEM or "")
 
 
 def cuda_tool(name: str) -> str:
     """One of the tools that the toolkit has, or else Triton's package."""
-    home = cuda_home()
-    if home is not None and (home / "bin" / name).exists():
-        return str(home / "bin" / name)
+    if CUDA_HOME is not None and (CUDA_HOME / "bin" / name).exists():
+        return str(CUDA_HOME / "bin" / name)
     triton = pytest.importorskip("triton", reason=f"{name} is neither in the CUDA toolkit nor, without Triton, there")
     return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
 
@@ -82,7 +72,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     architectures = ";".join(f"{capability // 10}.{capability % 10}" for capability in CAPABILITIES)
     run(
         sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder / "objects",
-        FASTKD_FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST=architectures, CUDA_HOME=str(cuda_home()),
+        FASTKD_FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST=architectures, CUDA_HOME=str(CUDA_HOME),
     )  # fmt: skip
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "fastkd_kernels", folder / "fastkd_kernels", ignore=ignored, dirs_exist_ok=True)
@@ -198,7 +188,7 @@ def test_it_imports_and_registers_for_cuda(package: Path, tmp_path: Path) -> Non
     if torch.version.cuda is None:
         stub = tmp_path / "libtorch_cuda.so"
         run("cc", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", "-o", stub, HOST / "libtorch_cuda_stub.c")
-        environment |= {"LD_PRELOAD": str(stub), "LD_LIBRARY_PATH": f"{cuda_home()}/lib64"}
+        environment |= {"LD_PRELOAD": str(stub), "LD_LIBRARY_PATH": f"{CUDA_HOME}/lib64"}
     run(sys.executable, "-P", "-c", IMPORT_CHECK.format(folder=package), **environment)
 
 

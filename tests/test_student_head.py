@@ -91,9 +91,8 @@ def assert_accurate(actual: Tensor, hidden_states: Tensor, head: StudentHeadWeig
     baseline = student_head_reference(hidden_states, head, **masks)
     eps = torch.finfo(hidden_states.dtype).eps
     scale = float(truth.abs().max()) if truth.numel() else 0.0
-    # float32: hundreds of products are summed in another order, 1 in 10,000 random heads comes to 31 eps;
-    # below: the narrow activations are rounded once
-    absolute = (64 if eps < 1e-6 else 0.5) * eps * max(scale, 1.0)
+    # float32: hundreds of products are summed in another order; below: the narrow activations are rounded once
+    absolute = (32 if eps < 1e-6 else 0.5) * eps * max(scale, 1.0)
     assert actual.dtype == (torch.float64 if hidden_states.dtype == torch.float64 else torch.float32)
     assert_within_budget(actual, truth, baseline, absolute=absolute)
 
@@ -193,7 +192,7 @@ def problems(draw: st.DrawFn) -> tuple[int, list[int], int, int, int, int, str]:
 
 
 @pytest.mark.parametrize("backend", FOLDED)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)  # 1 in 10,000 random heads comes to 31 of 32 eps
 @given(problem=problems())
 def test_any_shape(backend: str, problem: tuple[int, list[int], int, int, int, int, str]) -> None:
     tokens, lengths, hidden, width, labels, heads, layout = problem
@@ -886,8 +885,9 @@ def test_exit_compiles_to_one_graph(backend: str) -> None:
         eager = run(hidden_states, eager_record)
     assert torch.equal(compiled_record.exit_layer, eager_record.exit_layer)
     # NumPy, which multiplies in Triton's interpreter, may add up in another order at another address
+    rtol, atol = (1e-5, 1e-6) if backend == "cuda" and _triton.interpreting else (0, 0)
     for ours, theirs in zip((*compiled, compiled_record.logits), (*eager, eager_record.logits), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize(
