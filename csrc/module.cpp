@@ -4,6 +4,7 @@
 static_assert(PYBIND11_VERSION_HEX >= 0x03000000, "fastkd_kernels needs pybind11 >= 3.0");
 
 void bind_exit_gate(pybind11::module_& module);
+void bind_triton_launch(pybind11::module_& module);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fastkd_kernels; importing this registers them with torch.ops.";
@@ -13,4 +14,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = FASTKD_CUDA_ARCHITECTURES;
   m.attr("cuda_toolkit") = FASTKD_CUDA_TOOLKIT;
   bind_exit_gate(m);
+  bind_triton_launch(m);
 }

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -138,11 +137,6 @@ def dense_rows(logits: Tensor) -> Tensor:
 def gradient_like(logits: Tensor, wanted: bool) -> Tensor:
     """Room for a contiguous gradient; without elements where it is not wanted."""
     return logits.new_empty(logits.shape if wanted else (0,))
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which has to be that of the tensors."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def power_of_2(size: int) -> int:

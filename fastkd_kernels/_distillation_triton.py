@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd_kernels._distillation import on_device
+from fastkd_kernels._launch import Launcher
 
 
 @triton.jit
@@ -239,6 +239,9 @@ def _scale_kernel(
         )  # fmt: skip
 
 
+_launch_scale = Launcher(_scale_kernel)
+
+
 def scaled_gradients(gradients: Sequence[Tensor], grad_output: Tensor, factor: float) -> list[Tensor]:
     """`_distillation.scaled_gradients`, two contiguous gradients a launch."""
     results = [torch.empty_like(gradient) for gradient in gradients]
@@ -258,20 +261,20 @@ def _scale(
     block = 1024
     blocks = triton.cdiv(gradient.numel(), block)
     second_size = 0 if second is None else second[0].numel()
-    with on_device(gradient):
-        _scale_kernel[(blocks + triton.cdiv(second_size, block),)](
-            gradient,
-            out,
-            gradient.numel(),
-            blocks,
-            *(second or first),
-            second_size,
-            grad_output,
-            gradient.shape[-1],
-            inner_rows,
-            outer_stride,
-            inner_stride,
-            factor,
-            PER_ROW=grad_output.dim() > 0,
-            BLOCK=block,
-        )
+    _launch_scale(
+        (blocks + triton.cdiv(second_size, block),),
+        gradient,
+        out,
+        gradient.numel(),
+        blocks,
+        *(second or first),
+        second_size,
+        grad_output,
+        gradient.shape[-1],
+        inner_rows,
+        outer_stride,
+        inner_stride,
+        factor,
+        PER_ROW=grad_output.dim() > 0,
+        BLOCK=block,
+    )

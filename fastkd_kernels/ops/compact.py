@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastkd_kernels import _extension, _triton
 from fastkd_kernels._backend import register_backends, resolve
+from fastkd_kernels._launch import Launcher
 from fastkd_kernels._library import library
 from fastkd_kernels._triton import tl, triton
 
@@ -75,6 +76,8 @@ if _triton.available:
         mask = word < tl.where(inside, row_words, 0)
         words = tl.load(source_ptr + row * source_stride + word, mask=mask)
         tl.store(target_ptr + position * row_words + word, words, mask=mask)
+
+    _launch_compact = Launcher(_compact_kernel)
 
 
 @dataclass(frozen=True)
@@ -163,18 +166,18 @@ def _compact_out_triton(
         source, words = _as_words(tensor), _as_words(target)
         row_words = source.shape[1]
         block = min(triton.next_power_of_2(row_words), 4096)
-        with torch.cuda.device_of(tensor):
-            _compact_kernel[(capacity, triton.cdiv(row_words, block))](
-                source,
-                words,
-                survivors,
-                survivors if count is None else count,
-                source.shape[0],
-                row_words,
-                source.stride(0),
-                HAS_COUNT=count is not None,
-                BLOCK=block,
-            )
+        _launch_compact(
+            (capacity, triton.cdiv(row_words, block)),
+            source,
+            words,
+            survivors,
+            survivors if count is None else count,
+            source.shape[0],
+            row_words,
+            source.stride(0),
+            HAS_COUNT=count is not None,
+            BLOCK=block,
+        )
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd_kernels import _backend, _distillation, _extension, _triton
+from fastkd_kernels._launch import Launcher
 from fastkd_kernels._library import library
 from fastkd_kernels.ops import universal_kd_loss as universal
 from fastkd_kernels.ops.kd_loss import kd_loss, kd_loss_reference
@@ -219,6 +220,8 @@ if _triton.available:
         if REDUCE:
             kernels.sum_in_last_program(losses, loss, arrived, (M + 1) * B, factor, 1024)
 
+    _launch_distillation = Launcher(_distillation_kernel)
+
 
 library.define(
     "distillation_loss_forward(Tensor student, Tensor student_layers, Tensor teacher, Tensor teacher_layers, "
@@ -303,51 +306,51 @@ def _launch(
         return loss.zero_(), for_student, for_layers
     losses = student.new_empty((layers + 1, batch), dtype=torch.float32)
     config = universal.UniversalKDConfig.from_heuristic(teachers, classes)
-    with _distillation.on_device(student):
-        _distillation_kernel[((layers + 1) * batch,)](
-            student,
-            student_layers,
-            teacher,
-            teacher_layers,
-            student if labels is None else labels,
-            losses,
-            loss,
-            kernels.arrival_counter(student.device),
-            for_student,
-            for_layers,
-            layers,
-            teachers,
-            batch,
-            classes,
-            student.stride(0),
-            student_layers.stride(0),
-            student_layers.stride(1),
-            teacher.stride(0),
-            teacher_layers.stride(0),
-            teacher_layers.stride(1),
-            ce_scale,
-            kd_scale,
-            kd_scale / temperature,
-            universal_scale,
-            universal_scale / universal_temperature,
-            attn_scale,
-            1 / temperature,
-            1 / universal_temperature,
-            factor,
-            DIVERGENCE=divergence,
-            MIX=mix,
-            SPACE=attn_space,
-            DISTANCE=distance,
-            ATTENTION_GRADIENT=attention_grad and layers_gradient,
-            HAS_LABELS=labels is not None,
-            REDUCE=reduce,
-            STUDENT_GRADIENT=student_gradient,
-            LAYERS_GRADIENT=layers_gradient,
-            BLOCK_N=config.block_n,
-            BLOCK_C=config.block_c,
-            num_warps=config.num_warps,
-            maxnreg=MOST_REGISTERS,
-        )
+    _launch_distillation(
+        ((layers + 1) * batch,),
+        student,
+        student_layers,
+        teacher,
+        teacher_layers,
+        student if labels is None else labels,
+        losses,
+        loss,
+        kernels.arrival_counter(student.device),
+        for_student,
+        for_layers,
+        layers,
+        teachers,
+        batch,
+        classes,
+        student.stride(0),
+        student_layers.stride(0),
+        student_layers.stride(1),
+        teacher.stride(0),
+        teacher_layers.stride(0),
+        teacher_layers.stride(1),
+        ce_scale,
+        kd_scale,
+        kd_scale / temperature,
+        universal_scale,
+        universal_scale / universal_temperature,
+        attn_scale,
+        1 / temperature,
+        1 / universal_temperature,
+        factor,
+        DIVERGENCE=divergence,
+        MIX=mix,
+        SPACE=attn_space,
+        DISTANCE=distance,
+        ATTENTION_GRADIENT=attention_grad and layers_gradient,
+        HAS_LABELS=labels is not None,
+        REDUCE=reduce,
+        STUDENT_GRADIENT=student_gradient,
+        LAYERS_GRADIENT=layers_gradient,
+        BLOCK_N=config.block_n,
+        BLOCK_C=config.block_c,
+        num_warps=config.num_warps,
+        maxnreg=MOST_REGISTERS,
+    )
     return loss if reduce else losses.sum(0), for_student, for_layers
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from numbers import Real
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fastkd_kernels import _backend, _extension, _triton
+from fastkd_kernels._launch import Launcher
 from fastkd_kernels._library import library
 from fastkd_kernels._triton import tl
 
@@ -594,6 +594,9 @@ def _exit_gate_kernel(
         tl.store(count, kept)
 
 
+_launch_exit_gate = Launcher(_exit_gate_kernel)
+
+
 MAX_COLUMNS = 4096
 """Classes up to which a program holds whole rows: 16 logits a thread with 8 warps, the most that fits its registers."""
 
@@ -673,30 +676,30 @@ def _exit_gate_triton(
     scan = None
     if config.programs > 1:
         scan = torch.zeros(1 + config.programs, dtype=torch.int32, device=logits.device)
-    with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
-        _exit_gate_kernel[(config.programs,)](
-            logits,
-            speeds,
-            row_ids,
-            uncertainty,
-            survivors,
-            count,
-            scan,
-            None if record is None else record.logits,
-            None if record is None else record.uncertainty,
-            None if record is None else record.exit_layer,
-            None if record is None else record.history,
-            rows,
-            columns,
-            *logits.stride(),
-            rows if record is None else record.exit_layer.shape[0],
-            layer,
-            speed,
-            _scale(name, columns, top_n),
-            top_n,
-            CRITERION=name,
-            **config.launch,
-        )
+    _launch_exit_gate(
+        (config.programs,),
+        logits,
+        speeds,
+        row_ids,
+        uncertainty,
+        survivors,
+        count,
+        scan,
+        None if record is None else record.logits,
+        None if record is None else record.uncertainty,
+        None if record is None else record.exit_layer,
+        None if record is None else record.history,
+        rows,
+        columns,
+        *logits.stride(),
+        rows if record is None else record.exit_layer.shape[0],
+        layer,
+        speed,
+        _scale(name, columns, top_n),
+        top_n,
+        CRITERION=name,
+        **config.launch,
+    )
     return uncertainty, survivors, count
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastkd_kernels import _backend, _distillation, _extension, _triton
+from fastkd_kernels._launch import Launcher
 from fastkd_kernels._library import library
 
 if _triton.available:
@@ -191,6 +192,9 @@ if _triton.available:
         if REDUCE:
             kernels.sum_in_last_program(losses, loss, arrived, B, factor, 1024)
 
+    _launch_rows = Launcher(_kd_rows_kernel)
+    _launch_stream = Launcher(_kd_stream_kernel)
+
 
 MAX_CLASSES_IN_REGISTERS = 1024
 
@@ -290,11 +294,10 @@ def _launch(
         "BLOCK_C": config.block_c,
         "num_warps": config.num_warps,
     }
-    with _distillation.on_device(student):
-        if config.streamed:
-            _kd_stream_kernel[(batch,)](*arguments, **flags)
-        else:
-            _kd_rows_kernel[(triton.cdiv(batch, config.block_b),)](*arguments, **flags, BLOCK_B=config.block_b)
+    if config.streamed:
+        _launch_stream((batch,), *arguments, **flags)
+    else:
+        _launch_rows((triton.cdiv(batch, config.block_b),), *arguments, **flags, BLOCK_B=config.block_b)
     return results
 
 
@@ -306,7 +309,7 @@ _CPU_REASON = _extension.missing_kernel_reason("kd_loss_forward", "CPU")
 
 _backend.register_backends("kd_loss", cuda=lambda: _triton.missing_reason, cpu=lambda: _CPU_REASON, interpretable=True)
 
-_forward = torch.ops.fastkd_kernels.kd_loss_forward.default
+_forward: Any = torch.ops.fastkd_kernels.kd_loss_forward.default
 
 
 def kd_loss(

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from fastkd_kernels import _extension, _triton
 from fastkd_kernels._backend import register_backends, resolve
+from fastkd_kernels._launch import Launcher
 from fastkd_kernels._library import library
 from fastkd_kernels._triton import tl, triton
 
@@ -112,6 +113,9 @@ if _triton.available:
             )
         _normalise_and_store(total, mask, width, weight_ptr, bias_ptr, out_ptr + row * out_stride, column, eps)
 
+    _launch_add_layer_norm = Launcher(_add_layer_norm_kernel)
+    _launch_embed_layer_norm = Launcher(_embed_layer_norm_kernel)
+
 
 library.define(
     "add_layer_norm_(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, Tensor(a!) out) -> ()",
@@ -147,7 +151,8 @@ def _add_layer_norm_triton(
     if rows == 0:
         return
     block = triton.next_power_of_2(width)
-    _add_layer_norm_kernel[(rows,)](
+    _launch_add_layer_norm(
+        (rows,),
         x,
         x if residual is None else residual,
         weight,
@@ -173,7 +178,8 @@ def _embed_layer_norm_triton(
     # a kernel takes a fixed number of pointers: the missing ones are never read
     spare = _MAX_TABLES - len(tables)
     block = triton.next_power_of_2(width)
-    _embed_layer_norm_kernel[(rows,)](
+    _launch_embed_layer_norm(
+        (rows,),
         *[table.contiguous() for table in tables],
         *[tables[0]] * spare,
         *indices,

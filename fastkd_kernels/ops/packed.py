@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastkd_kernels import _extension, _triton
 from fastkd_kernels._backend import register_backends, resolve
+from fastkd_kernels._launch import Launcher
 from fastkd_kernels._library import library
 from fastkd_kernels._triton import tl, triton
 
@@ -182,6 +183,10 @@ if _triton.available:
         words = tl.minimum(tl.minimum(length, rows - source_row), tl.maximum(capacity - start, 0)) * row_words
         _copy_words(source_ptr + source_row * row_words, target_ptr + start * row_words, words, words, BLOCK)
 
+    _launch_pack = Launcher(_pack_kernel)
+    _launch_unpack = Launcher(_unpack_kernel)
+    _launch_compact_packed = Launcher(_compact_packed_kernel)
+
 
 _LENGTHS_BLOCK = 1024  # lengths that one program adds at a time to find where its sequence starts
 _MAX_BLOCK = 2048  # words that a program of four warps moves at a time
@@ -224,7 +229,8 @@ def _pack_triton(tensors: Sequence[Tensor], lengths: Tensor, out: Sequence[Tenso
         return
     for tensor, target in zip(tensors, out, strict=True):
         source, words = _as_words(tensor, 2), _as_words(target, 1)
-        _pack_kernel[(lengths.shape[0],)](
+        _launch_pack(
+            (lengths.shape[0],),
             source,
             words,
             lengths,
@@ -242,7 +248,8 @@ def _unpack_triton(tensors: Sequence[Tensor], cu_seqlens: Tensor, out: Sequence[
         return
     for tensor, target in zip(tensors, out, strict=True):
         source, words = _as_words(tensor, 1), _as_words(target, 2)
-        _unpack_kernel[(target.shape[0],)](
+        _launch_unpack(
+            (target.shape[0],),
             source,
             words,
             cu_seqlens,
@@ -266,7 +273,8 @@ def _compact_packed_triton(
         return
     for tensor, target in zip(tensors, out, strict=True):
         source, words = _as_words(tensor, 1), _as_words(target, 1)
-        _compact_packed_kernel[(survivors.shape[0],)](
+        _launch_compact_packed(
+            (survivors.shape[0],),
             source,
             words,
             cu_seqlens,

@@ -20,7 +20,6 @@ needs to be kept.
 from __future__ import annotations
 
 import threading
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastkd_kernels import _backend, _extension, _triton
+from fastkd_kernels._launch import Launcher
 from fastkd_kernels._library import library
 from fastkd_kernels._stamps import ParameterStamp
 from fastkd_kernels._triton import tl
@@ -644,6 +644,9 @@ def _student_head_kernel(
         _list_if_last(stays, survivors, count, tickets, batch, LIST_ROWS)
 
 
+_launch_student_head = Launcher(_student_head_kernel)
+
+
 class GpuLimits(NamedTuple):
     """What the heuristic asks about a GPU; an H100 and an H200 have the defaults."""
 
@@ -877,6 +880,21 @@ class _Tickets:
 _tickets = _Tickets()
 
 
+class _GateArguments(NamedTuple):
+    """What the kernel takes for its gate; where `criterion` is None there is none."""
+
+    criterion: str | None
+    tensors: tuple[Tensor | None, ...]
+    """speeds, row_ids, uncertainty, stays, survivors, count"""
+    record: tuple[Tensor | None, ...]
+    """exit_logits, exit_uncertainty, exit_layer, history"""
+    numbers: tuple[float, ...]
+    """batch, capacity, layer, speed, scale, top_n"""
+
+
+_NO_GATE = _GateArguments(None, (None,) * 6, (None,) * 4, (0, 0, 0, 0.0, 1.0, 0))
+
+
 def _student_head_cuda(
     hidden_states: Tensor,
     head: StudentHeadWeights,
@@ -885,16 +903,8 @@ def _student_head_cuda(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     logits = _new_logits(hidden_states, head, cu_seqlens)
-    no_gate = {**dict.fromkeys(_GATE_TENSORS, None), **dict.fromkeys(_GATE_NUMBERS, 0), "speed": 0.0, "scale": 1.0}
-    _launch(hidden_states, head, lengths, attention_mask, cu_seqlens, logits, {**no_gate, "CRITERION": None})
+    _launch(hidden_states, head, lengths, attention_mask, cu_seqlens, logits, _NO_GATE)
     return logits
-
-
-_GATE_TENSORS = (
-    *("speeds", "row_ids", "uncertainty", "stays", "survivors", "count"),
-    *("exit_logits", "exit_uncertainty", "exit_layer", "history"),
-)
-_GATE_NUMBERS = ("batch", "capacity", "layer", "top_n")
 
 
 def _launch(
@@ -904,18 +914,49 @@ def _launch(
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     logits: Tensor,
-    gate: dict[str, Any],
+    gate: _GateArguments,
 ) -> None:
     folded = _fold_cache.get(head)
     config = _config(hidden_states, folded, cu_seqlens)
-    arguments = _head_arguments(hidden_states, folded, lengths, attention_mask, cu_seqlens, config)
-    batch = logits.shape[0]
+    batch, tokens = _batch_and_tokens(hidden_states, cu_seqlens)
+    hidden, width, num_labels = folded.sizes
+    heads = folded.num_attention_heads
     counted = batch if config.splits > 1 else 0
-    tickets = None if gate["CRITERION"] is None and not counted else _tickets.take(hidden_states, 1 + counted)
-    with torch.cuda.device(hidden_states.device) if hidden_states.is_cuda else nullcontext():
-        _student_head_kernel[(batch, config.splits)](
-            logits=logits, tickets=tickets, **arguments, **gate, **config.launch
-        )
+    if hidden_states.stride(-1) != 1:
+        hidden_states = hidden_states.contiguous()
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = attention_mask.view(torch.uint8)
+    _launch_student_head(
+        (batch, config.splits),
+        hidden_states,
+        *folded.narrow,
+        folded.query_key,
+        folded.query_bias,
+        folded.mix,
+        folded.mix_bias,
+        *folded.classifier,
+        None if lengths is None else lengths.contiguous(),
+        attention_mask,
+        None if cu_seqlens is None else cu_seqlens.contiguous(),
+        folded.mix.new_empty(batch, config.splits, 4 + 3 * heads, width),
+        logits,
+        *gate.tensors,
+        None if gate.criterion is None and not counted else _tickets.take(hidden_states, 1 + counted),
+        *gate.record,
+        tokens,
+        hidden,
+        num_labels,
+        hidden_states.stride(0),
+        hidden_states.stride(-2),
+        *((0, 0) if attention_mask is None else attention_mask.stride()),
+        *gate.numbers,
+        CRITERION=gate.criterion,
+        EVEN_HIDDEN=hidden % config.block_hidden == 0,
+        WIDEN=_triton.interpreting and hidden_states.dtype == torch.bfloat16,
+        HEADS=heads,
+        WIDTH=width,
+        **config.launch,
+    )
 
 
 def _config(hidden_states: Tensor, folded: FoldedStudentHead, cu_seqlens: Tensor | None) -> StudentHeadConfig:
@@ -924,50 +965,6 @@ def _config(hidden_states: Tensor, folded: FoldedStudentHead, cu_seqlens: Tensor
         tokens = hidden_states.shape[0] // batch  # on average; asking for the longest would wait for the device
     limits = GpuLimits.of(hidden_states.device)
     return StudentHeadConfig.heuristic(hidden_states.dtype, *folded.sizes, batch, tokens, limits)
-
-
-def _head_arguments(
-    hidden_states: Tensor,
-    folded: FoldedStudentHead,
-    lengths: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    config: StudentHeadConfig,
-) -> dict[str, Any]:
-    """By parameter name."""
-    batch, tokens = _batch_and_tokens(hidden_states, cu_seqlens)
-    hidden, width, num_labels = folded.sizes
-    if hidden_states.stride(-1) != 1:
-        hidden_states = hidden_states.contiguous()
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        attention_mask = attention_mask.view(torch.uint8)
-    heads = folded.num_attention_heads
-    return {
-        "hidden_states": hidden_states,
-        "narrow_weight": folded.narrow[0],
-        "narrow_bias": folded.narrow[1],
-        "query_key": folded.query_key,
-        "query_bias": folded.query_bias,
-        "mix": folded.mix,
-        "mix_bias": folded.mix_bias,
-        "classifier": folded.classifier[0],
-        "classifier_bias": folded.classifier[1],
-        "lengths": None if lengths is None else lengths.contiguous(),
-        "attention_mask": attention_mask,
-        "cu_seqlens": None if cu_seqlens is None else cu_seqlens.contiguous(),
-        "scratch": folded.mix.new_empty(batch, config.splits, 4 + 3 * heads, width),
-        "tokens": tokens,
-        "hidden": hidden,
-        "num_labels": num_labels,
-        "stride_batch": hidden_states.stride(0),
-        "stride_token": hidden_states.stride(-2),
-        "stride_mask_batch": 0 if attention_mask is None else attention_mask.stride(0),
-        "stride_mask_token": 0 if attention_mask is None else attention_mask.stride(1),
-        "EVEN_HIDDEN": hidden % config.block_hidden == 0,
-        "WIDEN": _triton.interpreting and hidden_states.dtype == torch.bfloat16,
-        "HEADS": heads,
-        "WIDTH": width,
-    }
 
 
 def _unsupported(head: StudentHeadWeights, backend: str) -> str | None:
@@ -1160,26 +1157,26 @@ def _student_head_exit_cuda(
     """Logits, uncertainty, survivors and count."""
     logits, uncertainty, survivors, count = _new_exit(hidden_states, head, cu_seqlens)
     batch, num_labels = logits.shape
-    exit_logits, exit_uncertainty, exit_layer, history = record or (None,) * 4
-    gate = {
-        "speeds": None if speeds is None else speeds.float().contiguous(),
-        "row_ids": None if row_ids is None else row_ids.contiguous(),
-        "uncertainty": uncertainty,
-        "stays": survivors.new_empty(batch, dtype=torch.int8),
-        "survivors": survivors,
-        "count": count,
-        "exit_logits": exit_logits,
-        "exit_uncertainty": exit_uncertainty,
-        "exit_layer": exit_layer,
-        "history": history,
-        "batch": batch,
-        "capacity": batch if exit_layer is None else exit_layer.shape[0],
-        "layer": layer or 0,
-        "speed": float(speed),
-        "scale": _scale(criterion, num_labels, top_n or 0),
-        "top_n": top_n or 0,
-        "CRITERION": criterion,
-    }
+    gate = _GateArguments(
+        criterion=criterion,
+        tensors=(
+            None if speeds is None else speeds.float().contiguous(),
+            None if row_ids is None else row_ids.contiguous(),
+            uncertainty,
+            survivors.new_empty(batch, dtype=torch.int8),
+            survivors,
+            count,
+        ),
+        record=tuple(record or _NO_GATE.record),
+        numbers=(
+            batch,
+            batch if record is None else record[0].shape[0],
+            layer or 0,
+            float(speed),
+            _scale(criterion, num_labels, top_n or 0),
+            top_n or 0,
+        ),
+    )
     _launch(hidden_states, head, lengths, attention_mask, cu_seqlens, logits, gate)
     return logits, uncertainty, survivors, count
 

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from fastkd_kernels import _backend, _distillation, _extension, _triton
+from fastkd_kernels._launch import Launcher
 from fastkd_kernels._library import library
 
 if _triton.available:
@@ -521,6 +522,9 @@ if _triton.available:
         if REDUCE:
             kernels.sum_in_last_program(losses, loss, arrived, M * B, factor, 1024)
 
+    _launch_rows = Launcher(_universal_rows_kernel)
+    _launch_stream = Launcher(_universal_stream_kernel)
+
 
 MAX_LAYERS_IN_REGISTERS = 32
 MAX_CLASSES_IN_REGISTERS = 128
@@ -658,12 +662,11 @@ def _launch(
         "BLOCK_C": config.block_c,
         "num_warps": config.num_warps,
     }
-    with _distillation.on_device(student):
-        if config.streamed:
-            _universal_stream_kernel[(layers * batch,)](*arguments, **flags)
-        else:
-            programs = batch if teacher_gradient and not per_layer else layers * batch
-            _universal_rows_kernel[(programs,)](*arguments, **flags, MIX=mix, SPACE=attn_space, PER_LAYER=per_layer)
+    if config.streamed:
+        _launch_stream((layers * batch,), *arguments, **flags)
+    else:
+        programs = batch if teacher_gradient and not per_layer else layers * batch
+        _launch_rows((programs,), *arguments, **flags, MIX=mix, SPACE=attn_space, PER_LAYER=per_layer)
     return results
 
 

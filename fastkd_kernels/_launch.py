@@ -1,0 +1,97 @@
+"""How Triton kernels are launched: the first call of a kind by Triton, later ones straight through the CUDA driver.
+
+Triton's launcher takes 15 us of Python for a gate's 20 arguments, a look-up in the extension about one. What it cannot
+know, such as a hook of a profiler or a kernel that wants scratch memory, goes to Triton's launcher every time.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd_kernels import _extension, _triton
+
+_native: Any = _extension.extension
+_CUDA = 2  # kDLCUDA of DLPack
+_KINDS = {"constexpr": "-", "i32": "4", "i64": "8", "fp32": "f"}
+"""Types of arguments in Triton's notation, as the extension has them; "p" is any pointer."""
+
+
+@lru_cache(maxsize=1)
+def _enable() -> bool:
+    """Whether this torch, this driver and the extension can launch by themselves; loads the driver."""
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if _native is None or capsule is None:
+        return False
+    return _native.enable_triton_launch(capsule, Tensor, torch.nn.Parameter)
+
+
+class Launcher:
+    """Launches one Triton kernel on the device of its first argument, in the current stream.
+
+    The kernel's tensors and numbers are passed in their order, its `tl.constexpr`s by name with the compiler's options.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._binaries: Any = None
+        self._alive: list[Any] = []  # a binary is unloaded with its CompiledKernel
+
+    def __call__(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        device = arguments[0].get_device()
+        if device < 0 or device == torch._C._cuda_getDevice():
+            self._launch(device, grid, arguments, constants)
+            return
+        with torch.cuda.device(device):
+            self._launch(device, grid, arguments, constants)
+
+    def _launch(
+        self, device: int, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]
+    ) -> None:
+        if self._binaries is not None and not self._is_observed():
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            if _native.launch_triton(self._binaries, _CUDA, device, stream, grid, arguments, constants):
+                return
+        compiled = self.kernel[grid](*arguments, **constants)
+        if device >= 0 and _enable():
+            self._remember(compiled, device, arguments, constants)
+
+    def _is_observed(self) -> bool:
+        """Whether a profiler or a test wants to be told of launches."""
+        runtime = _triton.triton.knobs.runtime
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        # chains of hooks, or a hook put in the place of one
+        return bool(self.kernel.pre_run_hooks or getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+    def _remember(self, compiled: Any, device: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        names = list(compiled.src.signature.values())[: len(arguments)]
+        kinds = "".join("p" if str(name).startswith("*") else _KINDS.get(name, "?") for name in names)
+        if "?" in kinds or not _is_plain(compiled.metadata):
+            return
+        if self._binaries is None:
+            self._binaries = _native.new_triton_binaries()
+        if _native.remember_triton(
+            self._binaries,
+            _CUDA,
+            device,
+            compiled.function,
+            32 * compiled.metadata.num_warps,
+            compiled.metadata.shared,
+            kinds,
+            arguments,
+            constants,
+        ):
+            self._alive.append(compiled)
+
+
+def _is_plain(metadata: Any) -> bool:
+    """Whether a launch needs no scratch memory, no cluster and no attribute."""
+    return metadata.num_ctas == 1 and not (
+        metadata.global_scratch_size
+        or metadata.profile_scratch_size
+        or metadata.launch_cooperative_grid
+        or metadata.launch_pdl
+    )
