@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from memory import peak_bytes
 
+from fastkd_kernels._launch import Launcher
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OURS = "fastkd"
 
@@ -147,6 +149,23 @@ def compare(
     benchmark.group = op
     benchmark.extra_info.update(case=case, environment=environment(), rows=[asdict(row) for row in rows])
     return rows
+
+
+def by_tritons_launcher(provider: Provider) -> Provider:
+    """The same, with every Triton kernel launched by Triton."""
+    ours = Launcher._launch
+
+    def launch(self: Launcher, device: int, grid: Any, arguments: Any, constants: Any) -> None:
+        self.launch_by_triton(grid, arguments, constants)
+
+    def run(*inputs: Any) -> Any:
+        Launcher._launch = launch  # type: ignore[method-assign]
+        try:
+            return provider(*inputs)
+        finally:
+            Launcher._launch = ours  # type: ignore[method-assign]
+
+    return run
 
 
 def _peak_mib(provider: Provider, inputs: Sequence[Any]) -> float:

@@ -53,12 +53,17 @@ class ParameterStamp:
         """Whether `parameters` are the same as then, and unchanged."""
         if self._steps != _optimizer_steps.count or len(parameters) != len(self._marks):
             return False
-        # a plain loop, because every call of a head asks for its 14 parameters
+        # a plain loop without a call of its own, because every call of a head asks for its 14 parameters
         for parameter, (reference, version, address) in zip(parameters, self._marks, strict=True):
-            if reference() is not parameter or address != parameter.data_ptr() or version != _version(parameter):
+            if reference() is not parameter or address != parameter.data_ptr():
+                return False
+            if version != _NO_VERSION and version != parameter._version:
                 return False
         return True
 
 
+_NO_VERSION = -1  # of tensors made in inference mode, which stay that
+
+
 def _version(parameter: Tensor) -> int:
-    return -1 if parameter.is_inference() else parameter._version
+    return _NO_VERSION if parameter.is_inference() else parameter._version

@@ -110,6 +110,8 @@ def _compile(spec: KernelSpec, capability: int) -> str:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from fastkd_kernels._launch import OPTIONS
+
     module, name = spec.kernel.split(":")
     kernel = getattr(importlib.import_module(module), name)
     signature, constants, attributes = {}, {}, {}
@@ -123,7 +125,7 @@ def _compile(spec: KernelSpec, capability: int) -> str:
         if divisor:
             attributes[(position,)] = [["tt.divisibility", int(divisor)]]
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(spec.options))
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={**OPTIONS, **spec.options})
     return str(next(path for file, path in compiled.metadata_group.items() if file.endswith(".cubin")))
 
 

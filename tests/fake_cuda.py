@@ -10,9 +10,12 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 SOURCE = Path(__file__).with_suffix(".c")
 MOST_PARAMETERS = 128
@@ -61,7 +64,7 @@ def build(folder: Path) -> Path:
 
 
 class FakeCuda:
-    """The driver, loaded into this process and put in the place of the real one."""
+    """The driver, loaded into this process, where it stays."""
 
     def __init__(self, library: Path) -> None:
         self.knows_parameters = True
@@ -69,19 +72,32 @@ class FakeCuda:
         self._driver = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         self._record = _Record.in_dll(self._driver, "last")
         os.environ["TRITON_LIBCUDA_PATH"] = str(library.parent)
-        self._take_over_triton()
-        self._take_over_torch()
 
-    def _take_over_triton(self) -> None:
+    @contextmanager
+    def in_charge(self) -> Iterator[None]:
+        """Put it in the place of the real one: Triton launches on it, and ops take tensors of the CPU for a GPU's."""
+        with ExitStack() as stack:
+            for replacement in self._replacements():
+                stack.enter_context(replacement)
+            yield
+
+    def _triton_driver(self) -> Any:
         from triton.backends.nvidia.driver import CudaDriver
-        from triton.compiler.compiler import CompiledKernel
-        from triton.runtime import driver
 
         active: Any = CudaDriver()
         active.get_device_capability = lambda device=DEVICE: (9, 0)
         active.get_current_device = lambda: DEVICE
         active.get_current_stream = lambda device=DEVICE: STREAM
-        driver.set_active(active)
+        return active
+
+    def _replacements(self) -> list[Any]:
+        import torch
+        from triton.compiler.compiler import CompiledKernel
+        from triton.runtime import driver
+
+        from fastkd_kernels import _backend, _launch
+        from fastkd_kernels.ops import exit_gate
+
         load = CompiledKernel._init_handles
 
         def load_and_describe(compiled: Any) -> None:
@@ -91,20 +107,16 @@ class FakeCuda:
             sizes = bytes(int(bits) // 8 for bits in re.findall(r"\.param \.[ubf](\d+)", _signature(compiled)))
             self._driver.fake_describe(ctypes.c_uint64(compiled.function), len(sizes), sizes)
 
-        CompiledKernel._init_handles = load_and_describe
-
-    def _take_over_torch(self) -> None:
-        import torch
-
-        from fastkd_kernels import _backend, _launch
-        from fastkd_kernels.ops import exit_gate
-
-        _launch._CUDA = 1  # tensors of the CPU are those of the device
-        torch.Tensor.get_device = lambda tensor: DEVICE  # type: ignore[method-assign]
-        torch._C._cuda_getDevice = lambda: DEVICE
-        torch._C._cuda_getCurrentRawStream = lambda device: STREAM
-        _backend.resolve = lambda op, device: "cuda"
-        exit_gate._eager_cpu = None
+        return [
+            patch.object(driver, "_active", self._triton_driver()),
+            patch.object(CompiledKernel, "_init_handles", load_and_describe),
+            patch.object(torch.Tensor, "get_device", lambda tensor: DEVICE),
+            patch.object(torch._C, "_cuda_getDevice", lambda: DEVICE, create=True),
+            patch.object(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, create=True),
+            patch.object(_launch, "_CUDA", 1),
+            patch.object(_backend, "resolve", lambda op, device: "cuda"),
+            patch.object(exit_gate, "_eager_cpu", None),
+        ]
 
     def set_context(self, current: bool) -> None:
         """Whether this thread has a context."""

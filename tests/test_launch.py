@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_cuda
@@ -93,6 +94,25 @@ def test_what_is_left_to_triton(launched: dict[str, Any]) -> None:
         "parameters unknown to the driver": True,
         "no extension": True,
     }
+
+
+@pytest.mark.parametrize(
+    ("changes", "plain"),
+    [
+        ({}, True),
+        ({"num_ctas": 2}, False),
+        ({"global_scratch_size": 128}, False),
+        ({"profile_scratch_size": 128}, False),
+        ({"launch_cooperative_grid": True}, False),
+        ({"launch_pdl": True}, False),
+    ],
+)
+def test_only_plain_launches_are_ours(changes: dict[str, int], plain: bool) -> None:
+    usual = {"num_ctas": 1, **dict.fromkeys(_launch._SPECIAL, 0)}
+    assert _launch._is_plain(SimpleNamespace(**{**usual, **changes})) == plain
+    for name in changes:
+        usual.pop(name)
+        assert not _launch._is_plain(SimpleNamespace(**usual))
 
 
 @needs_launcher

@@ -20,6 +20,7 @@ needs to be kept.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -1140,7 +1141,7 @@ def _needs_unfolded(hidden_states: Tensor, head: StudentHeadWeights) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, *_parameters(head)))
 
 
-def _student_head_exit_cuda(
+def _decide(
     hidden_states: Tensor,
     head: StudentHeadWeights,
     lengths: Tensor | None,
@@ -1151,12 +1152,13 @@ def _student_head_exit_cuda(
     criterion: str,
     row_ids: Tensor | None,
     top_n: int | None,
-    record: list[Tensor] | None,
+    record: Sequence[Tensor] | None,
     layer: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits, uncertainty, survivors and count."""
-    logits, uncertainty, survivors, count = _new_exit(hidden_states, head, cu_seqlens)
+    logits: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fills `logits`; returns uncertainty, survivors and count."""
     batch, num_labels = logits.shape
+    uncertainty, survivors, count = decision = _new_decision(logits)
     gate = _GateArguments(
         criterion=criterion,
         tensors=(
@@ -1167,7 +1169,7 @@ def _student_head_exit_cuda(
             survivors,
             count,
         ),
-        record=tuple(record or _NO_GATE.record),
+        record=_NO_GATE.record if record is None else tuple(record),
         numbers=(
             batch,
             batch if record is None else record[0].shape[0],
@@ -1178,16 +1180,12 @@ def _student_head_exit_cuda(
         ),
     )
     _launch(hidden_states, head, lengths, attention_mask, cu_seqlens, logits, gate)
-    return logits, uncertainty, survivors, count
+    return decision
 
 
-def _new_exit(
-    hidden_states: Tensor, head: StudentHeadWeights, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logits = _new_logits(hidden_states, head, cu_seqlens)
+def _new_decision(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch = logits.shape[0]
     return (
-        logits,
         logits.new_empty(batch),
         logits.new_empty(batch, dtype=torch.int32),
         logits.new_empty(1, dtype=torch.int32),
@@ -1222,9 +1220,12 @@ def _student_head_exit_op(
     layer: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_values(hidden_states, lengths, attention_mask, cu_seqlens)
-    return _student_head_exit_cuda(
+    head = _head_of(weights, heads)
+    logits = _new_logits(hidden_states, head, cu_seqlens)
+    record = _all_or_none(exit_logits, exit_uncertainty, exit_layer, history)
+    return logits, *_decide(
         hidden_states,
-        _head_of(weights, heads),
+        head,
         lengths,
         attention_mask,
         cu_seqlens,
@@ -1233,8 +1234,9 @@ def _student_head_exit_op(
         criterion,
         row_ids,
         top_n,
-        _all_or_none(exit_logits, exit_uncertainty, exit_layer, history),
+        record,
         layer,
+        logits,
     )
 
 
@@ -1252,7 +1254,8 @@ def _student_head_exit_fake(
     cu_seqlens: Tensor | None,
     *gate: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _new_exit(hidden_states, _head_of(weights, heads), cu_seqlens)
+    logits = _new_logits(hidden_states, _head_of(weights, heads), cu_seqlens)
+    return logits, *_new_decision(logits)
 
 
 def student_head_exit(
@@ -1278,30 +1281,50 @@ def student_head_exit(
         The gate's output with `logits` [B, C] set.
     """
     _check(hidden_states, head, lengths, attention_mask, cu_seqlens)
-    _check_gate(_new_logits(hidden_states, head, cu_seqlens), speed, criterion, row_ids, top_n, record, layer)
+    logits = _new_logits(hidden_states, head, cu_seqlens)
+    _check_gate(logits, speed, criterion, row_ids, top_n, record, layer)
     if not _one_launch(hidden_states, head, cu_seqlens):
         logits = student_head(hidden_states, head, lengths, attention_mask, cu_seqlens)
         decided = exit_gate(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
         return decided._replace(logits=logits)
 
-    direct = not torch.compiler.is_compiling() and type(hidden_states) is Tensor
-    run: Any = _student_head_exit_op if direct else torch.ops.fastkd_kernels.student_head_exit
-    logits, uncertainties, survivors, count = run(
+    speeds = speed if isinstance(speed, Tensor) else None
+    one_speed = 0.0 if isinstance(speed, Tensor) else float(speed)
+    recorded = None if record is None else (record.logits, record.uncertainty, record.exit_layer, record.history)
+    if torch.compiler.is_compiling() or type(hidden_states) is not Tensor:
+        logits, uncertainty, survivors, count = torch.ops.fastkd_kernels.student_head_exit(
+            hidden_states,
+            _parameters(head),
+            head.num_attention_heads,
+            lengths,
+            attention_mask,
+            cu_seqlens,
+            one_speed,
+            speeds,
+            criterion,
+            row_ids,
+            top_n,
+            *(recorded or (None,) * 4),
+            layer,
+        )
+        return ExitGateOutput(uncertainty, survivors, count, logits)
+    _check_values(hidden_states, lengths, attention_mask, cu_seqlens)
+    uncertainty, survivors, count = _decide(
         hidden_states,
-        _parameters(head),
-        head.num_attention_heads,
+        head,
         lengths,
         attention_mask,
         cu_seqlens,
-        0.0 if isinstance(speed, Tensor) else float(speed),
-        speed if isinstance(speed, Tensor) else None,
+        one_speed,
+        speeds,
         criterion,
         row_ids,
         top_n,
-        *((None,) * 4 if record is None else (record.logits, record.uncertainty, record.exit_layer, record.history)),
+        recorded,
         layer,
+        logits,
     )
-    return ExitGateOutput(uncertainties, survivors, count, logits)
+    return ExitGateOutput(uncertainty, survivors, count, logits)
 
 
 def _one_launch(hidden_states: Tensor, head: StudentHeadWeights, cu_seqlens: Tensor | None) -> bool:
