@@ -1,99 +1,153 @@
-"""The launcher of Triton kernels: what it passes to the driver is what Triton's own launcher passes."""
+"""The launcher of Triton kernels on this machine: from memory it gives the bits that Triton's own launcher gives."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
-import fake_cuda
+import bench_kd
 import pytest
 import torch
+from common import by_tritons_launcher
 from torch import Tensor
 
 import fastkd_kernels as fk
-from fastkd_kernels import _extension, _launch, _triton
-from fastkd_kernels.ops import exit_gate as exit_gate_module
-
-needs_launcher = pytest.mark.skipif(
-    not _triton.available or _extension.extension is None or not hasattr(Tensor, "__dlpack_c_exchange_api__"),
-    reason="Triton, the extension or torch's DLPack exchange is missing",
+from fastkd_kernels import _distillation_triton, _launch, _triton
+from fastkd_kernels._launch import Launcher
+from fastkd_kernels.ops import (
+    compact,
+    distillation_loss,
+    exit_gate,
+    kd_loss,
+    layer_norm,
+    packed,
+    student_head,
+    universal_kd_loss,
 )
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+MODULES = (
+    *(_distillation_triton, compact, distillation_loss, exit_gate, kd_loss, layer_norm, packed),
+    *(student_head, universal_kd_loss),
+)
+
+pytestmark = pytest.mark.skipif(not _triton.available, reason="Triton is not installed")
+needs_gpu = pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU")
 
 
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What tests/launch_worker.py saw."""
-    if (reason := fake_cuda.missing()) is not None:
-        pytest.skip(reason)
-    library = fake_cuda.build(tmp_path_factory.mktemp("driver"))
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    worker = Path(__file__).with_name("launch_worker.py")
-    child = subprocess.run([sys.executable, worker, library], env=environment, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout.splitlines()[-1])
+def randn(*shape: int, grad: bool = False) -> Tensor:
+    return torch.randn(shape, device=DEVICE).requires_grad_(grad)
 
 
-@needs_launcher
-@pytest.mark.parametrize(
-    ("part", "kernels"),
-    [
-        ("exit_gates", {"_exit_gate_kernel"}),
-        ("heads", {"_student_head_kernel"}),
-        (
-            "losses",
-            {
-                *("_kd_rows_kernel", "_kd_stream_kernel", "_universal_rows_kernel", "_universal_stream_kernel"),
-                *("_distillation_kernel", "_scale_kernel"),
-            },
+def integers(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def gate() -> Sequence[Tensor]:
+    record = fk.ExitRecord.allocate(9, 4, DEVICE)
+    row_ids = torch.arange(9, dtype=torch.int32, device=DEVICE)
+    decided = fk.exit_gate(randn(9, 4), 0.5, "patience", row_ids, record=record, layer=2)
+    return [*decided[:3], record.logits, record.uncertainty, record.exit_layer, record.history]
+
+
+def large_gate() -> Sequence[Tensor]:
+    return fk.exit_gate(randn(1100, 7), 0.5)[:3]
+
+
+@torch.no_grad()
+def head_and_gate() -> Sequence[Tensor]:
+    sizes = ((32, 48), *[(32, 32)] * 5, (3, 32))
+    head = fk.StudentHeadWeights(*[(randn(*size) / size[1] ** 0.5, randn(size[0])) for size in sizes])
+    decided = fk.student_head_exit(randn(3, 9, 48), head, 0.5)
+    assert decided.logits is not None
+    return [decided.logits, *decided[:3], fk.student_head(randn(9, 48), head, cu_seqlens=integers(0, 4, 9))]
+
+
+def losses() -> Sequence[Tensor]:
+    return [
+        *bench_kd.step(bench_kd.our_kd)(randn(8, 3, grad=True), randn(8, 3)),
+        *bench_kd.step(bench_kd.our_kd)(randn(2, 1500, grad=True), randn(2, 1500)),
+        *bench_kd.step(bench_kd.our_universal)(randn(2, 8, 3, grad=True), randn(4, 8, 3)),
+        *bench_kd.step(bench_kd.our_universal)(randn(2, 2, 1500, grad=True), randn(3, 2, 1500)),
+        *bench_kd.step(bench_kd.our_mixture)(
+            randn(8, 3, grad=True),
+            randn(2, 8, 3, grad=True),
+            randn(8, 3),
+            randn(4, 8, 3),
+            torch.zeros(8, dtype=torch.int64, device=DEVICE),
         ),
-        ("packed_rows", {"_pack_kernel", "_unpack_kernel", "_compact_packed_kernel", "_compact_kernel"}),
-        ("normalisations", {"_add_layer_norm_kernel", "_embed_layer_norm_kernel"}),
-        ("anything_at_all", {"anything"}),
-    ],
-)
-def test_the_driver_gets_what_triton_would_pass(launched: dict[str, Any], part: str, kernels: set[str]) -> None:
-    records = launched["parts"][part]
-    assert {record["kernel"] for record in records} == kernels
-    for record in records:
-        assert (record["by_triton"], record["remembered"], record["launches"]) == (True, True, 1), record
-        assert record["ours"] == record["triton"], record
-        assert len(record["ours"]["parameters"]) > 2, record
+    ]
 
 
-@needs_launcher
-def test_other_values_of_the_same_kind_are_known(launched: dict[str, Any]) -> None:
-    records = launched["parts"]["anything_at_all"]
-    one_dtype_at_a_time, pairs = records[:28], records[28:]
-    assert [record["known"] for record in one_dtype_at_a_time] == [False, False, True, True] * 7
-    assert all(second["known"] for second in pairs[1::2])
-    assert len({record["triton"]["function"] for record in records}) >= 80
+def packed_rows() -> Sequence[Tensor]:
+    rows = randn(3, 7, 24)
+    (flat,), cu_seqlens = fk.pack([rows], integers(3, 7, 1), 11)
+    (kept,), kept_cu_seqlens = fk.compact_packed([flat], cu_seqlens, integers(0, 2), integers(2))
+    return [flat, cu_seqlens, *fk.unpack([flat], cu_seqlens, 7), kept[:4], kept_cu_seqlens]
 
 
-@needs_launcher
-def test_what_is_left_to_triton(launched: dict[str, Any]) -> None:
-    special = launched["special"]
-    error = special.pop("error")
-    assert error == "launching a Triton kernel: CUDA error 700, an error of the fake driver"
-    assert special == {
-        "nothing special": False,
-        "another thread": False,
-        "a hook": True,
-        "names told to the hook": ["_exit_gate_kernel"] * 2,
-        "no context": True,
-        "a number beyond 64 bits": True,
-        "a pointer as a number": True,
-        "launches of an empty grid": 0,
-        "parameters unknown to the driver": True,
-        "no extension": True,
-    }
+@torch.no_grad()
+def normalisations() -> Sequence[Tensor]:
+    x, weight, bias, index = randn(5, 24), randn(24), randn(24), integers(0, 1, 1, 4, 3).long()
+    return [fk.add_layer_norm(x, randn(5, 24), weight, bias), fk.embed_layer_norm([x, x], [index, index], weight, bias)]
+
+
+def launchers() -> Iterator[tuple[str, Launcher]]:
+    for module in MODULES:
+        for name, value in vars(module).items():
+            if isinstance(value, Launcher):
+                yield f"{module.__name__}.{name}", value
+
+
+class _NotAgain:
+    """In the place of a kernel that has been remembered."""
+
+    pre_run_hooks = ()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        raise AssertionError("Triton's launcher was asked again")
+
+
+CASES = (gate, large_gate, head_and_gate, losses, packed_rows, normalisations)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_the_bits_are_those_of_tritons_launcher(
+    case: Callable[[], Sequence[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seeded() -> Sequence[Tensor]:
+        torch.manual_seed(1)
+        with fk.backend("cuda"):
+            return case()
+
+    expected = by_tritons_launcher(seeded)()
+    seeded()
+    if DEVICE.type == "cuda":
+        for _, launcher in launchers():
+            monkeypatch.setattr(launcher, "kernel", _NotAgain())
+    for one, other in zip(seeded(), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_gpu
+def test_in_another_stream_and_in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = randn(33, 5)
+    first = fk.exit_gate(logits, 0.5)
+    assert _launch._enable()
+    monkeypatch.setattr(exit_gate._launch_exit_gate, "kernel", _NotAgain())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        there = fk.exit_gate(logits, 0.5)
+    stream.synchronize()
+    assert there.kept().tolist() == first.kept().tolist()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = fk.exit_gate(logits, 0.5)
+    logits.copy_(randn(33, 5))
+    graph.replay()
+    assert captured.kept().tolist() == fk.exit_gate(logits, 0.5).kept().tolist()
 
 
 @pytest.mark.parametrize(
@@ -115,7 +169,6 @@ def test_only_plain_launches_are_ours(changes: dict[str, int], plain: bool) -> N
         assert not _launch._is_plain(SimpleNamespace(**usual))
 
 
-@needs_launcher
 def test_every_kernel_has_a_launcher() -> None:
     """A kernel started by Triton's own syntax would take its time, and the current device instead of its tensors'."""
     package = Path(fk.__file__).parent
@@ -126,43 +179,7 @@ def test_every_kernel_has_a_launcher() -> None:
         if "kernel[" in line and path.name != "_launch.py"
     ]
     assert starts == []
-
-
-class _NotAgain:
-    """In the place of a kernel that has been remembered."""
-
-    pre_run_hooks = ()
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        raise AssertionError("Triton's launcher was asked again")
-
-
-@needs_launcher
-@needs_gpu
-def test_on_a_gpu_the_second_launch_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits = torch.randn(33, 5, device="cuda")
-    first = fk.exit_gate(logits, 0.5)
-    monkeypatch.setattr(exit_gate_module._launch_exit_gate, "kernel", _NotAgain())
-    again = fk.exit_gate(logits, 0.5)
-    torch.testing.assert_close(again.uncertainty, first.uncertainty, rtol=0, atol=0)
-    assert again.kept().tolist() == first.kept().tolist()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        there = fk.exit_gate(logits, 0.5)
-    stream.synchronize()
-    assert there.kept().tolist() == first.kept().tolist()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = fk.exit_gate(logits, 0.5)
-    logits.copy_(torch.randn_like(logits))
-    graph.replay()
-    monkeypatch.undo()
-    assert captured.kept().tolist() == fk.exit_gate(logits, 0.5).kept().tolist()
-
-
-@needs_gpu
-def test_on_a_gpu_launching_is_enabled() -> None:
-    fk.exit_gate(torch.randn(2, 3, device="cuda"), 0.5)
-    assert _launch._enable()
-    assert exit_gate_module._launch_exit_gate._binaries is not None
+    kernels = {
+        name for module in MODULES for name in vars(module) if name.endswith("_kernel") and name != "_jit_kernel"
+    }
+    assert {launcher.kernel.__name__ for _, launcher in launchers()} == kernels

@@ -16,6 +16,7 @@ import bench_exit_gate as gate_baselines
 import bench_kd as kd_baselines
 import bench_student_head as head_baselines
 import torch
+from common import by_tritons_launcher
 from torch import Tensor
 
 import fastkd_kernels as fk
@@ -126,6 +127,7 @@ def exit_gate(scale: Scale, device: torch.device) -> Iterator[Case]:
         if large:
             providers |= _softmax_of_peers()
         else:
+            providers[f"{OURS}, Triton's launcher"] = Provider(by_tritons_launcher(providers[OURS].run))
             providers["FastBERT"] = Provider(gate_baselines.fastbert, capturable=False)
         goals = [Goal("<= 5 us", 5.0, lambda rows: rows[OURS].times.warm.median, at_most=True)]
         goals.append(_end_to_end(10, "eager"))
@@ -240,6 +242,7 @@ def student_head_exit(scale: Scale, device: torch.device) -> Iterator[Case]:
             name=f"[{batch}, {tokens}, {hidden}] {dtype}",
             providers={
                 OURS: Provider(_no_grad(_head_and_gate)),
+                f"{OURS}, Triton's launcher": Provider(_no_grad(by_tritons_launcher(_head_and_gate))),
                 "eager": Provider(_no_grad(head_baselines.fastbert_exit), capturable=False),
                 "eager without waiting": Provider(_no_grad(_eager_head_and_gate)),
                 "eager, token 0, without waiting": Provider(_no_grad(_token_0_and_gate)),

@@ -12,6 +12,7 @@ REBATCH = "stream_batches"
 LONG_RUNS = "stream_batches, long runs"
 
 _PACKED_TESTS = (
+    "test_launch",
     "test_engine_packed",
     "test_packed",
     "test_varlen_attention",
@@ -20,15 +21,18 @@ _PACKED_TESTS = (
     "test_exit_gate",
 )
 TESTS_OF_OP: Mapping[str, tuple[str, ...]] = {
-    "exit_gate": ("test_exit_gate",),
-    "student_head": ("test_student_head",),
-    "student_head_exit": ("test_student_head", "test_exit_gate"),
+    "exit_gate": ("test_launch", "test_exit_gate"),
+    "student_head": ("test_launch", "test_student_head"),
+    "student_head_exit": ("test_launch", "test_student_head", "test_exit_gate"),
     "compact": ("test_compact",),
     "compaction step": ("test_compact", "test_exit_gate"),
-    "kd_loss": ("test_kd_loss",),
-    "universal_kd_loss": ("test_universal_kd_loss",),
-    "distillation_loss": ("test_distillation_loss",),
-    "early exit": ("test_model", "test_engine_graphs", "test_student_head", "test_exit_gate", "test_compact"),
+    "kd_loss": ("test_launch", "test_kd_loss"),
+    "universal_kd_loss": ("test_launch", "test_universal_kd_loss"),
+    "distillation_loss": ("test_launch", "test_distillation_loss"),
+    "early exit": (
+        *("test_launch", "test_model", "test_engine_graphs"),
+        *("test_student_head", "test_exit_gate", "test_compact"),
+    ),
     "early exit, stream": ("test_stream", *_PACKED_TESTS),
     "early exit, stream_batches": ("test_rebatch", *_PACKED_TESTS),
 }
