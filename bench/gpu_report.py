@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from gpu import ROOT, outcomes, render
-from gpu.records import Report, StepResult
+from gpu.records import TESTS_OF_OP, Report, StepResult
 from gpu.steps import STEPS, Part, run_step
 
 SHARES = {"build": 60, "proof": 190, "ceilings": 25, "ops": 95, "models": 95, "sweep": 55}
@@ -195,7 +195,9 @@ class Run:
         if util.find_spec("xdist") is not None and not self.options.rehearse:
             command += ["-n", str(max((os.cpu_count() or 2) - 6, 2)), "--dist", "loadgroup"]
         command += ["-k", REHEARSED] if self.options.rehearse else []
-        return [*command, *(self.options.tests or ("tests",))]
+        # those that rows depend on come first, should the time not do for all of them
+        proofs = dict.fromkeys(f"tests/{name}.py" for names in TESTS_OF_OP.values() for name in names)
+        return [*command, *(self.options.tests or (*proofs, "tests"))]
 
     def _sanitizers(self) -> list[Child]:
         tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")

@@ -276,6 +276,14 @@ def test_warm_and_cold_are_told_apart(l2_bytes: int) -> None:
     assert times.end_to_end_us == pytest.approx(21.0, rel=0.1)
 
 
+def test_a_cold_time_lost_among_the_evictions_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    timer = FakeTimer(2**20)
+    # a call that takes no longer than the evictions differ from one another
+    monkeypatch.setattr(timer, "touch", lambda tensor: None)
+    times = measure(timer, {OURS: Provider(timer.touch)}, lambda: (torch.zeros(100),), SHORT)[OURS]
+    assert times.cold is None
+
+
 def test_what_a_graph_refuses_is_timed_call_by_call(monkeypatch: pytest.MonkeyPatch) -> None:
     timer = FakeTimer(2**20)
     capture = timer.capture

@@ -201,12 +201,18 @@ def measure(
         name: Times(
             timing="graph" if provider.capturable else "call",
             warm=quantiles(samples[name][0]),
-            cold=quantiles(samples[name][1]) if samples[name][1] else None,
+            cold=_measurable(samples[name][1]),
             host_us=host_us(timer, provider, first, sampling),
             end_to_end_us=end_to_end_us(timer, provider, first, sampling),
         )
         for name, provider in providers.items()
     }
+
+
+def _measurable(seconds: Sequence[float]) -> Quantiles | None:
+    """None where nothing was measured, or nothing but the noise of the evictions."""
+    found = quantiles(seconds) if seconds else None
+    return found if found is not None and found.median > 0 else None
 
 
 def _as_it_can(timer: Timer, provider: Provider, inputs: Sequence[Any]) -> Provider:
