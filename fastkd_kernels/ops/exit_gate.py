@@ -157,7 +157,8 @@ def exit_gate_reference(
         uncertainty = _patience(logits, record.history, ids)
     else:
         uncertainty = uncertainty_reference(logits, criterion, top_n)
-    threshold = torch.as_tensor(speed, device=logits.device, dtype=uncertainty.dtype)
+    # a number is filled in on the device: copying it there would wait, and cannot be captured in a CUDA graph
+    threshold = speed.to(uncertainty.dtype) if isinstance(speed, Tensor) else uncertainty.new_full((), float(speed))
     stays = ~(uncertainty <= threshold) | (threshold == 0)
     # a stable sort puts the staying rows first without asking the device how many there are
     survivors = torch.sort((~stays).to(torch.uint8), stable=True).indices

@@ -65,7 +65,7 @@ def decide(
         uncertainty = 1 - certainty
     uncertainty = uncertainty.float()
     # a NaN stays, as in the fused gate
-    leaves = (uncertainty <= speed) & torch.as_tensor(speed > 0, device=uncertainty.device)
+    leaves = (uncertainty <= speed) & (speed > 0)
     # rewriting a staying row with what is already there keeps this free of data-dependent shapes
     record.logits.index_copy_(0, ids, torch.where(leaves[:, None], logits.float(), record.logits[ids]))
     record.uncertainty.index_copy_(0, ids, torch.where(leaves, uncertainty, record.uncertainty[ids]))
