@@ -645,6 +645,24 @@ def test_logits_that_want_gradients_are_decided_without() -> None:
 
 @needs_gpu
 @pytest.mark.parametrize("criterion", fk.CRITERIA)
+def test_the_reference_waits_for_nothing_and_can_be_captured(criterion: str) -> None:
+    logits, record = make_logits(64, 4).cuda(), fk.ExitRecord.allocate(64, 4, "cuda")
+    options = {"top_n": limits_of(criterion, 4), "record": record, "layer": 1}
+    expected = exit_gate_reference(logits, 0.5, criterion, **options)
+    record.forget()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            out = exit_gate_reference(logits, 0.5, criterion, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph.replay()
+    assert out.kept().tolist() == expected.kept().tolist()
+
+
+@needs_gpu
+@pytest.mark.parametrize("criterion", fk.CRITERIA)
 @pytest.mark.parametrize("rows", [64, 5000])
 def test_captured_in_a_graph_and_replayed(criterion: str, rows: int) -> None:
     logits = make_logits(rows, 4).cuda()

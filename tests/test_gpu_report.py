@@ -441,6 +441,38 @@ def test_a_wrong_result_is_not_timed(tmp_path: Path) -> None:
     assert steps.measure_case(context, broken) == [], "where ours is wrong nothing is reported"
 
 
+def test_a_baseline_that_a_graph_refuses_is_told_and_meets_no_goal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
+        def run() -> None:
+            for call in calls:
+                call()
+
+        waits = any("index_select" in str(call()) for call in calls)
+        if waits:
+            raise RuntimeError("Cannot copy between CPU and CUDA tensors during CUDA graph capture")
+        return run
+
+    goal = next(
+        goal
+        for case in cases.compact(cases.REHEARSAL, torch.device("cpu"))
+        for goal in case.goals
+        if goal.text == "never slower than index_select"
+    )
+    case = replace(some_case(index_select=Provider(lambda x: "index_select")), check=lambda *_: None, goals=[goal])
+    context = context_in(tmp_path)
+    assert [len(row.goals) for row in steps.measure_case(context, case)] == [1, 0]
+    assert context.part.problems == []
+    monkeypatch.setattr(context.timer, "capture", refuse)
+    rows = steps.measure_case(context, case)
+    assert [row.times.timing for row in rows] == ["graph", "call"]
+    assert [len(row.goals) for row in rows] == [0, 0]
+    assert context.part.problems == [
+        "compact [4]: index_select was refused by a CUDA graph, so it is timed call by call"
+    ]
+
+
 def test_a_configuration_that_gives_another_result_is_a_problem(tmp_path: Path) -> None:
     def out_of_resources(x: Tensor) -> Tensor:
         raise RuntimeError("out of resource: shared memory")

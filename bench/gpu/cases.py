@@ -24,7 +24,7 @@ from fastkd_kernels.ops import student_head as head_op
 from fastkd_kernels.ops.compact import CompactConfig
 from fastkd_kernels.ops.exit_gate import exit_gate_reference, uncertainty_reference
 from fastkd_kernels.ops.student_head import student_head_reference
-from gpu.records import OURS, Goal, Work
+from gpu.records import OURS, Goal, Row, Work
 from gpu.timing import Provider
 
 SPEED = 0.5
@@ -129,7 +129,7 @@ def exit_gate(scale: Scale, device: torch.device) -> Iterator[Case]:
         else:
             providers[f"{OURS}, Triton's launcher"] = Provider(by_tritons_launcher(providers[OURS].run))
             providers["FastBERT"] = Provider(gate_baselines.fastbert, capturable=False)
-        goals = [Goal("<= 5 us", 5.0, lambda rows: rows[OURS].times.warm.median, at_most=True)]
+        goals = [Goal("<= 5 us", 5.0, lambda rows: _replayed_us(rows[OURS]), at_most=True)]
         goals.append(_end_to_end(10, "eager"))
         if large:
             goals = [Goal(">= 90 % of the copy bandwidth", 0.9, lambda rows: rows[OURS].share_of_floor)]
@@ -176,6 +176,13 @@ def _check_gate(result: Any, logits: Tensor) -> None:
     torch.testing.assert_close(uncertainty.double(), truth, rtol=0, atol=1e-5)
     kept = (~(uncertainty <= SPEED)).nonzero().flatten()
     assert survivors[: int(count)].tolist() == kept.tolist(), "survivors are not the rows above the speed, in order"
+
+
+def _replayed_us(row: Row) -> float:
+    """Warm microseconds of one call in a CUDA graph; a goal about those stays open where the graph was refused."""
+    if row.times.timing != "graph":
+        raise KeyError(row.provider)
+    return row.times.warm.median
 
 
 def _end_to_end(times: float, baseline: str) -> Goal:
@@ -227,12 +234,12 @@ def student_head_exit(scale: Scale, device: torch.device) -> Iterator[Case]:
         goals: list[Goal] = []
         if (batch, dtype) == (32, "bf16"):
             goals = [
-                Goal("<= 20 us", 20.0, lambda rows: rows[OURS].times.warm.median, at_most=True),
+                Goal("<= 20 us", 20.0, lambda rows: _replayed_us(rows[OURS]), at_most=True),
                 _end_to_end(5, "eager"),
                 Goal(
                     ">= 2x CUDA-graphed eager",
                     2.0,
-                    lambda rows: rows["eager without waiting"].times.warm.median / rows[OURS].times.warm.median,
+                    lambda rows: _replayed_us(rows["eager without waiting"]) / _replayed_us(rows[OURS]),
                 ),
             ]
         if (batch, dtype) == (256, "bf16"):
@@ -318,7 +325,7 @@ def compact(scale: Scale, device: torch.device) -> Iterator[Case]:
                 "never slower than index_select",
                 1.0,
                 lambda rows: min(
-                    rows["index_select"].times.warm.median / rows[OURS].times.warm.median,
+                    _replayed_us(rows["index_select"]) / _replayed_us(rows[OURS]),
                     rows["index_select"].median_us / rows[OURS].median_us,
                 ),
             )

@@ -139,6 +139,11 @@ def measure_case(context: Context, case: Case) -> list[Row]:
     if OURS not in providers or context.warm_up:
         return []
     times = measure(context.timer, providers, case.make_inputs, context.plan.sampling)
+    context.part.problems += [
+        f"{case.op} {case.name}: {name} was refused by a CUDA graph, so it is timed call by call"
+        for name, measured in times.items()
+        if providers[name].capturable and measured.timing != "graph"
+    ]
     memory_us, compute_us = case.work.memory_us(context.ceilings), case.work.compute_us(context.ceilings)
     rows = {
         name: Row(case.op, case.name, name, measured, memory_us, compute_us, case.basis)
