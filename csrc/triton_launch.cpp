@@ -188,11 +188,13 @@ PyObject* launch_triton(PyObject*, PyObject* const* given, Py_ssize_t count) {
   }
   parameters[used++] = &no_scratch;
   parameters[used++] = &no_scratch;
+  // copied, because another thread may remember the binary anew while this one has given up the lock of the interpreter
+  void* const function = binary.function;
+  const unsigned threads = binary.threads, shared_bytes = binary.shared_bytes;
   int code;
   // a full queue makes the driver wait
   Py_BEGIN_ALLOW_THREADS;
-  code = driver.launch(
-      binary.function, grid[0], grid[1], 1, binary.threads, 1, 1, binary.shared_bytes, stream, parameters, nullptr);
+  code = driver.launch(function, grid[0], grid[1], 1, threads, 1, 1, shared_bytes, stream, parameters, nullptr);
   Py_END_ALLOW_THREADS;
   if (code != 0) {
     raise_driver_error(code);

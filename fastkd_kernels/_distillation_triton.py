@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd_kernels._launch import Launcher
+from fastkd_kernels._launch import Launcher, current_stream
 
 
 @triton.jit
@@ -174,8 +174,7 @@ def arrival_counter(device: torch.device) -> Tensor:
         return torch.zeros(1, dtype=torch.int32, device=device)
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device).cuda_stream
-    key = (device.index, stream)
+    key = (device.index, current_stream(device.index))
     if key not in _counters:
         _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
     return _counters[key]

@@ -32,6 +32,11 @@ def _enable() -> bool:
     return _native.enable_triton_launch(capsule, Tensor, torch.nn.Parameter)
 
 
+def current_stream(device: int) -> int:
+    """The handle of the current stream of a GPU, for which `torch.cuda.current_stream` would make an object."""
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
 class Launcher:
     """Launches one Triton kernel on the device of its first argument, in the current stream.
 
@@ -55,7 +60,7 @@ class Launcher:
         self, device: int, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]
     ) -> None:
         if device >= 0 and self._binaries is not None and not self._is_observed():
-            stream = torch._C._cuda_getCurrentRawStream(device)
+            stream = current_stream(device)
             if _native.launch_triton(self._binaries, _CUDA, device, stream, grid, arguments, constants):
                 return
         compiled = self.launch_by_triton(grid, arguments, constants)

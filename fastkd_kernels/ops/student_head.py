@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastkd_kernels import _backend, _extension, _triton
-from fastkd_kernels._launch import Launcher
+from fastkd_kernels._launch import Launcher, current_stream
 from fastkd_kernels._library import library
 from fastkd_kernels._stamps import ParameterStamp
 from fastkd_kernels._triton import tl
@@ -849,7 +849,7 @@ class _Tickets:
 
     def __init__(self) -> None:
         self._cells: dict[torch.device, Tensor] = {}
-        self._of_stream: dict[tuple[torch.device, int], Tensor] = {}
+        self._of_stream: dict[tuple[int, int], Tensor] = {}
         self._lock = threading.Lock()
 
     def take(self, tensor: Tensor, count: int) -> Tensor:
@@ -860,7 +860,7 @@ class _Tickets:
         with self._lock:
             if capturing:
                 return self._new_cells(tensor, count)
-            key = (tensor.device, torch.cuda.current_stream(tensor.device).cuda_stream)
+            key = (tensor.get_device(), current_stream(tensor.get_device()))
             if key not in self._of_stream or self._of_stream[key].shape[0] < count:
                 self._of_stream[key] = self._new_cells(tensor, _next_power_of_2(count))
             return self._of_stream[key]
