@@ -25,13 +25,12 @@ SAMPLING = common.Sampling(case_seconds=2.0)
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU `make gpu` measures the host too"),
     pytest.mark.skipif(not _triton.available or _triton.interpreting, reason="needs Triton, not interpreting"),
+    pytest.mark.skipif((reason := fake_cuda.missing()) is not None, reason=str(reason)),
 ]
 
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[fake_cuda.FakeCuda]:
-    if (reason := fake_cuda.missing()) is not None:
-        pytest.skip(reason)
     cuda = fake_cuda.FakeCuda(fake_cuda.build(tmp_path_factory.mktemp("driver")))
     with cuda.in_charge():
         yield cuda

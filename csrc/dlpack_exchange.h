@@ -3,6 +3,8 @@
 // https://dmlc.github.io/dlpack/latest/c_api.html
 #pragma once
 
+#include <pybind11/pybind11.h>
+
 #include <cstdint>
 
 extern "C" {
@@ -64,3 +66,12 @@ struct DLPackExchangeAPI {
 };
 
 }  // extern "C"
+
+// The interface in the capsule torch.Tensor.__dlpack_c_exchange_api__, or nullptr where it is not the one declared here.
+inline const DLPackExchangeAPI* exchange_of(const pybind11::capsule& capsule) {
+  const auto* exchange =
+      static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (exchange == nullptr) throw pybind11::error_already_set();
+  const bool usable = exchange->header.version.major == 1 && exchange->dltensor_from_py_object_no_sync != nullptr;
+  return usable ? exchange : nullptr;
+}

@@ -105,13 +105,8 @@ void bind_exit_gate(py::module_& module) {
   module.def(
       "enable_eager_exit_gate",
       [](py::capsule api) {
-        exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
-        if (exchange == nullptr) throw py::error_already_set();
-        if (exchange->header.version.major != 1 || exchange->dltensor_from_py_object_no_sync == nullptr) {
-          exchange = nullptr;
-          return false;
-        }
-        return true;
+        exchange = exchange_of(api);
+        return exchange != nullptr;
       },
       "Give exit_gate the capsule torch.Tensor.__dlpack_c_exchange_api__; False where it cannot be used.");
   module.def("exit_gate", &exit_gate, "Eager CPU exit gate, after enable_eager_exit_gate.");

@@ -75,7 +75,7 @@ bool add_integer(PyObject* argument, Call& call) {
   int overflow = 0;
   const int64_t value = PyLong_AsLongLongAndOverflow(argument, &overflow);
   if (overflow != 0) return false;
-  call.key += value == INT32_MIN || (value > INT32_MIN && value <= INT32_MAX) ? 'i' : 'l';
+  call.key += value >= INT32_MIN && value <= INT32_MAX ? 'i' : 'l';
   call.key += value == 1 ? '1' : value % 16 == 0 ? 'D' : '.';
   call.tags[call.size] = 'I';
   call.values[call.size++] = static_cast<uint64_t>(value);
@@ -251,9 +251,8 @@ bool find(void* library, const char* name, Function& function) {
 
 // False where this torch or this driver lacks what is needed.
 bool enable_triton_launch(py::capsule api, py::type tensor, py::type parameter) {
-  exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
-  if (exchange == nullptr) throw py::error_already_set();
-  if (exchange->header.version.major != 1 || exchange->dltensor_from_py_object_no_sync == nullptr) return false;
+  exchange = exchange_of(api);
+  if (exchange == nullptr) return false;
   tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
   parameter_type = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
   void* library = dlopen("libcuda.so.1", RTLD_NOW);
@@ -273,7 +272,9 @@ void bind_triton_launch(py::module_& module) {
       "new_triton_binaries",
       [] { return py::capsule(new Binaries, [](void* binaries) { delete static_cast<Binaries*>(binaries); }); },
       "What launch_triton looks binaries up in, one for every kernel.");
-  module.def("remember_triton", &remember_triton, "Remember a binary; False where it cannot be launched this way, or is known.");
+  module.def(
+      "remember_triton", &remember_triton,
+      "Remember a binary; False where it cannot be launched this way, or is known.");
   py::object function = py::reinterpret_steal<py::object>(PyCFunction_New(&launch_method, nullptr));
   module.attr("launch_triton") = function;
 }

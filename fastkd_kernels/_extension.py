@@ -21,6 +21,10 @@ except ImportError as error:
     )
 
 
+tensor_exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+"""With which the extension reads tensors without the dispatcher, where this torch offers it."""
+
+
 def has_kernel(op: str, dispatch_key: str) -> bool:
     """Whether the extension registered `fastkd_kernels::op` for `dispatch_key` ("CPU" or "CUDA")."""
     return extension is not None and torch._C._dispatch_has_kernel_for_dispatch_key(

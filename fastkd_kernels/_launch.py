@@ -10,7 +10,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastkd_kernels import _extension, _triton
 
@@ -26,10 +25,9 @@ _KINDS = {"constexpr": "-", "i32": "4", "i64": "8", "fp32": "f"}
 @lru_cache(maxsize=1)
 def _enable() -> bool:
     """Whether this torch, this driver and the extension can launch by themselves; loads the driver."""
-    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if _native is None or capsule is None:
+    if _native is None or _extension.tensor_exchange is None:
         return False
-    return _native.enable_triton_launch(capsule, Tensor, torch.nn.Parameter)
+    return _native.enable_triton_launch(_extension.tensor_exchange, torch.Tensor, torch.nn.Parameter)
 
 
 def current_stream(device: int) -> int:

@@ -777,9 +777,8 @@ _CODES = {name: code for code, name in enumerate(CRITERIA)}
 
 def _find_eager_cpu() -> Callable[[Tensor, float, int, int], tuple[Tensor, Tensor, Tensor] | None] | None:
     """The extension's gate that skips the dispatcher, where this torch offers DLPack's C exchange interface."""
-    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    extension = _extension.extension
-    if extension is None or capsule is None or not extension.enable_eager_exit_gate(capsule):
+    extension, exchange = _extension.extension, _extension.tensor_exchange
+    if extension is None or exchange is None or not extension.enable_eager_exit_gate(exchange):
         return None
     return extension.exit_gate
 

@@ -1288,42 +1288,24 @@ def student_head_exit(
         decided = exit_gate(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
         return decided._replace(logits=logits)
 
-    speeds = speed if isinstance(speed, Tensor) else None
-    one_speed = 0.0 if isinstance(speed, Tensor) else float(speed)
-    recorded = None if record is None else (record.logits, record.uncertainty, record.exit_layer, record.history)
-    if torch.compiler.is_compiling() or type(hidden_states) is not Tensor:
-        logits, uncertainty, survivors, count = torch.ops.fastkd_kernels.student_head_exit(
-            hidden_states,
-            _parameters(head),
-            head.num_attention_heads,
-            lengths,
-            attention_mask,
-            cu_seqlens,
-            one_speed,
-            speeds,
-            criterion,
-            row_ids,
-            top_n,
-            *(recorded or (None,) * 4),
-            layer,
-        )
-        return ExitGateOutput(uncertainty, survivors, count, logits)
-    _check_values(hidden_states, lengths, attention_mask, cu_seqlens)
-    uncertainty, survivors, count = _decide(
-        hidden_states,
-        head,
+    shared = (
         lengths,
         attention_mask,
         cu_seqlens,
-        one_speed,
-        speeds,
+        0.0 if isinstance(speed, Tensor) else float(speed),
+        speed if isinstance(speed, Tensor) else None,
         criterion,
         row_ids,
         top_n,
-        recorded,
-        layer,
-        logits,
     )
+    recorded = None if record is None else (record.logits, record.uncertainty, record.exit_layer, record.history)
+    if torch.compiler.is_compiling() or type(hidden_states) is not Tensor:
+        logits, uncertainty, survivors, count = torch.ops.fastkd_kernels.student_head_exit(
+            hidden_states, _parameters(head), head.num_attention_heads, *shared, *(recorded or (None,) * 4), layer
+        )
+    else:
+        _check_values(hidden_states, lengths, attention_mask, cu_seqlens)
+        uncertainty, survivors, count = _decide(hidden_states, head, *shared, recorded, layer, logits)
     return ExitGateOutput(uncertainty, survivors, count, logits)
 
 
