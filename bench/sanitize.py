@@ -18,6 +18,7 @@ from collections.abc import Callable
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 
 import torch
+from interpreter import mend_interpreter
 from torch import Tensor
 
 import fastkd_kernels as fk
@@ -92,4 +93,5 @@ def main(names: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    mend_interpreter()
     sys.exit(main(sys.argv[1:]))
