@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -227,6 +228,26 @@ def test_a_toolkit_of_another_major_version_is_refused(tmp_path: Path) -> None:
     stubs = stub_torch(tmp_path / "stubs", "2.11.0+cu130", "13.0")
     result = build(stubs, FASTKD_FORCE_CUDA="1", CUDA_HOME=str(home))
     assert_readable(result, "is 12.9, but torch 2.11.0+cu130 was built with CUDA 13.0")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_what_is_set_up_beside_torch_leaves_it_alone(tmp_path: Path) -> None:
+    """pip knows the version in a package's name; a registry's leaves out the +cu130 that torch says of itself."""
+    stub_torch(tmp_path, "2.13.0+cu130", "13.0")
+    (tmp_path / "torch-2.13.0.dist-info").mkdir()
+    (tmp_path / "torch-2.13.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\n"
+    )
+    planned = subprocess.run(
+        ["make", "--dry-run", "--always-make", "setup", f"PYTHON={sys.executable}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    (command,) = (line.rsplit(">", 1)[0] for line in planned.splitlines() if line.endswith(".stamp.torch"))
+    told = subprocess.run(command, shell=True, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert told.stdout.decode().strip() == "torch==2.13.0"
 
 
 def test_info_prints_every_op(capsys: pytest.CaptureFixture[str]) -> None:
