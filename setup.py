@@ -21,9 +21,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from setuptools import setup
+import setuptools
 
 OLDEST_TORCH = (2, 10)  # the first with TORCH_BOX and the stable parallel_for
+OLDEST_SETUPTOOLS = 77  # the first that reads a licence by its short name in pyproject.toml
 DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 CXX_FLAGS = [
     "-std=c++17",  # torch 2.13 would ask for C++20, which torch 2.10 does not need
@@ -47,10 +48,21 @@ class BuildProblemError(Exception):
     """Something the user has to change; its text says what and how."""
 
 
+def check_setuptools() -> None:
+    version = setuptools.__version__
+    if int(version.split(".")[0]) < OLDEST_SETUPTOOLS:
+        wanted = f"setuptools>={OLDEST_SETUPTOOLS}"
+        raise BuildProblemError(
+            f"setuptools {version} is too old: {wanted} is needed. Install it, then build again:\n"
+            f"    pip install '{wanted}'\n"
+            "    pip install --no-build-isolation ."
+        )
+
+
 def import_torch() -> ModuleType:
     remedy = (
         "Install the torch that you will run with, then build against it:\n"
-        "    pip install torch setuptools wheel ninja 'pybind11>=3.0'\n"
+        f"    pip install torch 'setuptools>={OLDEST_SETUPTOOLS}' wheel ninja 'pybind11>=3.0'\n"
         "    pip install --no-build-isolation .\n"
         "FASTKD_SKIP_EXT=1 installs the Python packages without the compiled kernels."
     )
@@ -185,14 +197,12 @@ def pybind11_include() -> list[str]:
 
 
 def main() -> None:
-    if os.environ.get("FASTKD_SKIP_EXT") == "1":
-        setup()
-        return
     try:
-        settings = build_settings()
+        check_setuptools()
+        settings = {} if os.environ.get("FASTKD_SKIP_EXT") == "1" else build_settings()
     except BuildProblemError as problem:
         sys.exit(f"fastkd_kernels: {problem}")
-    setup(**settings)
+    setuptools.setup(**settings)
 
 
 if __name__ == "__main__":
