@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from fastkd import figures
@@ -89,6 +92,20 @@ def test_pictures_show_their_data(tmp_path: Path) -> None:
     figures.speed_accuracy({"a": sweep(5), "b": sweep(1)}, tmp_path / "b.png")
     figures.speed_speedup({"a": sweep(5)}, tmp_path / "c.png")
     assert len({(tmp_path / f"{name}.png").read_bytes() for name in "abc"}) == 3
+
+
+def test_a_correlation_is_a_number_that_may_be_negative() -> None:
+    rows = [dataclasses.replace(row, accuracy=None, pearson=-0.9 * row.speed) for row in sweep()]
+    sweeps = {"agreement": Sweep(rows, "agreement", None, 64)}
+    axes = Figure().subplots()
+    for draw in (partial(figures._draw_speedup_accuracy, convention="fastbert"), figures._draw_speed_accuracy):
+        draw(axes, sweeps)
+        bottom, top = axes.get_ylim()
+        assert bottom < -0.9
+        assert top > 0
+        assert axes.get_title().endswith("Pearson correlation")
+        axes.figure.canvas.draw()
+        assert not any("%" in label.get_text() for label in axes.get_yticklabels())
 
 
 def test_sweep_without_labels_has_no_accuracy_to_draw(tmp_path: Path) -> None:

@@ -254,8 +254,8 @@ _TIMES = FuncFormatter(lambda value, _: f"{value:g}x")
 def _draw_speed_accuracy(axes: Axes, sweeps: Mapping[str, Sweep]) -> None:
     for number, (name, sweep) in enumerate(_required(sweeps, labels=True).items()):
         _curve(axes, number, name, [row.speed for row in sweep], [row.quality for row in sweep])
-    axes.set(xlabel="speed", ylabel=_quality(sweeps), title="Speed and accuracy", xlim=(-0.02, 1.02))
-    _accuracy_axis(axes, sweeps)
+    axes.set(xlabel="speed", ylabel=_quality(sweeps), title=f"Speed and {_quality(sweeps)}", xlim=(-0.02, 1.02))
+    _quality_axis(axes, sweeps)
     _legend(axes, len(sweeps))
 
 
@@ -272,10 +272,10 @@ def _draw_speedup_accuracy(axes: Axes, sweeps: Mapping[str, Sweep], convention: 
     for number, (name, sweep) in enumerate(_required(sweeps, labels=True).items()):
         points = sorted((row.speedup[convention], row.quality) for row in sweep)
         _curve(axes, number, name, [x for x, _ in points], [y for _, y in points])
-    axes.set(xlabel=f"FLOPs speed-up ({convention})", ylabel=_quality(sweeps), title="Speed-up and accuracy")
+    axes.set(xlabel=f"FLOPs speed-up ({convention})", ylabel=_quality(sweeps), title=f"Speed-up and {_quality(sweeps)}")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_formatter(_TIMES)
-    _accuracy_axis(axes, sweeps)
+    _quality_axis(axes, sweeps)
     _legend(axes, len(sweeps))
 
 
@@ -314,14 +314,16 @@ def _curve(axes: Axes, number: int, name: str, x: Sequence[float], y: Sequence[f
     )  # fmt: skip
 
 
-def _accuracy_axis(axes: Axes, sweeps: Mapping[str, Sweep]) -> None:
-    """A flat curve must look flat: show at least two points of accuracy."""
+def _quality_axis(axes: Axes, sweeps: Mapping[str, Sweep]) -> None:
+    """A flat curve must look flat: show at least two points of accuracy, or 0.02 of a correlation."""
     values = [row.quality for sweep in sweeps.values() for row in sweep if row.quality is not None]
     low, high = min(values), max(values)
     margin = max(0.01 - (high - low) / 2, (high - low) * 0.08)
-    axes.set_ylim(max(0, low - margin), min(1.002, high + margin))
+    accuracy = _quality(sweeps) == "accuracy"
+    axes.set_ylim(max(0 if accuracy else -1.002, low - margin), min(1.002, high + margin))
     axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(_PERCENT)
+    if accuracy:
+        axes.yaxis.set_major_formatter(_PERCENT)
 
 
 def _quality(sweeps: Mapping[str, Sweep]) -> str:
