@@ -197,7 +197,7 @@ def test_the_model_needs_no_datasets() -> None:
 
 @pytest.mark.parametrize("skip", ["0", "1"])
 def test_an_old_setuptools_is_one_paragraph(tmp_path: Path, skip: str) -> None:
-    """New environments of Python 3.10 and 3.11 hold setuptools 65, which torch 2.10 to 2.12 are content with."""
+    """New environments of Python 3.10 and 3.11 hold setuptools 65, which torch 2.10 and 2.11 are content with."""
     (tmp_path / "setuptools.py").write_text('__version__ = "65.5.0"')
     result = build(tmp_path, FASTKD_SKIP_EXT=skip)
     assert_readable(result, "setuptools 65.5.0 is too old", "pip install 'setuptools>=77'")
