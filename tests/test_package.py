@@ -242,10 +242,9 @@ def test_a_toolkit_of_another_major_version_is_refused(tmp_path: Path) -> None:
 def test_what_is_set_up_beside_torch_leaves_it_alone(tmp_path: Path) -> None:
     """pip knows the version in a package's name; a registry's leaves out the +cu130 that torch says of itself."""
     stub_torch(tmp_path, "2.13.0+cu130", "13.0")
-    (tmp_path / "torch-2.13.0.dist-info").mkdir()
-    (tmp_path / "torch-2.13.0.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\n"
-    )
+    package = tmp_path / "torch-2.13.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.13.0\n")
     planned = subprocess.run(
         ["make", "--dry-run", "--always-make", "setup", f"PYTHON={sys.executable}"],
         cwd=ROOT,

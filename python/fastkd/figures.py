@@ -319,17 +319,19 @@ def _quality_axis(axes: Axes, sweeps: Mapping[str, Sweep]) -> None:
     values = [row.quality for sweep in sweeps.values() for row in sweep if row.quality is not None]
     low, high = min(values), max(values)
     margin = max(0.01 - (high - low) / 2, (high - low) * 0.08)
-    accuracy = _quality(sweeps) == "accuracy"
-    axes.set_ylim(max(0 if accuracy else -1.002, low - margin), min(1.002, high + margin))
+    lowest = -1.002 if _has_correlation(sweeps) else 0
+    axes.set_ylim(max(lowest, low - margin), min(1.002, high + margin))
     axes.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))
-    if accuracy:
+    if not _has_correlation(sweeps):
         axes.yaxis.set_major_formatter(_PERCENT)
 
 
 def _quality(sweeps: Mapping[str, Sweep]) -> str:
-    return (
-        "accuracy" if all(row.pearson is None for sweep in sweeps.values() for row in sweep) else "Pearson correlation"
-    )
+    return "Pearson correlation" if _has_correlation(sweeps) else "accuracy"
+
+
+def _has_correlation(sweeps: Mapping[str, Sweep]) -> bool:
+    return any(row.pearson is not None for sweep in sweeps.values() for row in sweep)
 
 
 def _legend(axes: Axes, curves: int) -> None:
