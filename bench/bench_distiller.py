@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
-from fastkd.data import Rows, padding_collator, tokenize
-from fastkd.distiller import _AnswerCollator, _Objective
-from fastkd.methods import Shapes, method_of
-from fastkd.students import student_from_teacher
-from fastkd.teacher import PseudoClassifierOptions, Teacher
-from fastkd.teacher_cache import TeacherCache, example_ids
-from fastkd.training import bf16_is_fast
+from fastkd.data.tables import Rows, padding_collator, tokenize
+from fastkd.kd.cache import TeacherCache, example_ids
+from fastkd.kd.methods import Shapes, method_of
+from fastkd.kd.students import student_from_teacher
+from fastkd.kd.teacher import PseudoClassifierOptions, Teacher
+from fastkd.kd.trainer import _AnswerCollator, _Objective
+from fastkd.training.recipes import bf16_is_fast
 
 LAYERS, STUDENT_LAYERS, WIDTH, ROWS, TOKENS = 6, 3, 384, 32, 64
 WORDS = [f"w{number}" for number in range(1000)]

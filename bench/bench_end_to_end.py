@@ -50,11 +50,11 @@ from transformers import AutoTokenizer
 
 import fastkd
 import fastkd_kernels as fk
-from fastkd.benchmark import DTYPES, interleaved, machine_facts
-from fastkd.data import load_rows, padding_collator, tokenize
+from fastkd.data.files import write_json
+from fastkd.data.tables import load_rows, padding_collator, tokenize
+from fastkd.engines.allocator import keep_freed_memory
 from fastkd.engines.packed import encoder_of
-from fastkd.files import write_json
-from fastkd.memory import keep_freed_memory
+from fastkd.inference.benchmark import DTYPES, interleaved, machine_facts
 
 Batch = dict[str, Tensor]
 

@@ -15,10 +15,10 @@ from tiny_models import CONFIGS, tokenizer_of
 from training_worker import LABEL_NAMES, KillAt, rows
 from transformers import BertConfig, BertForSequenceClassification
 
-from fastkd.data import Rows
-from fastkd.distiller import Distiller, KDOptions
-from fastkd.teacher import PseudoClassifierOptions
-from fastkd.training import TrainResult
+from fastkd.data.tables import Rows
+from fastkd.kd.teacher import PseudoClassifierOptions
+from fastkd.kd.trainer import Distiller, KDOptions
+from fastkd.training.recipes import TrainResult
 
 OPTIONS = KDOptions(
     epochs=3,

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from fastkd import corpus
-from fastkd.benchmark import Benchmark, BenchmarkRow
-from fastkd.data import Rows, load_rows
-from fastkd.flops import CONVENTIONS, FlopsShape
-from fastkd.trace import ExitTrace
+from fastkd.data import corpus
+from fastkd.data.tables import Rows, load_rows
+from fastkd.exits.flops import CONVENTIONS, FlopsShape
+from fastkd.exits.trace import ExitTrace
+from fastkd.inference.benchmark import Benchmark, BenchmarkRow
 
 LAYERS = 6
 SHAPE = FlopsShape(

@@ -26,13 +26,13 @@ from transformers import (
 )
 
 import fastkd
-from fastkd import backbones
+from fastkd.encoders import families
 
 FAMILIES = sorted(CONFIGS)
 
 
 def test_the_tests_cover_every_supported_family() -> None:
-    assert set(CONFIGS) == set(backbones.FAMILIES)
+    assert set(CONFIGS) == set(families.FAMILIES)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -110,7 +110,7 @@ def test_unknown_family_names_the_supported_ones(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_longest_input_is_the_longest_that_runs(family: str) -> None:
-    longest = backbones.longest_input(CONFIGS[family])
+    longest = families.longest_input(CONFIGS[family])
     model = early_exit_model(family)
     with torch.no_grad():
         model(torch.full((1, longest), 7))

@@ -13,8 +13,8 @@ from tiny_models import early_exit_model, one_thread, random_batch  # noqa: F401
 from torch import Tensor
 
 import fastkd
-from fastkd import benchmark
-from fastkd.trace import ExitTrace
+from fastkd.exits.trace import ExitTrace
+from fastkd.inference import benchmark
 
 
 def batches_of(size: int, rows: int = 12) -> list[dict[str, Tensor]]:

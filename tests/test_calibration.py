@@ -30,8 +30,9 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import fastkd
-from fastkd import cli, steps
-from fastkd.calibration import (
+from fastkd.commands import app, steps
+from fastkd.data.tables import load_rows
+from fastkd.exits.calibration import (
     SPEEDS,
     CalibrationError,
     CalibrationWarning,
@@ -44,9 +45,8 @@ from fastkd.calibration import (
     smallest_sample,
     warn_if_uncertified,
 )
-from fastkd.data import load_rows
-from fastkd.flops import FlopsShape
-from fastkd.trace import TraceSource, model_fingerprint
+from fastkd.exits.flops import FlopsShape
+from fastkd.exits.trace import TraceSource, model_fingerprint
 
 DRAWS = 1000
 
@@ -532,7 +532,7 @@ def test_a_head_that_is_not_asked_costs_nothing() -> None:
 
 
 def run(*arguments: object) -> Any:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app.app, [str(argument) for argument in arguments])
 
 
 def succeeded(*arguments: object) -> Any:

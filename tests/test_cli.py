@@ -21,10 +21,10 @@ import torch
 from tiny_models import WORDS, early_exit_model, one_thread, save_plain_checkpoint, tokenizer_of  # noqa: F401  # a fixture
 from typer.testing import CliRunner
 
-from fastkd import cli, demo, steps
-from fastkd.options import parse_speeds
-from fastkd.screen import wants_traceback
-from fastkd.trace import ExitTrace
+from fastkd.commands import app, demo, steps
+from fastkd.commands.options import parse_speeds
+from fastkd.commands.screen import wants_traceback
+from fastkd.exits.trace import ExitTrace
 
 POSITIVE, NEGATIVE = ("good", "great", "fun", "warm"), ("bad", "dull", "boring", "cold")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -32,7 +32,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def fastkd(*arguments: object, stdin: str | None = None) -> Any:
     """Run one command; its result has exit_code, stdout, stderr."""
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=stdin)
+    return CliRunner().invoke(app.app, [str(argument) for argument in arguments], input=stdin)
 
 
 def succeeded(*arguments: object, stdin: str | None = None) -> Any:
@@ -101,12 +101,12 @@ def model(work: Path, tuned: Path) -> Path:
 def test_help_answers_without_heavy_imports() -> None:
     program = (
         "import sys; sys.argv = ['fastkd', '--help']\n"
-        "from fastkd.cli import app\n"
+        "from fastkd.commands.app import app\n"
         "app(standalone_mode=False)\n"
         "heavy = {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "COLUMNS": "80"}
+    environment = os.environ | {"PYTHONPATH": str(Path(app.__file__).parents[1]), "COLUMNS": "80"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     for command in (
@@ -536,7 +536,10 @@ def test_killed_predict_leaves_no_half_written_file(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     arguments = ["predict", str(tmp_path / "model"), "-o", str(tmp_path / "out.tsv"), "--window", "8"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastkd.cli", *arguments], stdin=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        [sys.executable, "-m", "fastkd.commands.app", *arguments],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
     )
     with process:
         assert process.stdin is not None

@@ -18,9 +18,9 @@ from tiny_models import (
 from typer.testing import CliRunner
 
 import fastkd
-from fastkd import cli
-from fastkd.comparison import patient_answers
-from fastkd.flops import FlopsShape
+from fastkd.commands import app
+from fastkd.exits.comparison import patient_answers
+from fastkd.exits.flops import FlopsShape
 
 ALL = ["entropy", "max_prob", "margin", "top_n", "patience", "pcee_bert", "performance"]
 
@@ -102,10 +102,10 @@ def test_learned_exits_and_regression_take_their_place() -> None:
 def test_command_writes_a_table_and_a_picture(tmp_path: Path) -> None:
     made_up_trace().save(tmp_path / "trace.safetensors")
     arguments = ["compare", str(tmp_path / "trace.safetensors"), "-o", str(tmp_path / "out")]
-    shown = CliRunner().invoke(cli.app, arguments)
+    shown = CliRunner().invoke(app.app, arguments)
     assert shown.exit_code == 0, shown.output
     assert all(name in shown.stdout for name in ALL)
-    found = json.loads(CliRunner().invoke(cli.app, [*arguments, "--json"]).stdout)
+    found = json.loads(CliRunner().invoke(app.app, [*arguments, "--json"]).stdout)
     for name, sweep in found["sweeps"].items():
         kept = [row["speedup_fastbert"] for row in sweep if row["accuracy"] >= sweep[0]["accuracy"] - 0.01]
         assert found["speedup_at_drop"][name]["0.01"] == max(kept)
@@ -113,7 +113,7 @@ def test_command_writes_a_table_and_a_picture(tmp_path: Path) -> None:
         assert {row["criterion"] for row in csv.DictReader(stream)} == set(ALL)
     assert (tmp_path / "out" / "compare.png").read_bytes().startswith(b"\x89PNG")
     replace(made_up_trace(), labels=None).save(tmp_path / "blind.safetensors")
-    refused = CliRunner().invoke(cli.app, ["compare", str(tmp_path / "blind.safetensors")])
+    refused = CliRunner().invoke(app.app, ["compare", str(tmp_path / "blind.safetensors")])
     assert refused.exit_code == 2
     assert "have no labels" in refused.output
 
@@ -126,9 +126,9 @@ def test_commands_show_the_correlation_of_a_regression(tmp_path: Path) -> None:
     correlation = trace.sweep([0.0])[0].pearson
     for command in ("sweep", "compare"):
         arguments = [command, str(tmp_path / "trace.safetensors"), "-o", str(tmp_path / command)]
-        shown = CliRunner().invoke(cli.app, arguments).stdout
+        shown = CliRunner().invoke(app.app, arguments).stdout
         assert "correlation" in shown
         assert "accuracy" not in shown.replace("_accuracy", "")
     assert f"full model {trace.compare()['agreement'][0].pearson:.4f}" in shown
-    table = CliRunner().invoke(cli.app, ["sweep", str(tmp_path / "trace.safetensors"), "-o", str(tmp_path)]).stdout
+    table = CliRunner().invoke(app.app, ["sweep", str(tmp_path / "trace.safetensors"), "-o", str(tmp_path)]).stdout
     assert f"{correlation:.4f}" in table

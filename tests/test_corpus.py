@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastkd import corpus
+from fastkd.data import corpus
 
 
 def topics_named(text: str) -> set[str]:

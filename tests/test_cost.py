@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_models import early_exit_model, one_thread, random_batch
 
-from fastkd.engines import cost, packed
-from fastkd.engines.cost import CompactionCost, Cost
+from fastkd.engines import compaction_cost, packed
+from fastkd.engines.compaction_cost import CompactionCost, Cost
 from fastkd.engines.packed import encoder_of
 
 __all__ = ["one_thread"]
@@ -23,8 +23,8 @@ def fitted(seconds: dict[int, list[float]], monkeypatch: pytest.MonkeyPatch) -> 
         nonlocal now
         now += next(waiting[tokens])
 
-    monkeypatch.setattr(cost.time, "perf_counter", lambda: now)
-    return cost.fit(run, CPU)
+    monkeypatch.setattr(compaction_cost.time, "perf_counter", lambda: now)
+    return compaction_cost.fit(run, CPU)
 
 
 def test_the_line_goes_through_the_fastest_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +56,7 @@ def test_an_encoder_measures_itself_once(monkeypatch: pytest.MonkeyPatch) -> Non
     with torch.no_grad():
         before = model(**inputs, engine="packed").logits
     fitted = []
-    monkeypatch.setattr(packed, "fit", lambda *arguments: fitted.append(cost.fit(*arguments)) or fitted[-1])
+    monkeypatch.setattr(packed, "fit", lambda *arguments: fitted.append(compaction_cost.fit(*arguments)) or fitted[-1])
     encoder = encoder_of(model)
     assert not encoder.compaction_pays(100, 99, 1), "rows are rounded up alike, so nothing is saved"
     encoder.compaction_pays(512, 16, 3)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fastkd
 import fastkd_kernels as fk
-from fastkd import criteria
+from fastkd.exits import criteria
 
 
 def model_with(criterion: str, head: str = "fastbert", family: str = "bert", **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""fastkd.data: every format and label kind reads the same; every bad row is named by file, line and remedy."""
+"""fastkd.data.tables: every format and label kind reads the same; every bad row is named by file, line and remedy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fastkd.data import (
+from fastkd.data.tables import (
     DataError,
     LengthGroupedSampler,
     LengthSortedBatches,

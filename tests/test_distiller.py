@@ -1,4 +1,4 @@
-"""fastkd.distiller: killed and continued, cached and live, one process and two, and what is refused."""
+"""fastkd.kd.trainer: killed and continued, cached and live, one process and two, and what is refused."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from torch import Tensor
 from training_worker import rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
-from fastkd.data import DataError, Rows
-from fastkd.distiller import Distiller, KDOptions, evaluate
-from fastkd.students import student_from_teacher
-from fastkd.teacher import Teacher
-from fastkd.teacher_cache import StaleCacheError
-from fastkd.training import LOG_FILE
+from fastkd.data.tables import DataError, Rows
+from fastkd.kd.cache import StaleCacheError
+from fastkd.kd.students import student_from_teacher
+from fastkd.kd.teacher import Teacher
+from fastkd.kd.trainer import Distiller, KDOptions, evaluate
+from fastkd.training.recipes import LOG_FILE
 
 WORKER = Path(kd_worker.__file__)
 

@@ -30,8 +30,8 @@ from typer.testing import CliRunner
 
 import fastkd
 import fastkd_kernels as fk
-from fastkd import cli, steps
-from fastkd.screen import wants_traceback
+from fastkd.commands import app, steps
+from fastkd.commands.screen import wants_traceback
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
@@ -165,7 +165,7 @@ def lay_out(workplace: Path, page: str, language: str) -> None:
 
 
 def run_fastkd(command: str, stdin: str | None = None) -> None:
-    done = CliRunner().invoke(cli.app, ["--traceback", *shlex.split(command)[1:]], input=stdin, catch_exceptions=False)
+    done = CliRunner().invoke(app.app, ["--traceback", *shlex.split(command)[1:]], input=stdin, catch_exceptions=False)
     assert done.exit_code == 0, f"{command}\n{done.output}"
 
 
@@ -317,7 +317,7 @@ def test_cli_reference_has_every_command_and_option() -> None:
     text = load_module(ROOT / "docs" / "hooks" / "cli_reference.py").reference()
     from typer.main import get_command
 
-    group: Any = get_command(cli.app)
+    group: Any = get_command(app.app)
     for name, command in group.commands.items():
         section = text.split(f"## fastkd {name}\n")[1].split("\n## ")[0]
         for parameter in command.params:

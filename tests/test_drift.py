@@ -23,11 +23,11 @@ from tiny_models import (
 )
 from typer.testing import CliRunner
 
-from fastkd import cli
-from fastkd.calibration import CalibrationWarning, Certificate, binomial_interval
-from fastkd.drift import DriftMonitor, DriftWarning, evidence
-from fastkd.predict import predict as predict_rows
-from fastkd.predict import read_rows
+from fastkd.commands import app
+from fastkd.exits.calibration import CalibrationWarning, Certificate, binomial_interval
+from fastkd.exits.drift import DriftMonitor, DriftWarning, evidence
+from fastkd.inference.predict import predict as predict_rows
+from fastkd.inference.predict import read_rows
 
 DRAWS = 1000
 
@@ -217,7 +217,7 @@ def test_predict_command_reports_and_warns(tmp_path: Path) -> None:
 
     def run(*options: object) -> Any:
         arguments = ["predict", tmp_path / "model", source, "-o", tmp_path / "out.tsv", *options]
-        return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+        return CliRunner().invoke(app.app, [str(argument) for argument in arguments])
 
     result = run("--monitor", "100%", "--json")
     assert result.exit_code == 0, result.output

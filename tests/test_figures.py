@@ -14,11 +14,11 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fastkd import figures
-from fastkd.benchmark import BenchmarkRow
-from fastkd.trace import Sweep, SweepRow
-from fastkd.training_log import TrainingPoint
-from fastkd.uncertainty import Arrivals, IntervalAccuracy
+from fastkd.exits.reliability import Arrivals, IntervalAccuracy
+from fastkd.exits.trace import Sweep, SweepRow
+from fastkd.inference.benchmark import BenchmarkRow
+from fastkd.report import figures
+from fastkd.training.log import TrainingPoint
 
 
 def sweep(steepness: float = 5.0, rows: int = 11, labelled: bool = True) -> Sweep:

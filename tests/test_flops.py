@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import BertConfig
 
 import fastkd
-from fastkd.flops import CONVENTIONS, FlopsShape
+from fastkd.exits.flops import CONVENTIONS, FlopsShape
 
 BASE = BertConfig()
 

@@ -19,11 +19,11 @@ from transformers import AutoTokenizer, BertTokenizer
 from typer.testing import CliRunner
 
 import fastkd
-from fastkd import cli, steps
-from fastkd.data import LengthSortedBatches, Rows, tokenize
-from fastkd.import_fastbert import convert, import_fastbert, read_checkpoint
-from fastkd.input_format import encode, input_format_of, with_input_format
-from fastkd.predict import InputRow, predict
+from fastkd.commands import app, steps
+from fastkd.data.tables import LengthSortedBatches, Rows, tokenize
+from fastkd.encoders.input_format import encode, input_format_of, with_input_format
+from fastkd.inference.predict import InputRow, predict
+from fastkd.model.import_fastbert import convert, import_fastbert, read_checkpoint
 
 # the promise; what is measured stays below 2e-5
 LOGITS_WITHIN = 1e-4
@@ -315,17 +315,17 @@ def test_a_plain_tokenizer_put_beside_the_model_is_made_to_fit(imported: Path, t
 def test_command(tmp_path: Path) -> None:
     checkpoint, vocab = save(tmp_path, SIZES["UER tiny, PyPI"], prefix="kernel.")
     arguments = ["import-fastbert", str(checkpoint), "-o", str(tmp_path / "model"), "--json"]
-    refused = CliRunner().invoke(cli.app, [*arguments, "--labels", "a,b,c"])
+    refused = CliRunner().invoke(app.app, [*arguments, "--labels", "a,b,c"])
     assert refused.exit_code == 2
     assert "expected 2 different names" in json.loads(refused.stdout)["error"]
 
-    done = CliRunner().invoke(cli.app, [*arguments, "--vocab", str(vocab), "--labels", "no,yes"])
+    done = CliRunner().invoke(app.app, [*arguments, "--vocab", str(vocab), "--labels", "no,yes"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == {
         "model": str(tmp_path / "model"), "num_hidden_layers": 3, "hidden_size": 384, "num_labels": 2,
         "input_format": "uer", "has_tokenizer": True,
     }  # fmt: skip
     (tmp_path / "rows.txt").write_text("w1 w2\nw3\n", encoding="utf-8")
-    answered = CliRunner().invoke(cli.app, ["predict", str(tmp_path / "model"), str(tmp_path / "rows.txt")])
+    answered = CliRunner().invoke(app.app, ["predict", str(tmp_path / "model"), str(tmp_path / "rows.txt")])
     assert answered.exit_code == 0, answered.output
     assert {line.split("\t")[0] for line in answered.stdout.splitlines()[1:3]} <= {"no", "yes"}

@@ -18,9 +18,9 @@ from tiny_models import one_thread, save_plain_checkpoint  # noqa: F401  # a fix
 from training_worker import LABEL_NAMES, rows
 from transformers import AutoModelForSequenceClassification
 
-from fastkd import kd_table
 from fastkd.commands.kd import parsed_arguments
-from fastkd.kd_table import GridError, Score, load_grid, run_table, table_rows, write_table
+from fastkd.tables import kd_table
+from fastkd.tables.kd_table import GridError, Score, load_grid, run_table, table_rows, write_table
 
 TINY = {"epochs": 1, "batch_size": 8, "max_length": 16, "bf16": False, "learning_rate": 1e-3}
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fastkd.memory import keep_freed_memory
+from fastkd.engines.allocator import keep_freed_memory
 
 PROGRAM = """
 import resource, sys

@@ -1,4 +1,4 @@
-"""fastkd.methods: every method trains end to end, its gradients reach what they should, and nothing else."""
+"""fastkd.kd.methods: every method trains end to end, its gradients reach what they should, and nothing else."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tiny_models import one_thread  # noqa: F401  # a fixture
 from training_worker import rows
 from transformers import AutoModelForSequenceClassification
 
-from fastkd.distiller import Distiller, _Objective
+from fastkd.kd.methods import METHODS, Shapes, method_of
+from fastkd.kd.students import student_from_teacher
+from fastkd.kd.teacher import KINDS, Teacher, train_pseudo_classifiers
+from fastkd.kd.trainer import Distiller, _Objective
 from fastkd.losses import AnnealingKDLoss, RAILKDLoss
-from fastkd.methods import METHODS, Shapes, method_of
-from fastkd.students import student_from_teacher
-from fastkd.teacher import KINDS, Teacher, train_pseudo_classifiers
 
 STUDENTS = {"universal-ca": "bilstm"}
 SHAPES = Shapes(student_layers=2, teacher_layers=4, student_width=32, teacher_width=32)

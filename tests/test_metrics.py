@@ -1,11 +1,11 @@
-"""fastkd.metrics against values worked out by hand and against scipy and scikit-learn where they are installed."""
+"""Metrics against values worked out by hand and against scipy and scikit-learn where they are installed."""
 
 from __future__ import annotations
 
 import numpy
 import pytest
 
-from fastkd import metrics
+from fastkd.training import metrics
 
 
 def _random(classes: int, rows: int = 200) -> tuple[numpy.ndarray, numpy.ndarray]:

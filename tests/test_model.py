@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 import fastkd
 import fastkd_kernels as fk
-from fastkd.heads import LinearHead, StudentHead
+from fastkd.encoders.heads import LinearHead, StudentHead
 
 CRITERIA = [("entropy", None), ("max_prob", None), ("margin", None), ("top_n", 2), ("patience", None)]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}

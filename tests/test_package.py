@@ -192,7 +192,7 @@ def assert_readable(result: subprocess.CompletedProcess[str], *expected: str) ->
 
 def test_the_model_needs_no_datasets() -> None:
     """A GPU machine for measuring has torch and transformers and often nothing more of ours."""
-    python("from fastkd.modeling import EarlyExitForSequenceClassification", "datasets", "typer", "matplotlib")
+    python("from fastkd.model.modeling import EarlyExitForSequenceClassification", "datasets", "typer", "matplotlib")
 
 
 @pytest.mark.parametrize("skip", ["0", "1"])

@@ -21,11 +21,11 @@ from training_worker import load, rows, save_plain
 from typer.testing import CliRunner
 
 import fastkd
-from fastkd import cli
-from fastkd.data import ShuffledOnceSampler, tokenize
-from fastkd.label_scale import LabelScale
-from fastkd.optimizers import BiasedAdamW
-from fastkd.training import DistillOptions, FinetuneOptions, TrainOptions, TrainResult, distill, finetune
+from fastkd.commands import app
+from fastkd.data.tables import ShuffledOnceSampler, tokenize
+from fastkd.encoders.label_scale import LabelScale
+from fastkd.training.optimizers import BiasedAdamW
+from fastkd.training.recipes import DistillOptions, FinetuneOptions, TrainOptions, TrainResult, distill, finetune
 
 BATCH, ROWS, LENGTH = 8, 20, 16
 QUICK = {"batch_size": BATCH, "max_length": LENGTH, "progress": False, "bf16": False, "logging_steps": 1}
@@ -133,7 +133,7 @@ def test_distillation_learns_nothing_after_epoch_three(plain: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("teacher_dropout", [False, True])
 def test_dropout_acts_in_the_frozen_teacher(teacher_dropout: bool) -> None:
-    from fastkd.training import _SelfDistillation
+    from fastkd.training.recipes import _SelfDistillation
 
     model = early_exit_model("bert", num_labels=2, head_dropout=0.1)
     objective = _SelfDistillation(model, DistillOptions(teacher_dropout=teacher_dropout), LabelScale()).train()
@@ -304,7 +304,7 @@ def test_commands_take_the_preset_and_what_is_given_wins(plain: Path, tmp_path: 
     (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def logged(*arguments: object) -> dict[str, Any]:
-        done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+        done = CliRunner().invoke(app.app, [str(argument) for argument in arguments])
         assert done.exit_code == 0, done.output
         return json.loads((Path(str(arguments[arguments.index("-o") + 1])) / "trainer_log.json").read_text())
 
@@ -316,7 +316,7 @@ def test_commands_take_the_preset_and_what_is_given_wins(plain: Path, tmp_path: 
     assert (log["options"]["max_steps"], log["options"]["learning_rate"]) == (2, 2e-4)
     assert log["options"]["teacher_dropout"]
 
-    refused = CliRunner().invoke(cli.app, ["distill", str(tmp_path / "tuned"), *map(str, data[:3]), "other", "-o", "x"])
+    refused = CliRunner().invoke(app.app, ["distill", str(tmp_path / "tuned"), *map(str, data[:3]), "other", "-o", "x"])
     assert refused.exit_code == 2
     assert "parity: got 'other'" in " ".join(refused.output.split())
 

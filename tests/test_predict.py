@@ -14,8 +14,9 @@ import torch
 from tiny_models import early_exit_model, tokenizer_of
 from transformers import PreTrainedTokenizerBase
 
-from fastkd import EarlyExitForSequenceClassification, predict
+from fastkd import EarlyExitForSequenceClassification
 from fastkd.engines.stream import Stream
+from fastkd.inference import predict
 
 SENTENCES = [
     "the film was good",

@@ -19,7 +19,7 @@ from tiny_models import (
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, MPNetConfig, PreTrainedModel
 
-from fastkd.probe import POOLS, LayerProbe, PseudoClassifiers, encoder_layers
+from fastkd.kd.probe import POOLS, LayerProbe, PseudoClassifiers, encoder_layers
 
 FAMILIES = sorted(CONFIGS)
 

@@ -19,7 +19,7 @@ import fastkd
 import fastkd_kernels as fk
 from fastkd.engines import packed
 from fastkd.engines.graphs import CudaGraphs
-from fastkd.engines.rebatch import BatchStream, token_bucket
+from fastkd.engines.stream_batches import BatchStream, token_bucket
 from fastkd_kernels import _triton
 from fastkd_kernels.ops import exit_gate, student_head
 

@@ -17,13 +17,13 @@ from report_sources import LOGS, benchmark, certificate, corpus_rows, made_up_tr
 from tiny_models import early_exit_model, random_batch
 from typer.testing import CliRunner
 
-from fastkd import cli
-from fastkd.benchmark import Benchmark
+from fastkd.commands import app
+from fastkd.exits.reliability import accuracy_by_interval, arrivals
+from fastkd.inference.benchmark import Benchmark
 from fastkd.report import Source, read_source, write_page, write_pictures
 from fastkd.report.content import EXAMPLES, SPEEDS, page_content
 from fastkd.report.sources import Extras
-from fastkd.training_log import read_log, training_curve
-from fastkd.uncertainty import accuracy_by_interval, arrivals
+from fastkd.training.log import read_log, training_curve
 
 CRITERIA = [("entropy", None), ("max_prob", None), ("margin", None), ("top_n", 2), ("patience", None)]
 
@@ -39,13 +39,13 @@ def source(rows: Any) -> Source:
 
 
 def succeeded(*arguments: object) -> Any:
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(app.app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output + repr(result.exception)
     return result
 
 
 def refused(*arguments: object) -> str:
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(app.app, [str(argument) for argument in arguments])
     assert result.exit_code == 2, result.output + repr(result.exception)
     return " ".join(result.output.split())
 

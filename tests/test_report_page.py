@@ -17,9 +17,9 @@ pytest.importorskip("datasets", reason="datasets is not installed: pip install d
 from report_sources import LOGS, benchmark, certificate, corpus_rows, made_up_trace
 from tiny_models import early_exit_model, random_batch
 
+from fastkd.exits.trace import ExitTrace
 from fastkd.report import Source, write_page
 from fastkd.report.content import SPEEDS
-from fastkd.trace import ExitTrace
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")

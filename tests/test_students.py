@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
-from fastkd.losses import UniversalKDLoss, UniversalKDMixtureLoss
-from fastkd.probe import LayerProbe, PseudoClassifiers, encoder_layers
-from fastkd.students import (
+from fastkd.kd.probe import LayerProbe, PseudoClassifiers, encoder_layers
+from fastkd.kd.students import (
     BiLSTMConfig,
     BiLSTMForSequenceClassification,
     GatedCNNConfig,
@@ -32,6 +31,7 @@ from fastkd.students import (
     projected_embeddings,
     student_from_teacher,
 )
+from fastkd.losses import UniversalKDLoss, UniversalKDMixtureLoss
 
 SMALL: dict[str, Any] = {"vocab_size": 50, "embedding_size": 12, "hidden_size": 16, "num_labels": 3}
 NEW = ("bilstm", "gated-cnn")

@@ -16,14 +16,17 @@ import torch
 from tiny_models import early_exit_model, one_thread, random_batch, save_plain_checkpoint  # noqa: F401  # a fixture
 from typer.testing import CliRunner
 
-from fastkd import benchmark, cli, corpus, steps, table2
-from fastkd.data import load_rows
-from fastkd.demo import REAL
-from fastkd.flops import flops
-from fastkd.probe import encoder_layers
-from fastkd.screen import Screen
-from fastkd.table2 import Cell, Table2, Table2Options, run_table2, student_of
-from fastkd.trace import ExitTrace
+from fastkd.commands import app, steps
+from fastkd.commands.demo import REAL
+from fastkd.commands.screen import Screen
+from fastkd.data import corpus
+from fastkd.data.tables import load_rows
+from fastkd.exits.flops import flops
+from fastkd.exits.trace import ExitTrace
+from fastkd.inference import benchmark
+from fastkd.kd.probe import encoder_layers
+from fastkd.tables import table2
+from fastkd.tables.table2 import Cell, Table2, Table2Options, run_table2, student_of
 
 MODELS = ["full model (4 layers)", "DistilBERT-style (2 layers)", "DistilBERT-style (1 layer)"]
 MODELS += ["FastBERT (speed=0.5)", "FastBERT (speed=0.8)"]
@@ -198,7 +201,7 @@ def test_command(data: Path, options: Table2Options, finished: Path, tmp_path: P
         "table2", data, "-o", tmp_path / "out", "--students", "1", "--student-rows", 32, "--student-epochs", 1,
         "--max-length", 24, "--speeds", "0.5", "--bench-rows", 4, "--bench-repeats", 1, "--json",
     ]  # fmt: skip
-    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(app.app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output + repr(result.exception)
     found = json.loads(result.stdout)
     assert [cell["model"] for cell in found["cells"]] == [MODELS[0], MODELS[2], MODELS[3]]

@@ -1,4 +1,4 @@
-"""fastkd.teacher_cache: what the teacher says, whatever the order, and an error where another would have said it."""
+"""fastkd.kd.cache: what the teacher says, whatever the order, and an error where another would have said it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from kd_worker import OPTIONS, regression_rows, save_teacher
 from tiny_models import one_thread  # noqa: F401  # a fixture
 from training_worker import rows
 
-from fastkd import teacher_cache
-from fastkd.data import LengthSortedBatches, Rows, tokenize
-from fastkd.teacher import PseudoClassifierOptions, Teacher, tokenizer_fingerprint, train_pseudo_classifiers
-from fastkd.teacher_cache import StaleCacheError, TeacherCache, example_ids
+from fastkd.data.tables import LengthSortedBatches, Rows, tokenize
+from fastkd.kd.cache import StaleCacheError, TeacherCache, example_ids
+from fastkd.kd.teacher import PseudoClassifierOptions, Teacher, tokenizer_fingerprint, train_pseudo_classifiers
 
 ALL = ("logits", "layer_logits", "hidden_states")
 
@@ -117,7 +116,7 @@ def test_pairs_are_told_apart_by_where_they_are_cut() -> None:
 def test_an_interrupted_pass_goes_on_and_a_full_cache_asks_nothing(
     teacher: Teacher, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(teacher_cache, "SHARD_ROWS", 16)
+    monkeypatch.setattr("fastkd.kd.cache.SHARD_ROWS", 16)
     given = rows(50)
     unique = len(set(example_ids(given)))
 

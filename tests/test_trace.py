@@ -23,7 +23,7 @@ from torch import Tensor
 
 import fastkd
 import fastkd_kernels as fk
-from fastkd.flops import CONVENTIONS, FlopsShape
+from fastkd.exits.flops import CONVENTIONS, FlopsShape
 
 CRITERIA = [("entropy", None), ("max_prob", None), ("margin", None), ("top_n", 2), ("patience", None)]
 
@@ -192,7 +192,7 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         Path(name).write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("fastkd.trace.save_file", full_disk)
+    monkeypatch.setattr("fastkd.exits.trace.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         made_up_trace(rows=6).save(path)
     assert path.read_bytes() == before

@@ -1,4 +1,4 @@
-"""fastkd.training: what learns, what stays frozen, what a kill leaves, and what is refused."""
+"""fastkd.training.recipes: what learns, what stays frozen, what a kill leaves, and what is refused."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from training_worker import LABEL_NAMES, load, options_of, rows, save_plain, tra
 from transformers import TrainerCallback
 
 import fastkd
-from fastkd.data import DataError, LengthGroupedSampler, LengthSortedBatches, Rows, tokenize
-from fastkd.label_scale import LabelScale
-from fastkd.training import (
+from fastkd.data.tables import DataError, LengthGroupedSampler, LengthSortedBatches, Rows, tokenize
+from fastkd.encoders.label_scale import LabelScale
+from fastkd.training.recipes import (
     LOG_FILE,
     DistillOptions,
     FinetuneOptions,
@@ -648,7 +648,7 @@ def test_unnamed_labels_may_lack_the_last_classes(plain: Path, tmp_path: Path) -
 
 
 def test_the_package_offers_training_without_importing_it() -> None:
-    code = "import sys, fastkd; assert 'fastkd.training' not in sys.modules; fastkd.distill, fastkd.load_folder"
+    code = "import sys, fastkd; assert 'fastkd.training.recipes' not in sys.modules; fastkd.distill, fastkd.load_folder"
     subprocess.run([sys.executable, "-c", code], check=True, env=_environment(), timeout=240)
     with pytest.raises(AttributeError, match="has no attribute 'finetun'"):
         _ = fastkd.finetun

@@ -19,8 +19,8 @@ from tiny_models import CONFIGS, tokenizer_of
 from transformers import BertConfig, BertModel, TrainerCallback
 
 import fastkd
-from fastkd.data import Rows
-from fastkd.training import DistillOptions, FinetuneOptions, TrainResult, distill, finetune
+from fastkd.data.tables import Rows
+from fastkd.training.recipes import DistillOptions, FinetuneOptions, TrainResult, distill, finetune
 
 LABEL_NAMES = ("negative", "positive")
 _FILLER = ("the", "a", "film", "plot", "actor", "was", "is", "and", "who", "what", "cold", "warm")

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import BertConfig
 
 import fastkd
-from fastkd.benchmark import interleaved
 from fastkd.engines.graphs import GraphEngine
-from fastkd.engines.rebatch import TOKENS_PER_RUN, BatchStream
 from fastkd.engines.stream import Stream
+from fastkd.engines.stream_batches import TOKENS_PER_RUN, BatchStream
+from fastkd.inference.benchmark import interleaved
 from fastkd_kernels.ops.student_head import student_head_reference
 from gpu.records import LONG_RUNS, REBATCH, STREAM, ModelRow
 from gpu.timing import Timer, quantiles

@@ -27,7 +27,7 @@ def reference() -> str:
     for folder in (ROOT, ROOT / "python"):
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
-    from fastkd.cli import app
+    from fastkd.commands.app import app
 
     group: Any = get_command(app)
     return "\n".join(_section(name, command) for name, command in group.commands.items())

@@ -12,12 +12,21 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastkd.calibration import Certificate
-    from fastkd.configuration import EarlyExitConfig
-    from fastkd.data import load_folder, load_rows
-    from fastkd.distiller import Distiller, KDOptions
-    from fastkd.flops import flops
-    from fastkd.input_format import with_input_format
+    from fastkd.data.tables import load_folder, load_rows
+    from fastkd.encoders.configuration import EarlyExitConfig
+    from fastkd.encoders.input_format import with_input_format
+    from fastkd.exits.calibration import Certificate
+    from fastkd.exits.flops import flops
+    from fastkd.exits.trace import ExitTrace, Sweep, SweepRow
+    from fastkd.kd.cache import TeacherCache
+    from fastkd.kd.probe import LayerProbe, PseudoClassifiers
+    from fastkd.kd.students import (
+        BiLSTMForSequenceClassification,
+        GatedCNNForSequenceClassification,
+        student_from_teacher,
+    )
+    from fastkd.kd.teacher import Teacher
+    from fastkd.kd.trainer import Distiller, KDOptions
     from fastkd.losses import (
         ALPKDLoss,
         AnnealingKDLoss,
@@ -31,51 +40,46 @@ if TYPE_CHECKING:
         UniversalKDMixtureLoss,
         VanillaKDLoss,
     )
-    from fastkd.modeling import EarlyExitForSequenceClassification, EarlyExitOutput
-    from fastkd.probe import LayerProbe, PseudoClassifiers
-    from fastkd.students import BiLSTMForSequenceClassification, GatedCNNForSequenceClassification, student_from_teacher
-    from fastkd.teacher import Teacher
-    from fastkd.teacher_cache import TeacherCache
-    from fastkd.trace import ExitTrace, Sweep, SweepRow
-    from fastkd.training import DistillOptions, FinetuneOptions, distill, finetune
+    from fastkd.model.modeling import EarlyExitForSequenceClassification, EarlyExitOutput
+    from fastkd.training.recipes import DistillOptions, FinetuneOptions, distill, finetune
 
 # training needs datasets and the Trainer, whose import takes longer than everything else together
 _HOME = {
     "ALPKDLoss": "fastkd.losses",
     "AnnealingKDLoss": "fastkd.losses",
-    "BiLSTMForSequenceClassification": "fastkd.students",
-    "Certificate": "fastkd.calibration",
+    "BiLSTMForSequenceClassification": "fastkd.kd.students",
+    "Certificate": "fastkd.exits.calibration",
     "DIHLoss": "fastkd.losses",
     "DistilBertLoss": "fastkd.losses",
-    "DistillOptions": "fastkd.training",
-    "Distiller": "fastkd.distiller",
-    "EarlyExitConfig": "fastkd.configuration",
-    "EarlyExitForSequenceClassification": "fastkd.modeling",
-    "EarlyExitOutput": "fastkd.modeling",
-    "ExitTrace": "fastkd.trace",
-    "FinetuneOptions": "fastkd.training",
-    "GatedCNNForSequenceClassification": "fastkd.students",
+    "DistillOptions": "fastkd.training.recipes",
+    "Distiller": "fastkd.kd.trainer",
+    "EarlyExitConfig": "fastkd.encoders.configuration",
+    "EarlyExitForSequenceClassification": "fastkd.model.modeling",
+    "EarlyExitOutput": "fastkd.model.modeling",
+    "ExitTrace": "fastkd.exits.trace",
+    "FinetuneOptions": "fastkd.training.recipes",
+    "GatedCNNForSequenceClassification": "fastkd.kd.students",
     "KDLoss": "fastkd.losses",
-    "KDOptions": "fastkd.distiller",
-    "LayerProbe": "fastkd.probe",
+    "KDOptions": "fastkd.kd.trainer",
+    "LayerProbe": "fastkd.kd.probe",
     "MHKDLoss": "fastkd.losses",
     "PKDLoss": "fastkd.losses",
-    "PseudoClassifiers": "fastkd.probe",
+    "PseudoClassifiers": "fastkd.kd.probe",
     "RAILKDLoss": "fastkd.losses",
-    "Sweep": "fastkd.trace",
-    "SweepRow": "fastkd.trace",
-    "Teacher": "fastkd.teacher",
-    "TeacherCache": "fastkd.teacher_cache",
+    "Sweep": "fastkd.exits.trace",
+    "SweepRow": "fastkd.exits.trace",
+    "Teacher": "fastkd.kd.teacher",
+    "TeacherCache": "fastkd.kd.cache",
     "UniversalKDLoss": "fastkd.losses",
     "UniversalKDMixtureLoss": "fastkd.losses",
     "VanillaKDLoss": "fastkd.losses",
-    "distill": "fastkd.training",
-    "finetune": "fastkd.training",
-    "flops": "fastkd.flops",
-    "load_folder": "fastkd.data",
-    "load_rows": "fastkd.data",
-    "student_from_teacher": "fastkd.students",
-    "with_input_format": "fastkd.input_format",
+    "distill": "fastkd.training.recipes",
+    "finetune": "fastkd.training.recipes",
+    "flops": "fastkd.exits.flops",
+    "load_folder": "fastkd.data.tables",
+    "load_rows": "fastkd.data.tables",
+    "student_from_teacher": "fastkd.kd.students",
+    "with_input_format": "fastkd.encoders.input_format",
 }
 
 
@@ -83,7 +87,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
-    # importing fastkd.flops put the module under this name
     globals()[name] = value
     return value
 
@@ -94,9 +97,8 @@ def _is_command() -> bool:
 
 
 if not _is_command():
-    importlib.import_module("fastkd.modeling")  # registers the model
-    importlib.import_module("fastkd.students")
-    from fastkd.flops import flops  # a submodule of the same name hides it from __getattr__
+    importlib.import_module("fastkd.model.modeling")  # registers the model
+    importlib.import_module("fastkd.kd.students")
 
 __all__ = [
     "ALPKDLoss",

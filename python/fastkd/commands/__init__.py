@@ -1,1 +1,1 @@
-"""Commands of the command line that have a file of their own; `fastkd.cli` registers them."""
+"""The command line: one file a command, and what they share."""

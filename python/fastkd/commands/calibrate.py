@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastkd.options import (
+from fastkd.commands.options import (
     BatchSize,
     Criterion,
     Device,
@@ -22,21 +22,21 @@ from fastkd.options import (
     TopN,
     parse_share,
 )
-from fastkd.screen import Screen, screen_for, share
+from fastkd.commands.screen import Screen, screen_for, share
 
 if TYPE_CHECKING:
-    from fastkd.calibration import Certificate
+    from fastkd.exits.calibration import Certificate
 
 
 class Guarantee(str, Enum):
-    """What the speed may cost, see `fastkd.calibration`."""
+    """What the speed may cost, see `fastkd.exits.calibration`."""
 
     consistency = "consistency"
     accuracy = "accuracy"
 
 
 class Method(str, Enum):
-    """How the speed is chosen, see `fastkd.calibration`."""
+    """How the speed is chosen, see `fastkd.exits.calibration`."""
 
     fixed_sequence = "fixed-sequence"
     conformal = "conformal"
@@ -108,9 +108,9 @@ def calibrate(
       [cyan]fastkd calibrate test.safetensors --model model --guarantee accuracy[/]
     """
     with screen_for(as_json) as screen:
-        from fastkd import steps
-        from fastkd.files import write_json
-        from fastkd.trace import ExitTrace, model_fingerprint
+        from fastkd.commands import steps
+        from fastkd.data.files import write_json
+        from fastkd.exits.trace import ExitTrace, model_fingerprint
 
         drop, sure = parse_share(max_drop, "--max-drop"), parse_share(confidence, "--confidence")
         if model is not None:

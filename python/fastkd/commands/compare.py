@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastkd.options import Json
-from fastkd.screen import quality, screen_for
+from fastkd.commands.options import Json
+from fastkd.commands.screen import quality, screen_for
 
 if TYPE_CHECKING:
-    from fastkd.trace import Sweep
+    from fastkd.exits.trace import Sweep
 
 DROPS = (0.001, 0.005, 0.01)
 """Losses of accuracy at which the table looks."""
@@ -48,9 +48,9 @@ def compare(
     with screen_for(as_json) as screen:
         from rich.table import Table
 
-        from fastkd import figures
-        from fastkd.files import atomic_path
-        from fastkd.trace import ExitTrace
+        from fastkd.data.files import atomic_path
+        from fastkd.exits.trace import ExitTrace
+        from fastkd.report import figures
 
         rows = ExitTrace.load(trace)
         if rows.labels is None:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fastkd.options import Json, Overwrite, words
-from fastkd.screen import screen_for
+from fastkd.commands.options import Json, Overwrite, words
+from fastkd.commands.screen import screen_for
 
 
 def import_fastbert(
@@ -44,7 +44,7 @@ def import_fastbert(
       [cyan]fastkd import-fastbert ag_news.bin --vocab vocab.txt -o model --labels world,sports,business,science[/]
     """
     with screen_for(as_json) as screen:
-        from fastkd import import_fastbert as official
+        from fastkd.model import import_fastbert as official
 
         done = official.import_fastbert(
             checkpoint, output, vocab=vocab, label_names=None if labels is None else words(labels),

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastkd.commands.calibrate import print_certificate
-from fastkd.options import Json
-from fastkd.screen import screen_for
+from fastkd.commands.options import Json
+from fastkd.commands.screen import screen_for
 
 if TYPE_CHECKING:
-    from fastkd.configuration import EarlyExitConfig
+    from fastkd.encoders.configuration import EarlyExitConfig
 
 
 def info(
@@ -29,8 +29,8 @@ def info(
       [cyan]fastkd info model --json[/]
     """
     with screen_for(as_json) as screen:
-        from fastkd import steps
-        from fastkd.calibration import Certificate
+        from fastkd.commands import steps
+        from fastkd.exits.calibration import Certificate
 
         config = steps.load_config(checkpoint)
         certificate = Certificate.of(config)

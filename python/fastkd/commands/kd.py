@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fastkd.options import (
+from fastkd.commands.options import (
     Bf16,
     DataOption,
     DevFile,
@@ -22,7 +22,7 @@ from fastkd.options import (
     TrainRows,
     words,
 )
-from fastkd.screen import screen_for
+from fastkd.commands.screen import screen_for
 
 
 def kd(
@@ -105,10 +105,11 @@ def kd(
         if cache is not None and no_cache:
             raise ValueError("--no-cache: goes without --cache")
 
-        from fastkd import distiller, steps
-        from fastkd.kd_table import checkpoint_path
-        from fastkd.methods import method_of
-        from fastkd.teacher import Teacher
+        from fastkd.commands import steps
+        from fastkd.kd import trainer
+        from fastkd.kd.methods import method_of
+        from fastkd.kd.teacher import Teacher
+        from fastkd.tables.kd_table import checkpoint_path
 
         steps.quieten()
         pool = pool or method_of(method).pool
@@ -117,7 +118,7 @@ def kd(
         folder = steps.load_splits(
             data, train, dev, num_labels=num_labels, model=None if loaded is None else loaded.model
         )  # fmt: skip
-        name = student if distiller.is_made_of_teacher(student) else checkpoint_path(student)
+        name = student if trainer.is_made_of_teacher(student) else checkpoint_path(student)
         options: dict[str, Any] = {
             "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate,
             "head_learning_rate_factor": head_factor, "bf16": bf16, "seed": seed, "progress": False, "pool": pool,
@@ -125,8 +126,8 @@ def kd(
             "metric": () if metric is None else tuple(words(metric)),
             "assistants": () if assistants is None else tuple(words(assistants)),
         }  # fmt: skip
-        trained = distiller.Distiller(
-            loaded, name, method, distiller.KDOptions(**options), cache=cache if cache is not None else not no_cache
+        trained = trainer.Distiller(
+            loaded, name, method, trainer.KDOptions(**options), cache=cache if cache is not None else not no_cache
         )
         trained.set_length(max_length)
         rows = folder.train if train_rows is None else folder.train.sample(train_rows, seed)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastkd.options import Json, words
-from fastkd.screen import screen_for
+from fastkd.commands.options import Json, words
+from fastkd.commands.screen import screen_for
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fastkd.kd_table import Grid, Row
+    from fastkd.tables.kd_table import Grid, Row
 
 
 def kd_table(
@@ -41,8 +41,8 @@ def kd_table(
       [cyan]fastkd kd-table bench/kd_table.yaml --data glue --task CoLA,RTE -o table[/]
     """
     with screen_for(as_json) as screen:
-        from fastkd import kd_table as tables
-        from fastkd import steps
+        from fastkd.commands import steps
+        from fastkd.tables import kd_table as tables
 
         steps.quieten()
         plan = tables.load_grid(grid, data)

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from fastkd.options import Criteria, Json, TopN, curve_name, source_names
-from fastkd.screen import screen_for
+from fastkd.commands.options import Criteria, Json, TopN, curve_name, source_names
+from fastkd.commands.screen import screen_for
 
 
 class PictureFormat(str, Enum):
@@ -60,7 +60,7 @@ def report(
       [cyan]fastkd report ag_news-output sst2-output --figures paper --format svg[/]
     """
     with screen_for(as_json) as screen:
-        from fastkd.configuration import check_speed
+        from fastkd.exits.rule import check_speed
         from fastkd.report import read_source, write_page, write_pictures
         from fastkd.report.sources import Extras
 

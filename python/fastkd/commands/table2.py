@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fastkd.options import Device, Dtype, Json, Seed, parse_speeds, source_names, whole_numbers
-from fastkd.screen import screen_for
+from fastkd.commands.options import Device, Dtype, Json, Seed, parse_speeds, source_names, whole_numbers
+from fastkd.commands.screen import screen_for
 
 
 def table2(
@@ -56,8 +56,8 @@ def table2(
     with screen_for(as_json) as screen:
         from dataclasses import replace
 
-        from fastkd.demo import REAL
-        from fastkd.table2 import TABLE_CSV, TABLE_MARKDOWN, Table2Options, run_table2
+        from fastkd.commands.demo import REAL
+        from fastkd.tables.table2 import TABLE_CSV, TABLE_MARKDOWN, Table2Options, run_table2
 
         training = replace(
             REAL, checkpoint=checkpoint, train_rows=train_rows, max_length=max_length, seed=seed, device=device

@@ -1,1 +1,1 @@
-"""Ways to run an early-exit model; all of them give the same answers."""
+"""How a batch is run. Every engine gives the same answers; none of them knows the model class."""

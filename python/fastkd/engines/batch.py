@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 import fastkd_kernels as fk
-from fastkd.configuration import head_speeds
+from fastkd.exits.rule import head_speeds
 
 if TYPE_CHECKING:
-    from fastkd.modeling import EarlyExitForSequenceClassification
+    from fastkd.model.modeling import EarlyExitForSequenceClassification
 
 
 @torch.no_grad()
@@ -37,8 +37,8 @@ def run(
         model: in evaluation mode.
         hidden_states: [B, T, H], the embedded batch.
         attention_mask: [B, T] bool, True where a token counts, or None where nothing is padded.
-        speed: as in `fastkd.configuration.head_speeds`.
-        criterion, top_n: as in `fastkd.criteria`.
+        speed: as in `fastkd.exits.rule.head_speeds`.
+        criterion, top_n: as in `fastkd.exits.criteria`.
         decision_layers: the layers whose heads decide, the last layer last.
 
     Returns:

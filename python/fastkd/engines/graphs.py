@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 import fastkd_kernels as fk
-from fastkd import backbones
-from fastkd.configuration import head_speeds
+from fastkd.encoders import families
 from fastkd.engines.batch import warn_about_nan
 from fastkd.engines.packed import encoder_of
+from fastkd.exits.rule import head_speeds
 
 if TYPE_CHECKING:
-    from fastkd.modeling import EarlyExitForSequenceClassification
+    from fastkd.model.modeling import EarlyExitForSequenceClassification
 
 TOKEN_STEP = 32
 """Lengths are padded to multiples of this."""
@@ -121,8 +121,8 @@ class GraphEngine:
         Args:
             input_ids: [B, T] int64, B > 0.
             attention_mask: [B, T] bool, True where a token counts, or None where nothing is padded.
-            speed: as in `fastkd.configuration.head_speeds`; or float32 [number of decision layers, B], one for each and
-                row.
+            speed: as in `fastkd.exits.rule.head_speeds`; or float32 [number of decision layers, B],
+                one for each and row.
             criterion, top_n: as in `fastkd_kernels.exit_gate`.
             decision_layers: the layers whose heads decide, the last layer last; default: all that have a head.
             token_type_ids: [B, T] int64, or None where all are of segment 0.
@@ -184,7 +184,7 @@ class GraphEngine:
     def _padded(self, tokens: int) -> int:
         """Few lengths, so that few stages are captured."""
         padded = -(-tokens // TOKEN_STEP) * TOKEN_STEP
-        return padded if padded <= backbones.longest_input(self._model.config.backbone) else tokens
+        return padded if padded <= families.longest_input(self._model.config.backbone) else tokens
 
     def _allocate(self, layers: tuple[int, ...], rows: int, tokens: int, masked: bool, segmented: bool) -> _Memory:
         model, device = self._model, self._model.device

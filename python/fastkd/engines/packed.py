@@ -27,13 +27,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 import fastkd_kernels as fk
-from fastkd import backbones
-from fastkd.configuration import head_speeds
+from fastkd.encoders import families
 from fastkd.engines.batch import warn_about_nan
-from fastkd.engines.cost import CompactionCost, fit
+from fastkd.engines.compaction_cost import CompactionCost, fit
+from fastkd.exits.rule import head_speeds
 
 if TYPE_CHECKING:
-    from fastkd.modeling import EarlyExitForSequenceClassification
+    from fastkd.model.modeling import EarlyExitForSequenceClassification
 
 ATTENTION = "fastkd_packed"
 """The name under which the packed attention is registered with transformers."""
@@ -187,7 +187,7 @@ def _fused_activation(activation: Callable[[Tensor], Tensor]) -> tuple[str, str]
 class _LayerFromParts:
     """One encoder layer on packed rows, run from its parts."""
 
-    def __init__(self, parts: backbones.LayerParts, heads: int, linear: type[JoinedLinear]) -> None:
+    def __init__(self, parts: families.LayerParts, heads: int, linear: type[JoinedLinear]) -> None:
         self._parts = parts
         self._device = parts.query.weight.device
         self._heads = heads
@@ -200,7 +200,7 @@ class _LayerFromParts:
         if fused is not None:
             self._expand, self._activation = PackedLinear([parts.expand], fused), None
 
-    def runs(self, parts: backbones.LayerParts) -> bool:
+    def runs(self, parts: families.LayerParts) -> bool:
         """Whether it was made for these modules where they are now."""
         return self._parts == parts and self._device == parts.query.weight.device
 
@@ -240,7 +240,7 @@ def _add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
     return fk.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, out=x)
 
 
-def _is_plain(layer: nn.Module, parts: backbones.LayerParts) -> bool:
+def _is_plain(layer: nn.Module, parts: families.LayerParts) -> bool:
     """Whether running the parts is all that running the layer does: no adapters, quantised weights, hooks, patches."""
     linear = (parts.query, parts.key, parts.value, parts.output, parts.expand, parts.contract)
     norms = (parts.attention_norm, parts.feed_forward_norm)
@@ -301,7 +301,7 @@ class PackedEncoder:
         self._backbone: Any = model.backbone
         self._modules = list(model.layers)
         self.layers_of = [id(layer) for layer in self._modules]
-        self._family = backbones.family_of(model.config.backbone.model_type)
+        self._family = families.family_of(model.config.backbone.model_type)
         self._config = model.config.backbone
         self._layers: list[_LayerFromParts | _ModuleLayer] = []
         self._tables: tuple[nn.Embedding, ...] | None = None
@@ -338,7 +338,7 @@ class PackedEncoder:
 
     def refresh(self, from_parts: bool) -> None:
         """Take note of modules and parameters that changed; `from_parts` where `runs_from_parts` allows it."""
-        self._tables = backbones.embedding_tables(self._backbone.embeddings)
+        self._tables = families.embedding_tables(self._backbone.embeddings)
         previous: Sequence[_LayerFromParts | _ModuleLayer | None] = self._layers or [None] * len(self._modules)
         self._layers = [
             self._runner(layer, before, from_parts) for layer, before in zip(self._modules, previous, strict=True)
@@ -407,7 +407,7 @@ class PackedEncoder:
         return self._layers[number - 1].padded(hidden_states, layer_mask)
 
     def _positions(self, tokens: PackedTokens, rows: int) -> Tensor:
-        first = backbones.first_position(self._config)
+        first = families.first_position(self._config)
         device = tokens.input_ids.device
         starts = tokens.cu_seqlens[:-1].long()
         lengths = torch.tensor(tokens.lengths, device=device)
@@ -458,8 +458,8 @@ def run(
         encoder: of the model, from `encoder_of`.
         input_ids, token_type_ids: [B, T].
         attention_mask: [B, T] bool, True where a token counts, on the right only; None where nothing is padded.
-        speed: as in `fastkd.configuration.head_speeds`.
-        criterion, top_n: as in `fastkd.criteria`.
+        speed: as in `fastkd.exits.rule.head_speeds`.
+        criterion, top_n: as in `fastkd.exits.criteria`.
         decision_layers: the layers whose heads decide, the last layer last.
 
     Returns:

@@ -20,18 +20,18 @@ import torch
 from torch import Tensor
 
 import fastkd_kernels as fk
-from fastkd.backbones import longest_input
-from fastkd.columns import PAIR_COLUMNS, TEXT_COLUMNS
-from fastkd.configuration import head_speeds
+from fastkd.data.columns import PAIR_COLUMNS, TEXT_COLUMNS
+from fastkd.encoders.families import longest_input
+from fastkd.encoders.input_format import encode
 from fastkd.engines.batch import warn_about_nan
 from fastkd.engines.packed import PackedTokens, answer_all, bounds, bucket, encoder_of
 from fastkd.engines.schedule import Schedule
-from fastkd.input_format import encode
+from fastkd.exits.rule import head_speeds
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from fastkd.modeling import EarlyExitForSequenceClassification
+    from fastkd.model.modeling import EarlyExitForSequenceClassification
 
 
 _NOT_FINITE = "the model's answer is not a finite number; try float32 or bfloat16 weights"

@@ -1,8 +1,8 @@
 """Distillation losses as modules for anybody's training loop, one file a method.
 
-They take tensors only: logits [B, C], logits of every layer [L, B, C] (`fastkd.probe.PseudoClassifiers`), or pooled
-hidden states of every layer [L, B, H] (`fastkd.probe.LayerProbe`), first layer first. Layers are numbered from 1, as in
-the papers. Each class says whose formula or code it follows, and what its reduction and temperature scaling are.
+They take tensors only: logits [B, C], logits of every layer [L, B, C] (`fastkd.kd.probe.PseudoClassifiers`), or pooled
+hidden states of every layer [L, B, H] (`fastkd.kd.probe.LayerProbe`), first layer first. Layers are numbered from 1,
+as in the papers. Each class says whose formula or code it follows, and what its reduction and temperature scaling are.
 """
 
 from fastkd.losses.alp_kd import ALPKDLoss

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from fastkd.flops import flops
+from fastkd.exits.flops import flops
+from fastkd.exits.reliability import accuracy_by_interval, arrivals
+from fastkd.exits.trace import ExitAnswers, ExitTrace
 from fastkd.report.sources import Source, measured_with
-from fastkd.trace import ExitAnswers, ExitTrace
-from fastkd.training_log import RECORDED_SPEED, training_curve
-from fastkd.uncertainty import accuracy_by_interval, arrivals
+from fastkd.training.log import RECORDED_SPEED, training_curve
 
 SPEEDS = [step / 200 for step in range(201)]
 """Where the slider can stand; calibration tries the same speeds."""

@@ -12,8 +12,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from fastkd.configuration import check_speed
-from fastkd.files import write_text
+from fastkd.data.files import write_text
+from fastkd.exits.rule import check_speed
 from fastkd.report.content import SPEEDS, page_content
 from fastkd.report.sources import Source
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from fastkd import figures
-from fastkd.benchmark import Benchmark
+from fastkd.exits.reliability import accuracy_by_interval, arrivals
+from fastkd.inference.benchmark import Benchmark
+from fastkd.report import figures
 from fastkd.report.sources import Source, measured_with
-from fastkd.training_log import training_curve
-from fastkd.uncertainty import accuracy_by_interval, arrivals
+from fastkd.training.log import training_curve
 
 FORMATS = ("png", "svg", "pdf")
 SWEPT_SPEEDS = [step / 20 for step in range(21)]

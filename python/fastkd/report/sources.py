@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastkd.data import Rows, load_rows
-from fastkd.trace import ExitTrace
-from fastkd.training_log import LOG_FILE, read_log
+from fastkd.data.tables import Rows, load_rows
+from fastkd.exits.trace import ExitTrace
+from fastkd.training.log import LOG_FILE, read_log
 
 TRACE_FILE = "trace.safetensors"
 BENCH_FILE = "bench.json"
@@ -24,7 +24,7 @@ class Source:
         name: how the page calls it.
         trace: every head's logits.
         benchmark: what `Benchmark.to_dict` gives, or None.
-        logs: of fine-tuning and distillation, as `fastkd.training_log.read_log` gives them.
+        logs: of fine-tuning and distillation, as `fastkd.training.log.read_log` gives them.
         certificate: of a calibration, as the model's configuration holds it; None where there is none.
         examples: the rows that were traced, in the order of their file; None shows no texts.
         label_names: of the classes; None calls them by number.

@@ -1,0 +1,134 @@
+"""Option types that several commands share, and how their texts are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Criterion(str, Enum):
+    """When a row is certain enough, see `fastkd_kernels.exit_gate` and `fastkd.exits.criteria`."""
+
+    entropy = "entropy"
+    max_prob = "max_prob"
+    margin = "margin"
+    top_n = "top_n"
+    patience = "patience"
+    learned = "learned"
+    agreement = "agreement"
+
+
+class Dtype(str, Enum):
+    """The precision of the weights."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output, and nothing else.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1...; auto takes a GPU where there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision of the weights.")]
+Checkpoint = Annotated[str, typer.Argument(help="Folder of a model trained by fastkd.", show_default=False)]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same weights.")]
+MaxLength = Annotated[
+    int | None, typer.Option(min=8, help="Tokens after which a text is cut; default: what the model was trained with.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows run together.")]
+Split = Annotated[str, typer.Option(help="Which split of a data folder.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use at most so many rows, drawn at random.")]
+Criteria = Annotated[
+    list[Criterion] | None,
+    typer.Option(
+        "--criterion",
+        help="How certainty is measured; repeat it to compare. Default: entropy, or agreement for regression.",
+    ),
+]
+OneCriterion = Annotated[
+    Criterion | None, typer.Option(help="How certainty is measured; default: what the model says.")
+]
+TopN = Annotated[int | None, typer.Option(min=2, help="Classes that the top_n criterion looks at.")]
+DataOption = Annotated[
+    Path | None, typer.Option(help="Folder with train and perhaps dev and test (.tsv, .csv, .jsonl, .parquet).")
+]
+TrainFile = Annotated[Path | None, typer.Option(help="Training rows, instead of --data.")]
+DevFile = Annotated[Path | None, typer.Option(help="Rows that choose the best weights, instead of --data.")]
+TrainRows = Annotated[int | None, typer.Option(min=1, help="Train on at most so many rows, drawn at random.")]
+Epochs = Annotated[float, typer.Option(help="Passes over the training rows.")]
+MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop after so many steps instead.")]
+Bf16 = Annotated[
+    bool | None, typer.Option("--bf16/--no-bf16", help="Compute in bfloat16; default: where the hardware does.")
+]
+Parity = Annotated[
+    str | None,
+    typer.Option(
+        help="fastbert: train as its official code does, quirks included; the options that you give still win."
+    ),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue a killed run of the same command.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier run.")]
+
+
+def parse_speeds(text: str) -> list[float]:
+    """Speeds as in "0,0.1,0.5" or "0:1:0.1", ascending and without repeats.
+
+    Raises:
+        ValueError: not numbers, or outside [0, 1].
+    """
+    try:
+        if ":" in text:
+            start, end, step = (float(part) for part in text.split(":"))
+            if step <= 0:
+                raise ValueError
+            # counting avoids the drift of adding up
+            speeds = [round(start + index * step, 10) for index in range(int((end - start) / step + 1e-9) + 1)]
+        else:
+            speeds = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"speeds: got {text!r}, expected numbers such as 0,0.1,0.5 or a range such as 0:1:0.1"
+        ) from None
+    outside = [speed for speed in speeds if not 0 <= speed <= 1]
+    if outside or not speeds:
+        raise ValueError(f"speeds: got {text!r}, expected numbers from 0 (the full model) to 1 (leave at once)")
+    return sorted(set(speeds))
+
+
+def parse_share(text: str, option: str) -> float:
+    """A share as in "0.01" or "1%".
+
+    Raises:
+        ValueError: neither.
+    """
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise ValueError(f"{option}: got {text!r}, expected a share such as 0.01 or 1%") from None
+
+
+def whole_numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option}: got {text!r}, expected whole numbers such as 1,8,32") from None
+
+
+def words(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def source_names(sources: Sequence[str]) -> list[str]:
+    """A short name for each source: its stem, or as much of the path as tells them apart."""
+    stems = [Path(source).stem for source in sources]
+    return stems if len(set(stems)) == len(stems) else [str(Path(source).with_suffix("")) for source in sources]
+
+
+def curve_name(source: str, criterion: str, sources: int, criteria: int) -> str:
+    """As much of source and criterion as tells the curves apart."""
+    if sources > 1 and criteria > 1:
+        return f"{source}, {criterion}"
+    return source if sources > 1 else criterion

@@ -1,0 +1,218 @@
+"""What a command shows: tables for people, one JSON value for machines, readable errors for both."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from fastkd.exits.trace import Sweep
+    from fastkd.inference.benchmark import Benchmark, BenchmarkRow
+
+BAD_INPUT = 2
+
+wants_traceback: ContextVar[bool] = ContextVar("wants_traceback", default=False)
+
+
+class Screen:
+    """Where a command writes: people's tables, or one JSON value."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.stdout = sys.stdout
+        # tables are made for a wide screen; files and pipes have no width of their own
+        width = None if self.stdout.isatty() else 140
+        self.out = Console(file=self.stdout, highlight=False, quiet=as_json, width=width)
+        self.err = Console(stderr=True, highlight=False)
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether wide tables would be cut off."""
+        return self.out.width < 125
+
+    def say(self, text: str) -> None:
+        """A line about what happens now; not part of the result."""
+        self.err.print(text)
+
+    def result(self, value: Any) -> None:
+        """The machine-readable result; printed with --json only."""
+        if self.as_json:
+            print(json.dumps(value, indent=2, ensure_ascii=False), file=self.stdout, flush=True)
+
+    def next_step(self, *commands: str) -> None:
+        """What to run next."""
+        for index, command in enumerate(commands):
+            self.out.print(f"{'next:' if index == 0 else '     '} [bold cyan]{command}[/]", soft_wrap=True)
+
+    @contextlib.contextmanager
+    def warnings(self) -> Iterator[None]:
+        """Inside, warnings are one line on standard error each, without the place in the code."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", UserWarning)
+            warnings.showwarning = lambda message, *_: self.err.print(
+                f"[bold yellow]warning:[/] {message}", soft_wrap=True
+            )
+            yield
+
+    @contextlib.contextmanager
+    def progress(self, what: str, total: int | None) -> Iterator[Callable[..., None]]:
+        """A progress bar on standard error; call what it gives with (done so far, what is running, new total)."""
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self.err, transient=True) as bar:
+            task = bar.add_task(what, total=total)
+
+            def update(done: int, now: str = "", new_total: int | None = None) -> None:
+                bar.update(task, completed=done, description=now or what, total=new_total or total)
+
+            yield update
+
+
+@contextlib.contextmanager
+def screen_for(as_json: bool) -> Iterator[Screen]:
+    """The screen of one command: readable errors, and with --json nothing else on standard output.
+
+    Exits with code 2 for bad input and 130 for an interrupt; `wants_traceback` lets errors through as they are.
+    """
+    screen = Screen(as_json)
+    # libraries print where they like; with --json that must not be the standard output
+    redirect = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    try:
+        with redirect:
+            yield screen
+    except KeyboardInterrupt:
+        screen.err.print("interrupted; finished files are whole, unfinished ones were removed")
+        raise typer.Exit(130) from None
+    except BrokenPipeError:
+        # the reader (head, a pager) had enough; Python must not try to flush the rest at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+    except Exception as error:
+        if wants_traceback.get() or not _is_bad_input(error):
+            raise
+        message = _as_flags(str(error).strip()) or type(error).__name__
+        screen.err.print("error:", style="bold red", end=" ")
+        screen.err.print(message, markup=False, soft_wrap=True)
+        screen.result({"error": message})
+        raise typer.Exit(BAD_INPUT) from None
+
+
+def _as_flags(message: str) -> str:
+    """Remedies that name a Python argument, in the words of the command line."""
+    for argument, flag in (
+        ("resume=True", "--resume"),
+        ("overwrite=True", "--overwrite"),
+        ("resume=False", "without it"),
+    ):
+        message = message.replace(argument, flag)
+    return re.sub(r"\bnum_labels=(\d+)", r"--num-labels \1", message)
+
+
+def _is_bad_input(error: Exception) -> bool:
+    """What a user can cause and cure; anything else is a fault of ours and keeps its traceback."""
+    return isinstance(error, (ValueError, OSError, ImportError))
+
+
+def quality(accuracy: float | None, pearson: float | None) -> str:
+    """An accuracy as a percentage, or the correlation of a regression as a number."""
+    return share(accuracy) if pearson is None else f"{pearson:.4f}"
+
+
+def sweep_table(sweep: Sweep, name: str, is_narrow: bool = False) -> Table:
+    """The sweep for people; a narrow one shows FLOPs in the fastbert convention only, as a speed-up."""
+    rows = list(sweep)
+    layers = len(rows[0].exits_per_layer)
+    conventions = ["fastbert"] if is_narrow else list(rows[0].flops)
+    table = Table(
+        title=f"{name}: {sum(rows[0].exits_per_layer)} rows, FLOPs at {sweep.seq_len} tokens",
+        title_justify="left",
+        box=box.SIMPLE_HEAD if is_narrow else box.HEAVY_HEAD,
+    )
+    kind = "accuracy" if rows[0].pearson is None else "correlation"
+    for heading in ("speed", kind, "layers", f"left after layer 1..{layers}"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for convention in conventions:
+        if not is_narrow:
+            table.add_column(f"{convention}\nGFLOPs", justify="right", no_wrap=True)
+        table.add_column("FLOPs" if is_narrow else "\nspeed-up", justify="right", no_wrap=True, style="bold")
+    width = max(len(str(count)) for row in rows for count in row.exits_per_layer)
+    for row in rows:
+        costs = []
+        for convention in conventions:
+            costs += [] if is_narrow else [f"{row.flops[convention] / 1e9:.3f}"]
+            costs.append(f"{row.speedup[convention]:.2f}x")
+        exits = " ".join(f"{count or '·':>{width}}" for count in row.exits_per_layer)
+        table.add_row(f"{row.speed:g}", quality(row.accuracy, row.pearson), f"{row.average_layers:.2f}", exits, *costs)
+    return table
+
+
+def benchmark_table(measured: Benchmark, is_narrow: bool = False) -> Table:
+    """The measurements for people; a narrow one leaves out what the CSV file also has."""
+    facts = measured.machine
+    machine = facts["processor"] if facts["device"] == "cpu" else facts["device"]
+    threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
+    table = Table(
+        title=f"Measured on {machine}, {threads}, torch {facts['torch']}; {measured.rows[0].rows} rows a pass, "
+        "sorted by length",
+        caption="Speed-up against the full model at its best, same rows, order, dtype and device. "
+        + ("" if facts["gpu_columns"] == "measured" else "GPU: not yet measured."),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD if is_narrow else box.HEAVY_HEAD,
+    )
+    previous = None
+    for number, row in enumerate(measured.rows):
+        if previous not in (None, (row.dtype, row.batch_size)):
+            table.add_section()
+        previous = (row.dtype, row.batch_size)
+        cells = _benchmark_cells(row)
+        shown = {name: cell for name, cell in cells.items() if not (is_narrow and name in _WIDE_ONLY)}
+        if number == 0:
+            for name in shown:
+                table.add_column(name, justify="right", no_wrap=True, style="bold" if name == "measured" else None)
+        table.add_row(*shown.values())
+    return table
+
+
+_WIDE_ONLY = ("full", "layers", "rows/s", "full rows/s")
+
+
+def _benchmark_cells(row: BenchmarkRow) -> dict[str, str]:
+    loses = row.speedup < 1
+    return {
+        "dtype": row.dtype,
+        "batch": str(row.batch_size),
+        "speed": f"{row.speed:g}",
+        "accuracy" if row.pearson is None else "correlation": quality(row.accuracy, row.pearson),
+        "full": quality(row.full_accuracy, row.full_pearson),
+        "layers": f"{row.average_layers:.2f}",
+        "FLOPs": f"{row.flops_speedup:.2f}x",
+        "measured": f"[red]{row.speedup:.2f}x[/]" if loses else f"{row.speedup:.2f}x",
+        "realised": f"{row.realised:.2f}",
+        "rows/s": f"{row.rows_per_second:,.0f}",
+        "full rows/s": f"{row.rows / row.full_seconds:,.0f}",
+        "best full": row.full_engine,
+    }
+
+
+def share(value: float | None) -> str:
+    """A share of rows in percent; a dash for None."""
+    return "-" if value is None else f"{100 * value:.2f}%"

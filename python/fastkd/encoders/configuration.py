@@ -1,0 +1,165 @@
+"""Configuration of an early-exit model: the backbone's own configuration plus what was added to it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from fastkd.encoders.families import family_of
+from fastkd.exits.catalogue import check_criterion, default_criterion
+from fastkd.exits.rule import check_speed, head_speeds
+
+HEADS = ("fastbert", "linear")
+INPUT_FORMATS = ("standard", "uer")
+
+
+class EarlyExitConfig(PreTrainedConfig):
+    """A backbone's configuration, the layers that have a head, and how inference leaves early.
+
+    Args:
+        backbone: configuration of the Hugging Face encoder, as an object or a dictionary with its `model_type`.
+        head: "fastbert" (the mini-classifier of FastBERT, section 3.2) or "linear" (one linear layer on [CLS]).
+        exit_layers: 1-based numbers of the layers that have a head; the last layer, whose head is the teacher, is
+            always added. Default: every layer.
+        head_width: width D of a fastbert head; a multiple of `head_attention_heads`.
+        head_attention_heads: attention heads inside a fastbert head.
+        head_dropout: dropout inside the heads during training; default: the backbone's hidden dropout.
+        exits_trained: whether the heads below the last were distilled; leaving early is refused before that.
+        speed: FastBERT's speed used where `forward` gets none, a number or one for each head (`head_speeds`); 0 runs
+            the full model.
+        criterion: the uncertainty used where `forward` gets none, see `fastkd.exits.criteria`; default "entropy", for
+            regression "agreement".
+        top_n: how many classes the "top_n" criterion looks at.
+        input_format: how the texts that the model was trained on became tokens, see
+            `fastkd.encoders.input_format`: "standard" or "uer".
+        learned_exit: whether there is a learned exit (`fastkd.encoders.heads.LearnedExit`), for the criterion
+            "learned".
+        certificate: what `ExitTrace.calibrate` vouches for, as `Certificate.to_dict` writes it.
+        label_scale: mean and standard deviation of the labels that a regression was fine-tuned on, see
+            `fastkd.encoders.label_scale`; None: not fine-tuned, or no regression.
+        training_data: fingerprints (`Rows.digest`) of the rows that the weights have seen, by their part in training
+            ("finetune train", "finetune dev", "distill train"...).
+        kwargs: what every Hugging Face configuration takes (`num_labels`, `id2label`, `problem_type`...).
+
+    Raises:
+        ValueError: an unsupported backbone family, a decoder, or an argument outside the values above.
+    """
+
+    model_type = "fastkd_early_exit"
+    sub_configs = {"backbone": AutoConfig}  # noqa: RUF012  # the name and form are transformers'
+    keys_to_ignore_at_inference = ["exit_layer", "uncertainty"]  # noqa: RUF012  # read by transformers.Trainer
+
+    def __init__(
+        self,
+        backbone: PreTrainedConfig | dict[str, Any] | None = None,
+        head: str = "fastbert",
+        exit_layers: Sequence[int] | None = None,
+        head_width: int = 128,
+        head_attention_heads: int = 2,
+        head_dropout: float | None = None,
+        exits_trained: bool = False,
+        speed: float | Sequence[float] = 0.0,
+        criterion: str | None = None,
+        top_n: int | None = None,
+        input_format: str = "standard",
+        learned_exit: bool = False,
+        certificate: Mapping[str, Any] | None = None,
+        label_scale: Sequence[float] | None = None,
+        training_data: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.backbone = _backbone_config(backbone)
+        if head not in HEADS:
+            raise ValueError(f"head: got {head!r}, expected one of {', '.join(HEADS)}")
+        if head_width < 1 or head_width % head_attention_heads:
+            raise ValueError(
+                f"head_width: got {head_width}, expected a multiple of head_attention_heads={head_attention_heads}"
+            )
+        self.head = head
+        self.exit_layers = _checked_exit_layers(exit_layers, self.num_hidden_layers)
+        self.head_width = head_width
+        self.head_attention_heads = head_attention_heads
+        self.head_dropout = self.backbone_dropout if head_dropout is None else head_dropout
+        self.exits_trained = exits_trained
+        head_speeds(speed, self.exit_layers)
+        self.speed = check_speed(speed)
+        self.top_n = top_n
+        if input_format not in INPUT_FORMATS:
+            raise ValueError(f"input_format: got {input_format!r}, expected one of {', '.join(INPUT_FORMATS)}")
+        self.input_format = input_format
+        self.learned_exit = learned_exit
+        self.certificate = None if certificate is None else dict(certificate)
+        self.label_scale = None if label_scale is None else _checked_label_scale(label_scale)
+        self.training_data = dict(training_data or {})
+        super().__init__(**kwargs)
+        self.criterion = criterion or default_criterion(self.num_classes)
+        check_criterion(self.criterion, top_n, self.num_classes)
+        if self.problem_type == "multi_label_classification":
+            raise ValueError(
+                "problem_type: got 'multi_label_classification'; early exit needs one answer a sentence: use "
+                "'single_label_classification', or 'regression' with num_labels=1"
+            )
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return int(self.backbone.num_hidden_layers)
+
+    @property
+    def num_classes(self) -> int:
+        """`num_labels`, which transformers types as optional."""
+        return self.num_labels or 2
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.backbone.hidden_size)
+
+    @property
+    def backbone_dropout(self) -> float:
+        # DistilBERT calls it `dropout`
+        return float(getattr(self.backbone, "hidden_dropout_prob", getattr(self.backbone, "dropout", 0.0)))
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """The backbone's configuration, where transformers looks for vocabulary and embedding sizes."""
+        return self.backbone
+
+
+def _checked_label_scale(label_scale: Sequence[float]) -> list[float]:
+    """Raise ValueError unless these are a mean and a standard deviation."""
+    is_right = len(label_scale) == 2 and all(math.isfinite(value) for value in label_scale) and label_scale[1] > 0
+    if not is_right:
+        raise ValueError(f"label_scale: got {label_scale!r}, expected a mean and a standard deviation above 0")
+    return [float(value) for value in label_scale]
+
+
+def _backbone_config(backbone: PreTrainedConfig | dict[str, Any] | None) -> PreTrainedConfig:
+    if backbone is None:
+        backbone = {"model_type": "bert"}  # transformers needs every configuration to have a default
+    if isinstance(backbone, dict):
+        fields = dict(backbone)
+        model_type = fields.pop("model_type", None)
+        if model_type is None:
+            raise ValueError("backbone: the dictionary has no 'model_type'; pass the encoder's whole configuration")
+        family_of(model_type)
+        own = AutoConfig.for_model(model_type, **fields)
+    else:
+        family_of(backbone.model_type)
+        own = copy.deepcopy(backbone)
+    if getattr(own, "is_decoder", False):
+        raise ValueError("backbone: got a decoder (is_decoder=True), expected an encoder that sees the whole sentence")
+    own.name_or_path = ""  # where the plain checkpoint lay on this machine is nobody's business
+    return own
+
+
+def _checked_exit_layers(exit_layers: Sequence[int] | None, num_layers: int) -> list[int]:
+    if exit_layers is None:
+        return list(range(1, num_layers + 1))
+    for layer in exit_layers:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= num_layers:
+            raise ValueError(
+                f"exit_layers: got {layer!r}, expected whole numbers from 1 to {num_layers}, the backbone's depth"
+            )
+    return sorted({*exit_layers, num_layers})

@@ -1,0 +1,1 @@
+"""What a threshold is worth: criteria, traces, costs, guarantees and drift. Knows logits, not models."""

@@ -1,0 +1,501 @@
+"""Exit traces: one pass through every head answers every threshold and every criterion offline.
+
+Who leaves early never changes anybody's hidden states, so the logits of all heads, recorded once, contain every
+answer that the model can give at any speed.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import fastkd_kernels as fk
+from fastkd.data.files import atomic_path
+from fastkd.exits import criteria
+from fastkd.exits.catalogue import default_criterion
+from fastkd.exits.flops import CONVENTIONS, FlopsShape, flops
+from fastkd.exits.rule import head_speeds
+
+if TYPE_CHECKING:
+    from fastkd.exits.calibration import Certificate, ThresholdPath
+    from fastkd.model.modeling import EarlyExitForSequenceClassification
+
+_FORMAT = "fastkd exit trace 1"
+
+
+@dataclass(frozen=True)
+class ExitAnswers:
+    """What the model answers at one speed, one entry a row."""
+
+    prediction: Tensor
+    """[n] int64, the class; float32, the number, for regression."""
+    exit_layer: Tensor
+    """[n] int32, 1 after the first layer."""
+    uncertainty: Tensor
+    """[n] float32, at that layer."""
+    logits: Tensor
+    """[n, C] float32, of that layer's head."""
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """The cost and the quality of one speed."""
+
+    speed: float
+    """On a threshold path, the place on it."""
+    accuracy: float | None
+    """Share of right answers in [0, 1]; None without labels and for regression."""
+    average_layers: float
+    exits_per_layer: list[int]
+    """How many rows left after each of the layers, 0 where a layer has no head."""
+    flops: dict[str, float]
+    """Mean operations a row, by convention (`fastkd.flops`)."""
+    speedup: dict[str, float]
+    """Operations of the full model (all layers, one head) divided by `flops`."""
+    pearson: float | None = None
+    """Correlation of answers and labels, for regression."""
+
+    @property
+    def quality(self) -> float | None:
+        """Accuracy, or for regression the correlation; None without labels."""
+        return self.accuracy if self.pearson is None else self.pearson
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A table of speeds."""
+
+    rows: list[SweepRow]
+    criterion: str
+    top_n: int | None
+    seq_len: int
+    """The length for which operations were counted."""
+
+    def __iter__(self) -> Iterator[SweepRow]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> SweepRow:
+        return self.rows[index]
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """One flat dictionary a row, ready for CSV or JSON."""
+        return [
+            {
+                "speed": row.speed,
+                "criterion": self.criterion,
+                "top_n": self.top_n,
+                "seq_len": self.seq_len,
+                "accuracy": row.accuracy,
+                **({} if row.pearson is None else {"pearson": row.pearson}),
+                "average_layers": row.average_layers,
+                **{f"exits_layer_{layer}": count for layer, count in enumerate(row.exits_per_layer, start=1)},
+                **{f"flops_{name}": value for name, value in row.flops.items()},
+                **{f"speedup_{name}": value for name, value in row.speedup.items()},
+            }
+            for row in self.rows
+        ]
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write the table; the file is either whole or absent."""
+        rows = self.to_dicts()
+        with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+@dataclass(frozen=True)
+class TraceSource:
+    """Where a trace comes from, as fingerprints; empty where that is unknown."""
+
+    model: str = ""
+    """Of the weights (`model_fingerprint`)."""
+    data: str = ""
+    """Of the rows (`Rows.digest`), before any were drawn from them."""
+    training_data: Mapping[str, str] = field(default_factory=dict)
+    """Of the rows that the weights have seen, see `EarlyExitConfig`."""
+    dtype: str = ""
+    """Of the weights, as torch calls it: "float32"."""
+
+
+@dataclass(frozen=True)
+class ExitTrace:
+    """Every head's logits on a data set.
+
+    Attributes:
+        logits: [n, K, C] float32, heads in layer order; the last one is the full model's answer.
+        labels: [n] int64, or None.
+        lengths: [n] int32, tokens of each row without padding.
+        exit_layers: the K layers that have a head, 1-based; the last is `shape.num_hidden_layers`.
+        max_length: the longest row as it was fed, padding included.
+        shape: the sizes on which operations depend.
+        rows: [n] int64, the row of the data (0 is the first) that each one is; None where nobody said.
+        source: which model and which rows these are.
+        certainty: [n, K] float32, what the learned exit gives each head; None where the model has none.
+    """
+
+    logits: Tensor
+    labels: Tensor | None
+    lengths: Tensor
+    exit_layers: list[int]
+    max_length: int
+    shape: FlopsShape
+    rows: Tensor | None = None
+    source: TraceSource = TraceSource()
+    certainty: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.logits.dim() != 3 or self.logits.shape[1] != len(self.exit_layers):
+            raise ValueError(
+                f"logits: got shape {tuple(self.logits.shape)}, expected [n, {len(self.exit_layers)}, C], one head an "
+                "exit layer"
+            )
+        for name, value in (("labels", self.labels), ("lengths", self.lengths), ("rows", self.rows)):
+            if value is not None and value.shape != self.logits.shape[:1]:
+                raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{self.logits.shape[0]}]")
+        if self.certainty is not None and self.certainty.shape != self.logits.shape[:2]:
+            shapes = f"got shape {tuple(self.certainty.shape)}, expected {list(self.logits.shape[:2])}"
+            raise ValueError(f"certainty: {shapes}, one a head")
+
+    def __len__(self) -> int:
+        return self.logits.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        return self.shape.num_hidden_layers
+
+    @property
+    def is_regression(self) -> bool:
+        return self.logits.shape[-1] == 1
+
+    @property
+    def has_right_answers(self) -> bool:
+        """Whether the rows have labels that an answer meets or misses; a number only comes near."""
+        return self.labels is not None and not self.is_regression
+
+    @property
+    def default_criterion(self) -> str:
+        return default_criterion(self.logits.shape[-1])
+
+    def select(self, rows: Tensor) -> ExitTrace:
+        """The trace of these rows [m] only."""
+        tensors = ("logits", "labels", "lengths", "rows", "certainty")
+        parts = {name: value[rows] for name in tensors if (value := getattr(self, name)) is not None}
+        return replace(self, **parts)
+
+    def answers(
+        self, speed: float | Sequence[float], criterion: str | None = None, top_n: int | None = None
+    ) -> ExitAnswers:
+        """What `forward(speed, criterion, top_n)` answers, by the same gate.
+
+        The criterion is "entropy" where none is given, for regression "agreement".
+
+        Raises:
+            ValueError: as `fastkd.exits.rule.head_speeds` and `fastkd.exits.criteria.decide`.
+        """
+        criterion = criterion or self.default_criterion
+        speeds = head_speeds(speed, self.exit_layers)
+        rows, _, num_labels = self.logits.shape
+        record = fk.ExitRecord.allocate(rows, num_labels)
+        staying = torch.arange(rows, dtype=torch.int32)
+        for index, layer in enumerate(self.exit_layers):
+            is_last = layer == self.num_layers
+            if layer not in speeds and not is_last:
+                continue
+            logits = self.logits[:, index].index_select(0, staying)
+            gate = criteria.decide(
+                logits, speeds.get(layer, 0.0), criterion, staying, top_n,
+                record=record, layer=layer, certainty=self._certainty_of(index, staying),
+            )  # fmt: skip
+            if is_last:
+                record.write(staying, logits, gate.uncertainty, layer)
+                break
+            staying = staying.index_select(0, gate.kept())
+        return ExitAnswers(predictions(record.logits), record.exit_layer, record.uncertainty, record.logits)
+
+    def uncertainties(self, criterion: str | None = None, top_n: int | None = None) -> Tensor:
+        """What every head's gate sees if nobody leaves, [n, K] float32.
+
+        Raises:
+            ValueError: as `fastkd.exits.criteria.decide`.
+        """
+        criterion = criterion or self.default_criterion
+        record = fk.ExitRecord.allocate(len(self), self.logits.shape[-1])
+        rows = torch.arange(len(self), dtype=torch.int32)
+        seen = [
+            criteria.decide(
+                self.logits[:, index], 0.0, criterion, rows, top_n,
+                record=record, layer=layer, certainty=self._certainty_of(index, rows),
+            ).uncertainty
+            for index, layer in enumerate(self.exit_layers)
+        ]  # fmt: skip
+        return torch.stack(seen, dim=1)
+
+    def _certainty_of(self, head: int, rows: Tensor) -> Tensor | None:
+        return None if self.certainty is None else self.certainty[:, head].index_select(0, rows)
+
+    def sweep(
+        self,
+        speeds: Sequence[float],
+        criterion: str | None = None,
+        top_n: int | None = None,
+        *,
+        path: ThresholdPath | None = None,
+        seq_len: int | None = None,
+    ) -> Sweep:
+        """Accuracy and cost at every speed.
+
+        Args:
+            speeds: numbers in [0, 1].
+            criterion, top_n: as in `answers`.
+            path: a threshold for each head at every speed (`threshold_path`); criterion and top_n are then the path's.
+            seq_len: length for which operations are counted, padding included; default `max_length`.
+
+        Raises:
+            ValueError: no speeds, or as `answers`.
+        """
+        if not speeds:
+            raise ValueError("speeds: got none, expected at least one number from 0 to 1")
+        seq_len = self.max_length if seq_len is None else seq_len
+        criterion = criterion or self.default_criterion
+        if path is not None:
+            criterion, top_n = path.criterion, path.top_n
+        is_learned = criterion == "learned"
+        rows = []
+        for speed in speeds:
+            thresholds = speed if path is None else path.at(speed)
+            answers = self.answers(thresholds, criterion, top_n)
+            rows.append(self.cost(speed, thresholds, answers, seq_len, learned_exit=is_learned))
+        return Sweep(rows, criterion, top_n, seq_len)
+
+    def cost(
+        self,
+        speed: float,
+        thresholds: float | Sequence[float],
+        answers: ExitAnswers,
+        seq_len: int | None = None,
+        *,
+        learned_exit: bool = False,
+    ) -> SweepRow:
+        """The row of a sweep for the `answers` at `thresholds`; `speed` is what it is called."""
+        seq_len = self.max_length if seq_len is None else seq_len
+        exits = torch.bincount(answers.exit_layer.long(), minlength=self.num_layers + 1)[1:].tolist()
+        accuracy = pearson = None
+        if self.labels is not None and self.is_regression:
+            pearson = correlation(answers.prediction, self.labels)
+        elif self.labels is not None:
+            accuracy = (answers.prediction == self.labels).double().mean().item()
+        asked = [*head_speeds(thresholds, self.exit_layers), self.num_layers]
+        full = {name: flops(self.shape, seq_len, convention=name) for name in CONVENTIONS}
+        spent = {
+            name: sum(
+                count * self._cost_of_row(layer, asked, seq_len, name, learned_exit)
+                for layer, count in enumerate(exits, start=1)
+            )
+            / len(self)
+            for name in CONVENTIONS
+        }
+        return SweepRow(
+            speed=float(speed),
+            accuracy=accuracy,
+            average_layers=answers.exit_layer.double().mean().item(),
+            exits_per_layer=exits,
+            flops=spent,
+            speedup={name: full[name] / value for name, value in spent.items()},
+            pearson=pearson,
+        )
+
+    def _cost_of_row(self, layer: int, asked: Sequence[int], seq_len: int, convention: str, learned_exit: bool) -> int:
+        """Operations of a row that leaves after `layer`, having met every head that is asked up to there."""
+        heads = sum(head <= layer for head in asked)
+        # the last head answers whoever is left without asking the learned exit
+        learned = sum(head <= layer for head in asked[:-1]) if learned_exit else 0
+        return flops(self.shape, seq_len, layers=layer, heads=heads, learned_exits=learned, convention=convention)
+
+    def threshold_path(
+        self,
+        criterion: str | None = None,
+        top_n: int | None = None,
+        *,
+        guarantee: str = "consistency",
+        tolerance: float | None = None,
+    ) -> ThresholdPath:
+        """Thresholds for each head, at every speed, learned from this trace: see `calibration.ThresholdPath`."""
+        from fastkd.exits.calibration import ThresholdPath
+
+        return ThresholdPath.fit(self, criterion, top_n, guarantee=guarantee, tolerance=tolerance)
+
+    def calibrate(self, max_drop: float = 0.01, confidence: float = 0.95, **options: Any) -> Certificate:
+        """The fastest speed that is guaranteed on rows like these: see `fastkd.exits.calibration.calibrate`."""
+        from fastkd.exits.calibration import calibrate
+
+        return calibrate(self, max_drop, confidence, **options)
+
+    def compare(self, reliability: ExitTrace | None = None, **options: Any) -> dict[str, Sweep]:
+        """Every criterion on the plane of speed-up and accuracy: see `fastkd.exits.comparison.compare`."""
+        from fastkd.exits.comparison import compare
+
+        return compare(self, reliability, **options)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file; it is either whole or absent."""
+        tensors = {"logits": self.logits.contiguous(), "lengths": self.lengths.contiguous()}
+        for name, value in (("labels", self.labels), ("certainty", self.certainty), ("rows", self.rows)):
+            if value is not None:
+                tensors[name] = value.contiguous()
+        metadata = {
+            "format": _FORMAT,
+            "exit_layers": json.dumps(self.exit_layers),
+            "max_length": json.dumps(self.max_length),
+            "shape": json.dumps(asdict(self.shape)),
+            "source": json.dumps(asdict(self.source)),
+        }
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ExitTrace:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is damaged or is no exit trace.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"trace: no file {path}; write one with `fastkd trace` or ExitTrace.save")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+        except SafetensorError as error:
+            raise ValueError(f"trace: {path} is damaged or no trace ({error}); write it again") from error
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(
+                f"trace: {path} has format {metadata.get('format')!r}, expected {_FORMAT!r}; write it again with "
+                "`fastkd trace` of this version"
+            )
+        return cls(
+            logits=tensors["logits"],
+            labels=tensors.get("labels"),
+            lengths=tensors["lengths"],
+            exit_layers=json.loads(metadata["exit_layers"]),
+            max_length=json.loads(metadata["max_length"]),
+            shape=FlopsShape(**json.loads(metadata["shape"])),
+            rows=tensors.get("rows"),
+            # traces of version 0.1 do not say where they come from
+            source=TraceSource(**json.loads(metadata.get("source", "{}"))),
+            certainty=tensors.get("certainty"),
+        )
+
+
+@dataclass
+class _Recorder:
+    """Collects the batches of one trace on the host."""
+
+    logits: list[Tensor] = field(default_factory=list)
+    certainty: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
+    lengths: list[Tensor] = field(default_factory=list)
+    max_length: int = 0
+    tokens: Any = field(default_factory=hashlib.sha256)
+
+
+@torch.no_grad()
+def record_trace(
+    model: EarlyExitForSequenceClassification,
+    batches: Iterable[Mapping[str, Tensor]],
+    fingerprint: str | None = None,
+) -> ExitTrace:
+    """Run every head of `model`, in evaluation mode, on every batch.
+
+    Args:
+        model: its training mode is restored afterwards.
+        batches: keyword arguments of `model.forward`, with or without `labels`.
+        fingerprint: of the rows (`Rows.digest`); default: one of the tokens.
+
+    Raises:
+        ValueError: no batches, or labels in some of them only.
+    """
+    recorder = _Recorder()
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            _record_batch(model, batch, recorder)
+    finally:
+        model.train(was_training)
+    if not recorder.logits:
+        raise ValueError("batches: got none, expected at least one; is the data set empty?")
+    if recorder.labels and len(recorder.labels) != len(recorder.logits):
+        raise ValueError("batches: some have labels and some have not; give labels to all of them or to none")
+    return ExitTrace(
+        logits=torch.cat(recorder.logits),
+        labels=torch.cat(recorder.labels) if recorder.labels else None,
+        lengths=torch.cat(recorder.lengths),
+        exit_layers=list(model.exit_layers),
+        max_length=recorder.max_length,
+        shape=FlopsShape.of(model.config),
+        source=TraceSource(
+            model=model_fingerprint(model),
+            data=fingerprint or f"tokens:{recorder.tokens.hexdigest()}",
+            training_data=dict(model.config.training_data),
+            dtype=str(model.dtype).removeprefix("torch."),
+        ),
+        certainty=torch.cat(recorder.certainty) if recorder.certainty else None,
+    )
+
+
+def model_fingerprint(model: EarlyExitForSequenceClassification) -> str:
+    """A SHA-256 of all weights, whatever device they are on: another dtype is another model."""
+    sha = hashlib.sha256()
+    for name, parameter in model.state_dict().items():
+        sha.update(name.encode())
+        sha.update(_bytes_of(parameter))
+    return sha.hexdigest()
+
+
+def predictions(logits: Tensor) -> Tensor:
+    """What logits [n, C] answer: a class, or for regression a number."""
+    return logits[:, 0] if logits.shape[-1] == 1 else logits.argmax(dim=-1)
+
+
+def correlation(answers: Tensor, labels: Tensor) -> float:
+    """Pearson's; 0 where one side is constant."""
+    value = torch.corrcoef(torch.stack([answers.double(), labels.double()]))[0, 1].item()
+    return 0.0 if math.isnan(value) else value
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """The memory of a tensor of any dtype, without a copy where it lies on the host in one piece."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _record_batch(model: EarlyExitForSequenceClassification, batch: Mapping[str, Tensor], recorder: _Recorder) -> None:
+    inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+    logits, log_odds = model.all_exits(**inputs)
+    tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+    mask = inputs.get("attention_mask")
+    lengths = torch.full((len(tokens),), tokens.shape[1]) if mask is None else mask.bool().sum(dim=1)
+    recorder.tokens.update(_bytes_of(tokens))
+    recorder.logits.append(logits.float().cpu())
+    if log_odds is not None:
+        recorder.certainty.append(log_odds.sigmoid().float().cpu())
+    recorder.lengths.append(lengths.int().cpu())
+    recorder.max_length = max(recorder.max_length, tokens.shape[1])
+    if batch.get("labels") is not None:
+        recorder.labels.append(batch["labels"].cpu())

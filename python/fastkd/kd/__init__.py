@@ -1,0 +1,1 @@
+"""Knowledge distillation: a student model learns from a teacher model."""

@@ -1,0 +1,313 @@
+"""What a teacher says about every example, computed once: logits of every layer, and hidden states where wanted.
+
+A cache is a folder:
+
+    cache.json                      what the answers depend on: teacher weights, tokenizer, max_length, pool, precision
+    pseudo_classifiers.safetensors  and .json: the teacher's pseudo-classifiers, and the rows they were trained on
+    <kind>-<number>.safetensors     shards: `ids` uint8 [n, 16], and the answers of one kind [n, ...] float32
+
+An example is found by a digest of its text, so order, subsets, repeated texts and other processes change nothing. A
+shard is whole or absent, so an interrupted pass goes on where it stopped. Another teacher, tokenizer, length, pool or
+precision, and pseudo-classifiers of other rows, are errors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fastkd.data.files import atomic_path, write_json
+from fastkd.data.tables import LengthSortedBatches, Rows, tokenize
+from fastkd.kd.probe import PseudoClassifiers
+from fastkd.kd.teacher import PseudoClassifierOptions, Teacher, train_pseudo_classifiers
+
+CACHED_KINDS = ("logits", "layer_logits", "hidden_states")
+SHARD_ROWS = 1024
+_FORMAT = 1
+_KEY_FILE = "cache.json"
+_CLASSIFIERS = "pseudo_classifiers"
+_ID_BYTES = 16
+
+
+class StaleCacheError(ValueError):
+    """A cache whose answers are not those of this teacher on these rows."""
+
+
+def example_ids(rows: Rows) -> list[bytes]:
+    """A digest of each row's text: the same for the same text, wherever the row stands."""
+    columns = [rows.dataset["text_a"][:]] + ([rows.dataset["text_b"][:]] if rows.is_pair else [])
+    # json keeps ("a b", "c") and ("a", "b c") apart
+    return [
+        hashlib.blake2b(json.dumps(texts).encode(), digest_size=_ID_BYTES).digest()
+        for texts in zip(*columns, strict=True)
+    ]
+
+
+class TeacherCache:
+    """The answers of one teacher in one folder.
+
+    Args:
+        folder: made where absent.
+        teacher: its pseudo-classifiers are replaced by those trained here or loaded.
+        max_length: tokens a row, special ones included.
+        bf16: the teacher computes in bfloat16, as a training with autocast does.
+        pseudo_classifiers: how they are trained if they have to be.
+        batch_size: rows of one pass of the teacher.
+
+    Raises:
+        StaleCacheError: the folder holds the answers of another teacher, tokenizer, length, pool or precision.
+        FileExistsError: the folder holds something else.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        teacher: Teacher,
+        max_length: int,
+        *,
+        bf16: bool = False,
+        pseudo_classifiers: PseudoClassifierOptions | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        self.folder = Path(folder)
+        self.teacher = teacher
+        self.max_length = max_length
+        self.bf16 = bf16
+        self.options = pseudo_classifiers or PseudoClassifierOptions()
+        self.batch_size = batch_size
+        self._check_key()
+        self._stores = {kind: _Store(self.folder, kind) for kind in CACHED_KINDS}
+        # hidden states that only the training of pseudo-classifiers wants
+        self._scratch = _Store(self.folder, "scratch")
+
+    def ensure(self, rows: Rows, kinds: Collection[str], on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Compute the answers of these kinds that the cache lacks for these rows.
+
+        Args:
+            rows: with labels where pseudo-classifiers have to be trained: "layer_logits" trains or loads them.
+            kinds: some of `CACHED_KINDS`.
+            on_progress: called with the rows done and all rows of the teacher's pass.
+
+        Raises:
+            StaleCacheError: the pseudo-classifiers in the folder were trained on other rows or otherwise.
+            ValueError: an unknown kind, or one that is too large to cache.
+        """
+        unknown = set(kinds) - set(CACHED_KINDS)
+        if unknown:
+            raise ValueError(f"kinds: a cache cannot hold {', '.join(sorted(unknown))}, only {', '.join(CACHED_KINDS)}")
+        ids = example_ids(rows)
+        wants_layers = "layer_logits" in kinds and self.teacher.num_layers > 1
+        if wants_layers:
+            self._load_pseudo_classifiers(rows)
+        lacks_layers = wants_layers and (
+            self.teacher.pseudo_classifiers is None or bool(self._stores["layer_logits"].missing(ids))
+        )
+        keeps_hidden = "hidden_states" in kinds or not self._stores["hidden_states"].missing(ids)
+        hidden = self._stores["hidden_states"] if keeps_hidden else self._scratch
+        self._run_teacher(
+            rows, ids, [self._stores["logits"], *([hidden] if keeps_hidden or lacks_layers else [])], on_progress
+        )
+        if wants_layers:
+            self._ensure_pseudo_classifiers(rows, ids, hidden)
+        if "layer_logits" in kinds:
+            self._add_layer_logits(ids, hidden)
+        self._scratch.clear()
+
+    def ensure_pseudo_classifiers(self, rows: Rows, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Train or load the teacher's pseudo-classifiers, without keeping any answers."""
+        self._load_pseudo_classifiers(rows)
+        if self.teacher.num_layers == 1 or self.teacher.pseudo_classifiers is not None:
+            return
+        ids = example_ids(rows)
+        self._run_teacher(rows, ids, [self._scratch], on_progress)
+        self._ensure_pseudo_classifiers(rows, ids, self._scratch)
+        self._scratch.clear()
+
+    def answers(self, ids: Sequence[bytes], kinds: Collection[str]) -> dict[str, Tensor]:
+        """Of each kind, [n, ...] float32 on the CPU, in the order of `ids`.
+
+        Raises:
+            KeyError: an example that was never given to `ensure`.
+        """
+        return {kind: self._stores[kind].gather(ids) for kind in kinds}
+
+    # What the answers depend on
+
+    def _key(self) -> dict[str, Any]:
+        return {
+            "format": _FORMAT,
+            **self.teacher.fingerprint,
+            "max_length": self.max_length,
+            "pool": str(self.teacher.pool),
+            "precision": "bfloat16" if self.bf16 else "float32",
+        }
+
+    def _check_key(self) -> None:
+        key, path = self._key(), self.folder / _KEY_FILE
+        if not path.exists():
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise FileExistsError(
+                    f"cache: {self.folder} is not empty and holds no teacher cache; name another folder"
+                )
+            write_json(path, key)
+            return
+        found = json.loads(path.read_text(encoding="utf-8"))
+        self._raise_if_stale("answers", found, key)
+
+    def _raise_if_stale(self, what: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+        different = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+        if not different:
+            return
+        details = ", ".join(
+            f"another {name}" if len(str(found.get(name))) > 32 else f"{name} {found.get(name)}, now {wanted.get(name)}"
+            for name in different
+        )
+        raise StaleCacheError(
+            f"cache: {self.folder} holds {what} for {details}; name another folder, or delete this one to fill it anew"
+        )
+
+    # The pass of the teacher
+
+    def _run_teacher(
+        self, rows: Rows, ids: list[bytes], stores: Sequence[_Store], on_progress: Callable[[int, int], None] | None
+    ) -> None:
+        missing = sorted(set().union(*(store.missing(ids) for store in stores)))
+        for start in range(0, len(missing), SHARD_ROWS):
+            chosen = missing[start : start + SHARD_ROWS]
+            logits, hidden_states = self._answers_of(rows, chosen)
+            for store in stores:
+                values = logits if store.kind == "logits" else hidden_states
+                lacking = set(store.missing([ids[index] for index in chosen]))
+                kept = [number for number in range(len(chosen)) if number in lacking]
+                if kept:
+                    store.append([ids[chosen[number]] for number in kept], values[kept])
+            if on_progress is not None:
+                on_progress(start + len(chosen), len(missing))
+
+    def _answers_of(self, rows: Rows, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Logits [n, C] and hidden states [n, N, H] of the chosen rows."""
+        texts = Rows(
+            rows.dataset.select(chosen).remove_columns([c for c in rows.dataset.column_names if c == "label"]),
+            None,
+            None,
+            rows.source,
+        )
+        tokens = tokenize(texts, self.teacher.tokenizer, self.max_length)
+        batches = LengthSortedBatches(tokens, self.teacher.tokenizer, self.batch_size)
+        device = self.teacher.device
+        answers = []
+        for batch in batches:
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                signals = self.teacher.signals(
+                    {name: value.to(device) for name, value in batch.items()}, ["hidden_states"]
+                )
+            assert signals.hidden_states is not None
+            answers.append((signals.logits.cpu(), signals.hidden_states.transpose(0, 1).cpu()))
+        back = torch.tensor(batches.order).argsort()
+        logits, hidden_states = (torch.cat(parts)[back] for parts in zip(*answers, strict=True))
+        return logits, hidden_states
+
+    # Pseudo-classifiers
+
+    def _classifiers_key(self, rows: Rows) -> dict[str, Any]:
+        return {"training rows": rows.digest(), **asdict(self.options)}
+
+    def _load_pseudo_classifiers(self, rows: Rows) -> None:
+        path = self.folder / f"{_CLASSIFIERS}.json"
+        if not path.exists():
+            # those that the teacher may have were trained on other rows
+            self.teacher.pseudo_classifiers = None
+            return
+        found = json.loads(path.read_text(encoding="utf-8"))
+        self._raise_if_stale("pseudo-classifiers", found, self._classifiers_key(rows))
+        weights = safetensors.torch.load_file(self.folder / f"{_CLASSIFIERS}.safetensors")
+        layers, classes, width = weights["weight"].shape
+        classifiers = PseudoClassifiers(layers, width, classes)
+        classifiers.load_state_dict(weights)
+        self.teacher.pseudo_classifiers = classifiers.requires_grad_(False).to(self.teacher.device)
+
+    def _ensure_pseudo_classifiers(self, rows: Rows, ids: list[bytes], hidden: _Store) -> None:
+        if self.teacher.pseudo_classifiers is not None:
+            return
+        labels = torch.tensor(rows.dataset["label"][:])
+        # the last layer has the teacher's own classifier
+        features = hidden.gather(ids)[:, :-1]
+        classifiers = train_pseudo_classifiers(features, labels, self.teacher.num_labels, self.options)
+        weights = {name: value.cpu() for name, value in classifiers.state_dict().items()}
+        with atomic_path(self.folder / f"{_CLASSIFIERS}.safetensors") as temporary:
+            safetensors.torch.save_file(weights, temporary)
+        # written last: it vouches for the weights
+        write_json(self.folder / f"{_CLASSIFIERS}.json", self._classifiers_key(rows))
+        self.teacher.pseudo_classifiers = classifiers.to(self.teacher.device)
+
+    def _add_layer_logits(self, ids: list[bytes], hidden: _Store) -> None:
+        store = self._stores["layer_logits"]
+        missing = store.missing(ids)
+        for start in range(0, len(missing), SHARD_ROWS):
+            chosen = [ids[index] for index in missing[start : start + SHARD_ROWS]]
+            logits = self._stores["logits"].gather(chosen).to(self.teacher.device)
+            if self.teacher.num_layers == 1:
+                layer_logits = logits.unsqueeze(0)
+            else:
+                layer_logits = self.teacher.layer_logits(
+                    hidden.gather(chosen).transpose(0, 1).to(logits.device), logits
+                )
+            store.append(chosen, layer_logits.transpose(0, 1).cpu())
+
+
+class _Store:
+    """The shards of one kind of answer; values are read from disk when they are asked for."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.folder = folder
+        self.kind = kind
+        self._values: list[Tensor] = []
+        self._places: dict[bytes, tuple[int, int]] = {}
+        for path in self._files():
+            self._add(safetensors.torch.load_file(path))
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{self.kind}-*.safetensors"))
+
+    def _add(self, shard: dict[str, Tensor]) -> None:
+        number = len(self._values)
+        self._values.append(shard[self.kind])
+        for row, identity in enumerate(_bytes_of(shard["ids"])):
+            self._places[identity] = (number, row)
+
+    def missing(self, ids: Sequence[bytes]) -> list[int]:
+        """The first position of each id that the store lacks."""
+        first = {identity: index for index, identity in reversed(list(enumerate(ids)))}
+        return sorted(index for identity, index in first.items() if identity not in self._places)
+
+    def append(self, ids: Sequence[bytes], values: Tensor) -> None:
+        shard = {
+            "ids": torch.frombuffer(bytearray(b"".join(ids)), dtype=torch.uint8).reshape(-1, _ID_BYTES),
+            self.kind: values.float().contiguous(),
+        }
+        with atomic_path(self.folder / f"{self.kind}-{len(self._values):05d}.safetensors") as temporary:
+            safetensors.torch.save_file(shard, temporary)
+        self._add(shard)
+
+    def gather(self, ids: Sequence[bytes]) -> Tensor:
+        """[n, ...] in the order of `ids`."""
+        return torch.stack([self._values[shard][row] for shard, row in map(self._places.__getitem__, ids)])
+
+    def clear(self) -> None:
+        for path in self._files():
+            path.unlink()
+        self._values, self._places = [], {}
+
+
+def _bytes_of(ids: Tensor) -> Iterator[bytes]:
+    raw = ids.numpy().tobytes()
+    return (raw[start : start + _ID_BYTES] for start in range(0, len(raw), _ID_BYTES))

@@ -1,0 +1,219 @@
+"""Looking into a model with forward hooks: pooled hidden states of every layer, and pseudo-classifiers on them.
+
+Nothing of the model is edited, wrapped or copied, so a saved student is a plain checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastkd.encoders import families
+
+Pool = Callable[[Tensor, "Tensor | None"], Tensor]
+"""(hidden states [B, T, H], attention mask [B, T] or None) -> [B, H]."""
+
+
+def pool_cls(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The first token, [CLS] or <s>."""
+    return hidden_states[:, 0]
+
+
+def pool_mean(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The mean over the tokens that are not padding."""
+    if attention_mask is None:
+        return hidden_states.mean(1)
+    kept = attention_mask.bool().unsqueeze(-1)
+    return hidden_states.masked_fill(~kept, 0).sum(1) / kept.sum(1).clamp(min=1)
+
+
+def pool_max(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The maximum over the tokens that are not padding, feature by feature."""
+    if attention_mask is not None:
+        hidden_states = hidden_states.masked_fill(~attention_mask.bool().unsqueeze(-1), -torch.inf)
+    return hidden_states.amax(1)
+
+
+def pool_last(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The last token that is not padding."""
+    if attention_mask is None:
+        return hidden_states[:, -1]
+    positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+    last = (attention_mask.bool() * positions).argmax(1)
+    return hidden_states[torch.arange(len(last), device=last.device), last]
+
+
+POOLS: dict[str, Pool] = {"cls": pool_cls, "mean": pool_mean, "max": pool_max, "last": pool_last}
+
+
+def encoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of layers of a Hugging Face encoder of a known family, or of a student or early-exit model.
+
+    Raises:
+        ValueError: a family that is not supported.
+    """
+    own = getattr(model, "layers", None)
+    if isinstance(own, nn.ModuleList):
+        return own
+    encoder = cast(Any, model)
+    family = families.family_of(encoder.config.model_type)
+    return cast(nn.ModuleList, encoder.base_model.get_submodule(family.layers))
+
+
+class ProbeOutput(NamedTuple):
+    """What one forward pass showed.
+
+    Attributes:
+        logits: [B, C] of the model's own classifier.
+        hidden_states: [L, B, H], the pooled output of every layer (before a pooler), first layer first.
+        sequence_output: [B, T, H] of the last layer where it was asked for, else None.
+    """
+
+    logits: Tensor
+    hidden_states: Tensor
+    sequence_output: Tensor | None
+
+
+class LayerProbe:
+    """Runs a classifier and gives the pooled hidden states of its layers beside its logits.
+
+    The hooks listen only while the probe itself runs the model, pool at once (so that whole sequences are not kept
+    alive without a gradient), and let gradients flow. The probe is no `nn.Module`: it may be an attribute of the module
+    that a caller wraps for distributed training, or be given a model that is wrapped already.
+
+    Args:
+        model: a sequence classifier of a family in `fastkd.encoders.families.FAMILIES`, a student of
+            `fastkd.kd.students`, or an early-exit model; also wrapped in `DistributedDataParallel`.
+        pool: "cls", "mean", "max", "last" (padding never counts), or a function of hidden states [B, T, H] and
+            attention mask [B, T] or None. Default: what the model's configuration names as `pool`, else "cls":
+            PKD and ALP-KD take [CLS] of an encoder; a BiLSTM or Gated-CNN has none, so its students name "mean".
+        keep_sequence: also give the last layer's hidden states of all tokens.
+
+    Raises:
+        ValueError: an unknown pool, or a model whose layers are not known.
+    """
+
+    def __init__(self, model: nn.Module, pool: str | Pool | None = None, *, keep_sequence: bool = False) -> None:
+        self.model = model
+        self.keep_sequence = keep_sequence
+        inner = model.module if isinstance(model, DistributedDataParallel) else model
+        if pool is None:
+            pool = getattr(getattr(inner, "config", None), "pool", "cls")
+        if isinstance(pool, str) and pool not in POOLS:
+            raise ValueError(f"pool: got {pool!r}, expected one of {', '.join(POOLS)}, or a function")
+        self._pool: Pool = POOLS[pool] if isinstance(pool, str) else pool
+        layers = encoder_layers(inner)
+        self.num_layers = len(layers)
+        self._listening = False
+        self._wants_gradient = False
+        self._mask: Tensor | None = None
+        self._pooled: dict[int, Tensor] = {}
+        self._sequence: Tensor | None = None
+        self._hooks = [layer.register_forward_hook(self._hook_of(index)) for index, layer in enumerate(layers)]
+
+    def _hook_of(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not self._listening:
+                return
+            if self._wants_gradient and not torch.is_grad_enabled():
+                raise RuntimeError(
+                    "the model's layers run without gradients, as reentrant activation checkpointing makes them; "
+                    "switch to use_reentrant=False, or call the probe under torch.no_grad()"
+                )
+            hidden_states = output[0] if isinstance(output, tuple) else output
+            self._pooled[index] = self._pool(hidden_states, self._mask)
+            if self.keep_sequence and index == self.num_layers - 1:
+                self._sequence = hidden_states
+
+        return hook
+
+    def __call__(self, **batch: Any) -> ProbeOutput:
+        """Run the model on `batch`, the keyword arguments of its own forward pass.
+
+        Raises:
+            RuntimeError: after `remove()`, if a layer did not run, or under reentrant activation checkpointing (of
+                versions of transformers whose hooks it cuts off from the gradient).
+        """
+        if not self._hooks:
+            raise RuntimeError("this LayerProbe was removed; make a new one")
+        self._mask = batch.get("attention_mask")
+        self._wants_gradient = torch.is_grad_enabled()
+        self._listening = True
+        try:
+            logits = self.model(**batch).logits
+            missing = sorted(set(range(self.num_layers)) - set(self._pooled))
+            if missing:
+                raise RuntimeError(f"layers {missing} (0-based) did not run, so that they have no hidden states")
+            hidden_states = torch.stack([self._pooled[index] for index in range(self.num_layers)])
+            return ProbeOutput(logits, hidden_states, self._sequence)
+        finally:
+            self._listening = False
+            self._mask = self._sequence = None
+            self._pooled = {}
+
+    def remove(self) -> None:
+        """Take the hooks off the model; calling it again does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+class PseudoClassifiers(nn.Module):
+    """One linear classifier on the pooled hidden state of each layer, all in one batched product.
+
+    These are the W_i of Universal-KD (Wu et al., EMNLP 2021: f_i = W_i h_i), the auxiliary heads of MHKD
+    (arXiv:2012.02911) and the mounted heads of DIH (arXiv:2103.00497).
+
+    Args:
+        num_layers: how many layers have a pseudo-classifier.
+        hidden_size: H of those layers.
+        num_labels: C.
+        bias: the paper's formula has none (kd point 13 of `UniversalKDLoss`); a bias is what every classifier has.
+        tied: one classifier for all layers.
+    """
+
+    def __init__(
+        self, num_layers: int, hidden_size: int, num_labels: int, *, bias: bool = True, tied: bool = False
+    ) -> None:
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers: got {num_layers}, expected at least 1")
+        self.num_layers = num_layers
+        matrices = 1 if tied else num_layers
+        self.weight = nn.Parameter(torch.empty(matrices, num_labels, hidden_size))
+        self.bias = nn.Parameter(torch.empty(matrices, 1, num_labels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As BERT initialises a classifier."""
+        nn.init.normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, hidden_states: Tensor, logits: Tensor | None = None) -> Tensor:
+        """Logits of every layer.
+
+        Args:
+            hidden_states: [num_layers, B, H]; with `logits`, [num_layers + 1, B, H].
+            logits: [B, C] of the model's own classifier, which then stands for the pseudo-classifier of its last layer.
+
+        Returns:
+            [num_layers, B, C], with `logits` [num_layers + 1, B, C].
+
+        Raises:
+            ValueError: another number of layers.
+        """
+        expected = self.num_layers + (logits is not None)
+        if hidden_states.shape[0] != expected:
+            raise ValueError(
+                f"hidden_states: got {hidden_states.shape[0]} layers, expected {expected} for {self.num_layers} "
+                f"pseudo-classifiers {'and the logits of the last layer' if logits is not None else 'without logits'}"
+            )
+        inner = torch.matmul(hidden_states[: self.num_layers], self.weight.transpose(1, 2))
+        if self.bias is not None:
+            inner = inner + self.bias
+        return inner if logits is None else torch.cat([inner, logits.unsqueeze(0)])

@@ -1,0 +1,1 @@
+"""The early-exit model: puts encoder, heads and engines together, and reads plain and official checkpoints."""
