@@ -13,7 +13,7 @@ from fastkd.engines.allocator import keep_freed_memory
 PROGRAM = """
 import resource, sys
 import torch
-from fastkd.memory import keep_freed_memory
+from fastkd.engines.allocator import keep_freed_memory
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
