@@ -135,6 +135,87 @@ def test_the_thin_layer_reaches_the_kernels_by_their_public_names() -> None:
         assert not private, f"{path.name}: {private}"
 
 
+# room -> the rooms that it may import, from the ground up; docs/figures/draw.py draws the house from it
+ROOMS: dict[str, list[str]] = {
+    "losses": [],
+    "data": [],
+    "exits": ["data"],
+    "encoders": ["data", "exits"],
+    "engines": ["data", "encoders", "exits"],
+    "model": ["data", "encoders", "engines", "exits"],
+    "training": ["data", "encoders", "exits", "losses", "model"],
+    "inference": ["data", "encoders", "engines", "exits", "model"],
+    "kd": ["data", "encoders", "losses", "training"],
+    "report": ["data", "exits", "inference", "training"],
+    "tables": ["data", "encoders", "exits", "inference", "kd", "model", "training"],
+    "commands": ["data", "encoders", "engines", "exits", "inference", "kd", "model", "report", "tables", "training"],
+}
+FASTKD = ROOT / "python" / "fastkd"
+
+
+def files_imported(path: Path, root: Path) -> set[Path]:
+    """The files below `root`, a package, that a file of it imports: anywhere in it, for types only too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names] + [node.module]
+        for name in names:
+            parts = name.split(".")
+            module = root.parent.joinpath(*parts)
+            if parts[0] == root.name and module.with_suffix(".py").is_file():
+                found.add(module.with_suffix(".py"))
+    return found
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(FASTKD).parts[0].removesuffix(".py")
+
+
+def imports_of_rooms() -> dict[str, set[str]]:
+    """The rooms that each room really imports."""
+    found: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for path in sorted(FASTKD.rglob("*.py")):
+        if path.parent == FASTKD:
+            continue  # the face of the package hands names on
+        for module in re.findall(r"(?:from|import) fastkd\.(\w+)", path.read_text(encoding="utf-8")):
+            found[room_of(path)].add(module)
+    return {room: others - {room} for room, others in found.items()}
+
+
+def test_every_file_lives_in_a_room_that_says_what_it_is() -> None:
+    folders = {path.parent.name for path in FASTKD.glob("*/__init__.py")}
+    assert folders == set(ROOMS)
+    assert len(ROOMS) <= 12
+    for room in ROOMS:
+        docstring = ast.get_docstring(ast.parse((FASTKD / room / "__init__.py").read_text(encoding="utf-8")))
+        assert docstring, room
+
+
+def test_no_arrow_runs_up() -> None:
+    below: list[str] = []
+    for room, allowed in ROOMS.items():
+        assert set(allowed) <= set(below), f"{room} may only import rooms above it in the table"
+        below.append(room)
+
+
+def test_rooms_import_what_the_table_allows() -> None:
+    assert {room: sorted(others) for room, others in imports_of_rooms().items()} == ROOMS
+
+
+@pytest.mark.parametrize("package", [FASTKD, ROOT / "fastkd_kernels"], ids=["fastkd", "fastkd_kernels"])
+def test_no_files_import_each_other_in_a_circle(package: Path) -> None:
+    faces = {package / "__init__.py", *package.glob("*/__init__.py")}
+    imports = {path: files_imported(path, package) - faces - {path} for path in sorted(package.rglob("*.py"))}
+    while imports:
+        ground = [path for path, others in imports.items() if not others & imports.keys()]
+        assert ground, f"a circle among {sorted(str(path.relative_to(package)) for path in imports)}"
+        for path in ground:
+            del imports[path]
+
+
 STABLE_HEADERS = re.compile(r"torch/(csrc/stable|headeronly)/|torch/csrc/inductor/aoti_torch/c/shim\.h")
 
 

@@ -12,9 +12,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastkd.data.input_format import with_input_format
     from fastkd.data.tables import load_folder, load_rows
     from fastkd.encoders.configuration import EarlyExitConfig
-    from fastkd.encoders.input_format import with_input_format
     from fastkd.exits.calibration import Certificate
     from fastkd.exits.flops import flops
     from fastkd.exits.trace import ExitTrace, Sweep, SweepRow
@@ -79,7 +79,7 @@ _HOME = {
     "load_folder": "fastkd.data.tables",
     "load_rows": "fastkd.data.tables",
     "student_from_teacher": "fastkd.kd.students",
-    "with_input_format": "fastkd.encoders.input_format",
+    "with_input_format": "fastkd.data.input_format",
 }
 
 

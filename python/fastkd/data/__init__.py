@@ -1,1 +1,1 @@
-"""Rows of text: read, checked, tokenised, batched, or made from scratch; and output files that are whole or absent."""
+"""Rows of text: read or generated, checked, tokenised and batched; and output files that are whole or absent."""

@@ -36,7 +36,7 @@ import torch
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from fastkd.data.columns import PAIR_COLUMNS, TEXT_COLUMNS
-from fastkd.encoders.input_format import encode
+from fastkd.data.input_format import encode
 
 LABEL_COLUMNS = ("label", "labels", "label_id", "class", "category")
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test",)}

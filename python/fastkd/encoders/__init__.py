@@ -1,1 +1,1 @@
-"""What an early-exit model is made of: encoder families, exit heads, configuration and input format."""
+"""What an early-exit model is made of: encoder families, exit heads and configuration."""

@@ -9,12 +9,12 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from fastkd.data.input_format import INPUT_FORMATS
 from fastkd.encoders.families import family_of
 from fastkd.exits.catalogue import check_criterion, default_criterion
 from fastkd.exits.rule import check_speed, head_speeds
 
 HEADS = ("fastbert", "linear")
-INPUT_FORMATS = ("standard", "uer")
 
 
 class EarlyExitConfig(PreTrainedConfig):
@@ -35,7 +35,7 @@ class EarlyExitConfig(PreTrainedConfig):
             regression "agreement".
         top_n: how many classes the "top_n" criterion looks at.
         input_format: how the texts that the model was trained on became tokens, see
-            `fastkd.encoders.input_format`: "standard" or "uer".
+            `fastkd.data.input_format`: "standard" or "uer".
         learned_exit: whether there is a learned exit (`fastkd.encoders.heads.LearnedExit`), for the criterion
             "learned".
         certificate: what `ExitTrace.calibrate` vouches for, as `Certificate.to_dict` writes it.

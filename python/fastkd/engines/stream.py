@@ -21,8 +21,8 @@ from torch import Tensor
 
 import fastkd_kernels as fk
 from fastkd.data.columns import PAIR_COLUMNS, TEXT_COLUMNS
+from fastkd.data.input_format import encode
 from fastkd.encoders.families import longest_input
-from fastkd.encoders.input_format import encode
 from fastkd.engines.batch import warn_about_nan
 from fastkd.engines.packed import PackedTokens, answer_all, bounds, bucket, encoder_of
 from fastkd.engines.schedule import Schedule

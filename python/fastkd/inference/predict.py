@@ -23,8 +23,8 @@ import torch
 
 from fastkd.data.columns import PAIR_COLUMNS, TEXT_COLUMNS
 from fastkd.data.files import atomic_path
+from fastkd.data.input_format import encode
 from fastkd.encoders.families import longest_input
-from fastkd.encoders.input_format import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

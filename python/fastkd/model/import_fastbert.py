@@ -28,8 +28,8 @@ from torch import Tensor
 from transformers import BertConfig, BertTokenizer, PreTrainedTokenizerBase
 
 from fastkd.data.files import atomic_folder
+from fastkd.data.input_format import with_input_format
 from fastkd.encoders.configuration import EarlyExitConfig
-from fastkd.encoders.input_format import with_input_format
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 
 _UER_EPSILON = 1e-6

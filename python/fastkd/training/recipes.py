@@ -47,8 +47,8 @@ from transformers import (
 )
 
 from fastkd.data.files import atomic_folder, write_json
+from fastkd.data.input_format import input_format_of
 from fastkd.data.tables import DataError, LengthGroupedSampler, Rows, ShuffledOnceSampler, padding_collator, tokenize
-from fastkd.encoders.input_format import input_format_of
 from fastkd.encoders.label_scale import LabelScale
 from fastkd.exits.flops import FlopsShape
 from fastkd.exits.trace import ExitTrace
@@ -156,7 +156,7 @@ class TrainOptions:
 
         Args:
             parity: "fastbert", the official code at https://github.com/autoliuweijie/FastBERT as its README runs it.
-                What it does to the input is an attribute of model and tokenizer, see `fastkd.encoders.input_format`.
+                What it does to the input is an attribute of model and tokenizer, see `fastkd.data.input_format`.
 
         Raises:
             ValueError: another code.

@@ -19,7 +19,7 @@ from typing import Any
 from tokenizers.processors import TemplateProcessing
 from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fastkd.encoders.configuration import INPUT_FORMATS
+INPUT_FORMATS = ("standard", "uer")
 
 
 def input_format_of(tokenizer: PreTrainedTokenizerBase) -> str:
