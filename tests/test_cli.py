@@ -349,7 +349,7 @@ def test_demo_goes_on_where_it_stopped(work: Path, tmp_path: Path, quick_demo: N
         def killed(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(demo.training, "distill", killed)
+        patch.setattr(demo.recipes, "distill", killed)
         assert fastkd(*demo_arguments(work, "-o", output)).exit_code == 130
     assert (output / "finetuned").exists()
     assert not (output / "model").exists()

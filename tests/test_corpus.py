@@ -29,7 +29,7 @@ def test_same_seed_gives_the_same_rows() -> None:
 
 def test_rows_do_not_depend_on_the_hash_seed_of_the_process() -> None:
     # as the command line does, which spares the import of torch
-    program = "import sys; sys.argv = ['fastkd']; from fastkd import corpus; print(corpus.generate(40, seed=5))"
+    program = "import sys; sys.argv = ['fastkd']; from fastkd.data import corpus; print(corpus.generate(40, seed=5))"
     outputs = {
         subprocess.run(
             [sys.executable, "-c", program],

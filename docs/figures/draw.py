@@ -5,6 +5,7 @@ They are plain SVG without scripts or fonts of their own, and follow the reader'
 
 from __future__ import annotations
 
+import ast
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -255,6 +256,50 @@ def measured() -> Drawing:
     return drawing
 
 
+REPOSITORY = Path(__file__).parents[2]
+
+
+def rooms() -> dict[str, list[str]]:
+    """The table of rooms that tests/test_package.py holds the package to, from the ground up."""
+    source = (REPOSITORY / "tests" / "test_package.py").read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "ROOMS":
+            assert node.value is not None
+            return ast.literal_eval(node.value)
+    raise LookupError("tests/test_package.py has no table ROOMS")
+
+
+def architecture() -> Drawing:
+    """The rooms of the package fastkd, each above every room that it imports."""
+    imports = rooms()
+    floors: dict[str, int] = {}
+    for room, others in imports.items():
+        floors[room] = 1 + max((floors[other] for other in others), default=0)
+    by_floor = [[room for room in imports if floors[room] == floor] for floor in range(1, max(floors.values()) + 1)]
+    width, height, step = 112, 34, 62
+    drawing = Drawing(760, len(by_floor) * step + 70, "The rooms of fastkd: an arrow points to a room that is imported")
+    place = {}
+    for number, floor in enumerate(by_floor):
+        y = (len(by_floor) - number - 1) * step + 14
+        for index, room in enumerate(floor):
+            place[room] = (380 + (index - (len(floor) - 1) / 2) * 370, y)
+    for room, others in imports.items():
+        implied = {below for other in others for below in _everything_below(other, imports)}
+        for other in [other for other in others if other not in implied]:
+            (from_x, from_y), (to_x, to_y) = place[room], place[other]
+            drawing.path([(from_x, from_y + height), (to_x, to_y - 2)])
+    for room, (x, y) in place.items():
+        drawing.box(x - width / 2, y, width, height, "bluebox", room)
+    bottom = len(by_floor) * step + 14
+    drawing.box(100, bottom, 560, height, "box", "fastkd_kernels, by its public names")
+    drawing.text(380, bottom + height + 18, "arrows that follow from others are left out", "middle small soft")
+    return drawing
+
+
+def _everything_below(room: str, imports: dict[str, list[str]]) -> set[str]:
+    return {below for other in imports[room] for below in {other, *_everything_below(other, imports)}}
+
+
 FIGURES: dict[str, Callable[[], Drawing]] = {
     "early_exit": early_exit,
     "exit_gate": exit_gate,
@@ -263,6 +308,7 @@ FIGURES: dict[str, Callable[[], Drawing]] = {
     "packed": packed,
     "stream": stream,
     "measured": measured,
+    "architecture": architecture,
 }
 
 
