@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
-from fastkd.data.tables import Rows, padding_collator, tokenize
+from fastkd.data.batches import padding_collator, tokenize
+from fastkd.data.rows import Rows
 from fastkd.kd.cache import TeacherCache, example_ids
 from fastkd.kd.methods import Shapes, method_of
 from fastkd.kd.students import student_from_teacher

@@ -50,8 +50,9 @@ from transformers import AutoTokenizer
 
 import fastkd
 import fastkd_kernels as fk
+from fastkd.data.batches import padding_collator, tokenize
 from fastkd.data.files import write_json
-from fastkd.data.tables import load_rows, padding_collator, tokenize
+from fastkd.data.rows import load_rows
 from fastkd.engines.allocator import keep_freed_memory
 from fastkd.engines.packed import encoder_of
 from fastkd.inference.benchmark import DTYPES, interleaved, machine_facts

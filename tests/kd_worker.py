@@ -15,7 +15,7 @@ from tiny_models import CONFIGS, tokenizer_of
 from training_worker import LABEL_NAMES, KillAt, rows
 from transformers import BertConfig, BertForSequenceClassification
 
-from fastkd.data.tables import Rows
+from fastkd.data.rows import Rows
 from fastkd.kd.teacher import PseudoClassifierOptions
 from fastkd.kd.trainer import Distiller, KDOptions
 from fastkd.training.recipes import TrainResult

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastkd.data import corpus
-from fastkd.data.tables import Rows, load_rows
+from fastkd.data.rows import Rows, load_rows
 from fastkd.exits.flops import CONVENTIONS, FlopsShape
 from fastkd.exits.trace import ExitTrace
 from fastkd.inference.benchmark import Benchmark, BenchmarkRow

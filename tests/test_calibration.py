@@ -31,7 +31,7 @@ from typer.testing import CliRunner
 
 import fastkd
 from fastkd.commands import app, steps
-from fastkd.data.tables import load_rows
+from fastkd.data.rows import load_rows
 from fastkd.exits.calibration import (
     SPEEDS,
     CalibrationError,

@@ -33,7 +33,7 @@ def test_rows_do_not_depend_on_the_hash_seed_of_the_process() -> None:
     outputs = {
         subprocess.run(
             [sys.executable, "-c", program],
-            env={"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(corpus.__file__).parents[1])},
+            env={"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(corpus.__file__).parents[2])},
             capture_output=True,
             text=True,
             check=True,

@@ -24,7 +24,8 @@ from torch import Tensor
 from training_worker import rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
-from fastkd.data.tables import DataError, Rows
+from fastkd.data.errors import DataError
+from fastkd.data.rows import Rows
 from fastkd.kd.cache import StaleCacheError
 from fastkd.kd.students import student_from_teacher
 from fastkd.kd.teacher import Teacher

@@ -20,8 +20,9 @@ from typer.testing import CliRunner
 
 import fastkd
 from fastkd.commands import app, steps
+from fastkd.data.batches import LengthSortedBatches, tokenize
 from fastkd.data.input_format import encode, input_format_of, with_input_format
-from fastkd.data.tables import LengthSortedBatches, Rows, tokenize
+from fastkd.data.rows import Rows
 from fastkd.inference.predict import InputRow, predict
 from fastkd.model.import_fastbert import convert, import_fastbert, read_checkpoint
 

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import fastkd
 from fastkd.commands import app
-from fastkd.data.tables import ShuffledOnceSampler, tokenize
+from fastkd.data.batches import ShuffledOnceSampler, tokenize
 from fastkd.encoders.label_scale import LabelScale
 from fastkd.training.optimizers import BiasedAdamW
 from fastkd.training.recipes import DistillOptions, FinetuneOptions, TrainOptions, TrainResult, distill, finetune

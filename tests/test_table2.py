@@ -20,7 +20,7 @@ from fastkd.commands import app, steps
 from fastkd.commands.demo import REAL
 from fastkd.commands.screen import Screen
 from fastkd.data import corpus
-from fastkd.data.tables import load_rows
+from fastkd.data.rows import load_rows
 from fastkd.exits.flops import flops
 from fastkd.exits.trace import ExitTrace
 from fastkd.inference import benchmark

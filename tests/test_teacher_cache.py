@@ -17,7 +17,8 @@ from kd_worker import OPTIONS, regression_rows, save_teacher
 from tiny_models import one_thread  # noqa: F401  # a fixture
 from training_worker import rows
 
-from fastkd.data.tables import LengthSortedBatches, Rows, tokenize
+from fastkd.data.batches import LengthSortedBatches, tokenize
+from fastkd.data.rows import Rows
 from fastkd.kd.cache import StaleCacheError, TeacherCache, example_ids
 from fastkd.kd.teacher import PseudoClassifierOptions, Teacher, tokenizer_fingerprint, train_pseudo_classifiers
 

@@ -27,7 +27,9 @@ from training_worker import LABEL_NAMES, load, options_of, rows, save_plain, tra
 from transformers import TrainerCallback
 
 import fastkd
-from fastkd.data.tables import DataError, LengthGroupedSampler, LengthSortedBatches, Rows, tokenize
+from fastkd.data.batches import LengthGroupedSampler, LengthSortedBatches, tokenize
+from fastkd.data.errors import DataError
+from fastkd.data.rows import Rows
 from fastkd.encoders.label_scale import LabelScale
 from fastkd.training.recipes import (
     LOG_FILE,

@@ -19,7 +19,7 @@ from tiny_models import CONFIGS, tokenizer_of
 from transformers import BertConfig, BertModel, TrainerCallback
 
 import fastkd
-from fastkd.data.tables import Rows
+from fastkd.data.rows import Rows
 from fastkd.training.recipes import DistillOptions, FinetuneOptions, TrainResult, distill, finetune
 
 LABEL_NAMES = ("negative", "positive")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastkd.data.input_format import with_input_format
-    from fastkd.data.tables import load_folder, load_rows
+    from fastkd.data.rows import load_folder, load_rows
     from fastkd.encoders.configuration import EarlyExitConfig
     from fastkd.exits.calibration import Certificate
     from fastkd.exits.flops import flops
@@ -76,8 +76,8 @@ _HOME = {
     "distill": "fastkd.training.recipes",
     "finetune": "fastkd.training.recipes",
     "flops": "fastkd.exits.flops",
-    "load_folder": "fastkd.data.tables",
-    "load_rows": "fastkd.data.tables",
+    "load_folder": "fastkd.data.rows",
+    "load_rows": "fastkd.data.rows",
     "student_from_teacher": "fastkd.kd.students",
     "with_input_format": "fastkd.data.input_format",
 }

@@ -24,7 +24,7 @@ from fastkd.commands import steps
 from fastkd.commands.screen import Screen, benchmark_table, share, sweep_table
 from fastkd.data import corpus
 from fastkd.data.files import changed_settings, write_json, write_text
-from fastkd.data.tables import DataFolder, Rows, load_folder
+from fastkd.data.rows import DataFolder, Rows, load_folder
 from fastkd.exits.trace import ExitTrace, Sweep
 from fastkd.inference.benchmark import Benchmark
 from fastkd.model.modeling import EarlyExitForSequenceClassification

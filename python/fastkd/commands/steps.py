@@ -14,8 +14,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 
+from fastkd.data.batches import LengthSortedBatches, tokenize
 from fastkd.data.input_format import with_input_format
-from fastkd.data.tables import DataFolder, LengthSortedBatches, Rows, load_folder, load_rows, tokenize
+from fastkd.data.rows import DataFolder, Rows, load_folder, load_rows
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.exits.trace import ExitTrace, Sweep
 from fastkd.inference import benchmark

@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastkd.data.tables import Rows
+from fastkd.data.rows import Rows
 
 
 @dataclass(frozen=True)

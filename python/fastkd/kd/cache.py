@@ -25,8 +25,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fastkd.data.batches import LengthSortedBatches, tokenize
 from fastkd.data.files import atomic_path, write_json
-from fastkd.data.tables import LengthSortedBatches, Rows, tokenize
+from fastkd.data.rows import Rows
 from fastkd.kd.probe import PseudoClassifiers
 from fastkd.kd.teacher import PseudoClassifierOptions, Teacher, train_pseudo_classifiers
 

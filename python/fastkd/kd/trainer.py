@@ -45,8 +45,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from fastkd.data.batches import LengthGroupedSampler, LengthSortedBatches, padding_collator, tokenize
 from fastkd.data.files import atomic_path, write_json
-from fastkd.data.tables import LengthGroupedSampler, LengthSortedBatches, Rows, padding_collator, tokenize
+from fastkd.data.rows import Rows
 from fastkd.encoders.families import FAMILIES, longest_input
 from fastkd.kd.cache import CACHED_KINDS, TeacherCache, example_ids
 from fastkd.kd.methods import Method, Shapes, Stage, StageLoss, method_of

@@ -324,7 +324,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         """Answer rows one by one in their order, rebatching the survivors of each layer across the whole input.
 
         Args:
-            rows: texts, pairs of texts, dictionaries as `fastkd.data.tables` names their columns, or dictionaries with
+            rows: texts, pairs of texts, dictionaries as `fastkd.data.columns` names their columns, or dictionaries with
                 `input_ids`; a list, a generator or a `datasets.Dataset`. An input that has nothing right now may give
                 None after a while, so that what waits can run.
             tokenizer: of the model; not needed where the rows have `input_ids`.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastkd.data.tables import Rows, load_rows
+from fastkd.data.rows import Rows, load_rows
 from fastkd.exits.trace import ExitTrace
 from fastkd.training.log import LOG_FILE, read_log
 

@@ -43,7 +43,7 @@ from typing import Any, cast
 import yaml
 
 from fastkd.data.files import write_json, write_text
-from fastkd.data.tables import DataFolder, Rows, load_folder
+from fastkd.data.rows import DataFolder, Rows, load_folder
 from fastkd.kd.methods import Method, method_of
 from fastkd.kd.teacher import PseudoClassifierOptions, Teacher
 from fastkd.kd.trainer import Distiller, KDOptions, evaluate

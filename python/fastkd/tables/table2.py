@@ -30,8 +30,9 @@ from transformers import PreTrainedTokenizerBase
 from fastkd.commands import steps
 from fastkd.commands.demo import REAL, DemoOptions, Timings, train_early_exit
 from fastkd.commands.screen import Screen
+from fastkd.data.batches import LengthSortedBatches, tokenize
 from fastkd.data.files import changed_settings, write_json, write_text
-from fastkd.data.tables import LengthSortedBatches, Rows, load_folder, tokenize
+from fastkd.data.rows import Rows, load_folder
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.exits.trace import SweepRow
 from fastkd.inference import benchmark

@@ -46,9 +46,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from fastkd.data.batches import LengthGroupedSampler, ShuffledOnceSampler, padding_collator, tokenize
+from fastkd.data.errors import DataError
 from fastkd.data.files import atomic_folder, write_json
 from fastkd.data.input_format import input_format_of
-from fastkd.data.tables import DataError, LengthGroupedSampler, Rows, ShuffledOnceSampler, padding_collator, tokenize
+from fastkd.data.rows import Rows
 from fastkd.encoders.label_scale import LabelScale
 from fastkd.exits.flops import FlopsShape
 from fastkd.exits.trace import ExitTrace

@@ -1,0 +1,31 @@
+"""What is wrong with data: the error, and the list of bad rows of one source that becomes its message."""
+
+from __future__ import annotations
+
+_SHOWN_BAD_ROWS = 5
+
+
+class DataError(ValueError):
+    """Data that cannot be used: the message names the place, what came, what was expected, and the remedy."""
+
+
+class BadRows:
+    """Collects what is wrong with the rows of one source; shows the first few, counts them all."""
+
+    def __init__(self, source: str, unit: str) -> None:
+        self.source = source
+        self.unit = unit
+        self.count = 0
+        self.shown: list[str] = []
+
+    def add(self, position: int, got: str, expected: str, remedy: str) -> None:
+        self.count += 1
+        if len(self.shown) < _SHOWN_BAD_ROWS:
+            self.shown.append(f"{self.source}, {self.unit} {position}: {got}; expected {expected}; {remedy}")
+
+    def raise_if_any(self) -> None:
+        if not self.count:
+            return
+        hidden = self.count - len(self.shown)
+        more = f"\n... and {hidden} more bad {self.unit}{'s' if hidden > 1 else ''} in {self.source}" if hidden else ""
+        raise DataError("\n".join(self.shown) + more)
