@@ -32,21 +32,12 @@ from typer.testing import CliRunner
 import fastkd
 from fastkd.commands import app, steps
 from fastkd.data.rows import load_rows
-from fastkd.exits.calibration import (
-    SPEEDS,
-    CalibrationError,
-    CalibrationWarning,
-    Certificate,
-    ThresholdPath,
-    binomial_interval,
-    binomial_upper_bound,
-    bounds,
-    holding,
-    smallest_sample,
-    warn_if_uncertified,
-)
+from fastkd.exits.calibration import SPEEDS, CalibrationError
+from fastkd.exits.certificate import CalibrationWarning, Certificate, warn_if_uncertified
+from fastkd.exits.fingerprints import model_fingerprint
 from fastkd.exits.flops import FlopsShape
-from fastkd.exits.trace import TraceSource, model_fingerprint
+from fastkd.exits.guarantees import binomial_interval, binomial_upper_bound, failure_bounds, holding, smallest_sample
+from fastkd.exits.trace import TraceSource
 
 DRAWS = 1000
 
@@ -124,9 +115,9 @@ def test_bounds_are_clopper_and_pearsons(n: int, confidence: float) -> None:
 )
 def test_smallest_sample(max_drop: float, confidence: float, method: str, expected: int) -> None:
     assert smallest_sample(max_drop, confidence, method) == expected
-    assert bounds(np.array(0), expected, confidence, method) <= max_drop
+    assert failure_bounds(np.array(0), expected, confidence, method) <= max_drop
     if expected > 1:
-        assert bounds(np.array(0), expected - 1, confidence, method) > max_drop
+        assert failure_bounds(np.array(0), expected - 1, confidence, method) > max_drop
 
 
 @pytest.mark.parametrize(
@@ -141,7 +132,7 @@ def test_smallest_sample(max_drop: float, confidence: float, method: str, expect
 )
 def test_most_failures_that_are_allowed(max_drop: float, confidence: float, method: str, most: dict[int, int]) -> None:
     for n, expected in most.items():
-        allowed = bounds(np.arange(n + 1), n, confidence, method) <= max_drop
+        allowed = failure_bounds(np.arange(n + 1), n, confidence, method) <= max_drop
         assert int(allowed.nonzero()[0][-1]) == expected
 
 
@@ -206,7 +197,7 @@ def test_calibrate_is_what_was_simulated(guarantee: str, method: str) -> None:
     generator = np.random.default_rng(2)
     for _ in range(5):
         trace = part_of(everyone, generator.integers(len(everyone), size=500))
-        certificate = trace.calibrate(0.04, 0.9, guarantee=guarantee, method=method)
+        certificate = fastkd.calibrate(trace, 0.04, 0.9, guarantee=guarantee, method=method)
         full = trace.answers(0.0).prediction.tolist()
         assert trace.labels is not None
         labels, counts, ever = trace.labels.tolist(), [], set()
@@ -225,12 +216,12 @@ def test_calibrate_is_what_was_simulated(guarantee: str, method: str) -> None:
         exits = trace.answers(certificate.speed).exit_layer
         assert torch.equal(exits, trace.answers(SPEEDS[last]).exit_layer)
         assert (certificate.failures, certificate.n) == (counts[last], 500)
-        assert certificate.bound == bounds(np.array(counts[last]), 500, 0.9, method) <= 0.04
+        assert certificate.bound == failure_bounds(np.array(counts[last]), 500, 0.9, method) <= 0.04
 
 
 def test_certificate_says_what_the_sweep_measures() -> None:
     trace = part_of(population(), range(3000))
-    certificate = trace.calibrate(0.02, criterion="margin", seq_len=33)
+    certificate = fastkd.calibrate(trace, 0.02, criterion="margin", seq_len=33)
     assert isinstance(certificate.speed, float)
     row = trace.sweep([certificate.speed], "margin", seq_len=33)[0]
     full = trace.sweep([0.0])[0]
@@ -242,7 +233,7 @@ def test_certificate_says_what_the_sweep_measures() -> None:
     assert certificate.agreement == 0.98
     assert (certificate.data, certificate.model, certificate.seq_len) == ("part", "m" * 64, 33)
     assert f"{certificate.failures} of 3,000 did" in str(certificate)
-    accuracy = trace.calibrate(0.02, guarantee="accuracy")
+    accuracy = fastkd.calibrate(trace, 0.02, guarantee="accuracy")
     assert accuracy.disagreements > accuracy.failures
     expected = 1 - binomial_upper_bound(accuracy.disagreements, 3000, 0.95)
     assert accuracy.agreement == pytest.approx(float(expected))
@@ -250,37 +241,37 @@ def test_certificate_says_what_the_sweep_measures() -> None:
 
 def test_labels_are_needed_for_accuracy_only() -> None:
     trace = replace(part_of(population(), range(500)), labels=None)
-    certificate = trace.calibrate(0.05)
+    certificate = fastkd.calibrate(trace, 0.05)
     assert certificate.accuracy is certificate.full_accuracy is None
     with pytest.raises(ValueError, match="no labels"):
-        trace.calibrate(0.05, guarantee="accuracy")
+        fastkd.calibrate(trace, 0.05, guarantee="accuracy")
 
 
 # Refusals
 
 
 def test_too_few_rows_are_refused_with_the_number_needed() -> None:
-    assert certain_trace(299).calibrate().failures == 0
+    assert fastkd.calibrate(certain_trace(299)).failures == 0
     with pytest.raises(CalibrationError, match=r"got 298 rows, but at most 1% .* 95% confidence takes at least 299"):
-        certain_trace(298).calibrate()
+        fastkd.calibrate(certain_trace(298))
     with pytest.raises(CalibrationError, match="takes at least 99"):
-        certain_trace(98).calibrate(method="conformal")
+        fastkd.calibrate(certain_trace(98), method="conformal")
 
 
 def test_too_many_failures_say_what_would_help() -> None:
     with pytest.raises(CalibrationError, match="at that rate about") as error:
-        certain_trace(500, failing=2).calibrate()
+        fastkd.calibrate(certain_trace(500, failing=2))
     needed = int(str(error.value).split("about ")[1].split(" rows")[0].replace(",", ""))
-    assert certain_trace(needed, failing=math.ceil(needed * 2 / 500)).calibrate().bound <= 0.01
+    assert fastkd.calibrate(certain_trace(needed, failing=math.ceil(needed * 2 / 500))).bound <= 0.01
     with pytest.raises(CalibrationError, match="20 of 500 rows fail, more than 1%"):
-        certain_trace(500, failing=20).calibrate()
+        fastkd.calibrate(certain_trace(500, failing=20))
 
 
 def test_a_speed_that_saves_nothing_is_no_answer() -> None:
     trace = part_of(population(), range(1000))
     uncertain = replace(trace, logits=0.01 * trace.logits)
     with pytest.raises(CalibrationError, match="the full model is the faster one"):
-        uncertain.calibrate(speeds=[0.1, 0.2])
+        fastkd.calibrate(uncertain, speeds=[0.1, 0.2])
 
 
 @pytest.mark.parametrize(
@@ -300,19 +291,19 @@ def test_a_speed_that_saves_nothing_is_no_answer() -> None:
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        certain_trace(400).calibrate(**options)
+        fastkd.calibrate(certain_trace(400), **options)
 
 
 def test_rows_that_training_has_seen_are_named() -> None:
     trace = certain_trace(400)
     seen = replace(trace, source=replace(trace.source, training_data={"finetune dev": trace.source.data}))
     with pytest.warns(CalibrationWarning, match="the finetune dev rows"):
-        assert seen.calibrate().seen_as == "finetune dev"
+        assert fastkd.calibrate(seen).seen_as == "finetune dev"
     with pytest.warns(CalibrationWarning, match="guarantees nothing"):
-        trace.calibrate(method="empirical")
+        fastkd.calibrate(trace, method="empirical")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert trace.calibrate().seen_as is None
+        assert fastkd.calibrate(trace).seen_as is None
 
 
 # Paths
@@ -321,7 +312,7 @@ def test_rows_that_training_has_seen_are_named() -> None:
 @pytest.mark.parametrize(("criterion", "top_n"), [("entropy", None), ("margin", None), ("top_n", 2)])
 def test_path_keeps_each_heads_share(criterion: str, top_n: int | None) -> None:
     trace = part_of(population(), range(2000))
-    path = trace.threshold_path(criterion, top_n)
+    path = fastkd.threshold_path(trace, criterion, top_n)
     assert path.at(0.0) == [0.0] * 3
     assert path.at(1.0) == [1.0] * 3
     uncertainty, full = trace.uncertainties(criterion, top_n), trace.logits[:, -1].argmax(-1)
@@ -342,27 +333,29 @@ def test_path_keeps_each_heads_share(criterion: str, top_n: int | None) -> None:
 def test_calibration_along_a_path() -> None:
     everyone = population()
     fitted, trace = part_of(everyone, range(3000), "fit"), part_of(everyone, range(3000, 9000), "calibrate")
-    path = fitted.threshold_path()
-    certificate = trace.calibrate(0.02, path=path)
+    path = fastkd.threshold_path(fitted)
+    certificate = fastkd.calibrate(trace, 0.02, path=path)
     assert certificate.speed == path.at(certificate.position)
     row = trace.sweep([certificate.position], path=path)[0]
     assert certificate.speedup == row.speedup["fastbert"]
     assert certificate.bound <= 0.02
     assert certificate.failures > 60
-    by_labels = trace.calibrate(0.02, path=fitted.threshold_path(guarantee="accuracy"), guarantee="accuracy")
+    by_labels = fastkd.calibrate(
+        trace, 0.02, path=fastkd.threshold_path(fitted, guarantee="accuracy"), guarantee="accuracy"
+    )
     assert by_labels.speedup > certificate.speedup
     with pytest.raises(ValueError, match="learned from the rows of this trace"):
-        fitted.calibrate(0.02, path=path)
+        fastkd.calibrate(fitted, 0.02, path=path)
     with pytest.raises(ValueError, match="learned for heads after the layers"):
-        trace.calibrate(0.02, path=replace(path, exit_layers=[1, 4]))
+        fastkd.calibrate(trace, 0.02, path=replace(path, exit_layers=[1, 4]))
     with pytest.raises(ValueError, match="got 'patience'"):
-        fitted.threshold_path("patience")
+        fastkd.threshold_path(fitted, "patience")
 
 
 def test_path_survives_ties_and_nan() -> None:
     trace = certain_trace(300, failing=30)
     trace.logits[40:60, 1] = torch.nan
-    path = ThresholdPath.fit(trace)
+    path = fastkd.threshold_path(trace)
     assert path.at(0.05)[0] == 0.0, "a tie of rows with one failure in ten is one step"
     assert path.at(0.1)[0] > 0
     assert path.at(0.001)[1] > 0
@@ -379,7 +372,7 @@ def traced_model(**options: Any) -> tuple[Any, fastkd.ExitTrace]:
 
 def test_certificate_stays_with_the_model(tmp_path: Path) -> None:
     model, trace = traced_model()
-    certificate = trace.calibrate(0.6)
+    certificate = fastkd.calibrate(trace, 0.6)
     certificate.apply(model)
     assert (model.config.speed, model.config.criterion) == (0.0, "entropy"), "only where the user asks"
     model.save_pretrained(tmp_path)
@@ -387,7 +380,7 @@ def test_certificate_stays_with_the_model(tmp_path: Path) -> None:
     assert Certificate.of(again.config) == certificate
     assert Certificate.from_dict(json.loads(json.dumps(certificate.to_dict()))) == certificate
     assert Certificate.of(early_exit_model().config) is None
-    trace.calibrate(0.6, criterion="margin").apply(model, set_default=True)
+    fastkd.calibrate(trace, 0.6, criterion="margin").apply(model, set_default=True)
     assert model.config.criterion == "margin"
     batch = random_batch()
     with torch.no_grad():
@@ -400,8 +393,8 @@ def test_save_touches_nothing_else(tmp_path: Path, with_path: bool) -> None:
     model, trace = traced_model()
     model.save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    path = model.trace([random_batch(rows=300, seed=9)]).threshold_path() if with_path else None
-    certificate = trace.calibrate(0.6, path=path)
+    path = fastkd.threshold_path(model.trace([random_batch(rows=300, seed=9)])) if with_path else None
+    certificate = fastkd.calibrate(trace, 0.6, path=path)
     certificate.save(tmp_path, model_fingerprint(model), set_default=True)
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     config, old = json.loads(after.pop("config.json")), json.loads(before.pop("config.json"))
@@ -420,7 +413,7 @@ def test_save_touches_nothing_else(tmp_path: Path, with_path: bool) -> None:
 
 def test_what_is_not_as_certified_is_told() -> None:
     model, trace = traced_model()
-    certificate = trace.calibrate(0.6, criterion="margin")
+    certificate = fastkd.calibrate(trace, 0.6, criterion="margin")
     assert (certificate.dtype, certificate.exit_layers) == ("float32", model.exit_layers)
 
     def told(dtype: torch.dtype = torch.float32, **exits: Any) -> list[str]:
@@ -439,7 +432,7 @@ def test_what_is_not_as_certified_is_told() -> None:
     certificate.apply(model, set_default=True)
     assert certificate.mismatches(model.config, "float32") == []
     assert certificate.mismatches(model.config, "float32", 0.125), "what is given wins over the default"
-    unknown = replace(trace, source=replace(trace.source, dtype="")).calibrate(0.6)
+    unknown = fastkd.calibrate(replace(trace, source=replace(trace.source, dtype="")), 0.6)
     assert unknown.mismatches(model.config, "float32", unknown.speed, "entropy") == [
         "it is for dtype unknown, in use is float32"
     ]
@@ -448,7 +441,7 @@ def test_what_is_not_as_certified_is_told() -> None:
 def test_uncertified_calls_warn() -> None:
     model, trace = traced_model()
     assert warn_if_uncertified(model, speed=0.125) == [], "without a certificate there is nothing to tell"
-    certificate = trace.calibrate(0.6)
+    certificate = fastkd.calibrate(trace, 0.6)
     certificate.apply(model)
     assert warn_if_uncertified(model, speed=certificate.speed) == []
     with pytest.warns(CalibrationWarning, match=r"certificate: it is for speed 0\.\d+, in use is 0.125; nothing is"):
@@ -459,7 +452,7 @@ def test_uncertified_calls_warn() -> None:
 
 def test_certificate_of_other_weights_is_refused(tmp_path: Path) -> None:
     model, trace = traced_model()
-    certificate = trace.calibrate(0.6)
+    certificate = fastkd.calibrate(trace, 0.6)
     with torch.no_grad():
         model.teacher_head.classifier.bias[0] += 1e-3
     with pytest.raises(ValueError, match="it is for other weights"):
@@ -467,7 +460,7 @@ def test_certificate_of_other_weights_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="it is for other weights"):
         certificate.save(tmp_path, model_fingerprint(model))
-    unknown = replace(trace, source=TraceSource()).calibrate(0.6)
+    unknown = fastkd.calibrate(replace(trace, source=TraceSource()), 0.6)
     with pytest.raises(ValueError, match="does not say which weights"):
         unknown.apply(model)
     with pytest.raises(ValueError, match="fields surprise are missing or unknown"):

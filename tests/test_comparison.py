@@ -60,7 +60,7 @@ def test_pcee_bert_against_a_plain_loop(patience: int) -> None:
 
 def test_each_criterion_is_what_it_is_alone() -> None:
     trace, others = made_up_trace(), made_up_trace(seed=1)
-    swept = trace.compare(others, top_n=2, patience=3, seq_len=40)
+    swept = fastkd.compare(trace, others, top_n=2, patience=3, seq_len=40)
     assert list(swept) == ALL
     full = trace.sweep([0.0], seq_len=40)[0]
     for name, sweep in swept.items():
@@ -73,27 +73,27 @@ def test_each_criterion_is_what_it_is_alone() -> None:
         row = swept[name][2]
         assert trace.sweep([row.speed], name, 2 if name == "top_n" else None, seq_len=40)[0] == row
     row = swept["performance"][7]
-    assert trace.sweep([row.speed], path=others.threshold_path(), seq_len=40)[0] == row
+    assert trace.sweep([row.speed], path=fastkd.threshold_path(others), seq_len=40)[0] == row
     row = swept["pcee_bert"][7]
     assert row.average_layers == patient_answers(trace, row.speed, 3).exit_layer.double().mean().item()
 
 
 def test_without_other_rows_half_of_them_teach() -> None:
     trace = made_up_trace()
-    swept = trace.compare()
+    swept = fastkd.compare(trace)
     assert {sum(row.exits_per_layer) for sweep in swept.values() for row in sweep} == {200}
-    assert trace.compare()["performance"].to_dicts() == swept["performance"].to_dicts()
+    assert fastkd.compare(trace)["performance"].to_dicts() == swept["performance"].to_dicts()
     with pytest.raises(ValueError, match="got 1 rows"):
-        trace.select(torch.tensor([0])).compare()
+        fastkd.compare(trace.select(torch.tensor([0])))
     with pytest.raises(ValueError, match="points, patience: got 1"):
-        trace.compare(points=1)
+        fastkd.compare(trace, points=1)
 
 
 def test_learned_exits_and_regression_take_their_place() -> None:
     learned = early_exit_model(learned_exit=True).trace([random_batch(rows=60)])
-    assert list(learned.compare(points=5)) == [*ALL[:5], "learned", *ALL[5:]]
+    assert list(fastkd.compare(learned, points=5)) == [*ALL[:5], "learned", *ALL[5:]]
     regression = early_exit_model(num_labels=1).trace([{**random_batch(rows=60), "labels": torch.randn(60)}])
-    swept = regression.compare(points=5)
+    swept = fastkd.compare(regression, points=5)
     assert list(swept) == ["agreement"]
     assert sum(swept["agreement"][0].exits_per_layer) == 60, "no rows are set aside for a rule that needs classes"
     assert all(row.pearson is not None for row in swept["agreement"])
@@ -129,6 +129,6 @@ def test_commands_show_the_correlation_of_a_regression(tmp_path: Path) -> None:
         shown = CliRunner().invoke(app.app, arguments).stdout
         assert "correlation" in shown
         assert "accuracy" not in shown.replace("_accuracy", "")
-    assert f"full model {trace.compare()['agreement'][0].pearson:.4f}" in shown
+    assert f"full model {fastkd.compare(trace)['agreement'][0].pearson:.4f}" in shown
     table = CliRunner().invoke(app.app, ["sweep", str(tmp_path / "trace.safetensors"), "-o", str(tmp_path)]).stdout
     assert f"{correlation:.4f}" in table

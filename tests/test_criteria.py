@@ -197,11 +197,11 @@ def test_regression_sweeps_have_a_correlation() -> None:
 def test_regression_is_calibrated_by_tolerance() -> None:
     trace = model_with("agreement").trace([random_batch(rows=500, longest=8)])
     tolerance = 1.5 * trace.logits.std().item()
-    certificate = trace.calibrate(0.5, tolerance=tolerance)
+    certificate = fastkd.calibrate(trace, 0.5, tolerance=tolerance)
     full, early = trace.logits[:, -1, 0], trace.answers(certificate.speed).prediction
     assert certificate.failures == int(((early - full).abs() > tolerance).sum()) == certificate.disagreements
     assert certificate.criterion == "agreement"
     with pytest.raises(ValueError, match="a regression needs the difference"):
-        trace.calibrate(0.3)
+        fastkd.calibrate(trace, 0.3)
     with pytest.raises(ValueError, match="a regression has no right answers"):
-        trace.calibrate(0.3, guarantee="accuracy", tolerance=0.2)
+        fastkd.calibrate(trace, 0.3, guarantee="accuracy", tolerance=0.2)

@@ -23,9 +23,11 @@ from tiny_models import (
 )
 from typer.testing import CliRunner
 
+import fastkd
 from fastkd.commands import app
-from fastkd.exits.calibration import CalibrationWarning, Certificate, binomial_interval
+from fastkd.exits.certificate import CalibrationWarning, Certificate
 from fastkd.exits.drift import DriftMonitor, DriftWarning, evidence
+from fastkd.exits.guarantees import binomial_interval
 from fastkd.inference.predict import predict as predict_rows
 from fastkd.inference.predict import read_rows
 
@@ -35,7 +37,7 @@ DRAWS = 1000
 def certified_model(max_drop: float = 0.6, **options: Any) -> Any:
     model = early_exit_model(**options)
     trace = model.trace([random_batch(rows=400, longest=6, seed=4)])
-    trace.calibrate(max_drop).apply(model, set_default=True)
+    fastkd.calibrate(trace, max_drop).apply(model, set_default=True)
     return model
 
 
@@ -161,7 +163,7 @@ def test_regression_agrees_within_the_tolerance() -> None:
     model = early_exit_model(num_labels=1)
     trace = model.trace([random_batch(rows=400, longest=6, seed=4)])
     tolerance = 1.5 * trace.logits.std().item()
-    trace.calibrate(0.5, tolerance=tolerance).apply(model, set_default=True)
+    fastkd.calibrate(trace, 0.5, tolerance=tolerance).apply(model, set_default=True)
     monitor = DriftMonitor(model, 1.0)
     monitor.record(4, [0.0, 0.0, 0.0, 0.0], [0.0, 0.9 * tolerance, 1.1 * tolerance, None])
     assert (monitor.watched, monitor.agreements) == (4, 2)

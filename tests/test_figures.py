@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fastkd.exits.reliability import Arrivals, IntervalAccuracy
-from fastkd.exits.trace import Sweep, SweepRow
+from fastkd.exits.sweep import Sweep, SweepRow
 from fastkd.inference.benchmark import BenchmarkRow
 from fastkd.report import figures
 from fastkd.training.log import TrainingPoint

@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from fastkd.data.input_format import with_input_format
     from fastkd.data.rows import load_folder, load_rows
     from fastkd.encoders.configuration import EarlyExitConfig
-    from fastkd.exits.calibration import Certificate
+    from fastkd.exits.calibration import calibrate
+    from fastkd.exits.certificate import Certificate
+    from fastkd.exits.comparison import compare
     from fastkd.exits.flops import flops
-    from fastkd.exits.trace import ExitTrace, Sweep, SweepRow
+    from fastkd.exits.sweep import Sweep, SweepRow
+    from fastkd.exits.threshold_path import threshold_path
+    from fastkd.exits.trace import ExitTrace
     from fastkd.kd.cache import TeacherCache
     from fastkd.kd.probe import LayerProbe, PseudoClassifiers
     from fastkd.kd.students import (
@@ -48,7 +52,7 @@ _HOME = {
     "ALPKDLoss": "fastkd.losses",
     "AnnealingKDLoss": "fastkd.losses",
     "BiLSTMForSequenceClassification": "fastkd.kd.students",
-    "Certificate": "fastkd.exits.calibration",
+    "Certificate": "fastkd.exits.certificate",
     "DIHLoss": "fastkd.losses",
     "DistilBertLoss": "fastkd.losses",
     "DistillOptions": "fastkd.training.recipes",
@@ -66,19 +70,22 @@ _HOME = {
     "PKDLoss": "fastkd.losses",
     "PseudoClassifiers": "fastkd.kd.probe",
     "RAILKDLoss": "fastkd.losses",
-    "Sweep": "fastkd.exits.trace",
-    "SweepRow": "fastkd.exits.trace",
+    "Sweep": "fastkd.exits.sweep",
+    "SweepRow": "fastkd.exits.sweep",
     "Teacher": "fastkd.kd.teacher",
     "TeacherCache": "fastkd.kd.cache",
     "UniversalKDLoss": "fastkd.losses",
     "UniversalKDMixtureLoss": "fastkd.losses",
     "VanillaKDLoss": "fastkd.losses",
+    "calibrate": "fastkd.exits.calibration",
+    "compare": "fastkd.exits.comparison",
     "distill": "fastkd.training.recipes",
     "finetune": "fastkd.training.recipes",
     "flops": "fastkd.exits.flops",
     "load_folder": "fastkd.data.rows",
     "load_rows": "fastkd.data.rows",
     "student_from_teacher": "fastkd.kd.students",
+    "threshold_path": "fastkd.exits.threshold_path",
     "with_input_format": "fastkd.data.input_format",
 }
 
@@ -129,11 +136,14 @@ __all__ = [
     "UniversalKDLoss",
     "UniversalKDMixtureLoss",
     "VanillaKDLoss",
+    "calibrate",
+    "compare",
     "distill",
     "finetune",
     "flops",
     "load_folder",
     "load_rows",
     "student_from_teacher",
+    "threshold_path",
     "with_input_format",
 ]

@@ -25,18 +25,18 @@ from fastkd.commands.options import (
 from fastkd.commands.screen import Screen, screen_for, share
 
 if TYPE_CHECKING:
-    from fastkd.exits.calibration import Certificate
+    from fastkd.exits.certificate import Certificate
 
 
 class Guarantee(str, Enum):
-    """What the speed may cost, see `fastkd.exits.calibration`."""
+    """What the speed may cost, see `fastkd.exits.guarantees`."""
 
     consistency = "consistency"
     accuracy = "accuracy"
 
 
 class Method(str, Enum):
-    """How the speed is chosen, see `fastkd.exits.calibration`."""
+    """How the speed is chosen, see `fastkd.exits.guarantees`."""
 
     fixed_sequence = "fixed-sequence"
     conformal = "conformal"
@@ -110,7 +110,10 @@ def calibrate(
     with screen_for(as_json) as screen:
         from fastkd.commands import steps
         from fastkd.data.files import write_json
-        from fastkd.exits.trace import ExitTrace, model_fingerprint
+        from fastkd.exits import calibration
+        from fastkd.exits.fingerprints import model_fingerprint
+        from fastkd.exits.threshold_path import threshold_path
+        from fastkd.exits.trace import ExitTrace
 
         drop, sure = parse_share(max_drop, "--max-drop"), parse_share(confidence, "--confidence")
         if model is not None:
@@ -118,15 +121,15 @@ def calibrate(
         chosen = None if criterion is None else criterion.value
         path = None
         if path_trace is not None:
-            path = ExitTrace.load(path_trace).threshold_path(
-                chosen, top_n, guarantee=guarantee.value, tolerance=tolerance
+            path = threshold_path(
+                ExitTrace.load(path_trace), chosen, top_n, guarantee=guarantee.value, tolerance=tolerance
             )
         trace = steps.load_or_make_trace(
             screen, source, data, split, limit, max_length, batch_size, seed, device, dtype.value
         )
         with screen.warnings():
-            certificate = trace.calibrate(
-                drop, sure, guarantee=guarantee.value, method=method.value, criterion=chosen, top_n=top_n,
+            certificate = calibration.calibrate(
+                trace, drop, sure, guarantee=guarantee.value, method=method.value, criterion=chosen, top_n=top_n,
                 path=path, tolerance=tolerance,
             )  # fmt: skip
         folder = Path(source) if Path(source).is_dir() else model

@@ -12,7 +12,7 @@ from fastkd.commands.options import Json
 from fastkd.commands.screen import quality, screen_for
 
 if TYPE_CHECKING:
-    from fastkd.exits.trace import Sweep
+    from fastkd.exits.sweep import Sweep
 
 DROPS = (0.001, 0.005, 0.01)
 """Losses of accuracy at which the table looks."""
@@ -49,6 +49,7 @@ def compare(
         from rich.table import Table
 
         from fastkd.data.files import atomic_path
+        from fastkd.exits import comparison
         from fastkd.exits.trace import ExitTrace
         from fastkd.report import figures
 
@@ -56,7 +57,7 @@ def compare(
         if rows.labels is None:
             raise ValueError(f"trace: the rows of {trace} have no labels, so there is no accuracy to compare")
         others = None if reliability is None else ExitTrace.load(reliability)
-        swept = rows.compare(others, top_n=top_n, patience=patience, points=points, seq_len=seq_len)
+        swept = comparison.compare(rows, others, top_n=top_n, patience=patience, points=points, seq_len=seq_len)
         first = next(iter(swept.values()))
         picture, numbers = output / "compare.png", output / "compare.csv"
         figures.speedup_accuracy(swept, picture)

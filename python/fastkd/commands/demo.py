@@ -25,7 +25,8 @@ from fastkd.commands.screen import Screen, benchmark_table, share, sweep_table
 from fastkd.data import corpus
 from fastkd.data.files import changed_settings, write_json, write_text
 from fastkd.data.rows import DataFolder, Rows, load_folder
-from fastkd.exits.trace import ExitTrace, Sweep
+from fastkd.exits.sweep import Sweep
+from fastkd.exits.trace import ExitTrace
 from fastkd.inference.benchmark import Benchmark
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.report import figures, read_source, write_page

@@ -30,7 +30,7 @@ def info(
     """
     with screen_for(as_json) as screen:
         from fastkd.commands import steps
-        from fastkd.exits.calibration import Certificate
+        from fastkd.exits.certificate import Certificate
 
         config = steps.load_config(checkpoint)
         certificate = Certificate.of(config)

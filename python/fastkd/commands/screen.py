@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from fastkd.exits.trace import Sweep
+    from fastkd.exits.sweep import Sweep
     from fastkd.inference.benchmark import Benchmark, BenchmarkRow
 
 BAD_INPUT = 2

@@ -18,7 +18,8 @@ from fastkd.data.batches import LengthSortedBatches, tokenize
 from fastkd.data.input_format import with_input_format
 from fastkd.data.rows import DataFolder, Rows, load_folder, load_rows
 from fastkd.encoders.configuration import EarlyExitConfig
-from fastkd.exits.trace import ExitTrace, Sweep
+from fastkd.exits.sweep import Sweep
+from fastkd.exits.trace import ExitTrace
 from fastkd.inference import benchmark
 from fastkd.inference.predict import length_limit
 from fastkd.model.modeling import EarlyExitForSequenceClassification

@@ -38,7 +38,7 @@ class EarlyExitConfig(PreTrainedConfig):
             `fastkd.data.input_format`: "standard" or "uer".
         learned_exit: whether there is a learned exit (`fastkd.encoders.heads.LearnedExit`), for the criterion
             "learned".
-        certificate: what `ExitTrace.calibrate` vouches for, as `Certificate.to_dict` writes it.
+        certificate: what `fastkd.calibrate` vouches for, as `Certificate.to_dict` writes it.
         label_scale: mean and standard deviation of the labels that a regression was fine-tuned on, see
             `fastkd.encoders.label_scale`; None: not fine-tuned, or no regression.
         training_data: fingerprints (`Rows.digest`) of the rows that the weights have seen, by their part in training

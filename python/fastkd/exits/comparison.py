@@ -15,8 +15,9 @@ import numpy.typing as npt
 import torch
 
 import fastkd_kernels as fk
-from fastkd.exits.calibration import ThresholdPath
-from fastkd.exits.trace import ExitAnswers, ExitTrace, Sweep
+from fastkd.exits.sweep import Sweep
+from fastkd.exits.threshold_path import threshold_path
+from fastkd.exits.trace import ExitAnswers, ExitTrace
 
 
 def compare(
@@ -62,7 +63,7 @@ def compare(
     speeds = _quantiles(trace.uncertainties("entropy")[:, :-1].numpy(), points)
     rows = [trace.cost(speed, speed, patient_answers(trace, speed, patience), seq_len) for speed in speeds]
     swept["pcee_bert"] = Sweep(rows, "pcee_bert", None, swept["entropy"].seq_len)
-    path = ThresholdPath.fit(reliability)
+    path = threshold_path(reliability)
     swept["performance"] = trace.sweep(_quantiles(np.concatenate(path.shares), points), path=path, seq_len=seq_len)
     return swept
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,10 +27,18 @@ import torch
 from scipy.special import betaincc, betaln
 from torch import Tensor
 
-from fastkd.exits.calibration import Certificate, binomial_interval, warn_if_uncertified
+from fastkd.exits.certificate import Certificate, CertifiedModel, warn_if_uncertified
+from fastkd.exits.guarantees import binomial_interval
 
-if TYPE_CHECKING:
-    from fastkd.model.modeling import EarlyExitForSequenceClassification, EarlyExitOutput
+
+class WatchedModel(CertifiedModel, Protocol):
+    """A model that answers a batch, `logits` [B, C] among its answers, at the speed that the call names."""
+
+    @property
+    def __call__(self) -> Callable[..., Any]: ...
+
+
+Model = TypeVar("Model", bound=WatchedModel)
 
 
 class DriftWarning(UserWarning):
@@ -44,7 +52,7 @@ class DriftReport:
     rows: int
     """All rows that went by."""
     watched: int
-    """Those that were also run to full depth."""
+    """Rows that were also run to full depth."""
     agreements: int
     agreement: float | None
     """Share of the watched rows; None before the first."""
@@ -78,12 +86,12 @@ class DriftReport:
         return f"{text}; {promise}"
 
 
-class DriftMonitor:
+class DriftMonitor(Generic[Model]):
     """Counts how often early answers agree with the full model's."""
 
     def __init__(
         self,
-        model: EarlyExitForSequenceClassification,
+        model: Model,
         share: float = 0.01,
         *,
         speed: float | Sequence[float] | None = None,
@@ -142,7 +150,7 @@ class DriftMonitor:
         """Which of the rows with these numbers are watched; every number is its own draw."""
         return _uniform(np.asarray(numbers), self.seed) < self.share
 
-    def __call__(self, **batch: Tensor) -> EarlyExitOutput:
+    def __call__(self, **batch: Tensor) -> Any:
         """The model's answer to a batch, whose rows are numbered in the order in which they come.
 
         Warns:

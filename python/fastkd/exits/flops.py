@@ -20,8 +20,6 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedConfig
 
-from fastkd.encoders.configuration import EarlyExitConfig
-
 CONVENTIONS = ("fastbert", "macs", "all_matmuls")
 """The conventions that tables and sweeps show."""
 
@@ -42,10 +40,9 @@ class FlopsShape:
     @classmethod
     def of(cls, config: PreTrainedConfig) -> FlopsShape:
         """The sizes in an encoder's or an early-exit model's configuration."""
-        encoder: PreTrainedConfig = config
-        added: dict[str, Any] = {}
-        if isinstance(config, EarlyExitConfig):
-            encoder, added = config.backbone, {"head": config.head, "head_width": config.head_width}
+        # only an early-exit model has a backbone, and then heads of its own
+        encoder: PreTrainedConfig = getattr(config, "backbone", config)
+        added: dict[str, Any] = {} if encoder is config else {"head": config.head, "head_width": config.head_width}
         return cls(
             hidden_size=encoder.hidden_size,
             # DistilBERT calls it `hidden_dim`

@@ -1,20 +1,18 @@
 """Exit traces: one pass through every head answers every threshold and every criterion offline.
 
-Who leaves early never changes anybody's hidden states, so the logits of all heads, recorded once, contain every
+A row that leaves early changes no other row's hidden states, so the logits of all heads, recorded once, contain every
 answer that the model can give at any speed.
 """
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,10 +25,7 @@ from fastkd.exits import criteria
 from fastkd.exits.catalogue import default_criterion
 from fastkd.exits.flops import CONVENTIONS, FlopsShape, flops
 from fastkd.exits.rule import head_speeds
-
-if TYPE_CHECKING:
-    from fastkd.exits.calibration import Certificate, ThresholdPath
-    from fastkd.model.modeling import EarlyExitForSequenceClassification
+from fastkd.exits.sweep import Sweep, SweepRow
 
 _FORMAT = "fastkd exit trace 1"
 
@@ -50,76 +45,6 @@ class ExitAnswers:
 
 
 @dataclass(frozen=True)
-class SweepRow:
-    """The cost and the quality of one speed."""
-
-    speed: float
-    """On a threshold path, the place on it."""
-    accuracy: float | None
-    """Share of right answers in [0, 1]; None without labels and for regression."""
-    average_layers: float
-    exits_per_layer: list[int]
-    """How many rows left after each of the layers, 0 where a layer has no head."""
-    flops: dict[str, float]
-    """Mean operations a row, by convention (`fastkd.flops`)."""
-    speedup: dict[str, float]
-    """Operations of the full model (all layers, one head) divided by `flops`."""
-    pearson: float | None = None
-    """Correlation of answers and labels, for regression."""
-
-    @property
-    def quality(self) -> float | None:
-        """Accuracy, or for regression the correlation; None without labels."""
-        return self.accuracy if self.pearson is None else self.pearson
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A table of speeds."""
-
-    rows: list[SweepRow]
-    criterion: str
-    top_n: int | None
-    seq_len: int
-    """The length for which operations were counted."""
-
-    def __iter__(self) -> Iterator[SweepRow]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> SweepRow:
-        return self.rows[index]
-
-    def to_dicts(self) -> list[dict[str, Any]]:
-        """One flat dictionary a row, ready for CSV or JSON."""
-        return [
-            {
-                "speed": row.speed,
-                "criterion": self.criterion,
-                "top_n": self.top_n,
-                "seq_len": self.seq_len,
-                "accuracy": row.accuracy,
-                **({} if row.pearson is None else {"pearson": row.pearson}),
-                "average_layers": row.average_layers,
-                **{f"exits_layer_{layer}": count for layer, count in enumerate(row.exits_per_layer, start=1)},
-                **{f"flops_{name}": value for name, value in row.flops.items()},
-                **{f"speedup_{name}": value for name, value in row.speedup.items()},
-            }
-            for row in self.rows
-        ]
-
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the table; the file is either whole or absent."""
-        rows = self.to_dicts()
-        with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-@dataclass(frozen=True)
 class TraceSource:
     """Where a trace comes from, as fingerprints; empty where that is unknown."""
 
@@ -128,9 +53,23 @@ class TraceSource:
     data: str = ""
     """Of the rows (`Rows.digest`), before any were drawn from them."""
     training_data: Mapping[str, str] = field(default_factory=dict)
-    """Of the rows that the weights have seen, see `EarlyExitConfig`."""
+    """Of the rows that the weights have seen, by their part in training."""
     dtype: str = ""
     """Of the weights, as torch calls it: "float32"."""
+
+
+class SpeedThresholds(Protocol):
+    """A threshold for each head at every speed, under one criterion; `ThresholdPath` is one."""
+
+    @property
+    def criterion(self) -> str: ...
+
+    @property
+    def top_n(self) -> int | None: ...
+
+    def at(self, speed: float) -> list[float]:
+        """The thresholds at a speed in [0, 1], one for each head below the last."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -144,7 +83,7 @@ class ExitTrace:
         exit_layers: the K layers that have a head, 1-based; the last is `shape.num_hidden_layers`.
         max_length: the longest row as it was fed, padding included.
         shape: the sizes on which operations depend.
-        rows: [n] int64, the row of the data (0 is the first) that each one is; None where nobody said.
+        rows: [n] int64, the row of the data (0 is the first) that each one is; None where that is unknown.
         source: which model and which rows these are.
         certainty: [n, K] float32, what the learned exit gives each head; None where the model has none.
     """
@@ -255,7 +194,7 @@ class ExitTrace:
         criterion: str | None = None,
         top_n: int | None = None,
         *,
-        path: ThresholdPath | None = None,
+        path: SpeedThresholds | None = None,
         seq_len: int | None = None,
     ) -> Sweep:
         """Accuracy and cost at every speed.
@@ -263,7 +202,8 @@ class ExitTrace:
         Args:
             speeds: numbers in [0, 1].
             criterion, top_n: as in `answers`.
-            path: a threshold for each head at every speed (`threshold_path`); criterion and top_n are then the path's.
+            path: a threshold for each head at every speed (`fastkd.threshold_path`); criterion and top_n are then the
+                path's.
             seq_len: length for which operations are counted, padding included; default `max_length`.
 
         Raises:
@@ -323,34 +263,9 @@ class ExitTrace:
     def _cost_of_row(self, layer: int, asked: Sequence[int], seq_len: int, convention: str, learned_exit: bool) -> int:
         """Operations of a row that leaves after `layer`, having met every head that is asked up to there."""
         heads = sum(head <= layer for head in asked)
-        # the last head answers whoever is left without asking the learned exit
+        # the last head answers the rows that are left without asking the learned exit
         learned = sum(head <= layer for head in asked[:-1]) if learned_exit else 0
         return flops(self.shape, seq_len, layers=layer, heads=heads, learned_exits=learned, convention=convention)
-
-    def threshold_path(
-        self,
-        criterion: str | None = None,
-        top_n: int | None = None,
-        *,
-        guarantee: str = "consistency",
-        tolerance: float | None = None,
-    ) -> ThresholdPath:
-        """Thresholds for each head, at every speed, learned from this trace: see `calibration.ThresholdPath`."""
-        from fastkd.exits.calibration import ThresholdPath
-
-        return ThresholdPath.fit(self, criterion, top_n, guarantee=guarantee, tolerance=tolerance)
-
-    def calibrate(self, max_drop: float = 0.01, confidence: float = 0.95, **options: Any) -> Certificate:
-        """The fastest speed that is guaranteed on rows like these: see `fastkd.exits.calibration.calibrate`."""
-        from fastkd.exits.calibration import calibrate
-
-        return calibrate(self, max_drop, confidence, **options)
-
-    def compare(self, reliability: ExitTrace | None = None, **options: Any) -> dict[str, Sweep]:
-        """Every criterion on the plane of speed-up and accuracy: see `fastkd.exits.comparison.compare`."""
-        from fastkd.exits.comparison import compare
-
-        return compare(self, reliability, **options)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; it is either whole or absent."""
@@ -403,72 +318,6 @@ class ExitTrace:
         )
 
 
-@dataclass
-class _Recorder:
-    """Collects the batches of one trace on the host."""
-
-    logits: list[Tensor] = field(default_factory=list)
-    certainty: list[Tensor] = field(default_factory=list)
-    labels: list[Tensor] = field(default_factory=list)
-    lengths: list[Tensor] = field(default_factory=list)
-    max_length: int = 0
-    tokens: Any = field(default_factory=hashlib.sha256)
-
-
-@torch.no_grad()
-def record_trace(
-    model: EarlyExitForSequenceClassification,
-    batches: Iterable[Mapping[str, Tensor]],
-    fingerprint: str | None = None,
-) -> ExitTrace:
-    """Run every head of `model`, in evaluation mode, on every batch.
-
-    Args:
-        model: its training mode is restored afterwards.
-        batches: keyword arguments of `model.forward`, with or without `labels`.
-        fingerprint: of the rows (`Rows.digest`); default: one of the tokens.
-
-    Raises:
-        ValueError: no batches, or labels in some of them only.
-    """
-    recorder = _Recorder()
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in batches:
-            _record_batch(model, batch, recorder)
-    finally:
-        model.train(was_training)
-    if not recorder.logits:
-        raise ValueError("batches: got none, expected at least one; is the data set empty?")
-    if recorder.labels and len(recorder.labels) != len(recorder.logits):
-        raise ValueError("batches: some have labels and some have not; give labels to all of them or to none")
-    return ExitTrace(
-        logits=torch.cat(recorder.logits),
-        labels=torch.cat(recorder.labels) if recorder.labels else None,
-        lengths=torch.cat(recorder.lengths),
-        exit_layers=list(model.exit_layers),
-        max_length=recorder.max_length,
-        shape=FlopsShape.of(model.config),
-        source=TraceSource(
-            model=model_fingerprint(model),
-            data=fingerprint or f"tokens:{recorder.tokens.hexdigest()}",
-            training_data=dict(model.config.training_data),
-            dtype=str(model.dtype).removeprefix("torch."),
-        ),
-        certainty=torch.cat(recorder.certainty) if recorder.certainty else None,
-    )
-
-
-def model_fingerprint(model: EarlyExitForSequenceClassification) -> str:
-    """A SHA-256 of all weights, whatever device they are on: another dtype is another model."""
-    sha = hashlib.sha256()
-    for name, parameter in model.state_dict().items():
-        sha.update(name.encode())
-        sha.update(_bytes_of(parameter))
-    return sha.hexdigest()
-
-
 def predictions(logits: Tensor) -> Tensor:
     """What logits [n, C] answer: a class, or for regression a number."""
     return logits[:, 0] if logits.shape[-1] == 1 else logits.argmax(dim=-1)
@@ -478,24 +327,3 @@ def correlation(answers: Tensor, labels: Tensor) -> float:
     """Pearson's; 0 where one side is constant."""
     value = torch.corrcoef(torch.stack([answers.double(), labels.double()]))[0, 1].item()
     return 0.0 if math.isnan(value) else value
-
-
-def _bytes_of(tensor: Tensor) -> Any:
-    """The memory of a tensor of any dtype, without a copy where it lies on the host in one piece."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def _record_batch(model: EarlyExitForSequenceClassification, batch: Mapping[str, Tensor], recorder: _Recorder) -> None:
-    inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
-    logits, log_odds = model.all_exits(**inputs)
-    tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
-    mask = inputs.get("attention_mask")
-    lengths = torch.full((len(tokens),), tokens.shape[1]) if mask is None else mask.bool().sum(dim=1)
-    recorder.tokens.update(_bytes_of(tokens))
-    recorder.logits.append(logits.float().cpu())
-    if log_odds is not None:
-        recorder.certainty.append(log_odds.sigmoid().float().cpu())
-    recorder.lengths.append(lengths.int().cpu())
-    recorder.max_length = max(recorder.max_length, tokens.shape[1])
-    if batch.get("labels") is not None:
-        recorder.labels.append(batch["labels"].cpu())

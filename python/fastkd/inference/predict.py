@@ -189,7 +189,7 @@ def predict(
     exits: dict[str, Any] = {"speed": speed, "criterion": criterion, "top_n": top_n, "exit_layers": exit_layers}
     if monitor is None:
         if model.config.certificate is not None:
-            from fastkd.exits.calibration import warn_if_uncertified  # brings scipy
+            from fastkd.exits.certificate import warn_if_uncertified  # brings scipy
 
             warn_if_uncertified(model, **exits)
         return _predict(model, tokenizer, rows, batch_size, max_length, window, exits)

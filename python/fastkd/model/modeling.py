@@ -30,7 +30,8 @@ from fastkd.engines import batch, graphs, packed, stream, stream_batches
 from fastkd.exits import criteria
 from fastkd.exits.catalogue import check_criterion
 from fastkd.exits.rule import head_speeds
-from fastkd.exits.trace import ExitTrace, record_trace
+from fastkd.exits.trace import ExitTrace
+from fastkd.model.tracing import record_trace
 
 
 @dataclass

@@ -21,7 +21,7 @@ from fastkd.training.log import RECORDED_SPEED
 
 if TYPE_CHECKING:
     from fastkd.exits.reliability import Arrivals, IntervalAccuracy
-    from fastkd.exits.trace import Sweep, SweepRow
+    from fastkd.exits.sweep import Sweep, SweepRow
     from fastkd.inference.benchmark import BenchmarkRow
     from fastkd.training.log import TrainingPoint
 

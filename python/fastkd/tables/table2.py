@@ -34,7 +34,7 @@ from fastkd.data.batches import LengthSortedBatches, tokenize
 from fastkd.data.files import changed_settings, write_json, write_text
 from fastkd.data.rows import Rows, load_folder
 from fastkd.encoders.configuration import EarlyExitConfig
-from fastkd.exits.trace import SweepRow
+from fastkd.exits.sweep import SweepRow
 from fastkd.inference import benchmark
 from fastkd.kd.probe import encoder_layers
 from fastkd.kd.teacher import Teacher

@@ -1,0 +1,251 @@
+"""`Certificate`: what a calibration vouches for; it stays with the weights that it was made for."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fastkd.data.files import write_json
+from fastkd.exits.fingerprints import HasWeights, model_fingerprint
+from fastkd.exits.guarantees import binomial_upper_bound
+
+
+class CalibrationWarning(UserWarning):
+    """The guarantee rests on rows that it should not rest on."""
+
+
+class CertifiedConfig(Protocol):
+    """The configuration that carries a certificate, and says how a model answers where a call says nothing."""
+
+    @property
+    def certificate(self) -> Mapping[str, Any] | None: ...
+
+    @property
+    def speed(self) -> float | list[float]: ...
+
+    @property
+    def criterion(self) -> str: ...
+
+    @property
+    def top_n(self) -> int | None: ...
+
+    @property
+    def exit_layers(self) -> list[int]: ...
+
+    @property
+    def num_hidden_layers(self) -> int: ...
+
+
+class CertifiedModel(HasWeights, Protocol):
+    """A model with such a configuration."""
+
+    @property
+    def config(self) -> CertifiedConfig: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a calibration vouches for, and on what grounds."""
+
+    guarantee: str
+    """One of `fastkd.exits.guarantees.GUARANTEES`: what counts as a failure."""
+    method: str
+    """One of `fastkd.exits.guarantees.METHODS`."""
+    max_drop: float
+    """The share of rows that may fail."""
+    confidence: float | None
+    """Probability that the calibration rows led to a speed that keeps `max_drop`; None where the method has none."""
+    speed: float | list[float]
+    """What `forward` takes: one number, or one for each head below the last."""
+    position: float
+    """The speed's name: itself, or its place on the threshold path."""
+    criterion: str
+    top_n: int | None
+    exit_layers: list[int]
+    """After which layers it is decided, and the last."""
+    dtype: str
+    """Of the weights, as torch calls it: "float32"; empty if the trace did not say."""
+    tolerance: float | None
+    """Regression: up to which difference two answers are the same, in units of the label."""
+    n: int
+    """Calibration rows."""
+    failures: int
+    """How many of them failed."""
+    bound: float
+    """On the share of failures, by `method`; at most `max_drop`."""
+    disagreements: int
+    """How many answers differed from the full model's; equal to `failures` under consistency."""
+    speedup: float
+    """Operations of the full model divided by those at this speed (`fastkd.flops`, convention fastbert)."""
+    average_layers: float
+    accuracy: float | None
+    """At this speed on the calibration rows; None without labels and for regression."""
+    full_accuracy: float | None
+    seq_len: int
+    """Length for which operations were counted."""
+    data: str
+    """Fingerprint of the calibration rows."""
+    model: str
+    """Fingerprint of the weights."""
+    seen_as: str | None
+    """The part in training that the calibration rows had, which voids the guarantee; None if none is known."""
+    date: str
+    """ISO 8601, UTC."""
+    version: str
+    """Of fastkd-kernels."""
+
+    @property
+    def agreement(self) -> float:
+        """The share of rows that are promised the full model's answer, against which drift is measured."""
+        if self.guarantee == "consistency":
+            return 1 - self.max_drop
+        return 1 - float(binomial_upper_bound(self.disagreements, self.n, self.confidence or 0.95))
+
+    def mismatches(
+        self,
+        config: CertifiedConfig,
+        dtype: torch.dtype | str,
+        speed: float | Sequence[float] | None = None,
+        criterion: str | None = None,
+        top_n: int | None = None,
+        exit_layers: Sequence[int] | None = None,
+    ) -> list[str]:
+        """Where what is in use is not what was certified, a sentence each; none where the guarantee holds.
+
+        It holds for the full model (speed 0) whatever was certified.
+
+        Args:
+            config: of the model.
+            dtype: of its weights.
+            speed, criterion, top_n, exit_layers: as given to `forward`; None takes what the model says.
+        """
+        speeds = _as_list(config.speed if speed is None else speed)
+        if not any(speeds):
+            return []
+        layers = config.exit_layers if exit_layers is None else sorted({*exit_layers, config.num_hidden_layers})
+        compared: dict[str, tuple[Sequence[object], Sequence[object]]] = {
+            "dtype": ([self.dtype or "unknown"], [str(dtype).removeprefix("torch.")]),
+            "speed": (_as_list(self.speed), speeds),
+            "criterion": ([self.criterion], [config.criterion if criterion is None else criterion]),
+            "top_n": ([self.top_n], [config.top_n if top_n is None else top_n]),
+            "exit layers": (self.exit_layers, layers),
+        }
+        return [
+            f"it is for {name} {', '.join(map(str, certified))}, in use is {', '.join(map(str, used))}"
+            for name, (certified, used) in compared.items()
+            if certified != used
+        ]
+
+    def __str__(self) -> str:
+        what = {
+            "consistency": "get another answer than from the full model",
+            "accuracy": "lose a right answer of the full model",
+        }[self.guarantee]
+        share = f"at most {percent(self.max_drop)} of rows {what}"
+        counted = f"{self.failures} of {self.n:,} did"
+        if self.method == "fixed-sequence":
+            assert self.confidence is not None
+            return (
+                f"with {percent(self.confidence)} confidence {share} ({counted}; exact binomial upper bound "
+                f"{percent(self.bound)})"
+            )
+        if self.method == "conformal":
+            return f"on average over calibration sets {share} ({counted}; conformal bound {percent(self.bound)})"
+        return f"on the calibration rows {share} ({counted}); measured, not guaranteed"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Certificate:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: fields that no certificate has, or missing ones.
+        """
+        expected = {field.name for field in fields(cls)}
+        if value.keys() != expected:
+            wrong = sorted(value.keys() ^ expected)
+            raise ValueError(f"certificate: fields {', '.join(wrong)} are missing or unknown; calibrate again")
+        return cls(**value)
+
+    @classmethod
+    def of(cls, config: CertifiedConfig) -> Certificate | None:
+        """The certificate in a model's configuration."""
+        return None if config.certificate is None else cls.from_dict(config.certificate)
+
+    def apply(self, model: CertifiedModel, *, set_default: bool = False) -> None:
+        """Write the certificate into `model.config`, from where `save_pretrained` takes it along.
+
+        Args:
+            model: the one that was traced.
+            set_default: also make this the speed that the model runs at where it is given none.
+
+        Raises:
+            ValueError: other weights than those that were traced.
+        """
+        self._check_model(model_fingerprint(model))
+        for name, value in self._settings(set_default).items():
+            setattr(model.config, name, value)
+
+    def save(self, folder: str | os.PathLike[str], model: str, *, set_default: bool = False) -> None:
+        """Write the certificate into the config.json of a saved model, and nothing else.
+
+        Args:
+            folder: of the model.
+            model: fingerprint of its weights (`model_fingerprint`).
+            set_default: as in `apply`.
+
+        Raises:
+            ValueError: other weights than those that were traced.
+        """
+        self._check_model(model)
+        path = Path(folder) / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, {**config, **self._settings(set_default)})
+
+    def _settings(self, set_default: bool) -> dict[str, Any]:
+        default = {"speed": self.speed, "criterion": self.criterion, "top_n": self.top_n} if set_default else {}
+        return {"certificate": self.to_dict(), **default}
+
+    def _check_model(self, fingerprint: str) -> None:
+        if not self.model:
+            raise ValueError("certificate: its trace does not say which weights made it; trace again with this version")
+        if fingerprint != self.model:
+            raise ValueError(
+                f"certificate: it is for other weights (fingerprint {self.model[:12]}) than this model's "
+                f"({fingerprint[:12]}); trace this model and calibrate again"
+            )
+
+
+def warn_if_uncertified(model: CertifiedModel, **exits: Any) -> list[str]:
+    """`Certificate.mismatches` for a call of `model` with the options `exits`; none where it has no certificate.
+
+    Warns:
+        CalibrationWarning: there are some.
+    """
+    certificate = Certificate.of(model.config)
+    mismatches = [] if certificate is None else certificate.mismatches(model.config, model.dtype, **exits)
+    if mismatches:
+        warnings.warn(f"certificate: {'; '.join(mismatches)}; nothing is promised", CalibrationWarning, stacklevel=3)
+    return mismatches
+
+
+def _as_list(speed: float | Sequence[float]) -> list[float]:
+    return [float(value) for value in np.atleast_1d(speed)]
+
+
+def percent(share: float) -> str:
+    """A share in three digits: "99.5%"."""
+    return f"{100 * share:.3g}%"

@@ -1,0 +1,112 @@
+"""Records exit traces: every head of a model on every batch, once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastkd.encoders.configuration import EarlyExitConfig
+from fastkd.exits.fingerprints import HasWeights, model_fingerprint, tensor_bytes
+from fastkd.exits.flops import FlopsShape
+from fastkd.exits.trace import ExitTrace, TraceSource
+
+
+class TracedModel(HasWeights, Protocol):
+    """What recording needs of an early-exit model."""
+
+    training: bool
+    config: EarlyExitConfig
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def exit_layers(self) -> list[int]: ...
+
+    @property
+    def all_exits(self) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        """Logits [B, K, C] of every head, and the log-odds [B, K] of the learned exit, if there is one."""
+        ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+
+@torch.no_grad()
+def record_trace(
+    model: TracedModel,
+    batches: Iterable[Mapping[str, Tensor]],
+    fingerprint: str | None = None,
+) -> ExitTrace:
+    """Run every head of `model`, in evaluation mode, on every batch.
+
+    Args:
+        model: its training mode is restored afterwards.
+        batches: keyword arguments of `model.forward`, with or without `labels`.
+        fingerprint: of the rows (`Rows.digest`); default: one of the tokens.
+
+    Raises:
+        ValueError: no batches, or labels in some of them only.
+    """
+    recorder = _Recorder()
+    was_training = model.training
+    model.train(False)
+    try:
+        for batch in batches:
+            _record_batch(model, batch, recorder)
+    finally:
+        model.train(was_training)
+    if not recorder.logits:
+        raise ValueError("batches: got none, expected at least one; is the data set empty?")
+    if recorder.labels and len(recorder.labels) != len(recorder.logits):
+        raise ValueError("batches: some have labels and some have not; give labels to all of them or to none")
+    return ExitTrace(
+        logits=torch.cat(recorder.logits),
+        labels=torch.cat(recorder.labels) if recorder.labels else None,
+        lengths=torch.cat(recorder.lengths),
+        exit_layers=list(model.exit_layers),
+        max_length=recorder.max_length,
+        shape=FlopsShape.of(model.config),
+        source=TraceSource(
+            model=model_fingerprint(model),
+            data=fingerprint or f"tokens:{recorder.tokens.hexdigest()}",
+            training_data=dict(model.config.training_data),
+            dtype=str(model.dtype).removeprefix("torch."),
+        ),
+        certainty=torch.cat(recorder.certainty) if recorder.certainty else None,
+    )
+
+
+@dataclass
+class _Recorder:
+    """Collects the batches of one trace on the host."""
+
+    logits: list[Tensor] = field(default_factory=list)
+    certainty: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
+    lengths: list[Tensor] = field(default_factory=list)
+    max_length: int = 0
+    tokens: Any = field(default_factory=hashlib.sha256)
+
+
+def _record_batch(model: TracedModel, batch: Mapping[str, Tensor], recorder: _Recorder) -> None:
+    inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
+    logits, log_odds = model.all_exits(**inputs)
+    tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+    mask = inputs.get("attention_mask")
+    lengths = torch.full((len(tokens),), tokens.shape[1]) if mask is None else mask.bool().sum(dim=1)
+    recorder.tokens.update(tensor_bytes(tokens))
+    recorder.logits.append(logits.float().cpu())
+    if log_odds is not None:
+        recorder.certainty.append(log_odds.sigmoid().float().cpu())
+    recorder.lengths.append(lengths.int().cpu())
+    recorder.max_length = max(recorder.max_length, tokens.shape[1])
+    if batch.get("labels") is not None:
+        recorder.labels.append(batch["labels"].cpu())
