@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_up_traces import certain_trace, part_of, population
 from safetensors.torch import save_file
 from tiny_models import (
     CONFIGS,
@@ -24,6 +25,7 @@ from torch import Tensor
 import fastkd
 import fastkd_kernels as fk
 from fastkd.exits.flops import CONVENTIONS, FlopsShape
+from fastkd.exits.trace import TraceSource
 
 CRITERIA = [("entropy", None), ("max_prob", None), ("margin", None), ("top_n", 2), ("patience", None)]
 
@@ -293,3 +295,45 @@ def test_every_backend_gives_the_same_sweep(name: str) -> None:
 def test_configs_of_all_families_have_a_shape() -> None:
     for config in CONFIGS.values():
         assert FlopsShape.of(config).num_hidden_layers == LAYERS
+
+
+def test_trace_keeps_its_source(tmp_path: Path) -> None:
+    source = TraceSource("weights", "rows", {"finetune dev": "others"})
+    trace = replace(certain_trace(5), source=source)
+    trace.save(tmp_path / "t.safetensors")
+    assert fastkd.ExitTrace.load(tmp_path / "t.safetensors").source == source
+
+
+@pytest.mark.parametrize("head", ["fastbert", "linear"])
+@pytest.mark.parametrize("criterion", ["entropy", "patience"])
+def test_a_speed_for_each_head(head: str, criterion: str) -> None:
+    model = early_exit_model(head=head)
+    batches = [random_batch(rows=30, seed=1), random_batch(rows=9, longest=16, seed=2)]
+    trace = model.trace(batches)
+    middle = 0.6 if criterion == "patience" else clear_speed(trace.uncertainties()[:, :-1], 0.4)
+    for speed in ([middle, 0.0, middle], [0.0, 0.0, middle], [0.0, 0.0, 0.0], [0.0, 1.0, 0.0]):
+        answers = trace.answers(speed, criterion)
+        with torch.no_grad():
+            outputs = [model(**batch, speed=speed, criterion=criterion) for batch in batches]
+        layers = torch.cat([output.exit_layer for output in outputs])
+        assert torch.equal(answers.exit_layer, layers)
+        torch.testing.assert_close(
+            answers.logits, torch.cat([output.logits for output in outputs]), rtol=1e-4, atol=1e-5
+        )
+        skipped = {layer for layer, value in zip((1, 2, 3), speed, strict=True) if value == 0}
+        assert not skipped & set(layers.tolist())
+    same = trace.answers([middle] * 3, criterion)
+    assert torch.equal(same.exit_layer, trace.answers(middle, criterion).exit_layer)
+
+
+def test_a_head_that_is_not_asked_costs_nothing() -> None:
+    trace = part_of(population(), range(50))
+    row = trace.cost(0.5, [0.0, 1.0, 0.0], trace.answers([0.0, 1.0, 0.0]))
+    assert row.exits_per_layer == [0, 50, 0, 0]
+    assert row.flops["fastbert"] == fastkd.flops(trace.shape, 20, layers=2, heads=1)
+    with pytest.raises(ValueError, match=r"speed: got 2 numbers, expected one, or 3"):
+        trace.answers([0.5, 0.5])
+    with pytest.raises(ValueError, match=r"speed: got 1\.5"):
+        trace.answers([0.5, 0.5, 1.5])
+    with pytest.raises(ValueError, match="speed: got 2 numbers"):
+        fastkd.EarlyExitConfig(CONFIGS["bert"], speed=[0.1, 0.2])
