@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fastkd.exits.reliability import Arrivals, IntervalAccuracy
+from fastkd.exits.reliability import AccuracyByUncertainty, UncertaintyAtLayer
 from fastkd.exits.sweep import Sweep, SweepRow
 from fastkd.inference.benchmark import BenchmarkRow
 from fastkd.report import figures
@@ -48,8 +48,12 @@ def benchmark_rows() -> list[BenchmarkRow]:
     ]  # fmt: skip
 
 
-HEADS = [IntervalAccuracy(layer, [60, 30, 0, 10], [0.95, 0.8, None, 0.4]) for layer in (1, 2, 3, 4)]
-REACHED = [Arrivals(1, 100, [50, 30, 20]), Arrivals(2, 50, [10, 20, 20]), Arrivals(3, 0, [0, 0, 0])]
+HEADS = [AccuracyByUncertainty(layer, [60, 30, 0, 10], [0.95, 0.8, None, 0.4]) for layer in (1, 2, 3, 4)]
+REACHED = [
+    UncertaintyAtLayer(1, 100, [50, 30, 20]),
+    UncertaintyAtLayer(2, 50, [10, 20, 20]),
+    UncertaintyAtLayer(3, 0, [0, 0, 0]),
+]
 POINTS = [
     TrainingPoint("finetune", 1, 0.8, None, 1.0),
     TrainingPoint("finetune", 2, 0.9, None, 1.0),
@@ -126,7 +130,7 @@ def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rows: got none"):
         figures.wall_clock([], tmp_path / "a.png")
     with pytest.raises(ValueError, match="heads: got none with an accuracy"):
-        figures.accuracy_by_uncertainty([IntervalAccuracy(1, [3], [None])], tmp_path / "a.png")
+        figures.accuracy_by_uncertainty([AccuracyByUncertainty(1, [3], [None])], tmp_path / "a.png")
     with pytest.raises(ValueError, match="reached: got no speeds"):
         figures.uncertainty_per_layer({}, tmp_path / "a.png")
     with pytest.raises(ValueError, match="points: got none"):

@@ -18,7 +18,6 @@ from tiny_models import early_exit_model, random_batch
 from typer.testing import CliRunner
 
 from fastkd.commands import app
-from fastkd.exits.reliability import accuracy_by_interval, arrivals
 from fastkd.inference.benchmark import Benchmark
 from fastkd.report import Source, read_source, write_page, write_pictures
 from fastkd.report.content import EXAMPLES, SPEEDS, page_content
@@ -57,43 +56,9 @@ def embedded(page: Path) -> dict[str, Any]:
     return json.loads(found[1])
 
 
-# What the heads' uncertainty is worth
-
-
-@pytest.mark.parametrize(("criterion", "top_n"), CRITERIA)
-def test_arrivals_are_who_has_not_left(rows: Any, criterion: str, top_n: int | None) -> None:
-    trace = made_up_trace(rows, exit_layers=(1, 3, 4, 6))
-    uncertainties = trace.uncertainties(criterion, top_n)
-    for speed in (0.0, 0.2, 0.5, 1.0):
-        answers = trace.answers(speed, criterion, top_n)
-        # each row's answer carries the uncertainty of the head that gave it
-        heads = torch.tensor([trace.exit_layers.index(layer) for layer in answers.exit_layer.tolist()])
-        if speed > 0 or criterion != "patience":  # at speed 0 only the last head looks, so nothing repeats
-            assert torch.equal(uncertainties[torch.arange(len(trace)), heads], answers.uncertainty)
-        found = arrivals(trace, uncertainties, answers.exit_layer, bins=7)
-        assert [entry.layer for entry in found] == [1, 3, 4, 6]
-        for entry in found:
-            assert entry.rows == sum(layer >= entry.layer for layer in answers.exit_layer.tolist()) == sum(entry.counts)
-
-
-def test_accuracy_by_interval_against_a_plain_loop(rows: Any) -> None:
-    trace = made_up_trace(rows)
-    uncertainties = trace.uncertainties()
-    found = accuracy_by_interval(trace, uncertainties, intervals=5)
-    assert trace.labels is not None
-    for index, head in enumerate(found):
-        groups: list[list[bool]] = [[] for _ in range(5)]
-        for row in range(len(trace)):
-            part = min(int(float(uncertainties[row, index]) * 5), 4)
-            groups[part].append(bool(trace.logits[row, index].argmax() == trace.labels[row]))
-        assert head.counts == [len(group) for group in groups]
-        assert head.accuracies == [pytest.approx(sum(group) / len(group)) if group else None for group in groups]
-
-
-def test_nan_is_in_no_interval(rows: Any) -> None:
+def test_the_page_counts_rows_whose_uncertainty_is_nan(rows: Any) -> None:
     trace = made_up_trace(rows)
     trace.logits[0, 0] = torch.nan
-    assert sum(accuracy_by_interval(trace, trace.uncertainties())[0].counts) == len(trace) - 1
     content = page_content({"broken": (Source("broken", trace, examples=rows), "entropy")}, "t", 0.5)
     assert content["curves"][0]["arrivals"][100][0][0] == len(trace)
 

@@ -1,4 +1,4 @@
-"""What the heads' uncertainty is worth: figures 4 and 6 of FastBERT (ACL 2020) as numbers, from an exit trace."""
+"""How far the uncertainty of the heads can be relied on: figures 4 and 6 of FastBERT (ACL 2020) in numbers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fastkd.exits.trace import ExitTrace
 
 
 @dataclass(frozen=True)
-class IntervalAccuracy:
-    """How right one head is, by how certain it is; the intervals cut [0, 1] into equal parts (figure 4)."""
+class AccuracyByUncertainty:
+    """Figure 4 for one head: the accuracy of its answers in equal intervals of uncertainty, which cut [0, 1]."""
 
     layer: int
     counts: list[int]
@@ -22,17 +22,19 @@ class IntervalAccuracy:
 
 
 @dataclass(frozen=True)
-class Arrivals:
-    """The uncertainty of the rows that reach one head at one speed (figure 6)."""
+class UncertaintyAtLayer:
+    """Figure 6 for one head: the distribution of uncertainty over the rows that reach it at one speed."""
 
     layer: int
     rows: int
     counts: list[int]
-    """By equal parts of [0, 1]; rows whose uncertainty is NaN are in none of them."""
+    """Rows in each of the equal parts of [0, 1]; a row whose uncertainty is NaN is in none of them."""
 
 
-def accuracy_by_interval(trace: ExitTrace, uncertainties: Tensor, intervals: int = 10) -> list[IntervalAccuracy]:
-    """Accuracy over equal intervals of uncertainty, one entry a head, in layer order.
+def accuracy_by_uncertainty(
+    trace: ExitTrace, uncertainties: Tensor, intervals: int = 10
+) -> list[AccuracyByUncertainty]:
+    """The accuracy of every head over equal intervals of uncertainty (figure 4), in layer order.
 
     Args:
         trace: with or without labels.
@@ -40,27 +42,18 @@ def accuracy_by_interval(trace: ExitTrace, uncertainties: Tensor, intervals: int
         intervals: how many parts [0, 1] is cut into.
     """
     return [
-        _interval_accuracy(trace, layer, trace.logits[:, index], uncertainties[:, index], intervals)
+        _accuracy_of_head(trace, layer, trace.logits[:, index], uncertainties[:, index], intervals)
         for index, layer in enumerate(trace.exit_layers)
     ]
 
 
-def _interval_accuracy(
-    trace: ExitTrace, layer: int, logits: Tensor, uncertainty: Tensor, intervals: int
-) -> IntervalAccuracy:
-    counts = _histogram(uncertainty, intervals)
-    if trace.labels is None or trace.is_regression:
-        return IntervalAccuracy(layer, counts, [None] * intervals)
-    right = _histogram(uncertainty[logits.argmax(dim=-1) == trace.labels], intervals)
-    shares = [hits / count if count else None for hits, count in zip(right, counts, strict=True)]
-    return IntervalAccuracy(layer, counts, shares)
-
-
-def arrivals(trace: ExitTrace, uncertainties: Tensor, left_after: Tensor, bins: int = 25) -> list[Arrivals]:
-    """The distribution of uncertainty at every head over the rows that reach it.
+def uncertainty_per_layer(
+    trace: ExitTrace, uncertainties: Tensor, left_after: Tensor, bins: int = 25
+) -> list[UncertaintyAtLayer]:
+    """The distribution of uncertainty at every head over the rows that reach it (figure 6), in layer order.
 
     Args:
-        trace: whose heads these are.
+        trace: of the heads.
         uncertainties: of `ExitTrace.uncertainties`, [n, K].
         left_after: the layer after which each row leaves, [n]: `trace.answers(speed, ...).exit_layer`.
         bins: how many parts [0, 1] is cut into.
@@ -68,8 +61,19 @@ def arrivals(trace: ExitTrace, uncertainties: Tensor, left_after: Tensor, bins: 
     found = []
     for index, layer in enumerate(trace.exit_layers):
         arrived = uncertainties[left_after >= layer, index]
-        found.append(Arrivals(layer, len(arrived), _histogram(arrived, bins)))
+        found.append(UncertaintyAtLayer(layer, len(arrived), _histogram(arrived, bins)))
     return found
+
+
+def _accuracy_of_head(
+    trace: ExitTrace, layer: int, logits: Tensor, uncertainty: Tensor, intervals: int
+) -> AccuracyByUncertainty:
+    counts = _histogram(uncertainty, intervals)
+    if trace.labels is None or trace.is_regression:
+        return AccuracyByUncertainty(layer, counts, [None] * intervals)
+    right = _histogram(uncertainty[logits.argmax(dim=-1) == trace.labels], intervals)
+    shares = [hits / count if count else None for hits, count in zip(right, counts, strict=True)]
+    return AccuracyByUncertainty(layer, counts, shares)
 
 
 def _histogram(uncertainty: Tensor, parts: int) -> list[int]:

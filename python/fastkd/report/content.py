@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fastkd.exits.flops import flops
-from fastkd.exits.reliability import accuracy_by_interval, arrivals
+from fastkd.exits.reliability import accuracy_by_uncertainty, uncertainty_per_layer
 from fastkd.exits.trace import ExitAnswers, ExitTrace
 from fastkd.report.sources import Source, measured_with
 from fastkd.training.log import RECORDED_SPEED, training_curve
@@ -60,7 +60,7 @@ def _curve(name: str, source: Source, criterion: str, top_n: int | None) -> Curv
     sweep = trace.sweep(SPEEDS, criterion, top_n)
     uncertainties = trace.uncertainties(criterion, top_n)
     answers = [trace.answers(speed, criterion, top_n) for speed in SPEEDS]
-    reached = [arrivals(trace, uncertainties, answer.exit_layer, BINS) for answer in answers]
+    reached = [uncertainty_per_layer(trace, uncertainties, answer.exit_layer, BINS) for answer in answers]
     return {
         "name": name,
         "criterion": criterion,
@@ -76,7 +76,7 @@ def _curve(name: str, source: Source, criterion: str, top_n: int | None) -> Curv
         "speedup": [row.speedup[CONVENTION] for row in sweep],
         "exits": [row.exits_per_layer for row in sweep],
         "arrivals": [[[entry.rows, *entry.counts] for entry in heads] for heads in reached],
-        "reliability": [asdict(entry) for entry in accuracy_by_interval(trace, uncertainties, INTERVALS)],
+        "reliability": [asdict(entry) for entry in accuracy_by_uncertainty(trace, uncertainties, INTERVALS)],
         # seconds were measured with one criterion; another one leaves elsewhere
         "benchmark": source.benchmark if measured_with(source.benchmark) == criterion else None,
         "training": [] if trace.is_regression else [asdict(point) for point in training_curve(source.logs)],

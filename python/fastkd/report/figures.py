@@ -20,7 +20,7 @@ from fastkd.data.files import atomic_path
 from fastkd.training.log import RECORDED_SPEED
 
 if TYPE_CHECKING:
-    from fastkd.exits.reliability import Arrivals, IntervalAccuracy
+    from fastkd.exits.reliability import AccuracyByUncertainty, UncertaintyAtLayer
     from fastkd.exits.sweep import Sweep, SweepRow
     from fastkd.inference.benchmark import BenchmarkRow
     from fastkd.training.log import TrainingPoint
@@ -152,7 +152,7 @@ def wall_clock(rows: Sequence[BenchmarkRow], path: PathLike) -> None:
     _save(path, draw)
 
 
-def accuracy_by_uncertainty(heads: Sequence[IntervalAccuracy], path: PathLike) -> None:
+def accuracy_by_uncertainty(heads: Sequence[AccuracyByUncertainty], path: PathLike) -> None:
     """Accuracy over intervals of uncertainty at the bottom, a middle and the top head (figure 4); bars lie behind it.
 
     The bars are the share of the head's rows in each interval.
@@ -177,7 +177,7 @@ def accuracy_by_uncertainty(heads: Sequence[IntervalAccuracy], path: PathLike) -
     _write(figure, path)
 
 
-def uncertainty_per_layer(reached: Mapping[float, Sequence[Arrivals]], path: PathLike) -> None:
+def uncertainty_per_layer(reached: Mapping[float, Sequence[UncertaintyAtLayer]], path: PathLike) -> None:
     """The uncertainty of the rows that reach each layer, one panel for each speed (figure 6).
 
     Below the dashed line rows leave; above each layer stands the share of all rows that reach it.

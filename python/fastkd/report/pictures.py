@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from fastkd.exits.reliability import accuracy_by_interval, arrivals
+from fastkd.exits.reliability import accuracy_by_uncertainty, uncertainty_per_layer
 from fastkd.inference.benchmark import Benchmark
 from fastkd.report import figures
 from fastkd.report.sources import Source, measured_with
@@ -56,9 +56,11 @@ def write_pictures(
         trace, chosen_top_n = source.trace, top_n if criterion == "top_n" else None
         uncertainties = trace.uncertainties(criterion, chosen_top_n)
         if trace.has_right_answers:
-            figures.accuracy_by_uncertainty(accuracy_by_interval(trace, uncertainties), path(f"figure4{suffix}"))
+            figures.accuracy_by_uncertainty(accuracy_by_uncertainty(trace, uncertainties), path(f"figure4{suffix}"))
         left = {speed: trace.answers(speed, criterion, chosen_top_n).exit_layer for speed in SHOWN_SPEEDS}
-        reached = {speed: arrivals(trace, uncertainties, layers, bins=50) for speed, layers in left.items()}
+        reached = {
+            speed: uncertainty_per_layer(trace, uncertainties, layers, bins=50) for speed, layers in left.items()
+        }
         figures.uncertainty_per_layer(reached, path(f"figure6{suffix}"))
         points = [] if trace.is_regression else training_curve(source.logs)
         if points:

@@ -1,0 +1,57 @@
+"""How far the heads' uncertainty can be relied on, in numbers, against plain loops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+
+import torch
+from report_sources import corpus_rows, made_up_trace
+
+from fastkd.exits.reliability import accuracy_by_uncertainty, uncertainty_per_layer
+
+CRITERIA = [("entropy", None), ("max_prob", None), ("margin", None), ("top_n", 2), ("patience", None)]
+
+
+@pytest.fixture(scope="module")
+def rows() -> Any:
+    return corpus_rows()
+
+
+@pytest.mark.parametrize(("criterion", "top_n"), CRITERIA)
+def test_every_head_sees_the_rows_that_have_not_left(rows: Any, criterion: str, top_n: int | None) -> None:
+    trace = made_up_trace(rows, exit_layers=(1, 3, 4, 6))
+    uncertainties = trace.uncertainties(criterion, top_n)
+    for speed in (0.0, 0.2, 0.5, 1.0):
+        answers = trace.answers(speed, criterion, top_n)
+        # each row's answer carries the uncertainty of the head that gave it
+        heads = torch.tensor([trace.exit_layers.index(layer) for layer in answers.exit_layer.tolist()])
+        if speed > 0 or criterion != "patience":  # at speed 0 only the last head looks, so nothing repeats
+            assert torch.equal(uncertainties[torch.arange(len(trace)), heads], answers.uncertainty)
+        found = uncertainty_per_layer(trace, uncertainties, answers.exit_layer, bins=7)
+        assert [entry.layer for entry in found] == [1, 3, 4, 6]
+        for entry in found:
+            assert entry.rows == sum(layer >= entry.layer for layer in answers.exit_layer.tolist()) == sum(entry.counts)
+
+
+def test_accuracy_by_uncertainty_against_a_plain_loop(rows: Any) -> None:
+    trace = made_up_trace(rows)
+    uncertainties = trace.uncertainties()
+    found = accuracy_by_uncertainty(trace, uncertainties, intervals=5)
+    assert trace.labels is not None
+    for index, head in enumerate(found):
+        groups: list[list[bool]] = [[] for _ in range(5)]
+        for row in range(len(trace)):
+            part = min(int(float(uncertainties[row, index]) * 5), 4)
+            groups[part].append(bool(trace.logits[row, index].argmax() == trace.labels[row]))
+        assert head.counts == [len(group) for group in groups]
+        assert head.accuracies == [pytest.approx(sum(group) / len(group)) if group else None for group in groups]
+
+
+def test_nan_is_in_no_interval(rows: Any) -> None:
+    trace = made_up_trace(rows)
+    trace.logits[0, 0] = torch.nan
+    assert sum(accuracy_by_uncertainty(trace, trace.uncertainties())[0].counts) == len(trace) - 1
