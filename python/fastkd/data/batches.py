@@ -50,7 +50,7 @@ def padding_collator(tokenizer: PreTrainedTokenizerBase) -> DataCollatorWithPadd
 
 
 class LengthSortedBatches:
-    """Batches of rows of like length, longest first, so that little is padded and memory runs out at once or never.
+    """Batches of rows of like length, longest first: little is padded, and memory runs out in the first batch or never.
 
     Iterating gives dicts of tensors and may be repeated. `order[i]` is the row number of the i-th sample given.
     """
@@ -88,7 +88,7 @@ class ShuffledOnceSampler(torch.utils.data.Sampler[int]):
 class LengthGroupedSampler(torch.utils.data.Sampler[int]):
     """A shuffle whose consecutive rows, `group` at a time, are of like length; a function of (seed, epoch) alone.
 
-    transformers' sampler of this name draws from the global generator, so that a resumed epoch would see other rows.
+    transformers' sampler of this name draws from the global generator, so a resumed epoch would see other rows.
     Rows are shuffled, sorted by length within pools of 50 groups, and the groups are shuffled again; a last incomplete
     group stays last.
     """

@@ -6,9 +6,9 @@ It exists to show early exit without downloading anything, so its rows differ in
     mixed       one topic tells the story, a second one is mentioned in passing
     contrast    two topics carry equal weight; only the grammar says which one counts ("about X rather than Y")
     reference   two topics, and one must be followed to a later word ("the first of the two", "neither ... nor")
-    coin_toss   two topics with nothing to choose between them; the label is random, so nobody gets all of these
+    coin_toss   two topics with nothing to choose between them; the label is random, so no model gets all of these
 
-The label of a row is the topic that counts. Bags of words settle the first grade, mostly the second, none of the rest.
+The label of a row is the topic that counts. Bags of words settle the first grade, most of the second, and no other.
 """
 
 from __future__ import annotations

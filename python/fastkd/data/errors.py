@@ -1,4 +1,4 @@
-"""What is wrong with data: the error, and the list of bad rows of one source that becomes its message."""
+"""`DataError`, and the list of bad rows from which its message is made."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class DataError(ValueError):
 
 
 class BadRows:
-    """Collects what is wrong with the rows of one source; shows the first few, counts them all."""
+    """The bad rows of one source: shows the first few, counts them all."""
 
     def __init__(self, source: str, unit: str) -> None:
         self.source = source

@@ -112,10 +112,10 @@ def load_rows(
         path_or_hub_name: a .tsv, .csv, .jsonl or .parquet file; a folder (then `split` says which file); or a name
             that `datasets.load_dataset` knows.
         split: "train", "dev" or "test" of a folder, or any split of a hub dataset.
-        label_names: the classes in order. A label is looked up among them by name, else taken as an index.
+        label_names: the classes in order. A label is one of these names, or an index.
         num_labels: the number of classes, where the model fixes it; 1 means regression (float labels).
         require_labels: False accepts data without a label column or with all labels empty.
-        text_a, text_b, label: column names, where they are not among the usual ones.
+        text_a, text_b, label: names of the columns; default: the usual ones.
         hub_config: the configuration of a hub dataset, such as "sst2" of "nyu-mll/glue".
 
     Raises:

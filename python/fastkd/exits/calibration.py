@@ -23,7 +23,7 @@ SPEEDS = tuple(step / 200 for step in range(1, 201))
 
 
 class CalibrationError(ValueError):
-    """No speed can be vouched for with these rows."""
+    """These rows guarantee no speed."""
 
 
 def calibrate(
@@ -43,7 +43,7 @@ def calibrate(
     """The speed that saves most operations among those that keep a guarantee.
 
     Args:
-        trace: of rows drawn like those to come, which neither trained the model nor chose between weights or criteria.
+        trace: of rows drawn like the rows to come. They neither trained the model nor chose its weights or criterion.
         max_drop: the share of rows that may fail, in (0, 1).
         confidence: with which the fixed-sequence guarantee holds, in (0, 1).
         guarantee: "consistency" or "accuracy" (`fastkd.exits.guarantees`); the latter needs labels.
@@ -158,7 +158,7 @@ def _failures(
     tolerance: float | None,
     method: str,
 ) -> Iterator[tuple[float, float | list[float], ExitAnswers, int]]:
-    """Every speed's name, thresholds, answers and failures; under "conformal" with those of the slower speeds too."""
+    """Every speed's name, thresholds, answers and failures; "conformal" adds the failures of the slower speeds."""
     failed_before = torch.zeros(len(trace), dtype=torch.bool)
     for speed in speeds:
         thresholds = speed if path is None else path.at(speed)
@@ -171,7 +171,7 @@ def _failures(
 
 
 def _fastest(tried: Sequence[_Tried]) -> _Tried | None:
-    """The one that saves most operations, the slowest of equals; None if none saves any."""
+    """The speed that saves most operations, the slowest of equals; None if no speed saves any."""
     best = max(tried, key=lambda step: step.row.speedup["fastbert"], default=None)
     return None if best is None or best.row.speedup["fastbert"] <= 1 else best
 
@@ -196,7 +196,7 @@ def _check_path(path: ThresholdPath, trace: ExitTrace) -> None:
 
 
 def _warn_if_seen(trace: ExitTrace) -> str | None:
-    """The part that these rows had in training, with a warning, or None."""
+    """The part that these rows had in training, with a warning; None where training has not seen them."""
     for part, fingerprint in trace.source.training_data.items():
         if fingerprint == trace.source.data:
             warnings.warn(

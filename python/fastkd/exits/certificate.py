@@ -1,4 +1,4 @@
-"""`Certificate`: what a calibration vouches for; it stays with the weights that it was made for."""
+"""`Certificate`: what a calibration guarantees. It stays with the weights that it was made for."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class CertifiedModel(HasWeights, Protocol):
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a calibration vouches for, and on what grounds."""
+    """What a calibration guarantees, and on what grounds."""
 
     guarantee: str
     """One of `fastkd.exits.guarantees.GUARANTEES`: what counts as a failure."""
@@ -73,7 +73,7 @@ class Certificate:
     criterion: str
     top_n: int | None
     exit_layers: list[int]
-    """After which layers it is decided, and the last."""
+    """The layers after which rows may leave, and the last layer."""
     dtype: str
     """Of the weights, as torch calls it: "float32"; empty if the trace did not say."""
     tolerance: float | None
@@ -87,7 +87,7 @@ class Certificate:
     disagreements: int
     """How many answers differed from the full model's; equal to `failures` under consistency."""
     speedup: float
-    """Operations of the full model divided by those at this speed (`fastkd.flops`, convention fastbert)."""
+    """Operations of the full model divided by the operations at this speed (`fastkd.flops`, convention fastbert)."""
     average_layers: float
     accuracy: float | None
     """At this speed on the calibration rows; None without labels and for regression."""
@@ -121,7 +121,7 @@ class Certificate:
         top_n: int | None = None,
         exit_layers: Sequence[int] | None = None,
     ) -> list[str]:
-        """Where what is in use is not what was certified, a sentence each; none where the guarantee holds.
+        """One sentence for each difference between use and certificate; none where the guarantee holds.
 
         It holds for the full model (speed 0) whatever was certified.
 
@@ -189,11 +189,11 @@ class Certificate:
         """Write the certificate into `model.config`, from where `save_pretrained` takes it along.
 
         Args:
-            model: the one that was traced.
-            set_default: also make this the speed that the model runs at where it is given none.
+            model: the traced model.
+            set_default: make this the speed that the model runs at where a call gives none.
 
         Raises:
-            ValueError: other weights than those that were traced.
+            ValueError: the weights are not the traced ones.
         """
         self._check_model(model_fingerprint(model))
         for name, value in self._settings(set_default).items():
@@ -208,7 +208,7 @@ class Certificate:
             set_default: as in `apply`.
 
         Raises:
-            ValueError: other weights than those that were traced.
+            ValueError: the weights are not the traced ones.
         """
         self._check_model(model)
         path = Path(folder) / "config.json"

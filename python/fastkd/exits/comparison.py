@@ -1,6 +1,6 @@
-"""Exit criteria beside each other, on the plane of speed-up and accuracy.
+"""Compares exit criteria on the plane of speed-up and accuracy.
 
-Beside what a model can run (`fastkd.exits.criteria`) stand the two rules that share the name PCEE:
+To the criteria that a model can run (`fastkd.exits.catalogue`) come the two rules that share the name PCEE:
 
     pcee_bert     leave when the last `patience` heads all had an entropy of at most the speed (PCEE-BERT, NAACL 2022);
                   on traces only
@@ -34,10 +34,10 @@ def compare(
     Args:
         trace: labelled rows for a comparison of accuracies.
         reliability: other rows, from which "performance" learns its thresholds; default: a random half of `trace`, and
-            then all criteria are compared on the other half. A regression has no "performance", and needs none.
-        points: at most so many speeds for each criterion, quantiles of what its gates see.
+            all criteria are then compared on the other half. A regression has no "performance" and needs no such rows.
+        points: at most so many speeds for each criterion, quantiles of the uncertainties that its gates see.
         top_n: classes that the "top_n" criterion looks at; it stands for "entropy" again where there are no more.
-        patience: heads that "pcee_bert" wants certain, one after the other.
+        patience: heads in a row that "pcee_bert" wants certain.
         seq_len: length for which operations are counted; default that of the trace.
 
     Returns:

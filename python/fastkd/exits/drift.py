@@ -1,15 +1,15 @@
 """Drift: does the traffic still get the answers that the certificate promises?
 
-A small share of the rows is also run to full depth, and its early answers are compared with the full model's. Which
-rows is decided by the row's number and a seed alone, so the same traffic is watched whatever the batch size and engine,
-and answers do not depend on being watched.
+A small share of the rows also runs to full depth, and their early answers are compared with the full model's. A row's
+number and a seed alone decide whether it is watched, so batch size and engine do not matter, and no answer depends on
+being watched.
 
     interval   Clopper-Pearson (1934), of the agreement so far
     alarm      E = integral of p^k (1-p)^(n-k) w(p) dp / (p0^k (1-p0)^(n-k)) >= 1 / (1 - confidence)
 
 after k disagreements among n watched rows, where p0 is the disagreement that the certificate allows and w a
 Beta(1, 1 / (4 p0)) density on p > p0. While the true rate is at most p0, E is a supermartingale that starts at 1, so by
-Ville's inequality it ever reaches the bound with probability 1 - confidence at most: the alarm may be looked at after
+Ville's inequality it ever reaches the bound with probability 1 - confidence at most: the alarm may be checked after
 every row, for ever, and still keeps its level.
 """
 
@@ -47,7 +47,7 @@ class DriftWarning(UserWarning):
 
 @dataclass(frozen=True)
 class DriftReport:
-    """What was seen so far."""
+    """What a monitor has seen so far."""
 
     rows: int
     """All rows that went by."""
@@ -61,9 +61,9 @@ class DriftReport:
     """Interval of the agreement at `confidence`."""
     confidence: float
     promised: float | None
-    """The agreement of the certificate; None where there is none for what is in use."""
+    """The agreement that the certificate promises; None where no certificate covers what is in use."""
     mismatches: list[str]
-    """Where what is in use is not what was certified, a sentence each."""
+    """One sentence for each difference between use and certificate."""
     has_drifted: bool
     """Whether the alarm has been raised."""
 
@@ -104,14 +104,14 @@ class DriftMonitor(Generic[Model]):
         """Watch `share` of the rows that `model` answers.
 
         Args:
-            model: in evaluation mode; its certificate is what the traffic is held to.
+            model: in evaluation mode; the traffic is held to its certificate.
             share: of the rows that run to full depth too, above 0 and up to 1.
-            speed, criterion, top_n, exit_layers: what the rows are answered with; default: what the model says.
+            speed, criterion, top_n, exit_layers: how the rows are answered; default: as the model's configuration says.
             confidence: of interval and alarm.
-            seed: which rows are watched.
+            seed: chooses the rows that are watched.
 
         Warns:
-            CalibrationWarning: the model's certificate is for something else, so there is nothing to hold the rows to.
+            CalibrationWarning: the model's certificate is for other options, so nothing is promised for these rows.
 
         Raises:
             ValueError: a share or confidence outside its range.
@@ -138,7 +138,7 @@ class DriftMonitor(Generic[Model]):
 
     @property
     def exits(self) -> dict[str, Any]:
-        """What the rows are answered with, as arguments of `forward`."""
+        """How the rows are answered, as arguments of `forward`."""
         return {
             "speed": self.speed,
             "criterion": self.criterion,
@@ -173,7 +173,7 @@ class DriftMonitor(Generic[Model]):
         return output
 
     def record(self, rows: int, early: Sequence[Any] = (), full: Sequence[Any] = ()) -> None:
-        """Count `rows` more rows, among them watched ones: what they were answered, and what the full model says.
+        """Count `rows` more rows, and of the watched ones among them the early answers and the full model's.
 
         Warns:
             DriftWarning: once, when the alarm is raised.
@@ -189,7 +189,7 @@ class DriftMonitor(Generic[Model]):
             warnings.warn(str(self.report()), DriftWarning, stacklevel=2)
 
     def report(self) -> DriftReport:
-        """What was seen so far."""
+        """What this monitor has seen so far."""
         low, high = binomial_interval(self.agreements, self.watched, self.confidence)
         return DriftReport(
             rows=self.rows,

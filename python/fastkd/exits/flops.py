@@ -74,7 +74,7 @@ def flops(
         heads: how many heads look at it; the full model runs one.
         num_labels: number of classes; default: that of `config`, 2 where it says nothing.
         convention: "fastbert", "macs", "all_matmuls" or "fastbert_float32" (module docstring).
-        learned_exits: how often it meets the learned exit, a linear layer on [CLS] and one number more.
+        learned_exits: how often the sequence meets the learned exit, a linear layer on [CLS] and one number more.
 
     Raises:
         ValueError: an unknown convention, or counts out of range.

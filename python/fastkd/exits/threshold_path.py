@@ -1,4 +1,4 @@
-"""`ThresholdPath`: a threshold for each head, learned from other rows than those that are calibrated."""
+"""`ThresholdPath`: a threshold for each head at every speed, learned from rows that are not calibrated on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ThresholdPath:
     thresholds: list[npt.NDArray[np.float64]]
     """The largest uncertainty of each step."""
     data: str
-    """Fingerprint of the rows it was learned from."""
+    """Fingerprint of the rows that it was learned from."""
 
     def at(self, speed: float) -> list[float]:
         """The thresholds at a speed in [0, 1], one for each head below the last; at 0 none leave, at 1 all."""

@@ -168,7 +168,7 @@ class ExitTrace:
         return ExitAnswers(predictions(record.logits), record.exit_layer, record.uncertainty, record.logits)
 
     def uncertainties(self, criterion: str | None = None, top_n: int | None = None) -> Tensor:
-        """What every head's gate sees if nobody leaves, [n, K] float32.
+        """What every head's gate sees if no row leaves, [n, K] float32.
 
         Raises:
             ValueError: as `fastkd.exits.criteria.decide`.
