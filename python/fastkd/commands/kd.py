@@ -109,7 +109,7 @@ def kd(
         from fastkd.kd import trainer
         from fastkd.kd.methods import method_of
         from fastkd.kd.teacher import Teacher
-        from fastkd.tables.kd_table import checkpoint_path
+        from fastkd.model.checkpoints import checkpoint_path
 
         steps.quieten()
         pool = pool or method_of(method).pool

@@ -47,6 +47,7 @@ from fastkd.data.rows import DataFolder, Rows, load_folder
 from fastkd.kd.methods import Method, method_of
 from fastkd.kd.teacher import PseudoClassifierOptions, Teacher
 from fastkd.kd.trainer import Distiller, KDOptions, evaluate
+from fastkd.model.checkpoints import checkpoint_path
 from fastkd.training import metrics
 from fastkd.training.recipes import bf16_is_fast
 
@@ -428,13 +429,6 @@ class _Runner:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def checkpoint_path(checkpoint: str) -> str:
-    """A folder or hub name; "minilm" is the packaged MiniLM."""
-    from fastkd.commands.steps import PACKAGED_CHECKPOINT, packaged_checkpoint
-
-    return str(packaged_checkpoint()) if checkpoint == PACKAGED_CHECKPOINT else checkpoint
 
 
 def _bf16(options: KDOptions) -> bool:
