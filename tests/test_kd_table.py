@@ -207,14 +207,14 @@ def test_a_teacher_is_fine_tuned_once_a_task(work: Path, tmp_path: Path, monkeyp
     }
     grid = tiny_grid(work, tmp_path / "grid.yaml", **changes)
     tuned = []
-    plain = kd_table.Distiller.train
+    plain = kd_table.KDTrainer.train
 
     def counted(distiller: Any, train: Any, dev: Any, output_dir: Path, *rest: Any) -> Any:
         if distiller.teacher is None:
             tuned.append((len(train), len(dev), output_dir.name))
         return plain(distiller, train, dev, output_dir, *rest)
 
-    monkeypatch.setattr(kd_table.Distiller, "train", counted)
+    monkeypatch.setattr(kd_table.KDTrainer, "train", counted)
     table = run_table(grid, tmp_path / "table")
     assert tuned == [(20, 8, "Film")]
     assert set(table[0].scores) == {"Film", "Avg"}

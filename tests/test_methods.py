@@ -17,9 +17,10 @@ from training_worker import rows
 from transformers import AutoModelForSequenceClassification
 
 from fastkd.kd.methods import METHODS, Shapes, method_of
+from fastkd.kd.stage_run import StudentObjective
 from fastkd.kd.students import student_from_teacher
 from fastkd.kd.teacher import KINDS, Teacher, train_pseudo_classifiers
-from fastkd.kd.trainer import Distiller, _Objective
+from fastkd.kd.trainer import KDTrainer
 from fastkd.losses import AnnealingKDLoss, RAILKDLoss
 
 STUDENTS = {"universal-ca": "bilstm"}
@@ -68,7 +69,7 @@ def test_gradients_reach_what_the_method_trains_and_nothing_else(
         student = student_from_teacher(teacher.model, STUDENTS.get(name, "layers:2")).requires_grad_(True)
         torch.nn.init.normal_(student.classifier.weight, std=0.3)
         loss = stage.loss(Shapes(2, 4, student.config.hidden_size, 32) if name in STUDENTS else SHAPES, {})
-        objective = _Objective(stage, student, loss, teacher, METHODS[name].pool).train()
+        objective = StudentObjective(stage, student, loss, teacher, METHODS[name].pool).train()
         loss.set_progress(0.5, 1)
         value = objective(**batch_of(teacher, labels))["loss"]
         assert value.isfinite()
@@ -95,8 +96,8 @@ def test_gradients_reach_what_the_method_trains_and_nothing_else(
 def test_every_method_trains_a_student_that_transformers_loads(folder: Path, tmp_path: Path, name: str) -> None:
     teacher = Teacher.load(folder, METHODS[name].pool)
     before = {key: value.clone() for key, value in teacher.model.state_dict().items()}
-    distiller = Distiller(teacher, STUDENTS.get(name, "layers:2"), name, replace(OPTIONS, learning_rate=2e-3))
-    result = distiller.train(rows(64), None, tmp_path / "student")
+    trainer = KDTrainer(teacher, STUDENTS.get(name, "layers:2"), name, replace(OPTIONS, learning_rate=2e-3))
+    result = trainer.train(rows(64), None, tmp_path / "student")
     stages = {entry["stage"] for entry in result.log_history}
     for stage in stages:
         losses = [entry["loss"] for entry in result.log_history if "loss" in entry and entry["stage"] == stage]
@@ -117,8 +118,8 @@ def test_every_method_trains_a_student_that_transformers_loads(folder: Path, tmp
 @pytest.mark.parametrize("name", ["kd", "mhkd", "dih", "annealing", "universal-il", "universal-cg", "pkd-skip"])
 def test_regression_trains(tmp_path: Path, name: str) -> None:
     teacher = save_teacher(tmp_path / "teacher", num_labels=1)
-    distiller = Distiller(teacher, "layers:2", name, replace(OPTIONS, epochs=2))
-    result = distiller.train(regression_rows(24), regression_rows(16, seed=1), tmp_path / "student")
+    trainer = KDTrainer(teacher, "layers:2", name, replace(OPTIONS, epochs=2))
+    result = trainer.train(regression_rows(24), regression_rows(16, seed=1), tmp_path / "student")
     assert {"pearson", "spearman", "loss", "score"} <= set(result.metrics)
     config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student").config
     assert (config.num_labels, config.problem_type) == (1, "regression")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fastkd.exits.threshold_path import threshold_path
     from fastkd.exits.trace import ExitTrace
     from fastkd.kd.cache import TeacherCache
+    from fastkd.kd.options import KDOptions
     from fastkd.kd.probe import LayerProbe, PseudoClassifiers
     from fastkd.kd.students import (
         BiLSTMForSequenceClassification,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
         student_from_teacher,
     )
     from fastkd.kd.teacher import Teacher
-    from fastkd.kd.trainer import Distiller, KDOptions
+    from fastkd.kd.trainer import KDTrainer
     from fastkd.losses import (
         ALPKDLoss,
         AnnealingKDLoss,
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
         VanillaKDLoss,
     )
     from fastkd.model.modeling import EarlyExitForSequenceClassification, EarlyExitOutput
-    from fastkd.training.recipes import DistillOptions, FinetuneOptions, distill, finetune
+    from fastkd.training.finetune import FinetuneOptions, finetune
+    from fastkd.training.self_distillation import DistillOptions, distill
 
 # training needs datasets and the Trainer, whose import takes longer than everything else together
 _HOME = {
@@ -55,16 +57,16 @@ _HOME = {
     "Certificate": "fastkd.exits.certificate",
     "DIHLoss": "fastkd.losses",
     "DistilBertLoss": "fastkd.losses",
-    "DistillOptions": "fastkd.training.recipes",
-    "Distiller": "fastkd.kd.trainer",
+    "DistillOptions": "fastkd.training.self_distillation",
     "EarlyExitConfig": "fastkd.encoders.configuration",
     "EarlyExitForSequenceClassification": "fastkd.model.modeling",
     "EarlyExitOutput": "fastkd.model.modeling",
     "ExitTrace": "fastkd.exits.trace",
-    "FinetuneOptions": "fastkd.training.recipes",
+    "FinetuneOptions": "fastkd.training.finetune",
     "GatedCNNForSequenceClassification": "fastkd.kd.students",
     "KDLoss": "fastkd.losses",
-    "KDOptions": "fastkd.kd.trainer",
+    "KDOptions": "fastkd.kd.options",
+    "KDTrainer": "fastkd.kd.trainer",
     "LayerProbe": "fastkd.kd.probe",
     "MHKDLoss": "fastkd.losses",
     "PKDLoss": "fastkd.losses",
@@ -79,8 +81,8 @@ _HOME = {
     "VanillaKDLoss": "fastkd.losses",
     "calibrate": "fastkd.exits.calibration",
     "compare": "fastkd.exits.comparison",
-    "distill": "fastkd.training.recipes",
-    "finetune": "fastkd.training.recipes",
+    "distill": "fastkd.training.self_distillation",
+    "finetune": "fastkd.training.finetune",
     "flops": "fastkd.exits.flops",
     "load_folder": "fastkd.data.rows",
     "load_rows": "fastkd.data.rows",
@@ -115,7 +117,6 @@ __all__ = [
     "DIHLoss",
     "DistilBertLoss",
     "DistillOptions",
-    "Distiller",
     "EarlyExitConfig",
     "EarlyExitForSequenceClassification",
     "EarlyExitOutput",
@@ -124,6 +125,7 @@ __all__ = [
     "GatedCNNForSequenceClassification",
     "KDLoss",
     "KDOptions",
+    "KDTrainer",
     "LayerProbe",
     "MHKDLoss",
     "PKDLoss",

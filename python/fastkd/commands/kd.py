@@ -106,9 +106,11 @@ def kd(
             raise ValueError("--no-cache: goes without --cache")
 
         from fastkd.commands import steps
-        from fastkd.kd import trainer
         from fastkd.kd.methods import method_of
+        from fastkd.kd.options import KDOptions
+        from fastkd.kd.students import is_made_of_teacher
         from fastkd.kd.teacher import Teacher
+        from fastkd.kd.trainer import KDTrainer
         from fastkd.model.checkpoints import checkpoint_path
 
         steps.quieten()
@@ -118,7 +120,7 @@ def kd(
         folder = steps.load_splits(
             data, train, dev, num_labels=num_labels, model=None if loaded is None else loaded.model
         )  # fmt: skip
-        name = student if trainer.is_made_of_teacher(student) else checkpoint_path(student)
+        name = student if is_made_of_teacher(student) else checkpoint_path(student)
         options: dict[str, Any] = {
             "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate,
             "head_learning_rate_factor": head_factor, "bf16": bf16, "seed": seed, "progress": False, "pool": pool,
@@ -126,13 +128,13 @@ def kd(
             "metric": () if metric is None else tuple(words(metric)),
             "assistants": () if assistants is None else tuple(words(assistants)),
         }  # fmt: skip
-        trained = trainer.Distiller(
-            loaded, name, method, trainer.KDOptions(**options), cache=cache if cache is not None else not no_cache
+        trainer = KDTrainer(
+            loaded, name, method, KDOptions(**options), cache=cache if cache is not None else not no_cache
         )
-        trained.set_length(max_length)
+        trainer.set_length(max_length)
         rows = folder.train if train_rows is None else folder.train.sample(train_rows, seed)
         with screen.progress("distilling", None) as update:
-            done = trained.train(
+            done = trainer.train(
                 rows, folder.dev, output, [steps.progress_callback(update, "distilling")],
                 on_teacher=lambda answered, total: update(answered, "asking the teacher", total),
             )  # fmt: skip
