@@ -497,13 +497,13 @@ def test_mhkd_with_heads_trained_beforehand() -> None:
     without = MHKDLoss(teacher_head_ce=0.0)(student, teacher, labels)
     torch.testing.assert_close(with_heads - without, label_loss(teacher[[1, 3]], labels))
     pinned = MHKDLoss()
-    assert (pinned.kd.alpha, pinned.kd.temperature, pinned.kd.reduction, pinned.kd.t2_scale) == (
+    assert (pinned.kd.kd_weight, pinned.kd.temperature, pinned.kd.reduction, pinned.kd.t2_scale) == (
         0.1,
         4.0,
         "batchmean",
         True,
     )
-    assert (pinned.beta, pinned.layer_map, pinned.detach_teacher) == (0.5, "skip", True)
+    assert (pinned.intermediate_weight, pinned.layer_map, pinned.detach_teacher) == (0.5, "skip", True)
 
 
 @pytest.mark.parametrize("classes", [1, C])
@@ -527,7 +527,7 @@ def test_dih(classes: int, head_reduction: str, temperature: float | tuple[float
 def test_dih_pins_the_released_code() -> None:
     loss = DIHLoss()
     (kd,) = loss.kd
-    assert (kd.alpha, kd.temperature, kd.reduction, kd.t2_scale) == (0.1, 5.0, "batchmean", True)
+    assert (kd.kd_weight, kd.temperature, kd.reduction, kd.t2_scale) == (0.1, 5.0, "batchmean", True)
     assert loss.head_reduction == "sum"
     with pytest.raises(ValueError, match="temperature: got 2 values, expected 6"):
         DIHLoss([1.0, 2.0])(double(B, C), double(N, B, C), labels_for(C))

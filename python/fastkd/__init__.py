@@ -11,6 +11,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from fastkd.losses.catalogue import LOSSES
+
 if TYPE_CHECKING:
     from fastkd.data.input_format import with_input_format
     from fastkd.data.rows import load_folder, load_rows
@@ -50,13 +52,9 @@ if TYPE_CHECKING:
     from fastkd.training.self_distillation import DistillOptions, distill
 
 # training needs datasets and the Trainer, whose import takes longer than everything else together
-_HOME = {
-    "ALPKDLoss": "fastkd.losses",
-    "AnnealingKDLoss": "fastkd.losses",
+_HOME = dict.fromkeys(LOSSES, "fastkd.losses") | {
     "BiLSTMForSequenceClassification": "fastkd.kd.students",
     "Certificate": "fastkd.exits.certificate",
-    "DIHLoss": "fastkd.losses",
-    "DistilBertLoss": "fastkd.losses",
     "DistillOptions": "fastkd.training.self_distillation",
     "EarlyExitConfig": "fastkd.encoders.configuration",
     "EarlyExitForSequenceClassification": "fastkd.model.modeling",
@@ -64,21 +62,14 @@ _HOME = {
     "ExitTrace": "fastkd.exits.trace",
     "FinetuneOptions": "fastkd.training.finetune",
     "GatedCNNForSequenceClassification": "fastkd.kd.students",
-    "KDLoss": "fastkd.losses",
     "KDOptions": "fastkd.kd.options",
     "KDTrainer": "fastkd.kd.trainer",
     "LayerProbe": "fastkd.kd.probe",
-    "MHKDLoss": "fastkd.losses",
-    "PKDLoss": "fastkd.losses",
     "PseudoClassifiers": "fastkd.kd.probe",
-    "RAILKDLoss": "fastkd.losses",
     "Sweep": "fastkd.exits.sweep",
     "SweepRow": "fastkd.exits.sweep",
     "Teacher": "fastkd.kd.teacher",
     "TeacherCache": "fastkd.kd.cache",
-    "UniversalKDLoss": "fastkd.losses",
-    "UniversalKDMixtureLoss": "fastkd.losses",
-    "VanillaKDLoss": "fastkd.losses",
     "calibrate": "fastkd.exits.calibration",
     "compare": "fastkd.exits.comparison",
     "distill": "fastkd.training.self_distillation",

@@ -23,6 +23,7 @@ from fastkd.commands.options import (
     words,
 )
 from fastkd.commands.screen import screen_for
+from fastkd.kd.catalogue import CATALOGUE
 
 
 def kd(
@@ -40,15 +41,14 @@ def kd(
     ] = "layers:3",
     method: Annotated[
         str,
-        typer.Option(
-            help="none, kd, takd, pkd-skip, pkd-last, alp-kd, alp-kd-no, alp-kd-po, rail-kd, distilbert, mhkd, dih, "
-            "annealing, universal-il, universal-ca, universal-cg or universal-cg-two-stage."
-        ),
+        typer.Option(help=f"{', '.join(CATALOGUE)}; the docs say what each learns from."),
     ] = "universal-il",
     argument: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="NAME=VALUE", help="An argument of the method's loss, as in gamma=0.5; repeat it."
+            "--set",
+            metavar="NAME=VALUE",
+            help="An argument of the method's loss, as in kd_weight=0.5; repeat it.",
         ),
     ] = None,
     data: DataOption = None,
@@ -98,7 +98,7 @@ def kd(
       [cyan]fastkd kd --method none --student minilm --data data -o teacher[/]
       [cyan]fastkd kd --teacher teacher --student layers:3 --data data -o student[/]
       [cyan]fastkd kd --method kd --teacher teacher --student bilstm --data data -o small[/]
-      [cyan]fastkd kd --teacher teacher --data data --set gamma=1 --set attn_scale=rsqrt_c -o s2[/]
+      [cyan]fastkd kd --teacher teacher --data data --set attn_scale=rsqrt_c -o second[/]
     """
     with screen_for(as_json) as screen:
         arguments = parsed_arguments(argument or [])
@@ -164,6 +164,6 @@ def parsed_arguments(texts: list[str]) -> dict[str, Any]:
     for text in texts:
         name, separator, value = text.partition("=")
         if not separator or not name.strip():
-            raise ValueError(f"--set: got {text!r}, expected NAME=VALUE, as in gamma=0.5")
+            raise ValueError(f"--set: got {text!r}, expected NAME=VALUE, as in kd_weight=0.5")
         arguments[name.strip()] = yaml.safe_load(value)
     return arguments

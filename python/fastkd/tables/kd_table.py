@@ -21,7 +21,7 @@ The grid is a YAML file:
         student: layers:3
         methods: [none, kd, universal-il]
         train: {learning_rate: 5.0e-5}
-        arguments: {universal-il: {gamma: 1.0}}
+        arguments: {universal-il: {intermediate_weight: 1.0}}
 
 Every finished cell is a JSON file, so an interrupted grid goes on where it stopped. Seeds come outermost: what an
 interrupted grid has finished is a table with fewer seeds.
