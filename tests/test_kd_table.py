@@ -323,13 +323,14 @@ def test_kd_command(work: Path, tmp_path: Path) -> None:
     fixed = ["--data", work / "data" / "film", "--max-steps", 2, "--batch-size", 8, "--max-length", 16, "--no-bf16"]
     result = succeeded(
         "kd", "--teacher", work / "teacher", "--student", "layers:2", *fixed, "-o", tmp_path / "student",
-        "--set", "intermediate_weight=0.5", "--set", "attn_scale=rsqrt_c", "--cache", tmp_path / "cache", "--metric", "f1", "--json",
+        "--set", "kd_weight=0.5", "--set", "attn_scale=rsqrt_c", "--cache", tmp_path / "cache", "--metric", "f1",
+        "--json",
     )  # fmt: skip
     report = json.loads(result.stdout)
     assert (report["steps"], report["method"]) == (2, "universal-il")
     assert report["metrics"]["score"] == report["metrics"]["f1"]
     log = json.loads((tmp_path / "student" / "trainer_log.json").read_text())
-    assert log["options"]["arguments"] == {"intermediate_weight": 0.5, "attn_scale": "rsqrt_c"}
+    assert log["options"]["arguments"] == {"kd_weight": 0.5, "attn_scale": "rsqrt_c"}
     assert (tmp_path / "cache" / "cache.json").exists()
     shown = succeeded("kd", "--method", "none", "--student", work / "plain", *fixed, "-o", tmp_path / "tuned").stdout
     assert f"fastkd kd --teacher {tmp_path / 'tuned'}" in shown

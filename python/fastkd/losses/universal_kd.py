@@ -201,8 +201,8 @@ class UniversalKDMixtureLoss(nn.Module):
 
     Args:
         universal: the third term; default `UniversalKDLoss.intermediate_layer()`.
-        label_weight, kd_weight, intermediate_weight: a, b, c, the paper's alpha, beta, gamma. The paper's values are not
-            known; ours add up to 1.
+        label_weight, kd_weight, intermediate_weight: a, b, c, the paper's alpha, beta, gamma. The paper's values are
+            not known; ours add up to 1.
         temperature: of the second term.
     """
 
