@@ -29,8 +29,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastkd.data.files import atomic_path, write_json
 from fastkd.data.batches import padding_collator, tokenize
+from fastkd.data.files import atomic_path, write_json
 from fastkd.data.rows import Rows
 from fastkd.kd.cache import CACHED_KINDS, TeacherCache, example_ids
 from fastkd.kd.methods import Method, Shapes, Stage, StageLoss

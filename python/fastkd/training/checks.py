@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fastkd.data.files import write_json
 from fastkd.data.errors import DataError
+from fastkd.data.files import write_json
 from fastkd.data.rows import Rows
 
 _RUN_FILE = "run.json"

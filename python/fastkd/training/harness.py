@@ -36,8 +36,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from fastkd.data.files import atomic_folder, write_json
 from fastkd.data.batches import LengthGroupedSampler, ShuffledOnceSampler
+from fastkd.data.files import atomic_folder, write_json
 from fastkd.data.rows import Rows
 from fastkd.training.checks import check_outputs, require
 from fastkd.training.log import LOG_FILE

@@ -10,8 +10,8 @@ from typing import Any, cast
 from torch import nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback
 
-from fastkd.data.input_format import input_format_of
 from fastkd.data.batches import padding_collator, tokenize
+from fastkd.data.input_format import input_format_of
 from fastkd.data.rows import Rows
 from fastkd.encoders.label_scale import LabelScale
 from fastkd.model.modeling import EarlyExitForSequenceClassification
