@@ -26,8 +26,8 @@ from fastkd.kd.cache import TeacherCache, example_ids
 from fastkd.kd.methods import Shapes, method_of
 from fastkd.kd.students import student_from_teacher
 from fastkd.kd.teacher import PseudoClassifierOptions, Teacher
-from fastkd.kd.trainer import _AnswerCollator, _Objective
-from fastkd.training.recipes import bf16_is_fast
+from fastkd.kd.trainer import AnswerCollator, StudentObjective
+from fastkd.training.harness import bf16_is_fast
 
 LAYERS, STUDENT_LAYERS, WIDTH, ROWS, TOKENS = 6, 3, 384, 32, 64
 WORDS = [f"w{number}" for number in range(1000)]
@@ -67,11 +67,11 @@ def make_step(
     torch.manual_seed(1)
     student = student_from_teacher(teacher.model, f"layers:{STUDENT_LAYERS}")
     student.get_input_embeddings().requires_grad_(False)
-    objective = _Objective(stage, student, stage.loss(shapes, {}), teacher, None).to(common.DEVICE).train()
+    objective = StudentObjective(stage, student, stage.loss(shapes, {}), teacher, None).to(common.DEVICE).train()
     optimizer = torch.optim.AdamW((p for p in objective.parameters() if p.requires_grad), lr=0.0, fused=True)
     tokens = tokenize(rows, teacher.tokenizer, TOKENS).remove_columns("length")
     numbered = [{**tokens[number], "example": number} for number in range(len(tokens))]
-    collate = _AnswerCollator(padding_collator(teacher.tokenizer), cache, example_ids(rows), stage)
+    collate = AnswerCollator(padding_collator(teacher.tokenizer), cache, example_ids(rows), stage)
 
     def step() -> Tensor:
         batch = collate([dict(row) for row in numbered])

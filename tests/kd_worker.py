@@ -1,4 +1,4 @@
-"""A small distillation on generated sentences, for the tests of the distiller and for the processes that they start.
+"""A small distillation on generated sentences, for the tests of KD training and for the processes that they start.
 
 As a script: `kd_worker.py TEACHER OUTPUT_DIR METHOD [--kill-at STEP] [--batch-size N] [--max-steps N] [--still]`.
 """
@@ -16,9 +16,10 @@ from training_worker import LABEL_NAMES, KillAt, rows
 from transformers import BertConfig, BertForSequenceClassification
 
 from fastkd.data.rows import Rows
+from fastkd.kd.options import KDOptions
 from fastkd.kd.teacher import PseudoClassifierOptions
-from fastkd.kd.trainer import Distiller, KDOptions
-from fastkd.training.recipes import TrainResult
+from fastkd.kd.trainer import KDTrainer
+from fastkd.training.harness import TrainResult
 
 OPTIONS = KDOptions(
     epochs=3,
@@ -64,8 +65,8 @@ def train(
     **changes: Any,
 ) -> TrainResult:
     callbacks = [KillAt(kill_at)] if kill_at else []
-    distiller = Distiller(teacher, student, method, replace(OPTIONS, **changes), cache=cache)
-    return distiller.train(rows(80), rows(40, seed=1), output_dir, callbacks)
+    trainer = KDTrainer(teacher, student, method, replace(OPTIONS, **changes), cache=cache)
+    return trainer.train(rows(80), rows(40, seed=1), output_dir, callbacks)
 
 
 if __name__ == "__main__":

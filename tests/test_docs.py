@@ -30,8 +30,9 @@ from typer.testing import CliRunner
 
 import fastkd
 import fastkd_kernels as fk
-from fastkd.commands import app, steps
+from fastkd.commands import app
 from fastkd.commands.screen import wants_traceback
+from fastkd.model import checkpoints
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
@@ -153,7 +154,7 @@ def workplace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """A copy of `prepared` to work in; `minilm` is the tiny checkpoint."""
     shutil.copytree(prepared, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr(steps, "packaged_checkpoint", lambda: prepared / "minilm")
+    monkeypatch.setattr(checkpoints, "packaged_checkpoint", lambda: prepared / "minilm")
     yield tmp_path / "work"
     wants_traceback.set(False)
 

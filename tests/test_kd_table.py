@@ -207,14 +207,14 @@ def test_a_teacher_is_fine_tuned_once_a_task(work: Path, tmp_path: Path, monkeyp
     }
     grid = tiny_grid(work, tmp_path / "grid.yaml", **changes)
     tuned = []
-    plain = kd_table.Distiller.train
+    plain = kd_table.KDTrainer.train
 
-    def counted(distiller: Any, train: Any, dev: Any, output_dir: Path, *rest: Any) -> Any:
-        if distiller.teacher is None:
+    def counted(trainer: Any, train: Any, dev: Any, output_dir: Path, *rest: Any) -> Any:
+        if trainer.teacher is None:
             tuned.append((len(train), len(dev), output_dir.name))
-        return plain(distiller, train, dev, output_dir, *rest)
+        return plain(trainer, train, dev, output_dir, *rest)
 
-    monkeypatch.setattr(kd_table.Distiller, "train", counted)
+    monkeypatch.setattr(kd_table.KDTrainer, "train", counted)
     table = run_table(grid, tmp_path / "table")
     assert tuned == [(20, 8, "Film")]
     assert set(table[0].scores) == {"Film", "Avg"}
@@ -254,7 +254,7 @@ def test_processes_can_share_a_grid_by_tasks(work: Path, tmp_path: Path) -> None
         ),
         (
             {"blocks": [{"student": "layers:2", "methods": ["kd"], "arguments": {"kd": {"tau": 1}}}]},
-            "Vanilla KD takes no tau, only alpha, beta, temperature",
+            "Vanilla KD takes no tau, only kd_weight, label_weight, temperature",
         ),
         (
             {
@@ -323,13 +323,14 @@ def test_kd_command(work: Path, tmp_path: Path) -> None:
     fixed = ["--data", work / "data" / "film", "--max-steps", 2, "--batch-size", 8, "--max-length", 16, "--no-bf16"]
     result = succeeded(
         "kd", "--teacher", work / "teacher", "--student", "layers:2", *fixed, "-o", tmp_path / "student",
-        "--set", "gamma=0.5", "--set", "attn_scale=rsqrt_c", "--cache", tmp_path / "cache", "--metric", "f1", "--json",
+        "--set", "kd_weight=0.5", "--set", "attn_scale=rsqrt_c", "--cache", tmp_path / "cache", "--metric", "f1",
+        "--json",
     )  # fmt: skip
     report = json.loads(result.stdout)
     assert (report["steps"], report["method"]) == (2, "universal-il")
     assert report["metrics"]["score"] == report["metrics"]["f1"]
     log = json.loads((tmp_path / "student" / "trainer_log.json").read_text())
-    assert log["options"]["arguments"] == {"gamma": 0.5, "attn_scale": "rsqrt_c"}
+    assert log["options"]["arguments"] == {"kd_weight": 0.5, "attn_scale": "rsqrt_c"}
     assert (tmp_path / "cache" / "cache.json").exists()
     shown = succeeded("kd", "--method", "none", "--student", work / "plain", *fixed, "-o", tmp_path / "tuned").stdout
     assert f"fastkd kd --teacher {tmp_path / 'tuned'}" in shown
@@ -341,7 +342,7 @@ def test_kd_command(work: Path, tmp_path: Path) -> None:
 def test_bad_commands_are_one_sentence(work: Path, tmp_path: Path) -> None:
     data = ["--data", work / "data" / "film", "-o", tmp_path / "out"]
     teacher = ["--teacher", work / "teacher"]
-    assert "--set: got 'gamma', expected NAME=VALUE" in refused("kd", *teacher, *data, "--set", "gamma")
+    assert "--set: got 'kd_weight', expected NAME=VALUE" in refused("kd", *teacher, *data, "--set", "kd_weight")
     assert "Universal-KD (IL) takes no tau" in refused("kd", *teacher, *data, "--set", "tau=1")
     assert "method: got 'ukd', expected one of none" in refused("kd", *teacher, *data, "--method", "ukd")
     assert "teacher: got None, but the method 'universal-il'" in refused("kd", *data, "--student", work / "plain")
@@ -352,5 +353,5 @@ def test_bad_commands_are_one_sentence(work: Path, tmp_path: Path) -> None:
 
 
 def test_values_are_read_as_yaml() -> None:
-    given = parsed_arguments(["gamma=0.5", "normalize=false", "layer_map=[2, 4]", "attn=uniform"])
-    assert given == {"gamma": 0.5, "normalize": False, "layer_map": [2, 4], "attn": "uniform"}
+    given = parsed_arguments(["kd_weight=0.5", "normalize=false", "layer_map=[2, 4]", "attn=uniform"])
+    assert given == {"kd_weight": 0.5, "normalize": False, "layer_map": [2, 4], "attn": "uniform"}

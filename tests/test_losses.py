@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +18,8 @@ from torch import Tensor, nn
 
 import fastkd
 import fastkd_kernels as fk
+from fastkd import losses
+from fastkd.kd.catalogue import CATALOGUE
 from fastkd.losses import (
     KD_PRESETS,
     ALPKDLoss,
@@ -30,6 +37,9 @@ from fastkd.losses import (
     label_loss,
 )
 from fastkd.losses.alp_kd import visible_layers
+from fastkd.losses.catalogue import LOSSES
+
+ROOT = Path(__file__).parents[1]
 
 M, N, B, C, H = 3, 6, 5, 4, 7
 
@@ -497,13 +507,13 @@ def test_mhkd_with_heads_trained_beforehand() -> None:
     without = MHKDLoss(teacher_head_ce=0.0)(student, teacher, labels)
     torch.testing.assert_close(with_heads - without, label_loss(teacher[[1, 3]], labels))
     pinned = MHKDLoss()
-    assert (pinned.kd.alpha, pinned.kd.temperature, pinned.kd.reduction, pinned.kd.t2_scale) == (
+    assert (pinned.kd.kd_weight, pinned.kd.temperature, pinned.kd.reduction, pinned.kd.t2_scale) == (
         0.1,
         4.0,
         "batchmean",
         True,
     )
-    assert (pinned.beta, pinned.layer_map, pinned.detach_teacher) == (0.5, "skip", True)
+    assert (pinned.intermediate_weight, pinned.layer_map, pinned.detach_teacher) == (0.5, "skip", True)
 
 
 @pytest.mark.parametrize("classes", [1, C])
@@ -527,7 +537,7 @@ def test_dih(classes: int, head_reduction: str, temperature: float | tuple[float
 def test_dih_pins_the_released_code() -> None:
     loss = DIHLoss()
     (kd,) = loss.kd
-    assert (kd.alpha, kd.temperature, kd.reduction, kd.t2_scale) == (0.1, 5.0, "batchmean", True)
+    assert (kd.kd_weight, kd.temperature, kd.reduction, kd.t2_scale) == (0.1, 5.0, "batchmean", True)
     assert loss.head_reduction == "sum"
     with pytest.raises(ValueError, match="temperature: got 2 values, expected 6"):
         DIHLoss([1.0, 2.0])(double(B, C), double(N, B, C), labels_for(C))
@@ -822,3 +832,37 @@ def test_losses_live_in_saved_models_and_move_with_them() -> None:
     student, teacher = double(M, B, H).float(), double(N, B, H + 1).float()
     torch.testing.assert_close(rail(student, teacher), other(student, teacher))
     assert rail.double().student_projection.weight.dtype == torch.float64
+
+
+def test_catalogue_package_and_docs_name_the_same_losses() -> None:
+    for name, entry in LOSSES.items():
+        assert getattr(fastkd, name) is getattr(losses, name), name
+        assert getattr(losses, name).__module__ == f"fastkd.losses.{entry.module}", name
+    written = {name for name in losses.__all__ if isinstance(getattr(losses, name), type)}
+    assert written == set(LOSSES) <= set(fastkd.__all__)
+    defined = {
+        name
+        for path in (ROOT / "python" / "fastkd" / "losses").glob("*.py")
+        for name in re.findall(r"^class (\w+)\(nn\.Module\)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert defined == set(LOSSES)
+    page = (ROOT / "docs" / "api" / "distillation.md").read_text(encoding="utf-8")
+    assert re.findall(r"^        - (\w+)$", page, re.MULTILINE) == list(LOSSES)
+    with pytest.raises(AttributeError, match="has no attribute 'PKDLos'"):
+        _ = losses.PKDLos
+
+
+def test_the_catalogues_need_no_torch() -> None:
+    code = """
+import sys
+sys.modules["torch"] = None
+sys.argv = ["fastkd"]
+from fastkd.kd.catalogue import CATALOGUE
+from fastkd.losses.catalogue import LOSSES
+print(len(CATALOGUE), len(LOSSES))
+"""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "python"), *filter(None, sys.path)])
+    child = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert child.stdout.split() == [str(len(CATALOGUE)), str(len(LOSSES))], child.stderr

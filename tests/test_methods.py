@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -16,11 +19,18 @@ from tiny_models import one_thread  # noqa: F401  # a fixture
 from training_worker import rows
 from transformers import AutoModelForSequenceClassification
 
+from fastkd import losses
+from fastkd.commands import kd
+from fastkd.kd.catalogue import CATALOGUE, markdown_table
 from fastkd.kd.methods import METHODS, Shapes, method_of
+from fastkd.kd.stage_run import StudentObjective
 from fastkd.kd.students import student_from_teacher
 from fastkd.kd.teacher import KINDS, Teacher, train_pseudo_classifiers
-from fastkd.kd.trainer import Distiller, _Objective
+from fastkd.kd.trainer import KDTrainer
 from fastkd.losses import AnnealingKDLoss, RAILKDLoss
+from fastkd.losses.catalogue import LOSSES
+
+ROOT = Path(__file__).parents[1]
 
 STUDENTS = {"universal-ca": "bilstm"}
 SHAPES = Shapes(student_layers=2, teacher_layers=4, student_width=32, teacher_width=32)
@@ -54,6 +64,39 @@ def test_every_name_of_the_tables_is_there() -> None:
         method.check({})
 
 
+def test_catalogue_methods_docs_and_readme_name_the_same() -> None:
+    assert list(METHODS) == list(CATALOGUE)
+    lines = (ROOT / "docs" / "distillation.md").read_text(encoding="utf-8").splitlines()
+    start = lines.index(markdown_table()[0])
+    assert lines[start : lines.index("", start)] == markdown_table()
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"Methods: {', '.join(f'`{name}`' for name in CATALOGUE)}." in readme
+    assert ", ".join(CATALOGUE) in get_type_hints(kd.kd, include_extras=True)["method"].__metadata__[0].help
+
+
+def test_the_universal_methods_of_inner_layers_are_one() -> None:
+    assert METHODS["universal-il"].stages is METHODS["universal-ca"].stages
+
+
+def weights_in(parameters: Iterable[str]) -> set[str]:
+    return {name for name in parameters if name.endswith("weight") or re.search("alpha|beta|gamma", name)}
+
+
+WEIGHTS = {"label_weight", "kd_weight", "intermediate_weight", "cosine_weight"}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_call_their_weights_by_what_they_weigh(name: str) -> None:
+    for stage in METHODS[name].stages:
+        assert weights_in(stage.argument_names) <= WEIGHTS
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_call_their_weights_by_what_they_weigh(name: str) -> None:
+    for function in (getattr(losses, name).__init__, getattr(losses, name).forward):
+        assert weights_in(inspect.signature(function).parameters) <= WEIGHTS
+
+
 @pytest.mark.parametrize("num_labels", [2, 1])
 @pytest.mark.parametrize("name", METHODS)
 def test_gradients_reach_what_the_method_trains_and_nothing_else(
@@ -68,7 +111,7 @@ def test_gradients_reach_what_the_method_trains_and_nothing_else(
         student = student_from_teacher(teacher.model, STUDENTS.get(name, "layers:2")).requires_grad_(True)
         torch.nn.init.normal_(student.classifier.weight, std=0.3)
         loss = stage.loss(Shapes(2, 4, student.config.hidden_size, 32) if name in STUDENTS else SHAPES, {})
-        objective = _Objective(stage, student, loss, teacher, METHODS[name].pool).train()
+        objective = StudentObjective(stage, student, loss, teacher, METHODS[name].pool).train()
         loss.set_progress(0.5, 1)
         value = objective(**batch_of(teacher, labels))["loss"]
         assert value.isfinite()
@@ -95,8 +138,8 @@ def test_gradients_reach_what_the_method_trains_and_nothing_else(
 def test_every_method_trains_a_student_that_transformers_loads(folder: Path, tmp_path: Path, name: str) -> None:
     teacher = Teacher.load(folder, METHODS[name].pool)
     before = {key: value.clone() for key, value in teacher.model.state_dict().items()}
-    distiller = Distiller(teacher, STUDENTS.get(name, "layers:2"), name, replace(OPTIONS, learning_rate=2e-3))
-    result = distiller.train(rows(64), None, tmp_path / "student")
+    trainer = KDTrainer(teacher, STUDENTS.get(name, "layers:2"), name, replace(OPTIONS, learning_rate=2e-3))
+    result = trainer.train(rows(64), None, tmp_path / "student")
     stages = {entry["stage"] for entry in result.log_history}
     for stage in stages:
         losses = [entry["loss"] for entry in result.log_history if "loss" in entry and entry["stage"] == stage]
@@ -117,8 +160,8 @@ def test_every_method_trains_a_student_that_transformers_loads(folder: Path, tmp
 @pytest.mark.parametrize("name", ["kd", "mhkd", "dih", "annealing", "universal-il", "universal-cg", "pkd-skip"])
 def test_regression_trains(tmp_path: Path, name: str) -> None:
     teacher = save_teacher(tmp_path / "teacher", num_labels=1)
-    distiller = Distiller(teacher, "layers:2", name, replace(OPTIONS, epochs=2))
-    result = distiller.train(regression_rows(24), regression_rows(16, seed=1), tmp_path / "student")
+    trainer = KDTrainer(teacher, "layers:2", name, replace(OPTIONS, epochs=2))
+    result = trainer.train(regression_rows(24), regression_rows(16, seed=1), tmp_path / "student")
     assert {"pearson", "spearman", "loss", "score"} <= set(result.metrics)
     config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student").config
     assert (config.num_labels, config.problem_type) == (1, "regression")
@@ -126,11 +169,13 @@ def test_regression_trains(tmp_path: Path, name: str) -> None:
 
 def test_weights_and_arguments_reach_the_loss() -> None:
     stage = method_of("universal-il").stages[0]
-    loss: Any = stage.loss(SHAPES, {"alpha": 0.1, "gamma": 2.0, "kd_temperature": 3.0, "attn_scale": "rsqrt_c"}).loss
-    assert (loss.alpha, loss.beta, loss.gamma, loss.temperature) == (0.1, 0.4, 2.0, 3.0)
+    loss: Any = stage.loss(
+        SHAPES, {"label_weight": 0.1, "intermediate_weight": 2.0, "kd_temperature": 3.0, "attn_scale": "rsqrt_c"}
+    ).loss
+    assert (loss.label_weight, loss.kd_weight, loss.intermediate_weight, loss.temperature) == (0.1, 0.4, 2.0, 3.0)
     assert (loss.universal.attn_scale, loss.universal.student_layers) == ("rsqrt_c", "inner")
-    pkd: Any = method_of("pkd-last").stages[0].loss(SHAPES, {"gamma": 10.0, "normalize": False})
-    assert (pkd.gamma, pkd.inner.layer_map, pkd.inner.normalize) == (10.0, "last", False)
+    pkd: Any = method_of("pkd-last").stages[0].loss(SHAPES, {"intermediate_weight": 10.0, "normalize": False})
+    assert (pkd.intermediate_weight, pkd.inner.layer_map, pkd.inner.normalize) == (10.0, "last", False)
     # two stages share what both know, and each takes its own
     first, second = (stage.loss(SHAPES, {"max_temperature": 4}) for stage in method_of("annealing").stages)
     assert isinstance(first.loss, AnnealingKDLoss)
@@ -167,9 +212,9 @@ def test_a_narrower_student_is_projected_by_weights_that_learn(folder: Path) -> 
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("kd", {"gamma": 1}, "Vanilla KD takes no gamma, only alpha, beta, temperature"),
+        ("kd", {"alpha": 1}, "Vanilla KD takes no alpha, only kd_weight, label_weight, temperature"),
         ("none", {"alpha": 1}, "w/o KD takes no alpha, only none at all"),
-        ("universal-cg", {"attention": "dot"}, r"Universal-KD \(CG\) takes no attention, only alpha, attn, "),
+        ("universal-cg", {"attention": "dot"}, r"Universal-KD \(CG\) takes no attention, only attn, "),
     ],
 )
 def test_unknown_arguments_are_refused(name: str, arguments: dict[str, Any], message: str) -> None:

@@ -24,8 +24,10 @@ import fastkd
 from fastkd.commands import app
 from fastkd.data.batches import ShuffledOnceSampler, tokenize
 from fastkd.encoders.label_scale import LabelScale
+from fastkd.training.finetune import FinetuneOptions, finetune
+from fastkd.training.harness import TrainOptions, TrainResult
 from fastkd.training.optimizers import BiasedAdamW
-from fastkd.training.recipes import DistillOptions, FinetuneOptions, TrainOptions, TrainResult, distill, finetune
+from fastkd.training.self_distillation import DistillOptions, _SelfDistillation, distill
 
 BATCH, ROWS, LENGTH = 8, 20, 16
 QUICK = {"batch_size": BATCH, "max_length": LENGTH, "progress": False, "bf16": False, "logging_steps": 1}
@@ -74,17 +76,17 @@ def test_the_preset_names_every_quirk_and_nothing_is_on_by_default() -> None:
     assert (tuned.epochs, tuned.learning_rate, tuned.head_learning_rate_factor) == (3, 2e-5, 1.0)
     assert (tuned.redraw_heads, tuned.keep_last) == (True, False)
     assert (distilled.epochs, distilled.learning_rate, distilled.direction) == (5, 2e-4, "forward")
-    assert (distilled.teacher_dropout, distilled.keep_last, distilled.temperature) == (True, True, 1.0)
+    assert (distilled.frozen_dropout, distilled.keep_last, distilled.temperature) == (True, True, 1.0)
     for plain_options in (FinetuneOptions(), DistillOptions()):
         assert (plain_options.schedule_epochs, plain_options.bias_correction) == (None, True)
         assert (plain_options.shuffle_once, plain_options.keep_last) == (False, False)
         assert plain_options.weight_decay > 0
-    assert (FinetuneOptions().redraw_heads, DistillOptions().teacher_dropout) == (False, False)
+    assert (FinetuneOptions().redraw_heads, DistillOptions().frozen_dropout) == (False, False)
 
 
 def test_what_is_given_wins_over_the_preset() -> None:
-    options = DistillOptions.preset(parity="fastbert", learning_rate=1e-3, teacher_dropout=False)
-    assert (options.learning_rate, options.teacher_dropout, options.keep_last) == (1e-3, False, True)
+    options = DistillOptions.preset(parity="fastbert", learning_rate=1e-3, frozen_dropout=False)
+    assert (options.learning_rate, options.frozen_dropout, options.keep_last) == (1e-3, False, True)
     with pytest.raises(ValueError, match="parity: got 'bitvoyage'"):
         DistillOptions.preset(parity="bitvoyage")
     with pytest.raises(ValueError, match="schedule_epochs: got 0"):
@@ -131,16 +133,14 @@ def test_distillation_learns_nothing_after_epoch_three(plain: Path, tmp_path: Pa
     assert any(not torch.equal(value, results[5, "weights"][name]) for name, value in weights(longer).items())
 
 
-@pytest.mark.parametrize("teacher_dropout", [False, True])
-def test_dropout_acts_in_the_frozen_teacher(teacher_dropout: bool) -> None:
-    from fastkd.training.recipes import _SelfDistillation
-
+@pytest.mark.parametrize("frozen_dropout", [False, True])
+def test_dropout_acts_in_the_frozen_teacher(frozen_dropout: bool) -> None:
     model = early_exit_model("bert", num_labels=2, head_dropout=0.1)
-    objective = _SelfDistillation(model, DistillOptions(teacher_dropout=teacher_dropout), LabelScale()).train()
+    objective = _SelfDistillation(model, DistillOptions(frozen_dropout=frozen_dropout), LabelScale()).train()
     batch = {"input_ids": torch.tensor([[2, 5, 7, 3]])}
     answers = [objective(**batch)["logits"][:, -1] for _ in range(2)]
-    assert torch.equal(*answers) != teacher_dropout
-    assert model.teacher_head.training == teacher_dropout
+    assert torch.equal(*answers) != frozen_dropout
+    assert model.teacher_head.training == frozen_dropout
     assert all(head.training for head in model.student_heads)
     objective.eval()
     assert not any(module.training for module in model.modules())
@@ -314,7 +314,7 @@ def test_commands_take_the_preset_and_what_is_given_wins(plain: Path, tmp_path: 
     assert json.loads((tmp_path / "tuned" / "config.json").read_text())["input_format"] == "uer"
     log = logged("distill", tmp_path / "tuned", *data, "-o", tmp_path / "model", "--max-steps", 2)
     assert (log["options"]["max_steps"], log["options"]["learning_rate"]) == (2, 2e-4)
-    assert log["options"]["teacher_dropout"]
+    assert log["options"]["frozen_dropout"]
 
     refused = CliRunner().invoke(app.app, ["distill", str(tmp_path / "tuned"), *map(str, data[:3]), "other", "-o", "x"])
     assert refused.exit_code == 2

@@ -146,7 +146,7 @@ def test_finished_work_is_kept(
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("this was finished")
 
-    monkeypatch.setattr(table2, "Distiller", forbidden)
+    monkeypatch.setattr(table2, "KDTrainer", forbidden)
     before = (finished / "table2.csv").read_text()
     with monkeypatch.context() as patch:
         patch.setattr(table2, "_measure", forbidden)

@@ -1,4 +1,4 @@
-"""fastkd.training.recipes: what learns, what stays frozen, what a kill leaves, and what is refused."""
+"""fastkd.training: what learns, what stays frozen, what a kill leaves, and what is refused."""
 
 from __future__ import annotations
 
@@ -31,15 +31,13 @@ from fastkd.data.batches import LengthGroupedSampler, LengthSortedBatches, token
 from fastkd.data.errors import DataError
 from fastkd.data.rows import Rows
 from fastkd.encoders.label_scale import LabelScale
-from fastkd.training.recipes import (
-    LOG_FILE,
+from fastkd.training.finetune import FinetuneOptions, finetune
+from fastkd.training.harness import bf16_is_fast, last_checkpoint
+from fastkd.training.log import LOG_FILE
+from fastkd.training.self_distillation import (
     DistillOptions,
-    FinetuneOptions,
     _SelfDistillation,
-    bf16_is_fast,
     distill,
-    finetune,
-    last_checkpoint,
     learned_exit_loss,
     self_distillation_loss,
 )
@@ -650,7 +648,7 @@ def test_unnamed_labels_may_lack_the_last_classes(plain: Path, tmp_path: Path) -
 
 
 def test_the_package_offers_training_without_importing_it() -> None:
-    code = "import sys, fastkd; assert 'fastkd.training.recipes' not in sys.modules; fastkd.distill, fastkd.load_folder"
+    code = "import sys, fastkd; assert 'fastkd.training.harness' not in sys.modules; fastkd.distill, fastkd.load_folder"
     subprocess.run([sys.executable, "-c", code], check=True, env=_environment(), timeout=240)
     with pytest.raises(AttributeError, match="has no attribute 'finetun'"):
         _ = fastkd.finetun

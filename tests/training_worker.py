@@ -20,7 +20,9 @@ from transformers import BertConfig, BertModel, TrainerCallback
 
 import fastkd
 from fastkd.data.rows import Rows
-from fastkd.training.recipes import DistillOptions, FinetuneOptions, TrainResult, distill, finetune
+from fastkd.training.finetune import FinetuneOptions, finetune
+from fastkd.training.harness import TrainResult
+from fastkd.training.self_distillation import DistillOptions, distill
 
 LABEL_NAMES = ("negative", "positive")
 _FILLER = ("the", "a", "film", "plot", "actor", "was", "is", "and", "who", "what", "cold", "warm")

@@ -11,6 +11,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from fastkd.losses.catalogue import LOSSES
+
 if TYPE_CHECKING:
     from fastkd.data.input_format import with_input_format
     from fastkd.data.rows import load_folder, load_rows
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from fastkd.exits.threshold_path import threshold_path
     from fastkd.exits.trace import ExitTrace
     from fastkd.kd.cache import TeacherCache
+    from fastkd.kd.options import KDOptions
     from fastkd.kd.probe import LayerProbe, PseudoClassifiers
     from fastkd.kd.students import (
         BiLSTMForSequenceClassification,
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
         student_from_teacher,
     )
     from fastkd.kd.teacher import Teacher
-    from fastkd.kd.trainer import Distiller, KDOptions
+    from fastkd.kd.trainer import KDTrainer
     from fastkd.losses import (
         ALPKDLoss,
         AnnealingKDLoss,
@@ -45,42 +48,32 @@ if TYPE_CHECKING:
         VanillaKDLoss,
     )
     from fastkd.model.modeling import EarlyExitForSequenceClassification, EarlyExitOutput
-    from fastkd.training.recipes import DistillOptions, FinetuneOptions, distill, finetune
+    from fastkd.training.finetune import FinetuneOptions, finetune
+    from fastkd.training.self_distillation import DistillOptions, distill
 
 # training needs datasets and the Trainer, whose import takes longer than everything else together
-_HOME = {
-    "ALPKDLoss": "fastkd.losses",
-    "AnnealingKDLoss": "fastkd.losses",
+_HOME = dict.fromkeys(LOSSES, "fastkd.losses") | {
     "BiLSTMForSequenceClassification": "fastkd.kd.students",
     "Certificate": "fastkd.exits.certificate",
-    "DIHLoss": "fastkd.losses",
-    "DistilBertLoss": "fastkd.losses",
-    "DistillOptions": "fastkd.training.recipes",
-    "Distiller": "fastkd.kd.trainer",
+    "DistillOptions": "fastkd.training.self_distillation",
     "EarlyExitConfig": "fastkd.encoders.configuration",
     "EarlyExitForSequenceClassification": "fastkd.model.modeling",
     "EarlyExitOutput": "fastkd.model.modeling",
     "ExitTrace": "fastkd.exits.trace",
-    "FinetuneOptions": "fastkd.training.recipes",
+    "FinetuneOptions": "fastkd.training.finetune",
     "GatedCNNForSequenceClassification": "fastkd.kd.students",
-    "KDLoss": "fastkd.losses",
-    "KDOptions": "fastkd.kd.trainer",
+    "KDOptions": "fastkd.kd.options",
+    "KDTrainer": "fastkd.kd.trainer",
     "LayerProbe": "fastkd.kd.probe",
-    "MHKDLoss": "fastkd.losses",
-    "PKDLoss": "fastkd.losses",
     "PseudoClassifiers": "fastkd.kd.probe",
-    "RAILKDLoss": "fastkd.losses",
     "Sweep": "fastkd.exits.sweep",
     "SweepRow": "fastkd.exits.sweep",
     "Teacher": "fastkd.kd.teacher",
     "TeacherCache": "fastkd.kd.cache",
-    "UniversalKDLoss": "fastkd.losses",
-    "UniversalKDMixtureLoss": "fastkd.losses",
-    "VanillaKDLoss": "fastkd.losses",
     "calibrate": "fastkd.exits.calibration",
     "compare": "fastkd.exits.comparison",
-    "distill": "fastkd.training.recipes",
-    "finetune": "fastkd.training.recipes",
+    "distill": "fastkd.training.self_distillation",
+    "finetune": "fastkd.training.finetune",
     "flops": "fastkd.exits.flops",
     "load_folder": "fastkd.data.rows",
     "load_rows": "fastkd.data.rows",
@@ -115,7 +108,6 @@ __all__ = [
     "DIHLoss",
     "DistilBertLoss",
     "DistillOptions",
-    "Distiller",
     "EarlyExitConfig",
     "EarlyExitForSequenceClassification",
     "EarlyExitOutput",
@@ -124,6 +116,7 @@ __all__ = [
     "GatedCNNForSequenceClassification",
     "KDLoss",
     "KDOptions",
+    "KDTrainer",
     "LayerProbe",
     "MHKDLoss",
     "PKDLoss",

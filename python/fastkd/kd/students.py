@@ -241,6 +241,11 @@ def _checked_mask(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | 
     return None if all_real else mask
 
 
+def is_made_of_teacher(spec: str) -> bool:
+    """Whether a student spec needs a teacher, rather than naming a checkpoint of its own."""
+    return spec in ("bilstm", "gated-cnn") or spec.startswith("layers:")
+
+
 def student_from_teacher(
     teacher: PreTrainedModel,
     spec: str,

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from fastkd.kd.probe import LayerProbe, PseudoClassifiers
 from fastkd.losses import label_loss
-from fastkd.training.recipes import require
+from fastkd.training.checks import require
 
 KINDS = ("logits", "layer_logits", "hidden_states", "sequence_output")
 # what a saved and reloaded teacher may write differently without computing differently

@@ -13,15 +13,15 @@ from fastkd.losses.kd import VanillaKDLoss
 
 
 class DIHLoss(nn.Module):
-    """sum_m [(1 - alpha) CE(s, y) + alpha tau_m^2 KL(softmax(t_m / tau_m) || softmax(s / tau_m))] (arXiv:2103.00497).
+    """sum_m [(1 - w) CE(s, y) + w tau_m^2 KL(softmax(t_m / tau_m) || softmax(s / tau_m))] (arXiv:2103.00497).
 
     Over the k + 1 classifiers t_m of a teacher whose k heads were trained on its frozen layers. The code of Asadian and
     Salehi-Abari, which this follows, sums, cross entropy included; others describe the method as an average. Pinned:
-    head_reduction "sum", reduction "batchmean", T^2 on, alpha 0.1, tau 5.
+    head_reduction "sum", reduction "batchmean", T^2 on, w 0.1, tau 5.
 
     Args:
         temperature: tau, one for all classifiers or one each.
-        alpha: weight of the teacher.
+        kd_weight: w, of the divergence from each classifier of the teacher, the paper's alpha; the labels weigh 1 - w.
         head_reduction: "sum" or "mean" over the teacher's classifiers.
         reduction: "batchmean" or "mean", of the divergences; see `KDLoss`.
         t2_scale: multiply divergences with tau^2.
@@ -30,7 +30,7 @@ class DIHLoss(nn.Module):
     def __init__(
         self,
         temperature: float | Sequence[float] = 5.0,
-        alpha: float = 0.1,
+        kd_weight: float = 0.1,
         head_reduction: str = "sum",
         *,
         reduction: str = "batchmean",
@@ -42,7 +42,7 @@ class DIHLoss(nn.Module):
         self.head_reduction = head_reduction
         self.shared_temperature = not isinstance(temperature, Sequence)
         temperatures = temperature if isinstance(temperature, Sequence) else [temperature]
-        self.kd = nn.ModuleList(VanillaKDLoss(alpha, tau, reduction, t2_scale) for tau in temperatures)
+        self.kd = nn.ModuleList(VanillaKDLoss(kd_weight, tau, reduction, t2_scale) for tau in temperatures)
 
     def forward(self, student_logits: Tensor, teacher_layer_logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of student logits [B, C], logits [K, B, C] of all teacher classifiers, and labels [B].

@@ -13,12 +13,12 @@ from fastkd.losses.labels import label_loss
 class DistilBertLoss(nn.Module):
     """a tau^2 KL(teacher || student) + b CE(y, s) + c (1 - cos(h^S, h^T)) (Sanh et al., 2019, arXiv:1910.01108).
 
-    The distiller of DistilBERT does this with masked-language modelling in the middle, weights 5, 2, 1, tau 2, and the
+    DistilBERT's training code does this with masked-language modelling in the middle, weights 5, 2, 1, tau 2, and the
     cosine over the last hidden states of all tokens that are not padding; here the middle is the task. Pinned: those
     weights, reduction "batchmean", T^2 on, the mean over tokens.
 
     Args:
-        kd_weight, label_weight, cosine_weight: a, b, c.
+        kd_weight, label_weight, cosine_weight: a, b, c; that code's alpha_ce, alpha_mlm and alpha_cos.
         temperature, reduction, t2_scale: of the first term; see `KDLoss`.
         projection: applied to the student's hidden states where widths differ (not in the paper).
     """

@@ -22,7 +22,7 @@ KD_PRESETS: dict[str, dict[str, Any]] = {
 
 hinton: the paper's formula as most codes write it. pkd, takd: the released codes of PKD (arXiv:1908.09355) and TAKD
 (arXiv:1902.03393; it searches the temperature) call `KLDivLoss()`, which divides by B * C. mhkd, dih: the code of DIH
-(arXiv:2103.00497), which holds a version of MHKD too. distilbert: the distiller of DistilBERT. continuation-kd:
+(arXiv:2103.00497), which holds a version of MHKD too. distilbert: the training code of DistilBERT. continuation-kd:
 equation 1 of arXiv:2212.05998, which has no T^2.
 """
 
@@ -83,20 +83,20 @@ class KDLoss(nn.Module):
 
 
 class VanillaKDLoss(nn.Module):
-    """(1 - alpha) CE(y, s) + alpha tau^2 KL(softmax(t / tau) || softmax(s / tau)), in one launch on a GPU.
+    """(1 - w) CE(y, s) + w tau^2 KL(softmax(t / tau) || softmax(s / tau)), in one launch on a GPU.
 
     The whole loss of a vanilla distillation step (Hinton et al., 2015), of each hop of TAKD (arXiv:1902.03393),
     and of every head of DIH and MHKD. Pinned: reduction "batchmean", T^2 on. C = 1 takes squared errors.
 
     Args:
-        alpha: weight of the teacher.
+        kd_weight: w, of the divergence from the teacher; the labels weigh 1 - w. The papers' alpha, TAKD's lambda.
         temperature, reduction, t2_scale, direction, detach_teacher: as in `KDLoss`; the cross entropy of "mean" divides
             by B only.
     """
 
     def __init__(
         self,
-        alpha: float = 0.5,
+        kd_weight: float = 0.5,
         temperature: float = 1.0,
         reduction: str = "batchmean",
         t2_scale: bool = True,
@@ -105,7 +105,7 @@ class VanillaKDLoss(nn.Module):
         detach_teacher: bool = True,
     ) -> None:
         super().__init__()
-        self.alpha = alpha
+        self.kd_weight = kd_weight
         self.temperature = temperature
         self.reduction = reduction
         self.t2_scale = t2_scale
@@ -120,8 +120,8 @@ class VanillaKDLoss(nn.Module):
             labels,
             student_logits.new_empty(0, *student_logits.shape),
             teacher_logits.unsqueeze(0),
-            1 - self.alpha,
-            self.alpha,
+            1 - self.kd_weight,
+            self.kd_weight,
             0.0,
             temperature=self.temperature,
             reduction=self.reduction,

@@ -13,15 +13,17 @@ from fastkd.losses.layer_maps import LAYER_MAPS, inner_layer_map, rows_of
 
 
 class MHKDLoss(nn.Module):
-    """KD(s_M, t_N) + sum_{l<M} [beta KD(s_l, t_g(l)) + CE(t_g(l), y)] (Wang et al., 2020, arXiv:2012.02911).
+    """KD(s_M, t_N) + sum_{l<M} [b KD(s_l, t_g(l)) + CE(t_g(l), y)] (Wang et al., 2020, arXiv:2012.02911).
 
-    With KD(s, t) = (1 - alpha) CE(s, y) + alpha tau^2 KL(softmax(t / tau) || softmax(s / tau)). Follows the version in
-    the code of DIH's authors, alpha 0.1, tau 4, beta 0.5: the teacher's body is frozen, the heads of both networks are
+    With KD(s, t) = (1 - a) CE(s, y) + a tau^2 KL(softmax(t / tau) || softmax(s / tau)). Follows the version in
+    the code of DIH's authors, a 0.1, tau 4, b 0.5: the teacher's body is frozen, the heads of both networks are
     trained by this loss. That code matches stages of equal number; PKD's skip map is this project's port to encoders.
     Pinned: reduction "batchmean", T^2 on.
 
     Args:
-        alpha, beta, temperature: as above.
+        kd_weight: a, of the divergence within each pair of classifiers, the paper's alpha; the labels weigh 1 - a.
+        intermediate_weight: b, of the pairs below the last, the paper's beta.
+        temperature: tau.
         layer_map: teacher layers of student layers 1..M-1, see `fastkd.losses.inner_layer_map`.
         detach_teacher: the code lets the distillation reach the teacher's heads too (they are not detached); False
             does as it does.
@@ -32,8 +34,8 @@ class MHKDLoss(nn.Module):
 
     def __init__(
         self,
-        alpha: float = 0.1,
-        beta: float = 0.5,
+        kd_weight: float = 0.1,
+        intermediate_weight: float = 0.5,
         temperature: float = 4.0,
         layer_map: str | Sequence[int] = "skip",
         *,
@@ -46,11 +48,11 @@ class MHKDLoss(nn.Module):
         if isinstance(layer_map, str):
             _hidden.check_choice("layer_map", layer_map, LAYER_MAPS)
         _hidden.check_choice("reduction", reduction, ("batchmean", "mean"))
-        self.beta = beta
+        self.intermediate_weight = intermediate_weight
         self.layer_map = layer_map
         self.detach_teacher = detach_teacher
         self.teacher_head_ce = teacher_head_ce
-        self.kd = VanillaKDLoss(alpha, temperature, reduction, t2_scale, detach_teacher=detach_teacher)
+        self.kd = VanillaKDLoss(kd_weight, temperature, reduction, t2_scale, detach_teacher=detach_teacher)
 
     def forward(self, student_layer_logits: Tensor, teacher_layer_logits: Tensor, labels: Tensor) -> Tensor:
         """The loss of logits [M, B, C] and [N, B, C] of all layers, the last ones the models' own, and labels [B].
@@ -63,5 +65,5 @@ class MHKDLoss(nn.Module):
         target = teacher.detach() if self.detach_teacher else teacher
         # the teacher's own classifier is frozen whatever its heads are
         last = self.kd(student_layer_logits[-1], teacher_layer_logits[-1].detach(), labels)
-        loss = last + self.beta * self.kd.layers(student, target, labels)
+        loss = last + self.intermediate_weight * self.kd.layers(student, target, labels)
         return loss + self.teacher_head_ce * label_loss(teacher, labels) if self.teacher_head_ce else loss

@@ -192,7 +192,7 @@ class UniversalKDLoss(nn.Module):
 
 
 class UniversalKDMixtureLoss(nn.Module):
-    """alpha CE(y, z^S) + beta KD(z^T, z^S) + gamma Univ, the whole loss of a Universal-KD step, fused into one launch.
+    """a CE(y, z^S) + b KD(z^T, z^S) + c Univ, the whole loss of a Universal-KD step, fused into one launch.
 
     By `fastkd_kernels.distillation_loss`; z are the last layers' logits, Univ is `universal`. In CG (j = M), whose one
     student layer is z^S itself, the two gradients add up as they should.
@@ -201,23 +201,24 @@ class UniversalKDMixtureLoss(nn.Module):
 
     Args:
         universal: the third term; default `UniversalKDLoss.intermediate_layer()`.
-        alpha, beta, gamma: the weights; the paper's are not known, ours are on the simplex.
+        label_weight, kd_weight, intermediate_weight: a, b, c, the paper's alpha, beta, gamma. The paper's values are
+            not known; ours add up to 1.
         temperature: of the second term.
     """
 
     def __init__(
         self,
         universal: UniversalKDLoss | None = None,
-        alpha: float = 0.2,
-        beta: float = 0.4,
-        gamma: float = 0.4,
+        label_weight: float = 0.2,
+        kd_weight: float = 0.4,
+        intermediate_weight: float = 0.4,
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
         self.universal = UniversalKDLoss.intermediate_layer() if universal is None else universal
-        self.alpha = alpha
-        self.beta = beta
-        self.gamma = gamma
+        self.label_weight = label_weight
+        self.kd_weight = kd_weight
+        self.intermediate_weight = intermediate_weight
         self.temperature = temperature
 
     def forward(
@@ -233,15 +234,15 @@ class UniversalKDMixtureLoss(nn.Module):
             labels,
             student,
             universal.as_target(teacher),
-            self.alpha,
-            self.beta,
-            self.gamma,
+            self.label_weight,
+            self.kd_weight,
+            self.intermediate_weight,
             temperature=self.temperature,
             universal_temperature=universal.temperature,
             task=task_of(student),
             **universal.options(),
         )
-        return loss if heads is None else loss + self.gamma * heads
+        return loss if heads is None else loss + self.intermediate_weight * heads
 
 
 def _features(logits: Tensor, space: str) -> Tensor:

@@ -21,7 +21,7 @@ The grid is a YAML file:
         student: layers:3
         methods: [none, kd, universal-il]
         train: {learning_rate: 5.0e-5}
-        arguments: {universal-il: {gamma: 1.0}}
+        arguments: {universal-il: {intermediate_weight: 1.0}}
 
 Every finished cell is a JSON file, so an interrupted grid goes on where it stopped. Seeds come outermost: what an
 interrupted grid has finished is a table with fewer seeds.
@@ -45,10 +45,12 @@ import yaml
 from fastkd.data.files import write_json, write_text
 from fastkd.data.rows import DataFolder, Rows, load_folder
 from fastkd.kd.methods import Method, method_of
+from fastkd.kd.options import KDOptions
 from fastkd.kd.teacher import PseudoClassifierOptions, Teacher
-from fastkd.kd.trainer import Distiller, KDOptions, evaluate
+from fastkd.kd.trainer import KDTrainer, evaluate
+from fastkd.model.checkpoints import checkpoint_path
 from fastkd.training import metrics
-from fastkd.training.recipes import bf16_is_fast
+from fastkd.training.harness import bf16_is_fast
 
 Progress = Callable[[int, int, str], None]
 _SPLITS = ("dev", "test")
@@ -338,14 +340,14 @@ class _Runner:
         method = method_of(cell.method)
         pool = options.pool or method.pool
         teacher = self._teacher(cell.task, pool)
-        distiller = Distiller(
+        trainer = KDTrainer(
             teacher, cell.block.student, cell.method, options, cache=self._cache(cell, method, options, pool)
         )
         with tempfile.TemporaryDirectory(prefix=".cell-", dir=self.output) as scratch:
-            done = distiller.train(train, None, Path(scratch) / "student")
-        assert distiller.model is not None
+            done = trainer.train(train, None, Path(scratch) / "student")
+        assert trainer.model is not None
         found = evaluate(
-            distiller.model, distiller.tokenizer, evaluated, max_length=options.max_length, bf16=_bf16(options)
+            trainer.model, trainer.tokenizer, evaluated, max_length=options.max_length, bf16=_bf16(options)
         )
         result = {
             "settings": self._settings(cell),
@@ -404,7 +406,7 @@ class _Runner:
             options = replace(options, metric=plan.metric, resume=True)
             limit, dev = self.grid.teacher.dev_rows, folder.dev
             dev = dev if dev is None or limit is None else self._sampled(dev, limit)
-            Distiller(None, checkpoint, "none", options).train(rows, dev, target)
+            KDTrainer(None, checkpoint, "none", options).train(rows, dev, target)
         teacher = Teacher.load(target)
         found = evaluate(
             teacher.model, teacher.tokenizer, evaluated, max_length=options.max_length, bf16=_bf16(options)
@@ -428,13 +430,6 @@ class _Runner:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def checkpoint_path(checkpoint: str) -> str:
-    """A folder or hub name; "minilm" is the packaged MiniLM."""
-    from fastkd.commands.steps import PACKAGED_CHECKPOINT, packaged_checkpoint
-
-    return str(packaged_checkpoint()) if checkpoint == PACKAGED_CHECKPOINT else checkpoint
 
 
 def _bf16(options: KDOptions) -> bool:

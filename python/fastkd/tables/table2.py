@@ -36,11 +36,12 @@ from fastkd.data.rows import Rows, load_folder
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.exits.sweep import SweepRow
 from fastkd.inference import benchmark
+from fastkd.kd.options import KDOptions
 from fastkd.kd.probe import encoder_layers
 from fastkd.kd.teacher import Teacher
-from fastkd.kd.trainer import Distiller, KDOptions
+from fastkd.kd.trainer import KDTrainer
 from fastkd.model.modeling import EarlyExitForSequenceClassification
-from fastkd.training.recipes import LOG_FILE
+from fastkd.training.log import LOG_FILE
 
 CONVENTION = "fastbert"
 TABLE_MARKDOWN, TABLE_CSV = "table2.md", "table2.csv"
@@ -301,9 +302,9 @@ def _student(
             resume=True,
         )  # fmt: skip
         # every token of the last layer is compared, which is too much to keep
-        distiller = Distiller(Teacher(full, tokenizer), student_of(full, layers), "distilbert", chosen, cache=False)
+        trainer = KDTrainer(Teacher(full, tokenizer), student_of(full, layers), "distilbert", chosen, cache=False)
         with steps.training_progress(screen, f"student of {layers} layers") as callback:
-            distiller.train(rows, dev, folder, [callback])
+            trainer.train(rows, dev, folder, [callback])
     return steps.load_model(str(folder), options.early_exit.device)[0]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 LOG_FILE = "trainer_log.json"
 RECORDED_SPEED = 0.5
-"""At this speed `fastkd.training.recipes.distill` records what early exit would do after every evaluation."""
+"""At this speed `fastkd.training.self_distillation.distill` records what early exit would do after every evaluation."""
 
 _LAYER = re.compile(r"eval_accuracy_layer_(\d+)")
 

@@ -60,6 +60,14 @@ def _ranks(values: numpy.ndarray) -> numpy.ndarray:
     return (last - (counts - 1) / 2)[inverse.reshape(-1)]
 
 
+def head_scores(logits: numpy.ndarray, labels: numpy.ndarray) -> dict[str, float]:
+    """What the log of an early-exit model says about a head: accuracy, for C = 1 Pearson's correlation and `mse`."""
+    if logits.shape[-1] > 1:
+        return {"accuracy": accuracy(logits, labels)}
+    predicted = logits.squeeze(-1)
+    return {"pearson": correlation(predicted, labels), "mse": float(((predicted - labels) ** 2).mean())}
+
+
 Metric = Callable[[numpy.ndarray, numpy.ndarray], float]
 CLASSIFICATION: dict[str, Metric] = {"accuracy": accuracy, "f1": f1, "matthews": matthews}
 REGRESSION: dict[str, Metric] = {"pearson": pearson, "spearman": spearman}

@@ -27,10 +27,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 from fastkd.data.errors import DataError
 from fastkd.data.rows import Rows
 from fastkd.kd.cache import StaleCacheError
+from fastkd.kd.options import KDOptions
 from fastkd.kd.students import student_from_teacher
 from fastkd.kd.teacher import Teacher
-from fastkd.kd.trainer import Distiller, KDOptions, evaluate
-from fastkd.training.recipes import LOG_FILE
+from fastkd.kd.trainer import KDTrainer, evaluate
+from fastkd.training.log import LOG_FILE
 
 WORKER = Path(kd_worker.__file__)
 
@@ -97,7 +98,7 @@ def test_the_student_starts_from_the_teachers_layers(teacher: Path, tmp_path: Pa
 
 def test_a_teacher_can_be_fine_tuned_by_it_too(tmp_path: Path) -> None:
     plain = save_plain_checkpoint(tmp_path / "plain", "distilbert")
-    tuned = Distiller(None, plain, "none", replace(OPTIONS, max_steps=2)).train(rows(80), None, tmp_path / "tuned")
+    tuned = KDTrainer(None, plain, "none", replace(OPTIONS, max_steps=2)).train(rows(80), None, tmp_path / "tuned")
     assert tuned.metrics == {}
     assert Teacher.load(tmp_path / "tuned").num_labels == 2
 
@@ -105,7 +106,7 @@ def test_a_teacher_can_be_fine_tuned_by_it_too(tmp_path: Path) -> None:
 def test_any_encoder_learns_from_any_teacher_by_way_of_the_cache(teacher: Path, tmp_path: Path) -> None:
     student = save_plain_checkpoint(tmp_path / "plain", "roberta")  # it splits text into bytes
     with pytest.raises(ValueError, match=r"tokenizer: teacher and student split text differently.*pass cache=True"):
-        Distiller(teacher, student, "universal-il", OPTIONS, cache=False)
+        KDTrainer(teacher, student, "universal-il", OPTIONS, cache=False)
     result = train(teacher, "universal-il", tmp_path / "student", student=student, max_length=32)
     assert sum(losses_of(result)[-5:]) < sum(losses_of(result)[:5])
     config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student").config
@@ -128,7 +129,7 @@ def test_new_parts_learn_faster_and_frozen_embeddings_not_at_all(teacher: Path, 
     loaded = Teacher.load(teacher)
     student = student_from_teacher(loaded.model, "layers:2")
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    Distiller(loaded, student, "universal-il", options).train(rows(40), None, tmp_path / "student", [observer])
+    KDTrainer(loaded, student, "universal-il", options).train(rows(40), None, tmp_path / "student", [observer])
     assert observer.rates == {1e-3, 5e-3}
     assert observer.fast == {(2, 32), (2,), (1, 2, 32), (1, 1, 2)}
     changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
@@ -144,9 +145,9 @@ def test_takd_learns_from_the_assistant_and_not_from_the_teacher(teacher: Path, 
             folder = tmp_path / "student.checkpoints" / "assistant-1"
             assert AutoModelForSequenceClassification.from_pretrained(folder).config.num_hidden_layers == 3
 
-    distiller = Distiller(teacher, "layers:2", "takd", replace(OPTIONS, assistants=("layers:3",)))
-    distiller.train(rows(80), None, tmp_path / "student", [Seen()])
-    train_alone = Distiller(teacher, "layers:2", "kd", OPTIONS)
+    trainer = KDTrainer(teacher, "layers:2", "takd", replace(OPTIONS, assistants=("layers:3",)))
+    trainer.train(rows(80), None, tmp_path / "student", [Seen()])
+    train_alone = KDTrainer(teacher, "layers:2", "kd", OPTIONS)
     train_alone.train(rows(80), None, tmp_path / "alone")
     own, other = weights(tmp_path / "student"), weights(tmp_path / "alone")
     assert any(not torch.equal(own[name], other[name]) for name in own)
@@ -230,15 +231,15 @@ class _Stop(TrainerCallback):
 
 
 def test_a_finished_stage_is_not_trained_again(teacher: Path, tmp_path: Path) -> None:
-    distiller = Distiller(teacher, "layers:2", "annealing", OPTIONS)
+    trainer = KDTrainer(teacher, "layers:2", "annealing", OPTIONS)
     with pytest.raises(KeyboardInterrupt):
-        distiller.train(rows(80), None, tmp_path / "student", [_Stop()])
-    again = Distiller(teacher, "layers:2", "annealing", replace(OPTIONS, resume=True))
+        trainer.train(rows(80), None, tmp_path / "student", [_Stop()])
+    again = KDTrainer(teacher, "layers:2", "annealing", replace(OPTIONS, resume=True))
     counter = _Stop()
     counter.on_step_end = lambda *args, **kwargs: None  # type: ignore[method-assign]
     resumed = again.train(rows(80), None, tmp_path / "student", [counter])
     assert counter.stages == 1
-    whole = Distiller(teacher, "layers:2", "annealing", OPTIONS).train(rows(80), None, tmp_path / "whole")
+    whole = KDTrainer(teacher, "layers:2", "annealing", OPTIONS).train(rows(80), None, tmp_path / "whole")
     assert_equal(weights(tmp_path / "student"), weights(tmp_path / "whole"))
     assert losses_of(resumed) == losses_of(whole)
 
@@ -282,7 +283,7 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
 def test_impossible_combinations_are_refused(teacher: Path, arguments: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {"teacher": teacher, "student": "layers:2", "method": "kd", **arguments}
     with pytest.raises(ValueError, match=message):
-        Distiller(**given)
+        KDTrainer(**given)
 
 
 @pytest.mark.parametrize(
@@ -297,49 +298,49 @@ def test_impossible_combinations_are_refused(teacher: Path, arguments: dict[str,
 def test_bad_rows_and_options_are_refused(
     teacher: Path, tmp_path: Path, changes: dict[str, Any], given: Rows, message: str
 ) -> None:
-    distiller = Distiller(teacher, "layers:2", "kd", replace(OPTIONS, **changes))
+    trainer = KDTrainer(teacher, "layers:2", "kd", replace(OPTIONS, **changes))
     with pytest.raises(ValueError, match=message):
-        distiller.train(given, None, tmp_path / "student")
+        trainer.train(given, None, tmp_path / "student")
     assert os.listdir(tmp_path) == []
 
 
 def test_labels_that_are_not_the_teachers_are_refused(teacher: Path, tmp_path: Path) -> None:
     other = replace(rows(8), label_names=("no", "yes"))
     with pytest.raises(DataError, match=r"has the labels no, yes, the model has negative, positive"):
-        Distiller(teacher, "layers:2", "kd", OPTIONS).train(other, None, tmp_path / "student")
+        KDTrainer(teacher, "layers:2", "kd", OPTIONS).train(other, None, tmp_path / "student")
 
 
 def test_a_student_of_other_classes_is_refused_as_it_is(teacher: Path, tmp_path: Path) -> None:
     student = student_from_teacher(Teacher.load(save_teacher(tmp_path / "three", num_labels=3)).model, "layers:2")
     with pytest.raises(DataError, match=r"train: .* has 2 labels, the model has 3 labels"):
-        Distiller(teacher, student, "kd", OPTIONS).train(rows(8), None, tmp_path / "student")
+        KDTrainer(teacher, student, "kd", OPTIONS).train(rows(8), None, tmp_path / "student")
     assert student.config.num_labels == 3
 
 
 def test_an_early_exit_model_can_teach(tmp_path: Path) -> None:
     early_exit_model("bert", num_labels=2).save_pretrained(tmp_path / "teacher")
     tokenizer_of("bert").save_pretrained(tmp_path / "teacher")
-    distiller = Distiller(tmp_path / "teacher", "bilstm", "universal-ca", OPTIONS)
-    losses = losses_of(distiller.train(rows(40), None, tmp_path / "student"))
+    trainer = KDTrainer(tmp_path / "teacher", "bilstm", "universal-ca", OPTIONS)
+    losses = losses_of(trainer.train(rows(40), None, tmp_path / "student"))
     assert sum(losses[-4:]) < sum(losses[:4])
 
 
 def test_takd_without_room_for_an_assistant_is_refused(teacher: Path) -> None:
     with pytest.raises(ValueError, match=r"assistants: no size lies between 3 layers and the teacher's 4; use"):
-        Distiller(teacher, "layers:3", "takd", OPTIONS)
+        KDTrainer(teacher, "layers:3", "takd", OPTIONS)
     with pytest.raises(ValueError, match=r"assistants: a student 'bilstm' has no obvious one; name them"):
-        Distiller(teacher, "bilstm", "takd", OPTIONS)
+        KDTrainer(teacher, "bilstm", "takd", OPTIONS)
 
 
 def test_a_teacher_that_pools_otherwise_is_refused(teacher: Path) -> None:
     with pytest.raises(ValueError, match=r"teacher: it pools by cls, expected mean; load it with pool='mean'"):
-        Distiller(Teacher.load(teacher), "layers:2", "rail-kd", OPTIONS)
+        KDTrainer(Teacher.load(teacher), "layers:2", "rail-kd", OPTIONS)
 
 
 def test_a_length_beyond_the_model_is_refused(teacher: Path) -> None:
-    distiller = Distiller(teacher, "layers:2", "kd", OPTIONS)
-    distiller.tokenizer.model_max_length = 64
+    trainer = KDTrainer(teacher, "layers:2", "kd", OPTIONS)
+    trainer.tokenizer.model_max_length = 64
     with pytest.raises(ValueError, match=r"max_length: got 65, but this tokenizer's model takes at most 64 tokens"):
-        distiller.set_length(65)
-    distiller.set_length(24)
-    assert (distiller.options.max_length, distiller.tokenizer.model_max_length) == (24, 24)
+        trainer.set_length(65)
+    trainer.set_length(24)
+    assert (trainer.options.max_length, trainer.tokenizer.model_max_length) == (24, 24)

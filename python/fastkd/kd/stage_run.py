@@ -1,0 +1,240 @@
+"""One stage of a KD training: student, method's loss and teacher's answers, put before the Trainer as one objective.
+
+Neither model is edited: forward hooks give the hidden states of their layers, and what a method adds to the student
+(pseudo-classifiers, projections) lives in the module that the Trainer wraps, and is left behind when the student is
+saved.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy
+import safetensors.torch
+import torch
+import transformers
+from accelerate import PartialState
+from torch import Tensor, nn
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from fastkd.data.batches import padding_collator, tokenize
+from fastkd.data.files import atomic_path, write_json
+from fastkd.data.rows import Rows
+from fastkd.kd.cache import CACHED_KINDS, TeacherCache, example_ids
+from fastkd.kd.methods import Method, Shapes, Stage, StageLoss
+from fastkd.kd.options import KDOptions
+from fastkd.kd.probe import LayerProbe, PseudoClassifiers, encoder_layers
+from fastkd.kd.teacher import Signals, Teacher
+from fastkd.losses import label_loss
+from fastkd.training import metrics
+from fastkd.training.harness import TrainingStage, TrainResult, train_stage
+
+BEST_METRIC = "score"
+
+
+class StudentObjective(nn.Module):
+    """The student as the Trainer sees it, together with what the method adds to it in training."""
+
+    accepts_loss_kwargs = False
+
+    def __init__(
+        self, stage: Stage, student: PreTrainedModel, loss: StageLoss, teacher: Teacher | None, pool: str | None
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.loss = loss
+        self.stage = stage
+        # no part of the module tree: the teacher is neither trained nor saved
+        self._teacher = (teacher,)
+        self._probe = LayerProbe(student, pool, keep_sequence="sequence_output" in stage.student)
+        layers = self._probe.num_layers
+        has_heads = "layer_logits" in stage.student and layers > 1
+        # the last layer has the student's own classifier
+        self.heads = PseudoClassifiers(layers - 1, _width(student), num_labels_of(student)) if has_heads else None
+
+    def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:
+        given = {name: batch.pop(f"teacher_{name}") for name in CACHED_KINDS if f"teacher_{name}" in batch}
+        if not self.training:
+            logits = self.student(**batch).logits.float()
+            return {"loss": label_loss(logits, labels), "logits": logits}
+        student = self._student_signals(batch)
+        loss = self.loss(student, self._teacher_signals(batch, given), labels, batch.get("attention_mask"))
+        return {"loss": loss, "logits": student.logits}
+
+    def _student_signals(self, batch: dict[str, Tensor]) -> Signals:
+        if not self.stage.student:
+            return Signals(self.student(**batch).logits.float())
+        output = self._probe(**batch)
+        logits, hidden_states = output.logits.float(), output.hidden_states.float()
+        layer_logits = None
+        if self.heads is not None:
+            with torch.autocast(logits.device.type, enabled=False):
+                layer_logits = self.heads(hidden_states, logits)
+        return Signals(logits, layer_logits, hidden_states, output.sequence_output)
+
+    def _teacher_signals(self, batch: dict[str, Tensor], given: dict[str, Tensor]) -> Signals | None:
+        kinds = self.stage.teacher
+        if not kinds:
+            return None
+        if not given:
+            (teacher,) = self._teacher
+            assert teacher is not None
+            return teacher.signals(batch, kinds)
+        # batches are stacked by example, losses take layers first
+        layers = {name: value.transpose(0, 1) for name, value in given.items() if name != "logits"}
+        logits = given["logits"] if "logits" in given else layers["layer_logits"][-1]
+        return Signals(logits, layers.get("layer_logits"), layers.get("hidden_states"))
+
+    def remove_hooks(self) -> None:
+        self._probe.remove()
+
+
+class AnswerCollator:
+    """Pads a batch and puts what the teacher says about its rows beside them, as `teacher_<kind>`."""
+
+    def __init__(
+        self, pad: Callable[[list[dict[str, Any]]], Any], cache: TeacherCache | None, ids: Sequence[bytes], stage: Stage
+    ) -> None:
+        self.pad = pad
+        self.cache = cache
+        self.ids = ids
+        self.kinds = stage.teacher
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        numbers = [row.pop("example", None) for row in rows]
+        batch = dict(self.pad(rows))
+        if self.cache is not None and self.kinds and None not in numbers:
+            answers = self.cache.answers([self.ids[cast(int, number)] for number in numbers], self.kinds)
+            batch |= {f"teacher_{kind}": values for kind, values in answers.items()}
+        return batch
+
+
+class _Progress(TrainerCallback):
+    """Tells the loss how far its stage is."""
+
+    def __init__(self, loss: StageLoss) -> None:
+        self.loss = loss
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.loss.set_progress(state.global_step / state.max_steps, int(state.epoch or 0))
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage of one `KDTrainer.train`."""
+
+    stage: Stage
+    student: PreTrainedModel
+    teacher: Teacher | None
+    cache: TeacherCache | None
+    method: Method
+    options: KDOptions
+    tokenizer: PreTrainedTokenizerBase
+
+    def run(
+        self, number: int, train: Rows, dev: Rows | None, checkpoints: Path, callbacks: Sequence[TrainerCallback]
+    ) -> TrainResult:
+        """Train the student, or take over what an earlier process finished."""
+        stem = checkpoints / f"{number}-{self.stage.name}"
+        finished, weights = stem.with_name(f"{stem.name}.json"), stem.with_name(f"{stem.name}.safetensors")
+        if finished.exists():
+            self.student.load_state_dict(safetensors.torch.load_file(weights))
+            return TrainResult(**{**json.loads(finished.read_text(encoding="utf-8")), "output_dir": stem})
+        result = self._train(stem, train, dev, callbacks)
+        if number < len(self.method.stages):
+            if PartialState().is_main_process:
+                with atomic_path(weights) as temporary:
+                    state = {name: value.cpu().contiguous() for name, value in self.student.state_dict().items()}
+                    safetensors.torch.save_file(state, temporary)
+                write_json(finished, json.loads(json.dumps(asdict(result), default=str)))
+            PartialState().wait_for_everyone()
+        return result
+
+    def _train(self, folder: Path, train: Rows, dev: Rows | None, callbacks: Sequence[TrainerCallback]) -> TrainResult:
+        options = self._stage_options()
+        transformers.set_seed(options.seed)
+        objective = StudentObjective(
+            self.stage, self.student, self._loss(), self.teacher, options.pool or self.method.pool
+        )
+        train_tokens = tokenize(train, self.tokenizer, options.max_length)
+        stage = TrainingStage(
+            objective=objective,
+            train=train_tokens.add_column("example", list(range(len(train)))),
+            dev=None if dev is None else tokenize(dev, self.tokenizer, options.max_length),
+            collator=AnswerCollator(padding_collator(self.tokenizer), self.cache, example_ids(train), self.stage),
+            metrics=_Score(options.metric or default_metric(self.student)),
+            best_metric=BEST_METRIC,
+            head_names=_head_names(objective),
+            head_learning_rate=options.learning_rate * options.head_learning_rate_factor,
+        )
+        try:
+            return train_stage(stage, folder, options, [*callbacks, _Progress(objective.loss)])
+        finally:
+            objective.remove_hooks()
+
+    def _stage_options(self) -> KDOptions:
+        """Those of the run, with this stage's part of its length."""
+        options, stages = self.options, self.method.stages
+        if len(stages) == 1:
+            return options
+        if options.max_steps is not None:
+            return replace(options, max_steps=max(1, round(options.max_steps * self.stage.share)))
+        epochs = options.epochs * self.stage.share
+        return replace(options, epochs=max(1.0, round(epochs)) if options.epochs >= len(stages) else epochs)
+
+    def _loss(self) -> StageLoss:
+        teacher = self.teacher
+        shapes = Shapes(
+            student_layers=len(encoder_layers(self.student)),
+            teacher_layers=0 if teacher is None else teacher.num_layers,
+            student_width=_width(self.student),
+            teacher_width=0 if teacher is None else _width(teacher.model),
+        )
+        return self.stage.loss(shapes, self.options.arguments)
+
+
+@dataclass(frozen=True)
+class _Score:
+    """Every fitting metric, and as `score` the mean of the chosen ones."""
+
+    chosen: Sequence[str]
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        found = metrics.scores(numpy.asarray(prediction.predictions), numpy.asarray(prediction.label_ids))
+        return {**found, "score": float(numpy.mean([found[name] for name in self.chosen]))}
+
+
+def _width(model: PreTrainedModel) -> int:
+    """Of the hidden states of its layers; an early-exit model has them from its backbone."""
+    return getattr(model.config, "backbone", model.config).hidden_size
+
+
+def num_labels_of(model: PreTrainedModel) -> int:
+    return cast(int, model.config.num_labels)
+
+
+def default_metric(model: PreTrainedModel) -> tuple[str, ...]:
+    return ("pearson",) if model.config.num_labels == 1 else ("accuracy",)
+
+
+def _head_names(objective: StudentObjective) -> tuple[str, ...]:
+    """Prefixes of all parameters that are not of the student's body."""
+    student = objective.student
+    children = [name for name, _ in student.named_children()]
+    if student.base_model_prefix not in children:
+        return ("heads.", "loss.")
+    return ("heads.", "loss.", *(f"student.{name}." for name in children if name != student.base_model_prefix))

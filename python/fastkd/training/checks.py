@@ -1,0 +1,136 @@
+"""What a training checks before it works: its options, rows, model, tokenizer and folders."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fastkd.data.errors import DataError
+from fastkd.data.files import write_json
+from fastkd.data.rows import Rows
+
+_RUN_FILE = "run.json"
+# what may differ between a killed run and its continuation without changing the weights
+_FREE_OPTIONS = ("resume", "overwrite", "progress", "logging_steps")
+
+
+def require(name: str, value: Any, is_right: bool, expected: str) -> None:
+    """Raise ValueError about the argument `name` unless `is_right`; an infinite or undefined float never is."""
+    if not is_right or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{name}: got {value!r}, expected {expected}")
+
+
+def check_labels(model: PreTrainedModel, rows: Rows | None, argument: str, *, required: bool) -> None:
+    """Raise DataError where the labels of `rows` are missing or not the model's."""
+    if rows is None:
+        return
+    if rows.num_labels is None:
+        if required:
+            raise DataError(f"{argument}: {rows.source} has no labels; fine-tuning needs them (distill does not)")
+        return
+    model_names = tuple((model.config.id2label or {}).values())
+    # unnamed integer labels may lack the last classes; everything else must agree in number
+    may_lack_classes = rows.label_names is None and 1 < rows.num_labels < len(model_names)
+    if rows.num_labels != len(model_names) and not may_lack_classes:
+        raise DataError(
+            f"{argument}: {rows.source} has {_described(rows.num_labels)}, the model has "
+            f"{_described(len(model_names))}; load the model with num_labels={rows.num_labels}, or the rows with "
+            f"num_labels={len(model_names)}"
+        )
+    generic = tuple(f"LABEL_{index}" for index in range(len(model_names)))
+    if rows.label_names is not None and model_names not in (generic, rows.label_names):
+        raise DataError(
+            f"{argument}: {rows.source} has the labels {', '.join(rows.label_names)}, the model has "
+            f"{', '.join(model_names)}; load the rows with label_names={list(model_names)}"
+        )
+
+
+def _described(num_labels: int) -> str:
+    return "a number as its label (regression)" if num_labels == 1 else f"{num_labels} labels"
+
+
+def check_dtypes(trained: Sequence[nn.Module]) -> None:
+    """Raise ValueError unless all weights to be trained are float32."""
+    wrong = {parameter.dtype for module in trained for parameter in module.parameters()} - {torch.float32}
+    if wrong:
+        raise ValueError(
+            f"model: the weights to be trained are {', '.join(map(str, wrong))}, expected torch.float32; load the "
+            "model with dtype=torch.float32 (bf16=True still computes in bfloat16)"
+        )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Raise ValueError for a tokenizer with more tokens than the model embeds."""
+    embedded = cast(nn.Embedding, model.get_input_embeddings()).num_embeddings
+    if len(tokenizer) > embedded:
+        raise ValueError(
+            f"tokenizer: it has {len(tokenizer)} tokens, the model embeds {embedded}; pass the tokenizer that was "
+            "saved with the model"
+        )
+
+
+def check_evaluation(early_stopping_patience: int | None, dev: Rows | None) -> None:
+    """Raise ValueError where a training is to stop early by an evaluation that it does not have."""
+    if early_stopping_patience is not None and dev is None:
+        raise ValueError("early_stopping_patience: it needs an evaluation; pass dev rows")
+
+
+def check_outputs(
+    output_dir: Path, checkpoints: Path, record: dict[str, Any], *, resume: bool, overwrite: bool
+) -> None:
+    """Refuse to lose anything; put the folder of the checkpoints in order, with the record of this run in it.
+
+    Raises:
+        FileExistsError: `output_dir`, or the checkpoints of an unfinished run, would be lost.
+        ValueError: a resumed run was started with other rows or options.
+    """
+    is_taken = output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir()))
+    if is_taken and not overwrite:
+        raise FileExistsError(f"output_dir: {output_dir} already exists; choose another, or pass overwrite=True")
+    started = _started_run(checkpoints)
+    if started is not None and not resume:
+        if not overwrite:
+            raise FileExistsError(
+                f"output_dir: {checkpoints} holds the checkpoints of an unfinished run; continue it with resume=True, "
+                "or discard it with overwrite=True"
+            )
+        started = None
+    if started is None:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        write_json(checkpoints / _RUN_FILE, record)
+        return
+    differences = _differences(started, record)
+    if differences:
+        raise ValueError(
+            f"resume: the run in {checkpoints} was started differently ({'; '.join(differences)}); resume it as it was "
+            "started, or start over with overwrite=True and resume=False"
+        )
+
+
+def _started_run(checkpoints: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((checkpoints / _RUN_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _differences(started: dict[str, Any], record: dict[str, Any]) -> list[str]:
+    def flat(run: dict[str, Any]) -> dict[str, Any]:
+        rows = {name: (run[name] or {}).get("digest") for name in ("train", "dev")}
+        options = {name: value for name, value in run["options"].items() if name not in _FREE_OPTIONS}
+        return {"stage": run["stage"], "processes": run["processes"], **options, **rows}
+
+    before, now = flat(started), flat(record)
+    return [
+        f"other {name} rows" if name in ("train", "dev") else f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    ]

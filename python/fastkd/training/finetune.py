@@ -1,0 +1,139 @@
+"""Fine-tuning: backbone and last head learn the labels; the other heads wait, frozen."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy
+import torch
+from torch import Tensor, nn
+from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback
+
+from fastkd.data.rows import Rows
+from fastkd.encoders.label_scale import LabelScale
+from fastkd.losses import label_loss
+from fastkd.model.modeling import EarlyExitForSequenceClassification
+from fastkd.training.checks import check_labels, require
+from fastkd.training.harness import TrainOptions, TrainResult, take_labels
+from fastkd.training.metrics import head_scores
+from fastkd.training.model_parts import PartTraining, train_part
+
+
+@dataclass(frozen=True)
+class FinetuneOptions(TrainOptions):
+    """Options of `finetune`.
+
+    Attributes:
+        head_learning_rate_factor: the new head learns so many times faster than the pretrained backbone.
+        redraw_heads: draw the weights of all heads anew, from torch's own initialisation of linear layers as FastBERT's
+            code does, instead of the backbone's.
+    """
+
+    head_learning_rate_factor: float = 10.0
+    redraw_heads: bool = False
+
+    _fastbert: ClassVar[Mapping[str, Any]] = {
+        "epochs": 3,
+        "learning_rate": 2e-5,
+        "head_learning_rate_factor": 1.0,
+        "redraw_heads": True,
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        factor = self.head_learning_rate_factor
+        require("head_learning_rate_factor", factor, factor > 0, "a number above 0")
+
+
+def finetune(
+    model: EarlyExitForSequenceClassification,
+    train: Rows,
+    dev: Rows | None,
+    output_dir: str | os.PathLike[str],
+    options: FinetuneOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainResult:
+    """Train the backbone and the last head on labels; keep the weights of the best evaluation where `dev` is given.
+
+    The model is trained in place, and takes the rows' label names. Its other heads are left as they are, and marked as
+    untrained (`config.exits_trained`).
+
+    Args:
+        model: with float32 weights; its number of labels must be that of the rows.
+        train, dev: labelled rows.
+        output_dir: made at the end, under a temporary name first.
+        options: see there.
+        tokenizer: the model's; saved with it.
+        callbacks: added to those of `transformers.Trainer`.
+
+    Raises:
+        DataError: rows without labels, or with labels that are not the model's.
+        FileExistsError: `output_dir`, or the checkpoints of an unfinished run, would be lost.
+        ValueError: a resumed run was started with other rows or options; a tokenizer that is not the model's.
+    """
+    check_labels(model, train, "train", required=True)
+    check_labels(model, dev, "dev", required=True)
+    config = model.config
+    take_labels(model, train)
+    config.exits_trained = False
+    if options.redraw_heads:
+        _redraw(model.heads, options.seed)
+    scale = LabelScale()
+    if config.num_labels == 1:
+        scale = LabelScale.of(train)
+        if config.label_scale is None or options.redraw_heads:
+            for head in model.heads.values():
+                scale.put_into(head)
+        config.label_scale = [scale.mean, scale.std]
+    training = PartTraining(
+        name="finetune",
+        model=model,
+        objective=_LastHead(model, scale),
+        trained=[model.backbone, model.teacher_head],
+        scale=scale,
+        scaled=[model.teacher_head],
+        head_learning_rate=options.learning_rate * options.head_learning_rate_factor,
+        metrics=_last_head_scores,
+        best_metric="pearson" if config.num_labels == 1 else "accuracy",
+        reads_labels=True,
+        trains_exits=False,
+    )
+    return train_part(training, train, dev, Path(output_dir), options, tokenizer, callbacks)
+
+
+class _LastHead(nn.Module):
+    """Cross-entropy (squared error of standardised labels for regression) of the last head.
+
+    The head answers in standardised units, the logits given here are in those of the labels.
+    """
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, model: EarlyExitForSequenceClassification, scale: LabelScale) -> None:
+        super().__init__()
+        self.model = model
+        self.scale = scale
+
+    def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:
+        logits = self.model(**batch, speed=0.0).logits
+        if logits.shape[-1] > 1:
+            return {"loss": label_loss(logits, labels), "logits": logits}
+        return {"loss": label_loss(logits, self.scale.standardised(labels)), "logits": self.scale.restored(logits)}
+
+
+def _last_head_scores(prediction: EvalPrediction) -> dict[str, float]:
+    return head_scores(numpy.asarray(prediction.predictions), numpy.asarray(prediction.label_ids))
+
+
+def _redraw(heads: nn.Module, seed: int) -> None:
+    """Give all linear layers the weights that torch draws by itself."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in heads.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()

@@ -1,0 +1,113 @@
+"""What fine-tuning and self-distillation share: the training of a part of one early-exit model, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback
+
+from fastkd.data.batches import padding_collator, tokenize
+from fastkd.data.input_format import input_format_of
+from fastkd.data.rows import Rows
+from fastkd.encoders.label_scale import LabelScale
+from fastkd.model.modeling import EarlyExitForSequenceClassification
+from fastkd.training.checks import check_dtypes, check_evaluation, check_tokenizer
+from fastkd.training.harness import Run, TrainingStage, TrainOptions, TrainResult, only_trainable, train_stage
+
+
+@dataclass(frozen=True)
+class PartTraining:
+    """Which part of a model is trained, and how.
+
+    Attributes:
+        name: "finetune" or "distill", for the log.
+        model: trained in place.
+        objective: the model as the Trainer sees it, so that the user's model is never wrapped or patched.
+        trained: the modules that learn; all others are frozen.
+        scale: of the labels of a regression.
+        scaled: the heads that learn in standardised units.
+        head_learning_rate: of all heads that learn.
+        metrics: of the predictions on the dev rows.
+        best_metric: decides which weights are kept, see `TrainingStage`.
+        reads_labels: whether the objective takes the labels of training rows.
+        trains_exits: whether the model may leave early afterwards.
+    """
+
+    name: str
+    model: EarlyExitForSequenceClassification
+    objective: nn.Module
+    trained: Sequence[nn.Module]
+    scale: LabelScale
+    scaled: Sequence[nn.Module]
+    head_learning_rate: float
+    metrics: Callable[[EvalPrediction], dict[str, float]]
+    best_metric: str
+    reads_labels: bool
+    trains_exits: bool
+
+
+def train_part(
+    training: PartTraining,
+    train: Rows,
+    dev: Rows | None,
+    output_dir: Path,
+    options: TrainOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    callbacks: Sequence[TrainerCallback],
+) -> TrainResult:
+    """Check, train and save; arguments and errors are those of `fastkd.finetune`."""
+    model = training.model
+    check_evaluation(options.early_stopping_patience, dev)
+    check_tokenizer(tokenizer, model)
+    _check_input_format(tokenizer, model)
+    _check_max_length(options.max_length, model)
+    check_dtypes(training.trained)
+    train_tokens = tokenize(train, tokenizer, options.max_length)
+    if not training.reads_labels and "labels" in train_tokens.column_names:
+        train_tokens = train_tokens.remove_columns("labels")
+    stage = TrainingStage(
+        objective=training.objective,
+        train=train_tokens,
+        dev=None if dev is None else tokenize(dev, tokenizer, options.max_length),
+        collator=padding_collator(tokenizer),
+        metrics=training.metrics,
+        best_metric=training.best_metric,
+        head_names=("model.heads.",),
+        head_learning_rate=training.head_learning_rate,
+    )
+    run = Run.begin(training.name, train, dev, output_dir, options, best_metric=training.best_metric)
+    with only_trainable(model, training.trained), training.scale.taken_out_of(training.scaled):
+        done = train_stage(stage, run.checkpoints, options, callbacks)
+    model.zero_grad(set_to_none=True)
+    model.eval()
+    config = model.config
+    config.certificate = None  # it was for the weights of before
+    config.training_data |= {
+        f"{training.name} {part}": run.record[part]["digest"]
+        for part in ("train", "dev")
+        if run.record[part] is not None
+    }
+    if training.trains_exits:
+        config.exits_trained = True
+    return run.finish(model, tokenizer, done)
+
+
+def _check_input_format(tokenizer: PreTrainedTokenizerBase, model: EarlyExitForSequenceClassification) -> None:
+    wanted, own = model.config.input_format, input_format_of(tokenizer)
+    if wanted != own:
+        raise ValueError(
+            f"tokenizer: it writes its inputs in the format {own!r}, the model's input_format is {wanted!r}; pass "
+            f"fastkd.with_input_format(tokenizer, {wanted!r})"
+        )
+
+
+def _check_max_length(max_length: int, model: EarlyExitForSequenceClassification) -> None:
+    positions: nn.Embedding = cast(Any, model.backbone).embeddings.position_embeddings
+    # RoBERTa counts positions from its padding index up
+    limit = positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
+    if max_length > limit:
+        raise ValueError(f"max_length: got {max_length}, the model has {limit} positions; pass at most that")
