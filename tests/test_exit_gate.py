@@ -266,9 +266,9 @@ def test_survivors_ascend_across_tiles_and_programs(backend: str, rows: int) -> 
 
 @needs_triton
 def test_the_launch_covers_both_ways_of_compacting() -> None:
-    assert ExitGateConfig.heuristic(2048, 2).programs == 1
-    assert ExitGateConfig.heuristic(2049, 2).programs == 5
-    assert ExitGateConfig.heuristic(3, 5001) == ExitGateConfig(1, 4096, False, 3, 8)
+    assert ExitGateConfig.choose(2048, 2).programs == 1
+    assert ExitGateConfig.choose(2049, 2).programs == 5
+    assert ExitGateConfig.choose(3, 5001) == ExitGateConfig(1, 4096, False, 3, 8)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -704,7 +704,7 @@ POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"
 
 def kernel_spec(criterion: str, dtype: torch.dtype, rows: int, columns: int, flags: bool) -> KernelSpec:
     """What the launcher asks for, with everything optional given (`flags`) or nothing."""
-    config = ExitGateConfig.heuristic(rows, columns)
+    config = ExitGateConfig.choose(rows, columns)
     size = "i32:16" if columns % 16 == 0 else "i32"
     recorded = flags or criterion == "patience"
     arguments = {

@@ -516,10 +516,10 @@ def test_the_whole_plan_can_be_laid_out() -> None:
 
 
 def test_a_swept_configuration_is_the_one_that_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = sweep.ExitGateConfig.heuristic(4096, 2)
+    config = sweep.ExitGateConfig.choose(4096, 2)
     with sweep._instead_of(sweep.ExitGateConfig, config):
-        assert sweep.ExitGateConfig.heuristic(1, 3) is config
-    assert sweep.ExitGateConfig.heuristic(1, 3) != config
+        assert sweep.ExitGateConfig.choose(1, 3) is config
+    assert sweep.ExitGateConfig.choose(1, 3) != config
 
 
 # --- whole models ---------------------------------------------------------------------------------------------------

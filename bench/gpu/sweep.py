@@ -86,7 +86,7 @@ def cases_of(scale: Scale, device: torch.device) -> Iterator[Swept]:
 
 def _exit_gates(scale: Scale, device: torch.device) -> Iterator[Swept]:
     for rows, columns in scale.gate_shapes:
-        usual = ExitGateConfig.heuristic(rows, columns)
+        usual = ExitGateConfig.choose(rows, columns)
         configs = {HEURISTIC: _gate(None)}
         for block_rows, warps, one_program in product((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), (1, 2, 4, 8), (0, 1)):
             elements = block_rows * usual.block_columns
@@ -113,7 +113,7 @@ def _gate(config: ExitGateConfig | None) -> Callable[..., Any]:
 def _student_heads(scale: Scale, device: torch.device) -> Iterator[Swept]:
     for batch, tokens, hidden, dtype in scale.head_shapes:
         limits = GpuLimits.of(device)
-        usual = StudentHeadConfig.heuristic(DTYPES[dtype], hidden, WIDTH, LABELS, batch, tokens, limits)
+        usual = StudentHeadConfig.choose(DTYPES[dtype], hidden, WIDTH, LABELS, batch, tokens, limits)
         configs = {HEURISTIC: _head(None)}
         for splits, block_tokens, block_hidden, warps, stages in scale.head_options:
             # a split reads all narrow weights: only for multiprocessors that would be idle
