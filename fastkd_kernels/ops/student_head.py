@@ -1039,7 +1039,8 @@ def _check(hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout)
     weight = head.narrow[0]
     matrix_shape("narrow", weight)
     lengths, attention_mask, cu_seqlens = layout
-    given = [name for name, tensor in layout._asdict().items() if tensor is not None]
+    masks = dict(zip(TokenLayout._fields, layout, strict=True))
+    given = [name for name, mask in masks.items() if mask is not None]
     if len(given) > 1:
         raise ValueError(
             f"{' and '.join(given)}: got both, expected at most one of lengths, attention_mask, cu_seqlens"
@@ -1060,7 +1061,7 @@ def _check(hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout)
             f"hidden_states: got dtype {hidden_states.dtype}, expected that of the weights, {weight.dtype}; "
             "convert one of them, or run under torch.autocast"
         )
-    for name, tensor in {"head": weight, **layout._asdict()}.items():
+    for name, tensor in {"head": weight, **masks}.items():
         if tensor is not None:
             check_same_device(name, tensor, "hidden_states", hidden_states)
     if lengths is not None:
