@@ -18,7 +18,7 @@ import torch
 
 import fastkd_kernels as fk
 from fastkd_kernels import _triton
-from fastkd_kernels.ops.student_head import _tickets
+from fastkd_kernels._tickets import tickets as shared_tickets
 
 SAMPLING = common.Sampling(case_seconds=2.0)
 
@@ -61,7 +61,7 @@ def test_launch(
 ) -> None:
     tickets = torch.zeros(64, dtype=torch.int32)
     # a GPU has them already; on a CPU every call would make new ones
-    monkeypatch.setattr(_tickets, "take", lambda tensor, count: tickets)
+    monkeypatch.setattr(shared_tickets, "take", lambda tensor, count: tickets)
     run, make_inputs = CASES[case]
     seen = []
 

@@ -300,8 +300,8 @@ fastkd::ExitGate checked_gate(
   gate.speed = static_cast<float>(speed);
   STD_TORCH_CHECK(gate.columns >= 2, "logits: expected at least 2 classes");
   STD_TORCH_CHECK(gate.rows <= std::numeric_limits<int32_t>::max(), "logits: row numbers must fit int32");
-  STD_TORCH_CHECK(criterion >= kEntropy && criterion <= kPatience, "criterion: unknown");
-  STD_TORCH_CHECK(criterion != kTopN || (top_n >= 2 && top_n <= gate.columns), "top_n: expected 2 to C");
+  STD_TORCH_CHECK(criterion >= 0 && criterion < fastkd::kCriteria, "criterion: unknown");
+  STD_TORCH_CHECK(fastkd::is_valid(criterion, top_n, gate.columns), "top_n: expected 2 to C");
   STD_TORCH_CHECK(speed >= 0 && speed <= 1, "speed: expected 0 to 1");
   if (!speeds.has_value()) return gate;
   gate.speeds = checked_data<float>(*speeds, ScalarType::Float, gate.rows, "speeds");

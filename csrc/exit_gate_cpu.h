@@ -1,12 +1,21 @@
 // The CPU exit gate without tensors, shared by the registered ops and by the eager call that skips the dispatcher.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 namespace fastkd {
 
-// numbered as in fastkd_kernels/ops/exit_gate.py
+// numbered and named as in CRITERIA of fastkd_kernels/ops/exit_gate.py, to which a test holds this list
 enum Criterion : int64_t { kEntropy, kMaxProb, kMargin, kTopN, kPatience };
+constexpr int64_t kCriteria = kPatience + 1;
+constexpr std::array<const char*, kCriteria> kCriterionNames{"entropy", "max_prob", "margin", "top_n", "patience"};
+static_assert(kCriterionNames.back() != nullptr, "every criterion has a name");
+
+// Whether the gate can compute a criterion of `columns` classes; patience needs a record besides.
+constexpr bool is_valid(int64_t criterion, int64_t top_n, int64_t columns) {
+  return criterion >= 0 && criterion < kCriteria && (criterion != kTopN || (top_n >= 2 && top_n <= columns));
+}
 
 enum class LogitsType { kFloat32, kBFloat16, kFloat16 };
 

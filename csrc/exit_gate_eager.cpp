@@ -1,6 +1,7 @@
 // The CPU exit gate called straight from Python: PyTorch's dispatcher and three allocations through it would cost more
 // than deciding on a small batch. Tensors cross by DLPack's C exchange interface, whose ABI is stable.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -74,8 +75,7 @@ py::object exit_gate(py::handle logits, double speed, int64_t criterion, int64_t
       !logits_type(view.dtype, gate.type)) {
     return py::none();
   }
-  const bool known = criterion == fastkd::kEntropy || criterion == fastkd::kMaxProb || criterion == fastkd::kMargin ||
-      (criterion == fastkd::kTopN && top_n >= 2 && top_n <= view.shape[1]);
+  const bool known = fastkd::is_valid(criterion, top_n, view.shape[1]) && criterion != fastkd::kPatience;
   if (!known || !(speed >= 0 && speed <= 1)) return py::none();
   gate.logits = static_cast<const char*>(view.data) + view.byte_offset;
   gate.rows = view.shape[0];
@@ -102,6 +102,7 @@ py::object exit_gate(py::handle logits, double speed, int64_t criterion, int64_t
 }  // namespace
 
 void bind_exit_gate(py::module_& module) {
+  module.attr("criteria") = py::tuple(py::cast(fastkd::kCriterionNames));
   module.def(
       "enable_eager_exit_gate",
       [](py::capsule api) {

@@ -57,13 +57,20 @@ static inline void include(Sums& sums, Floats difference) {
 }
 
 static inline Floats uncertainty(Largest largest, Sums sums, Criterion criterion, float scale) {
-  Floats u;
-  if (criterion == kMaxProb) {
-    u = (1.f - 1.f / sums.total) / scale;
-  } else if (criterion == kMargin) {
-    u = 1.f - (1.f - bounded_power_of_two(binary_exponent(largest.second - largest.first))) / sums.total;
-  } else {
-    u = (logarithm(sums.total) - 0.693147181f * sums.weighted / sums.total) / scale;
+  Floats u = splat(__builtin_nanf(""));
+  switch (criterion) {  // without a default: the compiler names a criterion that is missing here
+    case kMaxProb:
+      u = (1.f - 1.f / sums.total) / scale;
+      break;
+    case kMargin:
+      u = 1.f - (1.f - bounded_power_of_two(binary_exponent(largest.second - largest.first))) / sums.total;
+      break;
+    case kEntropy:
+    case kTopN:
+      u = (logarithm(sums.total) - 0.693147181f * sums.weighted / sums.total) / scale;
+      break;
+    case kPatience:  // comes from the history, not from the logits of one layer
+      break;
   }
   // both comparisons are false for NaN, which passes through
   u = u < 0.f ? splat(0.f) : u;

@@ -5,7 +5,9 @@ Every op has three backends: `cuda` (Triton kernels and the CUDA extension), `cp
 """
 
 from fastkd_kernels._backend import BackendUnavailableError, backend, missing_kernels
+from fastkd_kernels._onednn import onednn_multiplies
 from fastkd_kernels._stamps import ParameterStamp
+from fastkd_kernels._student_head_weights import StudentHeadWeights
 from fastkd_kernels.ops.compact import compact
 from fastkd_kernels.ops.distillation_loss import distillation_loss
 from fastkd_kernels.ops.exit_gate import CRITERIA, ExitGateOutput, ExitRecord, exit_gate
@@ -13,7 +15,7 @@ from fastkd_kernels.ops.fused_linear_kd_loss import fused_linear_kd_loss
 from fastkd_kernels.ops.kd_loss import kd_loss
 from fastkd_kernels.ops.layer_norm import add_layer_norm, embed_layer_norm
 from fastkd_kernels.ops.packed import compact_packed, pack, unpack
-from fastkd_kernels.ops.student_head import StudentHeadWeights, student_head, student_head_exit
+from fastkd_kernels.ops.student_head import student_head, student_head_exit
 from fastkd_kernels.ops.universal_kd_loss import universal_kd_loss
 from fastkd_kernels.ops.varlen_attention import varlen_attention
 
@@ -37,6 +39,7 @@ __all__ = [
     "fused_linear_kd_loss",
     "kd_loss",
     "missing_kernels",
+    "onednn_multiplies",
     "pack",
     "student_head",
     "student_head_exit",

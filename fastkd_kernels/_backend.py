@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from fastkd_kernels import _triton
+from fastkd_kernels._checks import check_choice
 
 BACKENDS = ("cuda", "cpu", "reference")
 
@@ -24,16 +25,16 @@ Reason = str | None
 
 @dataclass(frozen=True)
 class OpBackends:
-    """What one op needs: each callable returns None where that backend can run, else why not."""
+    """Why each backend of one op cannot run here, looked up at import: torch.compile cannot trace the question."""
 
-    cuda: Callable[[], Reason]
-    cpu: Callable[[], Reason]
+    cuda: Reason
+    cpu: Reason
     interpretable: bool  # a Triton kernel, which the interpreter can run on CPU tensors
 
     def reason(self, name: str) -> Reason:
         if name == "reference":
             return None
-        return self.cuda() if name == "cuda" else self.cpu()
+        return self.cuda if name == "cuda" else self.cpu
 
 
 class BackendUnavailableError(RuntimeError):
@@ -49,8 +50,8 @@ _ops: dict[str, OpBackends] = {}
 _warned: set[tuple[str, str]] = set()
 
 
-def register_backends(op: str, *, cuda: Callable[[], Reason], cpu: Callable[[], Reason], interpretable: bool) -> None:
-    """Declare what `op` needs to run on each backend; every op file calls this once."""
+def register_backends(op: str, *, cuda: Reason, cpu: Reason, interpretable: bool) -> None:
+    """Declare why `op` cannot run on each backend, None where it can; every op file calls this once."""
     _ops[op] = OpBackends(cuda=cuda, cpu=cpu, interpretable=interpretable)
 
 
@@ -76,8 +77,7 @@ def backend(name: str) -> Iterator[None]:
         ValueError: `name` is none of these.
         BackendUnavailableError: from the op itself, where that backend cannot run.
     """
-    if name not in BACKENDS:
-        raise ValueError(f"backend: got {name!r}, expected one of {', '.join(BACKENDS)}")
+    check_choice("backend", name, BACKENDS)
     previous = _forced.name
     _forced.name = name
     try:

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd_kernels import _distillation_triton
+
 # the position in these tuples is the code that the kernels understand
 DIRECTIONS = ("forward", "reverse", "jsd")
 MIXES = ("logits", "probs", "loss")
@@ -36,11 +38,6 @@ LAYER_REDUCTIONS = ("sum", "mean")
 TASKS = ("classification", "regression")
 SQUARED = len(DIRECTIONS)
 """The code of the squared error among the divergences."""
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
 
 
 def check_positive(name: str, value: float) -> None:
@@ -63,11 +60,6 @@ def check_classes(name: str, logits: Tensor, task: str) -> None:
             f"{name}: got C={logits.shape[-1]}, {task} needs at least {needed}; a softmax over one class is constant, "
             'so scores need task="regression"'
         )
-
-
-def check_same_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    if tensor.device != other.device:
-        raise ValueError(f"{name}: got device {tensor.device}, expected that of {other_name}, {other.device}")
 
 
 def check_teacher_gradient(name: str, teacher: Tensor, detach_teacher: bool) -> None:
@@ -137,11 +129,6 @@ def dense_rows(logits: Tensor) -> Tensor:
 def gradient_like(logits: Tensor, wanted: bool) -> Tensor:
     """Room for a contiguous gradient; without elements where it is not wanted."""
     return logits.new_empty(logits.shape if wanted else (0,))
-
-
-def power_of_2(size: int) -> int:
-    """The smallest power of two that is not below `size`."""
-    return 1 << (size - 1).bit_length()
 
 
 def scaled_gradient(gradient: Tensor, grad_output: Tensor, factor: float) -> Tensor:
@@ -255,8 +242,6 @@ def fused_loss(
     """
     compute, scale = op, scaled_gradients
     if backend == "cuda" and not torch.compiler.is_compiling():
-        from fastkd_kernels import _distillation_triton
-
         compute, scale = launch, _distillation_triton.scaled_gradients
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return FusedLoss.apply(compute, scale, factor, options, *tensors)

@@ -10,27 +10,26 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from fastkd_kernels._launch import Launcher, current_stream
+from fastkd_kernels._triton import jit, tl, triton
 
 
-@triton.jit
+@jit
 def finite_or_zero(x):
     """Replaces masked logits, so that they add nothing to a sum."""
     return tl.where(x == float("-inf"), 0.0, x)
 
 
-@triton.jit
+@jit
 def log_softmax_rows(x):  # [K, C]
     top = finite_or_zero(tl.max(x, 1))[:, None]
     shifted = x - top
     return shifted - tl.log(tl.sum(tl.exp(shifted), 1))[:, None]
 
 
-@triton.jit
+@jit
 def online_sum(
     top,  # [C], the largest value of every lane so far
     total,  # [C], the sum of exp(x - top) of every lane so far
@@ -42,7 +41,7 @@ def online_sum(
     return larger, total * tl.exp(top - shift) + tl.exp(x - shift)
 
 
-@triton.jit
+@jit
 def log_sum_exp(
     top,  # [C]
     total,  # [C], of `online_sum`
@@ -51,7 +50,7 @@ def log_sum_exp(
     return largest + tl.log(tl.sum(total * tl.exp(top - largest), 0))
 
 
-@triton.jit
+@jit
 def log_distribution(
     logits,  # [K, C]
     inverse_temperature,
@@ -61,13 +60,13 @@ def log_distribution(
     return scaled if DIVERGENCE == 3 else log_softmax_rows(scaled)
 
 
-@triton.jit
+@jit
 def expected_log_ratio(p, log_p, log_q):
     """p (ln p - ln q), where a probability of 0 contributes 0."""
     return tl.where(p == 0.0, 0.0, p * (log_p - log_q))
 
 
-@triton.jit
+@jit
 def log_middle(log_p, log_q):
     """ln((p + q) / 2)"""
     high = tl.maximum(log_p, log_q)
@@ -76,7 +75,7 @@ def log_middle(log_p, log_q):
     return high + tl.log(1.0 + tl.exp(gap)) - 0.6931471805599453
 
 
-@triton.jit
+@jit
 def divergence_terms(log_p, log_q, DIVERGENCE: tl.constexpr):
     """p, q and the two parts of D, class by class: those that p and those that q weighs.
 
@@ -106,7 +105,7 @@ def divergence_terms(log_p, log_q, DIVERGENCE: tl.constexpr):
     return p, q, p_terms, q_terms
 
 
-@triton.jit
+@jit
 def divergence_gradients(p, q, p_terms, q_terms, p_total, q_total, DIVERGENCE: tl.constexpr):
     """Gradients of D with respect to the tempered logits of p and of q, from the sums of the terms over the classes."""
     p_gradient = p
@@ -123,7 +122,7 @@ def divergence_gradients(p, q, p_terms, q_terms, p_total, q_total, DIVERGENCE: t
     return p_gradient, q_gradient
 
 
-@triton.jit
+@jit
 def divergence_rows(
     log_p,  # [K, C]
     log_q,  # [K, C]
@@ -139,7 +138,7 @@ def divergence_rows(
     return p_total + q_total, p_gradient, q_gradient, p_terms
 
 
-@triton.jit
+@jit
 def sum_in_last_program(
     losses,  # [rows], every program has stored its own
     total,  # [1]
@@ -180,7 +179,7 @@ def arrival_counter(device: torch.device) -> Tensor:
     return _counters[key]
 
 
-@triton.jit
+@jit
 def _scale_block(
     gradient,  # [rows, C]
     out,  # [rows, C]
@@ -207,7 +206,7 @@ def _scale_block(
     tl.store(out + index, value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@jit
 def _scale_kernel(
     gradient,  # [rows, C]
     out,  # [rows, C]

@@ -6,10 +6,11 @@ know, such as a hook of a profiler or a kernel that wants scratch memory, goes t
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastkd_kernels import _extension, _triton
 
@@ -33,6 +34,33 @@ def _enable() -> bool:
 def current_stream(device: int) -> int:
     """The handle of the current stream of a GPU, for which `torch.cuda.current_stream` would make an object."""
     return torch._C._cuda_getCurrentRawStream(device)
+
+
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether the work on `tensor` is being captured in a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def next_power_of_2(size: int) -> int:
+    """The smallest power of two that is not below `size`: what blocks of Triton are made of."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+class LaunchConfig:
+    """What a frozen dataclass of launch parameters inherits."""
+
+    def constants(self) -> dict[str, int]:
+        """The constexprs under the kernel's names."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        raise NotImplementedError
+
+    @cached_property
+    def launch(self) -> dict[str, int]:
+        """Constexprs and options, as the launcher takes them."""
+        return {**self.constants(), **self.options()}
 
 
 class Launcher:

@@ -67,7 +67,7 @@ def _devices() -> list[Report]:
 
 def _op_report(op: OpBackends) -> Report:
     """Where each backend can run None, else the reason; and what tensors of each device would use."""
-    missing = {"cuda": _cuda_reason(op), "cpu": op.cpu()}
+    missing = {"cuda": _cuda_reason(op), "cpu": op.cpu}
     uses = {device: device if reason is None else "reference" for device, reason in missing.items()}
     if not torch.cuda.is_available():
         uses["cuda"] = "no device"
@@ -75,7 +75,7 @@ def _op_report(op: OpBackends) -> Report:
 
 
 def _cuda_reason(op: OpBackends) -> str | None:
-    reason = op.cuda()
+    reason = op.cuda
     if reason is None and not torch.cuda.is_available():
         return "PyTorch sees no CUDA device on this machine"
     return reason

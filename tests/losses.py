@@ -19,11 +19,11 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 def kernel_backends(op: str) -> list[Any]:
     """Both kernels of `op`: C++ on CPU tensors, Triton on a GPU or in its interpreter."""
     needs = _backend.registered_ops()[op]
-    triton_reason = needs.cuda()
+    triton_reason = needs.cuda
     if triton_reason is None and not (torch.cuda.is_available() or _triton.interpreting):
         triton_reason = "neither a GPU nor Triton's interpreter"
     return [
-        pytest.param("cpu", marks=pytest.mark.skipif(needs.cpu() is not None, reason=str(needs.cpu()))),
+        pytest.param("cpu", marks=pytest.mark.skipif(needs.cpu is not None, reason=str(needs.cpu))),
         pytest.param("cuda", marks=pytest.mark.skipif(triton_reason is not None, reason=str(triton_reason))),
     ]
 

@@ -229,7 +229,7 @@ def test_cubins_of_every_architecture_have_no_spills() -> None:
 
 
 def _spec(dtype: str, shape: tuple[int, int], **flags: Any) -> KernelSpec:
-    config = UniversalKDConfig.from_heuristic(*shape)
+    config = UniversalKDConfig.choose(*shape)
     logits_pointers = (
         "student", "student_layers", "teacher", "teacher_layers", "student_gradient", "layers_gradient",
     )  # fmt: skip

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastkd_kernels as fk
+from fastkd.exits import catalogue
 from fastkd_kernels import _extension, _triton
 from fastkd_kernels.ops import exit_gate as module
 from fastkd_kernels.ops.exit_gate import ExitGateConfig, exit_gate_reference, uncertainty_reference
@@ -34,6 +35,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|ov
 needs_triton = pytest.mark.skipif(not _triton.available, reason="Triton is not installed")
 needs_extension = pytest.mark.skipif(
     not _extension.has_kernel("exit_gate", "CPU"), reason="fastkd_kernels._C was not compiled"
+)
+needs_eager = pytest.mark.skipif(
+    module._eager_cpu is None, reason="fastkd_kernels._C was not compiled, or torch has no DLPack exchange"
 )
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 BACKENDS = (
@@ -266,9 +270,9 @@ def test_survivors_ascend_across_tiles_and_programs(backend: str, rows: int) -> 
 
 @needs_triton
 def test_the_launch_covers_both_ways_of_compacting() -> None:
-    assert ExitGateConfig.heuristic(2048, 2).programs == 1
-    assert ExitGateConfig.heuristic(2049, 2).programs == 5
-    assert ExitGateConfig.heuristic(3, 5001) == ExitGateConfig(1, 4096, False, 3, 8)
+    assert ExitGateConfig.choose(2048, 2).programs == 1
+    assert ExitGateConfig.choose(2049, 2).programs == 5
+    assert ExitGateConfig.choose(3, 5001) == ExitGateConfig(1, 4096, False, 3, 8)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -524,6 +528,51 @@ def test_float64_takes_the_reference_and_says_so() -> None:
             fk.exit_gate(logits, 0.5)
 
 
+# ---- the table of criteria
+
+
+def test_the_catalogue_of_the_models_names_what_is_fused() -> None:
+    assert tuple(name for name, criterion in catalogue.CRITERIA.items() if criterion.is_fused) == fk.CRITERIA
+
+
+@needs_extension
+def test_the_extension_numbers_the_same_criteria() -> None:
+    assert _extension.extension is not None
+    assert _extension.extension.criteria == fk.CRITERIA
+
+
+@needs_eager
+def test_the_eager_gate_decides_by_every_criterion_that_needs_no_record() -> None:
+    assert module._eager_cpu is not None
+    logits = make_logits(4, 3)
+    decided = {code for code in range(-1, len(fk.CRITERIA) + 1) if module._eager_cpu(logits, 0.5, code, 2) is not None}
+    assert decided == {fk.CRITERIA.index(name) for name in STATELESS}
+    assert module._eager_cpu(logits, 0.5, fk.CRITERIA.index("top_n"), 4) is None
+
+
+def test_the_references_refuse_an_unknown_criterion() -> None:
+    logits = make_logits(4, 3)
+    for unknown in ("energy", "patience"):
+        with pytest.raises(ValueError, match=f"criterion: got '{unknown}', expected one of entropy, max_prob"):
+            uncertainty_reference(logits, unknown)
+    with pytest.raises(ValueError, match="criterion: got 'energy', expected one of entropy"):
+        exit_gate_reference(logits, 0.5, "energy")
+
+
+@needs_extension
+@pytest.mark.parametrize("code", [-1, len(fk.CRITERIA)])
+def test_the_cpu_kernel_refuses_an_unknown_criterion(code: int) -> None:
+    with pytest.raises(RuntimeError, match="criterion: unknown"):
+        torch.ops.fastkd_kernels.exit_gate(make_logits(4, 3), 0.5, code, 0, None)
+
+
+@needs_triton
+def test_the_triton_kernel_refuses_an_unknown_criterion() -> None:
+    logits = make_logits(4, 3).to(device_of("cuda"))
+    with pytest.raises(Exception, match="unknown criterion"):
+        module._exit_gate_triton(logits, module.GateCall(0.5, "energy"))
+
+
 # ---- registration
 
 
@@ -704,7 +753,7 @@ POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"
 
 def kernel_spec(criterion: str, dtype: torch.dtype, rows: int, columns: int, flags: bool) -> KernelSpec:
     """What the launcher asks for, with everything optional given (`flags`) or nothing."""
-    config = ExitGateConfig.heuristic(rows, columns)
+    config = ExitGateConfig.choose(rows, columns)
     size = "i32:16" if columns % 16 == 0 else "i32"
     recorded = flags or criterion == "patience"
     arguments = {

@@ -67,7 +67,7 @@ def full_report(**options: Any) -> Report:
     report = Report(environment={"device": "NVIDIA H200"}, ceilings=CEILINGS, tests=dict(PROVED), **options)
     report.rows = [row_of(), row_of(provider="eager", warm=40.0), row_of("compact", warm=3.0)]
     report.sweeps = [
-        SweepRow("compact", "[8]", "heuristic", 4.0, True),
+        SweepRow("compact", "[8]", "chosen", 4.0, True),
         SweepRow("compact", "[8]", "bulk, threads 64", 2.0, False),
     ]
     report.models = [model_row(), model_row(128)]
@@ -393,7 +393,7 @@ def test_every_step_on_the_cpu(name: str, tmp_path: Path) -> None:
         assert all(row.floor_us > 0 and row.times.end_to_end_us > 0 for row in part.rows)
     if name == "sweep":
         assert {row.op for row in part.sweeps} == {"exit_gate", "student_head_exit", "compact"}
-        assert sum(row.heuristic for row in part.sweeps) == 3
+        assert sum(row.chosen for row in part.sweeps) == 3
         assert len(part.sweeps) > 6
     if name == "models":
         assert {(row.batch_size, row.engine) for row in part.models} == set(product((1, 4), ENGINES))
@@ -478,7 +478,7 @@ def test_a_configuration_that_gives_another_result_is_a_problem(tmp_path: Path) 
         raise RuntimeError("out of resource: shared memory")
 
     configs = {
-        "heuristic": lambda x: x,
+        "chosen": lambda x: x,
         "wrong": lambda x: x + 1,
         "too large": out_of_resources,
         "good": lambda x: x * 1,
@@ -486,7 +486,7 @@ def test_a_configuration_that_gives_another_result_is_a_problem(tmp_path: Path) 
     problems: list[str] = []
     swept = sweep.Swept("compact", "[4]", configs, lambda: (torch.zeros(4),), "warm")
     rows = sweep.measure_configs(swept, WallTimer(), SHORT, problems)
-    assert [(row.config, row.heuristic) for row in rows] == [("heuristic", True), ("good", False)]
+    assert [(row.config, row.chosen) for row in rows] == [("chosen", True), ("good", False)]
     assert [problem.split(": ")[1] for problem in problems] == ["wrong", "too large"]
 
 
@@ -516,10 +516,10 @@ def test_the_whole_plan_can_be_laid_out() -> None:
 
 
 def test_a_swept_configuration_is_the_one_that_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = sweep.ExitGateConfig.heuristic(4096, 2)
+    config = sweep.ExitGateConfig.choose(4096, 2)
     with sweep._instead_of(sweep.ExitGateConfig, config):
-        assert sweep.ExitGateConfig.heuristic(1, 3) is config
-    assert sweep.ExitGateConfig.heuristic(1, 3) != config
+        assert sweep.ExitGateConfig.choose(1, 3) is config
+    assert sweep.ExitGateConfig.choose(1, 3) != config
 
 
 # --- whole models ---------------------------------------------------------------------------------------------------

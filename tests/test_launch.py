@@ -179,7 +179,5 @@ def test_every_kernel_has_a_launcher() -> None:
         if "kernel[" in line and path.name != "_launch.py"
     ]
     assert starts == []
-    kernels = {
-        name for module in MODULES for name in vars(module) if name.endswith("_kernel") and name != "_jit_kernel"
-    }
+    kernels = {name for module in MODULES for name in vars(module) if name.endswith("_kernel")}
     assert {launcher.kernel.__name__ for _, launcher in launchers()} == kernels

@@ -216,6 +216,29 @@ def test_no_files_import_each_other_in_a_circle(package: Path) -> None:
             del imports[path]
 
 
+def private_names_of_other_ops(path: Path) -> set[str]:
+    """Underscore names that a file takes from `fastkd_kernels.ops`, by import or as an attribute of an imported op."""
+    tree, ops, private = ast.parse(path.read_text(encoding="utf-8")), set(), set()
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("fastkd_kernels.ops"):
+            continue
+        ops |= {alias.asname or alias.name for alias in node.names if node.module == "fastkd_kernels.ops"}
+        private |= {alias.name for alias in node.names if alias.name.startswith("_")}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ops:
+            private |= {node.attr} if node.attr.startswith("_") else set()
+    return private
+
+
+def test_ops_use_each_other_by_their_public_names(tmp_path: Path) -> None:
+    for path in sorted((ROOT / "fastkd_kernels").rglob("*.py")):
+        private = private_names_of_other_ops(path)
+        assert not private, f"{path.name} uses {sorted(private)}"
+    seen = tmp_path / "op.py"
+    seen.write_text("from fastkd_kernels.ops import b as c\nfrom fastkd_kernels.ops.a import _x, y\nc._z(c.w)\n")
+    assert private_names_of_other_ops(seen) == {"_x", "_z"}
+
+
 STABLE_HEADERS = re.compile(r"torch/(csrc/stable|headeronly)/|torch/csrc/inductor/aoti_torch/c/shim\.h")
 
 

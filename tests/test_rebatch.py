@@ -298,7 +298,7 @@ def test_a_run_is_few_launches_and_asks_the_device_nothing(monkeypatch: pytest.M
     monkeypatch.setattr(exit_gate, "_values_are_free", lambda *_: False)
     # a captured launch has its counters from memory that was zeroed before
     counters = torch.zeros(64, dtype=torch.int32)
-    monkeypatch.setattr(student_head._tickets, "take", lambda *_: counters)
+    monkeypatch.setattr(student_head.tickets, "take", lambda *_: counters)
     model, batches = early_exit_model(), some_batches()
     runs: list[Callable[[], Any]] = []
 

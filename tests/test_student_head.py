@@ -26,15 +26,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fastkd_kernels as fk
-from fastkd_kernels import _backend, _extension, _triton
+from fastkd_kernels import _backend, _extension, _student_head_weights, _triton
+from fastkd_kernels._student_head_weights import StudentHeadWeights, fold, fold_cache, parameters_of
+from fastkd_kernels._tickets import Tickets
 from fastkd_kernels.ops import student_head as ops
-from fastkd_kernels.ops.student_head import (
-    GpuLimits,
-    StudentHeadConfig,
-    StudentHeadWeights,
-    fold,
-    student_head_reference,
-)
+from fastkd_kernels.ops.student_head import GpuLimits, StudentHeadConfig, student_head_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -309,9 +305,9 @@ SPLITS = [1, 2, 4]
 
 
 def configure(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> None:
-    """The heuristic's choice with some fields changed, from here on."""
-    usual = StudentHeadConfig.heuristic
-    monkeypatch.setattr(StudentHeadConfig, "heuristic", lambda *sizes: dataclasses.replace(usual(*sizes), **changes))
+    """The usual choice with some fields changed, from here on."""
+    usual = StudentHeadConfig.choose
+    monkeypatch.setattr(StudentHeadConfig, "choose", lambda *sizes: dataclasses.replace(usual(*sizes), **changes))
 
 
 @needs_triton
@@ -361,7 +357,7 @@ def test_whoever_comes_last_finishes(monkeypatch: pytest.MonkeyPatch, splits: in
     configure(monkeypatch, splits=splits)
     batch, layers = 4, 2
     tickets = torch.zeros(1 + batch, dtype=torch.int32, device=DEVICE)
-    monkeypatch.setattr(ops._tickets, "take", lambda tensor, count: tickets[:count])
+    monkeypatch.setattr(ops.tickets, "take", lambda tensor, count: tickets[:count])
     head, hidden_states = random_head(), torch.randn(batch, 70, 48, device=DEVICE)
     lengths, row_ids = torch.tensor([70, 2, 65, 1], device=DEVICE), torch.tensor([3, 0, 2, 1], device=DEVICE)
     speed = torch.full((batch,), 0.6, device=DEVICE)
@@ -393,7 +389,7 @@ def test_whoever_comes_last_finishes(monkeypatch: pytest.MonkeyPatch, splits: in
 
 
 def test_tickets_are_shared_by_nobody_and_aligned() -> None:
-    tickets, tensor = ops._Tickets(), torch.empty(0, device=DEVICE)
+    tickets, tensor = Tickets(), torch.empty(0, device=DEVICE)
     tickets._cells[tensor.device] = store = torch.zeros(20, dtype=torch.int32, device=DEVICE)
     taken = [tickets._new_cells(tensor, count) for count in (1, 9, 4, 1)]
     assert [cells.shape[0] for cells in taken] == [4, 12, 4, 4]
@@ -449,7 +445,7 @@ def test_sequences_are_split_where_it_saves_rows_and_multiprocessors_are_free(
     batch: int, tokens: int, multiprocessors: int, splits: int, block_tokens: int
 ) -> None:
     limits = GpuLimits(multiprocessors)
-    config = StudentHeadConfig.heuristic(torch.bfloat16, 768, 128, 4, batch, tokens, limits)
+    config = StudentHeadConfig.choose(torch.bfloat16, 768, 128, 4, batch, tokens, limits)
     assert (config.splits, config.block_tokens) == (splits, block_tokens)
 
 
@@ -459,7 +455,7 @@ def test_sequences_are_split_where_it_saves_rows_and_multiprocessors_are_free(
 def test_stages_fit_the_shared_memory(shared_memory: int, width: int, dtype: torch.dtype) -> None:
     for tokens in (64, 128):
         limits = GpuLimits(shared_memory=shared_memory)
-        config = StudentHeadConfig.heuristic(dtype, 768, width, 4, 256, tokens, limits)
+        config = StudentHeadConfig.choose(dtype, 768, width, 4, 256, tokens, limits)
         assert config.num_stages >= 2
         stage = (config.block_tokens + width) * config.block_hidden * dtype.itemsize
         assert config.num_stages * stage <= shared_memory
@@ -559,25 +555,25 @@ def test_never_stale(backend: str, change: Callable[[Module], None]) -> None:
 @torch.no_grad()
 def test_folds_once_and_forgets_with_the_module() -> None:
     gc.collect()
-    entries = len(ops._fold_cache)
+    entries = len(fold_cache)
     module = Module().to(DEVICE)
-    folded = ops._fold_cache.get(module.weights())
-    assert ops._fold_cache.get(module.weights()) is folded
-    assert len(ops._fold_cache) == entries + 1
+    folded = fold_cache.get(module.weights())
+    assert fold_cache.get(module.weights()) is folded
+    assert len(fold_cache) == entries + 1
     del module, folded
     gc.collect()
-    assert len(ops._fold_cache) == entries
+    assert len(fold_cache) == entries
 
 
 @torch.no_grad()
 def test_what_a_graph_captured_lives_as_long_as_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     module = Module().to(DEVICE)
-    ops._fold_cache.get(module.weights())
-    monkeypatch.setattr(ops, "_capturing", lambda tensor: True)
-    captured = weakref.ref(ops._fold_cache.get(module.weights()))
+    fold_cache.get(module.weights())
+    monkeypatch.setattr(_student_head_weights, "is_capturing", lambda tensor: True)
+    captured = weakref.ref(fold_cache.get(module.weights()))
     monkeypatch.undo()
     _in_place(module)
-    assert ops._fold_cache.get(module.weights()) is not captured()
+    assert fold_cache.get(module.weights()) is not captured()
     gc.collect()
     assert captured() is not None
     del module
@@ -589,9 +585,9 @@ def test_what_a_graph_captured_lives_as_long_as_the_head(monkeypatch: pytest.Mon
 def test_inference_tensors_have_no_version_and_are_not_cached() -> None:
     with torch.inference_mode():
         module = Module().to(DEVICE)
-        first = ops._fold_cache.get(module.weights())
+        first = fold_cache.get(module.weights())
         module.layers[1].weight.mul_(2)
-        second = ops._fold_cache.get(module.weights())
+        second = fold_cache.get(module.weights())
     assert not torch.equal(first.query_key, second.query_key)
 
 
@@ -674,7 +670,7 @@ def _op_arguments(layout: str) -> tuple[Any, ...]:
     padded, lengths = torch.randn(2, 5, 48, device=DEVICE), torch.tensor([5, 2], device=DEVICE)
     hidden_states, masks = laid_out(padded, lengths, layout)
     named = [masks.get(name) for name in ("lengths", "attention_mask", "cu_seqlens")]
-    return (hidden_states, ops._parameters(random_head()), 2, *named)
+    return (hidden_states, parameters_of(random_head()), 2, *named)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -712,7 +708,7 @@ def test_compiled_calls_fold_once(monkeypatch: pytest.MonkeyPatch) -> None:
     module, hidden_states = Module().to(DEVICE), torch.randn(2, 5, 48, device=DEVICE)
     compiled = torch.compile(lambda x: fk.student_head(x, module.weights()), fullgraph=True, backend="aot_eager")
     compiled(hidden_states)
-    monkeypatch.setattr(ops, "fold", lambda head: pytest.fail("folded again"))
+    monkeypatch.setattr(_student_head_weights, "fold", lambda head: pytest.fail("folded again"))
     compiled(hidden_states)
 
 
@@ -904,7 +900,7 @@ def test_exit_compiles_to_one_graph(backend: str) -> None:
 def test_bad_gate_arguments(
     monkeypatch: pytest.MonkeyPatch, backend: str, message: str, arguments: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(ops, "fold", lambda head: pytest.fail("worked before checking"))
+    monkeypatch.setattr(_student_head_weights, "fold", lambda head: pytest.fail("worked before checking"))
     with fk.backend(backend), pytest.raises(ValueError, match=message):
         fk.student_head_exit(torch.randn(2, 5, 48, device=DEVICE), random_head(), **{"speed": 0.5, **arguments})
 
@@ -984,7 +980,7 @@ def _specification(
     limits: GpuLimits = GpuLimits(),  # noqa: B008
 ) -> KernelSpec:
     """The kernel as its launcher would specialise it."""
-    config = StudentHeadConfig.heuristic(dtype, hidden, width, labels, batch, 128, limits)
+    config = StudentHeadConfig.choose(dtype, hidden, width, labels, batch, 128, limits)
     size = "i32:16" if hidden % 16 == 0 else "i32"
     arguments = {
         **dict.fromkeys(_FLOAT32, "*fp32:16"),

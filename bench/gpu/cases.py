@@ -20,6 +20,7 @@ from common import by_tritons_launcher
 from torch import Tensor
 
 import fastkd_kernels as fk
+from fastkd_kernels._tickets import Tickets
 from fastkd_kernels.ops import student_head as head_op
 from fastkd_kernels.ops.compact import CompactConfig
 from fastkd_kernels.ops.exit_gate import exit_gate_reference, uncertainty_reference
@@ -485,7 +486,7 @@ def distillation(scale: Scale, device: torch.device) -> Iterator[Case]:
 
 def fresh_tickets() -> None:
     """Every captured launch of the head keeps counters of a fixed store: those of graphs that are gone come back."""
-    head_op._tickets = head_op._Tickets()
+    head_op.tickets = Tickets()
 
 
 Cases = Callable[[Scale, torch.device], Iterator[Case]]

@@ -191,7 +191,7 @@ class SweepRow:
     case: str
     config: str
     median_us: float
-    heuristic: bool  # what is launched without the sweep
+    chosen: bool  # what is launched without the sweep
 
 
 @dataclass(frozen=True)
@@ -327,11 +327,11 @@ def by_case(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
 
 
 def best_of_sweep(rows: Sequence[SweepRow]) -> dict[tuple[str, str], tuple[SweepRow, SweepRow | None]]:
-    """The fastest configuration of every (op, case), and the heuristic's where it was measured."""
+    """The fastest configuration of every (op, case), and what the op chooses where it was measured."""
     grouped: dict[tuple[str, str], list[SweepRow]] = {}
     for row in rows:
         grouped.setdefault((row.op, row.case), []).append(row)
     return {
-        key: (min(group, key=lambda row: row.median_us), next((row for row in group if row.heuristic), None))
+        key: (min(group, key=lambda row: row.median_us), next((row for row in group if row.chosen), None))
         for key, group in grouped.items()
     }

@@ -140,12 +140,12 @@ def _sweeps(rows: Sequence[SweepRow]) -> str:
     lines = [
         "## Launch configurations",
         "",
-        "| op | case | fastest | us | heuristic, us | gain |",
+        "| op | case | fastest | us | chosen, us | gain |",
         "|---|---|---|---|---|---|",
     ]
-    for (op, case), (best, heuristic) in best_of_sweep(rows).items():
-        usual = "" if heuristic is None else f"{heuristic.median_us:.2f}"
-        gain = "" if heuristic is None else f"{heuristic.median_us / best.median_us:.2f}x"
+    for (op, case), (best, chosen) in best_of_sweep(rows).items():
+        usual = "" if chosen is None else f"{chosen.median_us:.2f}"
+        gain = "" if chosen is None else f"{chosen.median_us / best.median_us:.2f}x"
         lines.append(f"| {op} | {case} | {best.config} | {best.median_us:.2f} | {usual} | {gain} |")
     return "\n".join(lines)
 

@@ -192,7 +192,7 @@ def run_models(context: Context) -> None:
 
 
 def run_sweep(context: Context) -> None:
-    """Every launch configuration of every op, against what the heuristic launches."""
+    """Every launch configuration of every op, against what the op chooses."""
     for number, swept in enumerate(sweep.cases_of(context.plan.sweep, context.timer.device)):
         what = f"sweep of {swept.op} {swept.name}"
         if context.warm_up:

@@ -1,6 +1,6 @@
-"""Launch configurations against each other: what beats an op's heuristic, shape by shape.
+"""Launch configurations against each other: what beats an op's own choice, shape by shape.
 
-A configuration replaces the heuristic while a provider runs, so what is timed is what the op would launch.
+A configuration replaces `choose` while a provider runs, so what is timed is what the op would launch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gpu.cases import DTYPES, LABELS, SPEED, WIDTH
 from gpu.records import SweepRow
 from gpu.timing import Provider, Sampling, Timer, measure
 
-HEURISTIC = "heuristic"
+CHOSEN = "chosen"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ REHEARSAL = Scale(
 
 @dataclass(frozen=True)
 class Swept:
-    """One op on one shape with its configurations; "heuristic" is what is launched without the sweep."""
+    """One op on one shape with its configurations; "chosen" is what is launched without the sweep."""
 
     op: str
     name: str
@@ -86,8 +86,8 @@ def cases_of(scale: Scale, device: torch.device) -> Iterator[Swept]:
 
 def _exit_gates(scale: Scale, device: torch.device) -> Iterator[Swept]:
     for rows, columns in scale.gate_shapes:
-        usual = ExitGateConfig.heuristic(rows, columns)
-        configs = {HEURISTIC: _gate(None)}
+        usual = ExitGateConfig.choose(rows, columns)
+        configs = {CHOSEN: _gate(None)}
         for block_rows, warps, one_program in product((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), (1, 2, 4, 8), (0, 1)):
             elements = block_rows * usual.block_columns
             tiles = -(-rows // block_rows)
@@ -113,8 +113,8 @@ def _gate(config: ExitGateConfig | None) -> Callable[..., Any]:
 def _student_heads(scale: Scale, device: torch.device) -> Iterator[Swept]:
     for batch, tokens, hidden, dtype in scale.head_shapes:
         limits = GpuLimits.of(device)
-        usual = StudentHeadConfig.heuristic(DTYPES[dtype], hidden, WIDTH, LABELS, batch, tokens, limits)
-        configs = {HEURISTIC: _head(None)}
+        usual = StudentHeadConfig.choose(DTYPES[dtype], hidden, WIDTH, LABELS, batch, tokens, limits)
+        configs = {CHOSEN: _head(None)}
         for splits, block_tokens, block_hidden, warps, stages in scale.head_options:
             # a split reads all narrow weights: only for multiprocessors that would be idle
             if hidden % block_hidden or (splits > 1 and batch * splits > limits.multiprocessors):
@@ -147,7 +147,7 @@ def _head(config: StudentHeadConfig | None) -> Callable[..., Any]:
 def _compactions(scale: Scale, device: torch.device) -> Iterator[Swept]:
     tokens, hidden = scale.compact_row
     for batch in scale.compact_batches:
-        configs = {HEURISTIC: _compaction(None)}
+        configs = {CHOSEN: _compaction(None)}
         for threads, bulk in product((32, 64, 128, 256, 512, 1024), (False, True)):
             config = CompactConfig(threads, bulk)
             if config != CompactConfig():
@@ -161,10 +161,10 @@ def _compaction(config: CompactConfig | None) -> Callable[..., Any]:
 
 
 def _instead_of(config_class: type, config: object) -> AbstractContextManager[Any]:
-    """Every launch takes `config`; None leaves the heuristic alone."""
+    """Every launch takes `config`; None leaves the choice to the op."""
     if config is None:
         return nullcontext()
-    return mock.patch.object(config_class, "heuristic", return_value=config)
+    return mock.patch.object(config_class, "choose", return_value=config)
 
 
 def compile_all(swept: Swept, mine: Callable[[int], bool], has_time: Callable[[], bool]) -> None:
@@ -179,10 +179,10 @@ def compile_all(swept: Swept, mine: Callable[[int], bool], has_time: Callable[[]
 
 
 def measure_configs(swept: Swept, timer: Timer, sampling: Sampling, problems: list[str]) -> list[SweepRow]:
-    """Every configuration that runs and agrees with the heuristic's result."""
+    """Every configuration that runs and agrees with the result of the op's own choice."""
     cases.fresh_tickets()
     inputs = swept.make_inputs()
-    expected = swept.configs[HEURISTIC](*inputs)
+    expected = swept.configs[CHOSEN](*inputs)
     providers = {}
     for name, run in swept.configs.items():
         try:
@@ -195,7 +195,7 @@ def measure_configs(swept: Swept, timer: Timer, sampling: Sampling, problems: li
     rows = []
     for name, measured in times.items():
         quantiles = measured.cold if swept.basis == "cold" and measured.cold is not None else measured.warm
-        rows.append(SweepRow(swept.op, swept.name, name, quantiles.median, heuristic=name == HEURISTIC))
+        rows.append(SweepRow(swept.op, swept.name, name, quantiles.median, chosen=name == CHOSEN))
     return rows
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from fastkd_kernels import _extension, _triton
 from fastkd_kernels._backend import register_backends, resolve
-from fastkd_kernels._launch import Launcher
+from fastkd_kernels._launch import Launcher, next_power_of_2
 from fastkd_kernels._library import library
-from fastkd_kernels._triton import tl, triton
+from fastkd_kernels._triton import jit, tl, triton
 
 # On a GPU a row number outside the tensors leaves its output row unwritten; in debug mode it raises, and waits to know.
 _DEBUG = os.environ.get("FASTKD_DEBUG") == "1"
@@ -52,32 +52,31 @@ def _gather_reference(tensor: Tensor, survivors: Tensor, count: Tensor | None) -
     return torch.where(live.view(capacity, *[1] * (tensor.dim() - 1)), rows, rows.new_zeros(()))
 
 
-if _triton.available:
+@jit
+def _compact_kernel(
+    source_ptr,  # [rows, row_words], rows source_stride words apart
+    target_ptr,  # [capacity, row_words], contiguous
+    survivors_ptr,  # [capacity]
+    count_ptr,  # [1], where HAS_COUNT
+    rows,
+    row_words,
+    source_stride,
+    HAS_COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    position = tl.program_id(0).to(tl.int64)
+    live = position + 1
+    if HAS_COUNT:
+        live = tl.load(count_ptr).to(tl.int64)
+    row = tl.load(survivors_ptr + position).to(tl.int64)
+    inside = (position < live) & (row >= 0) & (row < rows)
+    word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = word < tl.where(inside, row_words, 0)
+    words = tl.load(source_ptr + row * source_stride + word, mask=mask)
+    tl.store(target_ptr + position * row_words + word, words, mask=mask)
 
-    @triton.jit
-    def _compact_kernel(
-        source_ptr,  # [rows, row_words], rows source_stride words apart
-        target_ptr,  # [capacity, row_words], contiguous
-        survivors_ptr,  # [capacity]
-        count_ptr,  # [1], where HAS_COUNT
-        rows,
-        row_words,
-        source_stride,
-        HAS_COUNT: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        position = tl.program_id(0).to(tl.int64)
-        live = position + 1
-        if HAS_COUNT:
-            live = tl.load(count_ptr).to(tl.int64)
-        row = tl.load(survivors_ptr + position).to(tl.int64)
-        inside = (position < live) & (row >= 0) & (row < rows)
-        word = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        mask = word < tl.where(inside, row_words, 0)
-        words = tl.load(source_ptr + row * source_stride + word, mask=mask)
-        tl.store(target_ptr + position * row_words + word, words, mask=mask)
 
-    _launch_compact = Launcher(_compact_kernel)
+_launch_compact = Launcher(_compact_kernel)
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def _compact_out_triton(
             continue
         source, words = _as_words(tensor), _as_words(target)
         row_words = source.shape[1]
-        block = min(triton.next_power_of_2(row_words), 4096)
+        block = min(next_power_of_2(row_words), 4096)
         _launch_compact(
             (capacity, triton.cdiv(row_words, block)),
             source,
@@ -205,21 +204,23 @@ def _as_words(tensor: Tensor) -> Tensor:
     return rows.view(_WORDS[tensor.element_size()])
 
 
-def _missing_for_cuda() -> str | None:
+def _why_not_on_cuda() -> str | None:
     by_extension = _extension.missing_kernel_reason("compact", "CUDA")
     if by_extension is None or _triton.available:
         return None
     return f"{by_extension}, and {_triton.missing_reason}"
 
 
-_CUDA_REASON = _missing_for_cuda()
-_CPU_REASON = _extension.missing_kernel_reason("compact", "CPU")
-
 if _triton.available and not _extension.has_kernel("compact", "CUDA"):
     library.impl("compact", _compact_triton, "CUDA")
     library.impl("compact_out", _compact_out_triton, "CUDA")
 
-register_backends("compact", cuda=lambda: _CUDA_REASON, cpu=lambda: _CPU_REASON, interpretable=True)
+register_backends(
+    "compact",
+    cuda=_why_not_on_cuda(),
+    cpu=_extension.missing_kernel_reason("compact", "CPU"),
+    interpretable=True,
+)
 
 _compact_op = torch.ops.fastkd_kernels.compact.default
 _compact_out_op = torch.ops.fastkd_kernels.compact_out.default

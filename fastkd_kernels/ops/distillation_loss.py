@@ -19,18 +19,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd_kernels import _backend, _distillation, _extension, _triton
+from fastkd_kernels import _distillation_triton as kernels
+from fastkd_kernels._checks import check_same_device
 from fastkd_kernels._launch import Launcher
 from fastkd_kernels._library import library
+from fastkd_kernels._triton import jit, tl
 from fastkd_kernels.ops import universal_kd_loss as universal
 from fastkd_kernels.ops.kd_loss import kd_loss, kd_loss_reference
-from fastkd_kernels.ops.universal_kd_loss import universal_kd_loss, universal_kd_loss_reference
-
-if _triton.available:
-    import triton
-    import triton.language as tl
-
-    from fastkd_kernels import _distillation_triton as kernels
-    from fastkd_kernels.ops.universal_kd_loss import load_layers, universal_row
+from fastkd_kernels.ops.universal_kd_loss import (
+    load_layers,
+    universal_kd_loss,
+    universal_kd_loss_reference,
+    universal_row,
+)
 
 
 def distillation_loss_reference(
@@ -100,127 +101,125 @@ def _label_loss_reference(student: Tensor, labels: Tensor, reduction: str, task:
     return rows if reduction == "none" else rows.sum() * factor
 
 
-if _triton.available:
+@jit
+def label_row(
+    s,  # [1, C]
+    labels,  # [B] int64, or [B, C] of a regression
+    sample,
+    column,  # [1, C]
+    C,
+    REGRESSION: tl.constexpr,
+):
+    """Cross entropy or squared error [1, 1], and its gradient [1, C]."""
+    if REGRESSION:
+        y = tl.load(labels + sample * C + column, mask=column < C, other=float("-inf")).to(tl.float32)
+        difference = tl.where(s == y, 0.0, s - y)
+        value = tl.sum(difference * difference, 1)[:, None]
+        gradient = 2.0 * difference
+    else:
+        label = tl.load(labels + sample)
+        log_q = kernels.log_softmax_rows(s)
+        hit = column == label
+        value = -tl.sum(tl.where(hit, log_q, 0.0), 1)[:, None]
+        # a label that no class has must not pass for a loss of 0
+        value = tl.where((label >= 0) & (label < C), value, float("nan"))
+        gradient = tl.exp(log_q) - tl.where(hit, 1.0, 0.0)
+    return value, gradient
 
-    @triton.jit
-    def label_row(
-        s,  # [1, C]
-        labels,  # [B] int64, or [B, C] of a regression
-        sample,
-        column,  # [1, C]
-        C,
-        REGRESSION: tl.constexpr,
-    ):
-        """Cross entropy or squared error [1, 1], and its gradient [1, C]."""
-        if REGRESSION:
-            y = tl.load(labels + sample * C + column, mask=column < C, other=float("-inf")).to(tl.float32)
-            difference = tl.where(s == y, 0.0, s - y)
-            value = tl.sum(difference * difference, 1)[:, None]
-            gradient = 2.0 * difference
-        else:
-            label = tl.load(labels + sample)
-            log_q = kernels.log_softmax_rows(s)
-            hit = column == label
-            value = -tl.sum(tl.where(hit, log_q, 0.0), 1)[:, None]
-            # a label that no class has must not pass for a loss of 0
-            value = tl.where((label >= 0) & (label < C), value, float("nan"))
-            gradient = tl.exp(log_q) - tl.where(hit, 1.0, 0.0)
-        return value, gradient
 
-    @triton.jit
-    def _distillation_kernel(
-        student,  # [B, C]
-        student_layers,  # [M, B, C]
-        teacher,  # [B, C]
-        teacher_layers,  # [N, B, C]
-        labels,  # [B] int64, or [B, C] of a regression
-        losses,  # [M + 1, B]
-        loss,  # [1]
-        arrived,  # [1]
-        student_gradient,  # [B, C]
-        layers_gradient,  # [M, B, C]
-        M,
-        N,
-        B,
-        C,
-        student_stride,
-        student_layer_stride,
-        student_layers_stride,
-        teacher_stride,
-        teacher_layer_stride,
-        teacher_layers_stride,
-        ce_scale,
-        kd_scale,
-        kd_gradient_scale,
-        universal_scale,
-        universal_gradient_scale,
-        attn_scale,
-        inverse_temperature,
-        inverse_universal_temperature,
-        factor,
-        DIVERGENCE: tl.constexpr,
-        MIX: tl.constexpr,
-        SPACE: tl.constexpr,
-        DISTANCE: tl.constexpr,
-        ATTENTION_GRADIENT: tl.constexpr,
-        HAS_LABELS: tl.constexpr,
-        REDUCE: tl.constexpr,
-        STUDENT_GRADIENT: tl.constexpr,
-        LAYERS_GRADIENT: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-    ):
-        program = tl.program_id(0).to(tl.int64)
-        sample = program // (M + 1)
-        layer = program % (M + 1)
-        column = tl.arange(0, BLOCK_C)[None, :]
-        inside = column < C
-        row = layer * B + sample
-        if layer == M:
-            s = tl.load(student + sample * student_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
-            t = tl.load(teacher + sample * teacher_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
-            log_p = kernels.log_distribution(t, inverse_temperature, DIVERGENCE)
-            log_q = kernels.log_distribution(s, inverse_temperature, DIVERGENCE)
-            # no name may have another shape in the other branch
-            value, _t_gradient, gradient, _t_terms = kernels.divergence_rows(log_p, log_q, DIVERGENCE)
-            value = value * kd_scale
-            gradient = gradient * kd_gradient_scale
-            if HAS_LABELS:
-                label_value, label_gradient = label_row(s, labels, sample, column, C, DIVERGENCE == 3)
-                value += ce_scale * label_value
-                gradient += ce_scale * label_gradient
-            tl.store(losses + row + tl.zeros([1, 1], tl.int32), value)
-            if STUDENT_GRADIENT:
-                tl.store(
-                    student_gradient + sample * C + column, gradient.to(student_gradient.dtype.element_ty), mask=inside
-                )
-        else:
-            offset = layer * student_layer_stride + sample * student_layers_stride
-            s = tl.load(student_layers + offset + column, mask=inside, other=float("-inf")).to(tl.float32)
-            f = load_layers(
-                teacher_layers + sample * teacher_layers_stride, N, C, teacher_layer_stride, BLOCK_N, BLOCK_C
+@jit
+def _distillation_kernel(
+    student,  # [B, C]
+    student_layers,  # [M, B, C]
+    teacher,  # [B, C]
+    teacher_layers,  # [N, B, C]
+    labels,  # [B] int64, or [B, C] of a regression
+    losses,  # [M + 1, B]
+    loss,  # [1]
+    arrived,  # [1]
+    student_gradient,  # [B, C]
+    layers_gradient,  # [M, B, C]
+    M,
+    N,
+    B,
+    C,
+    student_stride,
+    student_layer_stride,
+    student_layers_stride,
+    teacher_stride,
+    teacher_layer_stride,
+    teacher_layers_stride,
+    ce_scale,
+    kd_scale,
+    kd_gradient_scale,
+    universal_scale,
+    universal_gradient_scale,
+    attn_scale,
+    inverse_temperature,
+    inverse_universal_temperature,
+    factor,
+    DIVERGENCE: tl.constexpr,
+    MIX: tl.constexpr,
+    SPACE: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    ATTENTION_GRADIENT: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    REDUCE: tl.constexpr,
+    STUDENT_GRADIENT: tl.constexpr,
+    LAYERS_GRADIENT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // (M + 1)
+    layer = program % (M + 1)
+    column = tl.arange(0, BLOCK_C)[None, :]
+    inside = column < C
+    row = layer * B + sample
+    if layer == M:
+        s = tl.load(student + sample * student_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
+        t = tl.load(teacher + sample * teacher_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
+        log_p = kernels.log_distribution(t, inverse_temperature, DIVERGENCE)
+        log_q = kernels.log_distribution(s, inverse_temperature, DIVERGENCE)
+        # no name may have another shape in the other branch
+        value, _t_gradient, gradient, _t_terms = kernels.divergence_rows(log_p, log_q, DIVERGENCE)
+        value = value * kd_scale
+        gradient = gradient * kd_gradient_scale
+        if HAS_LABELS:
+            label_value, label_gradient = label_row(s, labels, sample, column, C, DIVERGENCE == 3)
+            value += ce_scale * label_value
+            gradient += ce_scale * label_gradient
+        tl.store(losses + row + tl.zeros([1, 1], tl.int32), value)
+        if STUDENT_GRADIENT:
+            tl.store(
+                student_gradient + sample * C + column, gradient.to(student_gradient.dtype.element_ty), mask=inside
             )
-            value, gradient, _f_gradient = universal_row(
-                f,
-                s,
-                tl.arange(0, BLOCK_N) < N,
-                attn_scale,
-                inverse_universal_temperature,
-                universal_scale,
-                universal_gradient_scale,
-                DIVERGENCE,
-                MIX,
-                SPACE,
-                DISTANCE,
-                ATTENTION_GRADIENT,
-            )
-            tl.store(losses + row + tl.zeros([1, 1], tl.int32), value)
-            if LAYERS_GRADIENT:
-                tl.store(layers_gradient + row * C + column, gradient.to(layers_gradient.dtype.element_ty), mask=inside)
-        if REDUCE:
-            kernels.sum_in_last_program(losses, loss, arrived, (M + 1) * B, factor, 1024)
+    else:
+        offset = layer * student_layer_stride + sample * student_layers_stride
+        s = tl.load(student_layers + offset + column, mask=inside, other=float("-inf")).to(tl.float32)
+        f = load_layers(teacher_layers + sample * teacher_layers_stride, N, C, teacher_layer_stride, BLOCK_N, BLOCK_C)
+        value, gradient, _f_gradient = universal_row(
+            f,
+            s,
+            tl.arange(0, BLOCK_N) < N,
+            attn_scale,
+            inverse_universal_temperature,
+            universal_scale,
+            universal_gradient_scale,
+            DIVERGENCE,
+            MIX,
+            SPACE,
+            DISTANCE,
+            ATTENTION_GRADIENT,
+        )
+        tl.store(losses + row + tl.zeros([1, 1], tl.int32), value)
+        if LAYERS_GRADIENT:
+            tl.store(layers_gradient + row * C + column, gradient.to(layers_gradient.dtype.element_ty), mask=inside)
+    if REDUCE:
+        kernels.sum_in_last_program(losses, loss, arrived, (M + 1) * B, factor, 1024)
 
-    _launch_distillation = Launcher(_distillation_kernel)
+
+_launch_distillation = Launcher(_distillation_kernel)
 
 
 library.define(
@@ -305,7 +304,7 @@ def _launch(
     if batch == 0:
         return loss.zero_(), for_student, for_layers
     losses = student.new_empty((layers + 1, batch), dtype=torch.float32)
-    config = universal.UniversalKDConfig.from_heuristic(teachers, classes)
+    config = universal.UniversalKDConfig.choose(teachers, classes)
     _launch_distillation(
         ((layers + 1) * batch,),
         student,
@@ -357,11 +356,11 @@ def _launch(
 if _triton.available:
     library.impl("distillation_loss_forward", _launch, "CUDA")
 
-# looked up once, because torch.compile cannot trace the look-up
-_CPU_REASON = _extension.missing_kernel_reason("distillation_loss_forward", "CPU")
-
 _backend.register_backends(
-    "distillation_loss", cuda=lambda: _triton.missing_reason, cpu=lambda: _CPU_REASON, interpretable=True
+    "distillation_loss",
+    cuda=_triton.missing_reason,
+    cpu=_extension.missing_kernel_reason("distillation_loss_forward", "CPU"),
+    interpretable=True,
 )
 
 _forward = torch.ops.fastkd_kernels.distillation_loss_forward.default
@@ -530,14 +529,14 @@ def _check(
                 f"{name}: got shape {tuple(logits.shape)}, expected {list(layers.shape[1:])} for student_layer_logits "
                 f"of shape {tuple(layers.shape)}"
             )
-        _distillation.check_same_device(name, logits, "student_layer_logits", layers)
+        check_same_device(name, logits, "student_layer_logits", layers)
     _distillation.check_positive("temperature", temperature)
     if labels is not None:
         _check_labels(labels, student, task)
 
 
 def _check_labels(labels: Tensor, student: Tensor, task: str) -> None:
-    _distillation.check_same_device("labels", labels, "student_logits", student)
+    check_same_device("labels", labels, "student_logits", student)
     batch, classes = student.shape
     if task == "regression":
         if not labels.is_floating_point():

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from numbers import Real
 from typing import NamedTuple
 
@@ -27,11 +27,13 @@ import torch
 from torch import Tensor
 
 from fastkd_kernels import _backend, _extension, _triton
-from fastkd_kernels._launch import Launcher
+from fastkd_kernels._checks import check_choice, check_same_device
+from fastkd_kernels._launch import LaunchConfig, Launcher, next_power_of_2
 from fastkd_kernels._library import library
-from fastkd_kernels._triton import tl
+from fastkd_kernels._triton import jit, tl
 
 CRITERIA = ("entropy", "max_prob", "margin", "top_n", "patience")
+"""Every criterion by its name; its place is the code that the C++ kernels understand."""
 
 
 class ExitGateOutput(NamedTuple):
@@ -111,11 +113,44 @@ class ExitRecord:
         self.exit_layer.index_fill_(0, index, layer)
 
 
+class GateCall(NamedTuple):
+    """What one gate is asked about its logits: the arguments of `exit_gate`."""
+
+    speed: float | Tensor
+    criterion: str = "entropy"
+    row_ids: Tensor | None = None
+    top_n: int | None = None
+    record: ExitRecord | None = None
+    layer: int | None = None
+
+    def one_speed(self) -> float:
+        """The speed of all rows; 0 where every row has its own."""
+        return 0.0 if isinstance(self.speed, Tensor) else float(self.speed)
+
+    def speeds(self) -> Tensor | None:
+        """[B] float32, contiguous, where every row has its own."""
+        return self.speed.to(torch.float32).contiguous() if isinstance(self.speed, Tensor) else None
+
+    def contiguous_row_ids(self) -> Tensor | None:
+        return None if self.row_ids is None else self.row_ids.contiguous()
+
+    def record_tensors(self) -> tuple[Tensor, ...] | tuple[None, ...]:
+        """Logits, uncertainty, exit_layer and history of the record; four times None without one."""
+        record = self.record
+        if record is None:
+            return (None,) * 4
+        return record.logits, record.uncertainty, record.exit_layer, record.history
+
+
 def uncertainty_reference(logits: Tensor, criterion: str = "entropy", top_n: int | None = None) -> Tensor:
     """Uncertainty [B] of logits [B, C] for every criterion but patience; differentiable.
 
     Computed in float64 for float64 logits, else in float32. Rows without a finite maximum are NaN.
+
+    Raises:
+        ValueError: `criterion` is none of these.
     """
+    check_choice("criterion", criterion, _OF_ONE_LAYER)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     num_labels = logits.shape[-1]
     if criterion == "top_n":
@@ -126,8 +161,13 @@ def uncertainty_reference(logits: Tensor, criterion: str = "entropy", top_n: int
     probabilities = logits.softmax(dim=-1)
     if criterion == "max_prob":
         return ((1 - probabilities.amax(dim=-1)) / (1 - 1 / num_labels)).clamp(0, 1)
+    # "margin"
     first, second = probabilities.topk(2, dim=-1).values.unbind(-1)
     return (1 - (first - second)).clamp(0, 1)
+
+
+_OF_ONE_LAYER = tuple(name for name in CRITERIA if name != "patience")
+"""Criteria that need no memory of the layers before."""
 
 
 def _normalised_entropy(logits: Tensor) -> Tensor:
@@ -150,6 +190,7 @@ def exit_gate_reference(
     layer: int | None = None,
 ) -> ExitGateOutput:
     """`exit_gate` in plain PyTorch: the oracle of the tests and the fallback on any device."""
+    check_choice("criterion", criterion, CRITERIA)
     rows = torch.arange(logits.shape[0], device=logits.device)
     ids = rows if row_ids is None else row_ids.long()
     if criterion == "patience":
@@ -188,26 +229,19 @@ def _record_leaving(
     )
 
 
-if _triton.available:
-    _jit = _triton.triton.jit
-    _jit_kernel = _triton.triton.jit(do_not_specialize=["rows", "capacity", "layer", "top_n"])
-else:
-    _jit = _jit_kernel = lambda kernel: kernel
-
-
-@_jit
+@jit
 def _ordered_bits(x):
     """int32 that sort as the float32 `x` do, NaN above all."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(x != x, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
 
 
-@_jit
+@jit
 def _from_ordered_bits(bits):
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
 
 
-@_jit
+@jit
 def _load_logits(
     row_starts,  # [ROWS] pointers to the first logit of each row
     in_batch,  # [ROWS]
@@ -221,7 +255,7 @@ def _load_logits(
     return tl.load(pointers, mask=inside, other=float("-inf")).to(tl.float32)
 
 
-@_jit
+@jit
 def _weigh(x, maximum):
     """Sums over the columns of e^y and y e^y, where y = x - maximum; NaN where the maximum is not finite."""
     y = x - maximum[:, None]
@@ -230,7 +264,7 @@ def _weigh(x, maximum):
     return tl.sum(weight, 1), tl.sum(tl.where(weight == 0, 0.0, weight * y), 1)
 
 
-@_jit
+@jit
 def _two_largest(x):
     """The largest of each row, the largest of the others, and the first column of the largest."""
     column = tl.arange(0, x.shape[1])[None, :]
@@ -241,7 +275,7 @@ def _two_largest(x):
     return first, tl.max(others, 1), label
 
 
-@_jit
+@jit
 def _count_at_least(
     bits,  # [ROWS]
     row_starts,  # [ROWS]
@@ -263,7 +297,7 @@ def _count_at_least(
     return counted
 
 
-@_jit
+@jit
 def _nth_largest(
     row_starts,  # [ROWS]
     in_batch,  # [ROWS]
@@ -288,14 +322,14 @@ def _nth_largest(
     return bits
 
 
-@_jit
+@jit
 def _keep_above(x, threshold):
     """`x` where it is above the threshold, else -inf; and how many there are."""
     above = _ordered_bits(x) > threshold[:, None]
     return tl.where(above, x, float("-inf")), tl.sum(above.to(tl.int32), 1)
 
 
-@_jit
+@jit
 def _merge_sums(maximum, total, weighted, x):
     """Running maximum and sums with another block of columns: the sums are moved to the new maximum, then added to."""
     larger = tl.maximum(maximum, tl.max(x, 1))
@@ -307,7 +341,7 @@ def _merge_sums(maximum, total, weighted, x):
     return larger, total * scale + block_total, (weighted + total * drop) * scale + block_weighted
 
 
-@_jit
+@jit
 def _streamed_statistics(
     row_starts,  # [ROWS]
     in_batch,  # [ROWS]
@@ -339,7 +373,7 @@ def _streamed_statistics(
     return first, second, total, weighted, label, above
 
 
-@_jit
+@jit
 def _resident_statistics(
     tile,  # [ROWS, COLUMNS]
     threshold,  # [ROWS] ordered bits: "top_n" looks only above
@@ -359,7 +393,7 @@ def _resident_statistics(
     return first, second, total, weighted, label, above
 
 
-@_jit
+@jit
 def _statistics(
     row_starts,  # [ROWS]
     in_batch,  # [ROWS]
@@ -397,19 +431,20 @@ def _statistics(
     return first, second, total, weighted, label
 
 
-@_jit
+@jit
 def _uncertainty(first, second, total, weighted, scale, CRITERION: tl.constexpr):
     if CRITERION == "max_prob":
         u = (1 - 1 / total) / scale
     elif CRITERION == "margin":
         u = 1 - (1 - tl.exp(second - first)) / total
     else:
+        tl.static_assert(CRITERION == "entropy" or CRITERION == "top_n", "unknown criterion")
         u = (tl.log(total) - weighted / total) / scale
     # written so that a NaN passes through
     return tl.where(u < 0, 0.0, tl.where(u > 1, 1.0, u))
 
 
-@_jit
+@jit
 def _patience_of(
     history,  # [N, 2]
     ids,  # [ROWS]
@@ -426,8 +461,8 @@ def _patience_of(
     return tl.where(valid, 1 / (1 + repeated.to(tl.float32)), float("nan"))
 
 
-@_jit
-def _gate_rows(
+@jit
+def gate_rows(
     first_row,
     logits,  # [B, C]
     speeds,  # [B] or None
@@ -474,7 +509,7 @@ def _gate_rows(
     limit = tl.zeros([BLOCK_ROWS], tl.float32) + speed
     if speeds is not None:
         limit = tl.load(speeds + row, mask=in_batch, other=0.0)
-    # a NaN is not below any limit and stays; a limit of 0 keeps everybody
+    # a NaN is not below any limit and stays; a limit of 0 keeps every row
     leaves = in_batch & (u <= limit) & (limit != 0)
     if exit_logits is not None:
         written = leaves & known
@@ -490,15 +525,15 @@ def _gate_rows(
     return (in_batch & (leaves == 0)).to(tl.int32)
 
 
-@_jit
-def _list_survivors(survivors, first_row, stays, kept, BLOCK_ROWS: tl.constexpr):
+@jit
+def list_survivors(survivors, first_row, stays, kept, BLOCK_ROWS: tl.constexpr):
     """Writes the rows that stay after the `kept` before them; returns how many there are now."""
     row = first_row + tl.arange(0, BLOCK_ROWS)
     tl.store(survivors + kept + tl.cumsum(stays, 0) - stays, row, mask=stays != 0)
     return kept + tl.sum(stays, 0)
 
 
-@_jit
+@jit
 def _survivors_before(
     scan,  # one word a block: 0, or 4 * survivors + 1 of the block alone, + 2 of it and all before
     block,
@@ -527,7 +562,7 @@ def _survivors_before(
 
 
 # one binary for every batch size, layer and n
-@_jit_kernel
+@jit(do_not_specialize=["rows", "capacity", "layer", "top_n"])
 def _exit_gate_kernel(
     logits,  # [B, C]
     speeds,  # [B] float32 or None
@@ -564,7 +599,7 @@ def _exit_gate_kernel(
         blocks = 1
     for step in range(0, blocks):
         first_row = (block + step) * BLOCK_ROWS
-        stays = _gate_rows(
+        stays = gate_rows(
             first_row,
             logits,
             speeds,
@@ -590,7 +625,7 @@ def _exit_gate_kernel(
         )
         if scan is not None:
             kept = _survivors_before(scan + 1, block, tl.sum(stays, 0), WINDOW)
-        kept = _list_survivors(survivors, first_row, stays, kept, BLOCK_ROWS)
+        kept = list_survivors(survivors, first_row, stays, kept, BLOCK_ROWS)
     if (block + blocks) * BLOCK_ROWS >= rows:
         tl.store(count, kept)
 
@@ -603,7 +638,7 @@ MAX_COLUMNS = 4096
 
 
 @dataclass(frozen=True)
-class ExitGateConfig:
+class ExitGateConfig(LaunchConfig):
     """Launch configuration of the CUDA kernel."""
 
     block_rows: int
@@ -614,13 +649,13 @@ class ExitGateConfig:
 
     @classmethod
     @lru_cache(maxsize=1024)  # the host is what a small gate waits for
-    def heuristic(cls, rows: int, columns: int) -> ExitGateConfig:
+    def choose(cls, rows: int, columns: int) -> ExitGateConfig:
         """The analytical choice for `rows` > 0.
 
         Up to four tiles one program takes in turn, which costs less than zeroing the scan state of several. The sizes
         of a tile depend on the classes alone: a batch that shrinks from layer to layer compiles nothing new.
         """
-        block_columns = min(_next_power_of_2(columns), MAX_COLUMNS)
+        block_columns = min(next_power_of_2(columns), MAX_COLUMNS)
         block_rows = min(max(1024 // block_columns, 1), 512)
         tiles = -(-rows // block_rows)
         return cls(
@@ -632,7 +667,7 @@ class ExitGateConfig:
         )
 
     def options(self) -> dict[str, int]:
-        """What the compiler is told; without a limit of its own the assembler spills to fit more programs at once."""
+        """Without a limit of its own the assembler spills to fit more programs at once."""
         return {"num_warps": self.num_warps, "maxnreg": 160}
 
     def constants(self) -> dict[str, int]:
@@ -644,26 +679,15 @@ class ExitGateConfig:
             "WINDOW": 64,
         }
 
-    @cached_property
-    def launch(self) -> dict[str, int]:
-        """Constexprs and options, as the launcher takes them."""
-        return {**self.constants(), **self.options()}
+
+def uncertainty_scale(criterion: str, columns: int, top_n: int | None) -> float:
+    """By what the uncertainty is divided to lie in [0, 1]."""
+    if criterion == "max_prob":
+        return 1 - 1 / columns
+    return math.log(top_n if criterion == "top_n" and top_n else columns)
 
 
-def _next_power_of_2(value: int) -> int:
-    return 1 << max(value - 1, 0).bit_length()
-
-
-def _exit_gate_triton(
-    logits: Tensor,
-    speed: float,
-    criterion: int,
-    top_n: int,
-    speeds: Tensor | None,
-    row_ids: Tensor | None = None,
-    record: ExitRecord | None = None,
-    layer: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _exit_gate_triton(logits: Tensor, call: GateCall) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = logits.shape
     if rows >= 2**29:
         raise ValueError(f"logits: got B={rows} rows, the CUDA kernel counts fewer than 2**29; split the batch")
@@ -672,57 +696,40 @@ def _exit_gate_triton(
     if rows == 0:
         return uncertainty, survivors, torch.zeros(1, dtype=torch.int32, device=logits.device)
     count = torch.empty(1, dtype=torch.int32, device=logits.device)
-    config = ExitGateConfig.heuristic(rows, columns)
-    name = CRITERIA[criterion]
+    config = ExitGateConfig.choose(rows, columns)
     scan = None
     if config.programs > 1:
         scan = torch.zeros(1 + config.programs, dtype=torch.int32, device=logits.device)
     _launch_exit_gate(
         (config.programs,),
         logits,
-        speeds,
-        row_ids,
+        call.speeds(),
+        call.contiguous_row_ids(),
         uncertainty,
         survivors,
         count,
         scan,
-        None if record is None else record.logits,
-        None if record is None else record.uncertainty,
-        None if record is None else record.exit_layer,
-        None if record is None else record.history,
+        *call.record_tensors(),
         rows,
         columns,
         *logits.stride(),
-        rows if record is None else record.exit_layer.shape[0],
-        layer,
-        speed,
-        _scale(name, columns, top_n),
-        top_n,
-        CRITERION=name,
+        rows if call.record is None else call.record.exit_layer.shape[0],
+        call.layer or 0,
+        call.one_speed(),
+        uncertainty_scale(call.criterion, columns, call.top_n),
+        call.top_n or 0,
+        CRITERION=call.criterion,
         **config.launch,
     )
     return uncertainty, survivors, count
 
 
-def _scale(criterion: str, columns: int, top_n: int) -> float:
-    """By what the uncertainty is divided to lie in [0, 1]."""
-    if criterion == "max_prob":
-        return 1 - 1 / columns
-    return math.log(top_n if criterion == "top_n" else columns)
-
-
-def _cuda_reason() -> str | None:
-    return _triton.missing_reason
-
-
-def _cpu_reason() -> str | None:
-    return _CPU_REASON
-
-
-# looked up once: torch.compile cannot trace the question
-_CPU_REASON = _extension.missing_kernel_reason("exit_gate", "CPU")
-
-_backend.register_backends("exit_gate", cuda=_cuda_reason, cpu=_cpu_reason, interpretable=True)
+_backend.register_backends(
+    "exit_gate",
+    cuda=_triton.missing_reason,
+    cpu=_extension.missing_kernel_reason("exit_gate", "CPU"),
+    interpretable=True,
+)
 
 library.define(
     "exit_gate(Tensor logits, float speed, int criterion, int top_n, Tensor? speeds) -> (Tensor, Tensor, Tensor)"
@@ -732,11 +739,17 @@ library.define(
     "Tensor(a!) exit_logits, Tensor(b!) exit_uncertainty, Tensor(c!) exit_layer, Tensor(d!) history, int layer) "
     "-> (Tensor, Tensor, Tensor)"
 )
-library.impl("exit_gate", _exit_gate_triton, "CUDA")
+
+
+@torch.library.impl(library, "exit_gate", "CUDA")
+def _exit_gate_op(
+    logits: Tensor, speed: float, criterion: int, top_n: int, speeds: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _exit_gate_triton(logits, GateCall(speed if speeds is None else speeds, CRITERIA[criterion], top_n=top_n))
 
 
 @torch.library.impl(library, "exit_gate_record", "CUDA")
-def _exit_gate_record_triton(
+def _exit_gate_record_op(
     logits: Tensor,
     speed: float,
     criterion: int,
@@ -750,7 +763,8 @@ def _exit_gate_record_triton(
     layer: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     record = ExitRecord(exit_logits, exit_uncertainty, exit_layer, history)
-    return _exit_gate_triton(logits, speed, criterion, top_n, speeds, row_ids, record, layer)
+    call = GateCall(speed if speeds is None else speeds, CRITERIA[criterion], row_ids, top_n, record, layer)
+    return _exit_gate_triton(logits, call)
 
 
 @torch.library.register_fake("fastkd_kernels::exit_gate", lib=library)
@@ -796,30 +810,18 @@ def _nobody_watches() -> bool:
     )
 
 
-def _exit_gate(
-    name: str,
-    logits: Tensor,
-    speed: float | Tensor,
-    criterion: str,
-    row_ids: Tensor | None,
-    top_n: int | None,
-    record: ExitRecord | None,
-    layer: int | None,
-) -> ExitGateOutput:
+def _run(name: str, logits: Tensor, call: GateCall) -> ExitGateOutput:
     """`exit_gate` on the kernel of the backend `name`."""
-    speeds = speed.to(torch.float32).contiguous() if isinstance(speed, Tensor) else None
-    one_speed = 0.0 if isinstance(speed, Tensor) else float(speed)
-    arguments = (logits.detach(), one_speed, _CODES[criterion], top_n or 0, speeds)
-    if row_ids is not None:
-        row_ids = row_ids.contiguous()
+    logits = logits.detach()
     if name == "cuda" and not torch.compiler.is_compiling():
         # the dispatcher costs more than the kernel
-        return ExitGateOutput(*_exit_gate_triton(*arguments, row_ids, record, layer or 0))
-    if record is None:
+        return ExitGateOutput(*_exit_gate_triton(logits, call))
+    arguments = (logits, call.one_speed(), _CODES[call.criterion], call.top_n or 0, call.speeds())
+    if call.record is None:
         return ExitGateOutput(*torch.ops.fastkd_kernels.exit_gate(*arguments))
     return ExitGateOutput(
         *torch.ops.fastkd_kernels.exit_gate_record(
-            *arguments, row_ids, record.logits, record.uncertainty, record.exit_layer, record.history, layer
+            *arguments, call.contiguous_row_ids(), *call.record_tensors(), call.layer
         )
     )
 
@@ -879,30 +881,24 @@ def exit_gate(
         decided = _eager_cpu(logits, speed, _CODES.get(criterion, -1), top_n or 0)
         if decided is not None:
             return ExitGateOutput(*decided)
-    _check(logits, speed, criterion, row_ids, top_n, record, layer)
+    call = GateCall(speed, criterion, row_ids, top_n, record, layer)
+    check_gate_call(call, logits)
     name = _choose_backend(logits)
     if name == "reference":
         return exit_gate_reference(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
-    return _exit_gate(name, logits, speed, criterion, row_ids, top_n, record, layer)
+    return _run(name, logits, call)
 
 
-def _check(
-    logits: Tensor,
-    speed: float | Tensor,
-    criterion: str,
-    row_ids: Tensor | None,
-    top_n: int | None,
-    record: ExitRecord | None,
-    layer: int | None,
-) -> None:
+def check_gate_call(call: GateCall, logits: Tensor) -> None:
+    """Raise what `exit_gate` raises for arguments that do not fit each other or the logits."""
+    speed, criterion, row_ids, top_n, record, layer = call
     if not logits.is_floating_point():
         raise TypeError(f"logits: got dtype {logits.dtype}, expected a floating-point dtype")
     if logits.dim() != 2:
         raise ValueError(f"logits: got shape {tuple(logits.shape)}, expected [B, C]")
     if logits.shape[1] < 2:
         raise ValueError(f"logits: got C={logits.shape[1]} classes, an exit needs at least 2")
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion: got {criterion!r}, expected one of {', '.join(CRITERIA)}")
+    check_choice("criterion", criterion, CRITERIA)
     _check_speed(speed, logits)
     if criterion == "top_n" and (top_n is None or not 2 <= top_n <= logits.shape[1]):
         raise ValueError(f"top_n: got {top_n}, criterion 'top_n' needs 2 to C={logits.shape[1]}")
@@ -933,13 +929,13 @@ def _check_speed(speed: float | Tensor, logits: Tensor) -> None:
         raise TypeError(f"speed: got dtype {speed.dtype}, expected a floating-point dtype")
     if speed.shape != logits.shape[:1]:
         raise ValueError(f"speed: got shape {tuple(speed.shape)}, expected a number or [{logits.shape[0]}]")
-    _check_device("speed", speed, logits)
+    check_same_device("speed", speed, "the logits", logits)
     if _values_are_free(speed) and not bool(((speed >= 0) & (speed <= 1)).all()):
         raise ValueError("speed: got a value that is NaN or outside [0, 1]")
 
 
 def _check_record(record: ExitRecord, logits: Tensor) -> None:
-    _check_device("record", record.exit_layer, logits)
+    check_same_device("record", record.exit_layer, "the logits", logits)
     if record.logits.shape[1] != logits.shape[1]:
         raise ValueError(f"record: got C={record.logits.shape[1]} classes, the logits have {logits.shape[1]}")
 
@@ -949,7 +945,7 @@ def _check_row_ids(row_ids: Tensor, logits: Tensor, record: ExitRecord | None) -
         raise TypeError(f"row_ids: got dtype {row_ids.dtype}, expected torch.int32 or torch.int64")
     if row_ids.shape != logits.shape[:1]:
         raise ValueError(f"row_ids: got shape {tuple(row_ids.shape)}, expected [{logits.shape[0]}]")
-    _check_device("row_ids", row_ids, logits)
+    check_same_device("row_ids", row_ids, "the logits", logits)
     if record is None or row_ids.shape[0] == 0 or not _values_are_free(row_ids):
         return
     smallest, largest = (int(value) for value in row_ids.aminmax())
@@ -958,11 +954,6 @@ def _check_row_ids(row_ids: Tensor, logits: Tensor, record: ExitRecord | None) -
             f"row_ids: got values from {smallest} to {largest}, expected 0 to {record.exit_layer.shape[0] - 1}, "
             "the rows of the record"
         )
-
-
-def _check_device(name: str, tensor: Tensor, logits: Tensor) -> None:
-    if tensor.device != logits.device:
-        raise ValueError(f"{name}: got device {tensor.device}, expected that of the logits, {logits.device}")
 
 
 def _values_are_free(tensor: Tensor) -> bool:

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd_kernels import _backend, _distillation, _extension, _triton
+from fastkd_kernels._checks import check_choice, check_same_device
 from fastkd_kernels._library import library
 from fastkd_kernels.ops import kd_loss as kd
 
@@ -101,7 +102,7 @@ class FusedLinearConfig:
     chunk_tokens: int
 
     @classmethod
-    def from_heuristic(cls, tokens: int, vocabulary: int) -> FusedLinearConfig:
+    def choose(cls, tokens: int, vocabulary: int) -> FusedLinearConfig:
         """An eighth of the tokens, at least 128 for the matrix products' sake, and at most 2^27 logits."""
         at_most = max(2**27 // max(vocabulary, 1), 16)
         return cls(max(min(max(tokens // 8, 128), at_most, tokens), 1))
@@ -270,18 +271,18 @@ def _add_cross_entropy(logits: Tensor, labels: Tensor, alpha: float, slope: Tens
     return rows
 
 
-_launch = partial(_compute, kd._launch)
-_compute_on_cpu = partial(_compute, kd._forward)
+_launch = partial(_compute, kd.launch)
+_compute_on_cpu = partial(_compute, kd.forward)
 
 library.impl("fused_linear_kd_loss_forward", _compute_on_cpu, "CPU")
 if _triton.available:
     library.impl("fused_linear_kd_loss_forward", _launch, "CUDA")
 
-# looked up once, because torch.compile cannot trace the look-up
-_CPU_REASON = _extension.missing_kernel_reason("kd_loss_forward", "CPU")
-
 _backend.register_backends(
-    "fused_linear_kd_loss", cuda=lambda: _triton.missing_reason, cpu=lambda: _CPU_REASON, interpretable=True
+    "fused_linear_kd_loss",
+    cuda=_triton.missing_reason,
+    cpu=_extension.missing_kernel_reason("kd_loss_forward", "CPU"),
+    interpretable=True,
 )
 
 _forward = torch.ops.fastkd_kernels.fused_linear_kd_loss_forward.default
@@ -371,7 +372,7 @@ def fused_linear_kd_loss(
         beta,
         ignore_index,
         reduction == "batchmean",
-        chunk_tokens or FusedLinearConfig.from_heuristic(len(hidden), len(weight)).chunk_tokens,
+        chunk_tokens or FusedLinearConfig.choose(len(hidden), len(weight)).chunk_tokens,
         gradients and hidden.requires_grad,
         gradients and weight.requires_grad,
         gradients and bias is not None and bias.requires_grad,
@@ -421,8 +422,8 @@ def _check(
     _check_head("student", hidden, weight, bias, leading)
     _check_teacher(teacher, hidden, leading)
     _distillation.check_positive("temperature", temperature)
-    _distillation.check_choice("reduction", reduction, REDUCTIONS)
-    _distillation.check_choice("direction", direction, _distillation.DIRECTIONS)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("direction", direction, _distillation.DIRECTIONS)
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: got {chunk_tokens}, expected at least 1, or None")
     if labels is not None:
@@ -448,11 +449,11 @@ def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, 
             f"{side}_weight: got shape {tuple(weight.shape)}, expected [V, {hidden.shape[-1]}], V at least 2, for "
             f"{side}_hidden_states of shape {tuple(hidden.shape)}"
         )
-    _distillation.check_same_device(f"{side}_weight", weight, f"{side}_hidden_states", hidden)
+    check_same_device(f"{side}_weight", weight, f"{side}_hidden_states", hidden)
     if bias is not None:
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{side}_bias: got shape {tuple(bias.shape)}, expected {list(weight.shape[:1])}")
-        _distillation.check_same_device(f"{side}_bias", bias, f"{side}_weight", weight)
+        check_same_device(f"{side}_bias", bias, f"{side}_weight", weight)
 
 
 def _check_teacher(teacher: Tensors, student: Tensor, leading: torch.Size) -> None:
@@ -475,13 +476,13 @@ def _check_teacher(teacher: Tensors, student: Tensor, leading: torch.Size) -> No
             )
     if hidden is not None and weight is not None:
         _check_head("teacher", hidden, weight, bias, leading)
-        _distillation.check_same_device("teacher_hidden_states", hidden, "student_hidden_states", student)
+        check_same_device("teacher_hidden_states", hidden, "student_hidden_states", student)
     if logits is not None:
         if not logits.is_floating_point():
             raise TypeError(f"teacher_logits: got dtype {logits.dtype}, expected a floating-point dtype")
         if logits.dim() < 2 or logits.shape[:-1] != leading or logits.shape[-1] < 2:
             raise ValueError(f"teacher_logits: got shape {tuple(logits.shape)}, expected {[*leading, 'V']}")
-        _distillation.check_same_device("teacher_logits", logits, "student_hidden_states", student)
+        check_same_device("teacher_logits", logits, "student_hidden_states", student)
 
 
 def _check_labels(labels: Tensor, leading: torch.Size, hidden: Tensor, classes: int, ignore_index: int) -> None:
@@ -489,7 +490,7 @@ def _check_labels(labels: Tensor, leading: torch.Size, hidden: Tensor, classes: 
         raise TypeError(f"labels: got dtype {labels.dtype}, expected torch.int64")
     if labels.shape != leading:
         raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected {list(leading)}")
-    _distillation.check_same_device("labels", labels, "student_hidden_states", hidden)
+    check_same_device("labels", labels, "student_hidden_states", hidden)
     # on a GPU this check would wait for the device
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         kept = labels[labels != ignore_index]

@@ -21,14 +21,11 @@ import torch
 from torch import Tensor
 
 from fastkd_kernels import _backend, _distillation, _extension, _triton
-from fastkd_kernels._launch import Launcher
+from fastkd_kernels import _distillation_triton as kernels
+from fastkd_kernels._checks import check_choice, check_same_device
+from fastkd_kernels._launch import Launcher, next_power_of_2
 from fastkd_kernels._library import library
-
-if _triton.available:
-    import triton
-    import triton.language as tl
-
-    from fastkd_kernels import _distillation_triton as kernels
+from fastkd_kernels._triton import jit, tl, triton
 
 
 def kd_loss_reference(
@@ -52,103 +49,125 @@ def kd_loss_reference(
     return rows.sum() * _distillation.reduction_factor(reduction, rows.numel(), student.shape[-1])
 
 
-if _triton.available:
+@jit
+def _kd_rows_kernel(
+    student,  # [B, C]
+    teacher,  # [B, C]
+    losses,  # [B]
+    loss,  # [1]
+    arrived,  # [1]
+    student_gradient,  # [B, C]
+    teacher_gradient,  # [B, C]
+    B,
+    C,
+    student_stride,
+    teacher_stride,
+    inverse_temperature,
+    loss_scale,
+    gradient_scale,
+    factor,
+    DIVERGENCE: tl.constexpr,
+    REDUCE: tl.constexpr,
+    STUDENT_GRADIENT: tl.constexpr,
+    TEACHER_GRADIENT: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    column = tl.arange(0, BLOCK_C)
+    inside = (row < B)[:, None] & (column < C)[None, :]
+    offsets = row[:, None] * student_stride + column[None, :]
+    s = tl.load(student + offsets, mask=inside, other=float("-inf")).to(tl.float32)
+    offsets = row[:, None] * teacher_stride + column[None, :]
+    t = tl.load(teacher + offsets, mask=inside, other=float("-inf")).to(tl.float32)
 
-    @triton.jit
-    def _kd_rows_kernel(
-        student,  # [B, C]
-        teacher,  # [B, C]
-        losses,  # [B]
-        loss,  # [1]
-        arrived,  # [1]
-        student_gradient,  # [B, C]
-        teacher_gradient,  # [B, C]
-        B,
-        C,
-        student_stride,
-        teacher_stride,
-        inverse_temperature,
-        loss_scale,
-        gradient_scale,
-        factor,
-        DIVERGENCE: tl.constexpr,
-        REDUCE: tl.constexpr,
-        STUDENT_GRADIENT: tl.constexpr,
-        TEACHER_GRADIENT: tl.constexpr,
-        BLOCK_B: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-    ):
-        row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-        column = tl.arange(0, BLOCK_C)
-        inside = (row < B)[:, None] & (column < C)[None, :]
-        offsets = row[:, None] * student_stride + column[None, :]
-        s = tl.load(student + offsets, mask=inside, other=float("-inf")).to(tl.float32)
-        offsets = row[:, None] * teacher_stride + column[None, :]
-        t = tl.load(teacher + offsets, mask=inside, other=float("-inf")).to(tl.float32)
+    log_p = kernels.log_distribution(t, inverse_temperature, DIVERGENCE)
+    log_q = kernels.log_distribution(s, inverse_temperature, DIVERGENCE)
+    value, p_gradient, q_gradient, _ = kernels.divergence_rows(log_p, log_q, DIVERGENCE)
+    tl.store(losses + row[:, None], value * loss_scale, mask=(row < B)[:, None])
 
-        log_p = kernels.log_distribution(t, inverse_temperature, DIVERGENCE)
-        log_q = kernels.log_distribution(s, inverse_temperature, DIVERGENCE)
-        value, p_gradient, q_gradient, _ = kernels.divergence_rows(log_p, log_q, DIVERGENCE)
-        tl.store(losses + row[:, None], value * loss_scale, mask=(row < B)[:, None])
+    offsets = row[:, None] * C + column[None, :]
+    if STUDENT_GRADIENT:
+        gradient = (q_gradient * gradient_scale).to(student_gradient.dtype.element_ty)
+        tl.store(student_gradient + offsets, gradient, mask=inside)
+    if TEACHER_GRADIENT:
+        gradient = (p_gradient * gradient_scale).to(teacher_gradient.dtype.element_ty)
+        tl.store(teacher_gradient + offsets, gradient, mask=inside)
+    if REDUCE:
+        kernels.sum_in_last_program(losses, loss, arrived, B, factor, 1024)
 
-        offsets = row[:, None] * C + column[None, :]
-        if STUDENT_GRADIENT:
-            gradient = (q_gradient * gradient_scale).to(student_gradient.dtype.element_ty)
-            tl.store(student_gradient + offsets, gradient, mask=inside)
-        if TEACHER_GRADIENT:
-            gradient = (p_gradient * gradient_scale).to(teacher_gradient.dtype.element_ty)
-            tl.store(teacher_gradient + offsets, gradient, mask=inside)
-        if REDUCE:
-            kernels.sum_in_last_program(losses, loss, arrived, B, factor, 1024)
 
-    @triton.jit
-    def _kd_stream_kernel(
-        student,  # [B, C]
-        teacher,  # [B, C]
-        losses,  # [B]
-        loss,  # [1]
-        arrived,  # [1]
-        student_gradient,  # [B, C]
-        teacher_gradient,  # [B, C]
-        B,
-        C,
-        student_stride,
-        teacher_stride,
-        inverse_temperature,
-        loss_scale,
-        gradient_scale,
-        factor,
-        DIVERGENCE: tl.constexpr,
-        REDUCE: tl.constexpr,
-        STUDENT_GRADIENT: tl.constexpr,
-        TEACHER_GRADIENT: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-    ):
-        row = tl.program_id(0).to(tl.int64)
-        s_row = student + row * student_stride
-        t_row = teacher + row * teacher_stride
-        lanes = tl.arange(0, BLOCK_C)
+@jit
+def _kd_stream_kernel(
+    student,  # [B, C]
+    teacher,  # [B, C]
+    losses,  # [B]
+    loss,  # [1]
+    arrived,  # [1]
+    student_gradient,  # [B, C]
+    teacher_gradient,  # [B, C]
+    B,
+    C,
+    student_stride,
+    teacher_stride,
+    inverse_temperature,
+    loss_scale,
+    gradient_scale,
+    factor,
+    DIVERGENCE: tl.constexpr,
+    REDUCE: tl.constexpr,
+    STUDENT_GRADIENT: tl.constexpr,
+    TEACHER_GRADIENT: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    s_row = student + row * student_stride
+    t_row = teacher + row * teacher_stride
+    lanes = tl.arange(0, BLOCK_C)
 
-        s_lse = 0.0
-        t_lse = 0.0
-        if DIVERGENCE != 3:
-            s_top = tl.full([BLOCK_C], float("-inf"), tl.float32)
-            t_top = tl.full([BLOCK_C], float("-inf"), tl.float32)
-            s_sum = tl.zeros([BLOCK_C], tl.float32)
-            t_sum = tl.zeros([BLOCK_C], tl.float32)
-            for start in range(0, C, BLOCK_C):
-                column = start + lanes
-                s = tl.load(s_row + column, mask=column < C, other=float("-inf")).to(tl.float32)
-                t = tl.load(t_row + column, mask=column < C, other=float("-inf")).to(tl.float32)
-                s_top, s_sum = kernels.online_sum(s_top, s_sum, s * inverse_temperature)
-                t_top, t_sum = kernels.online_sum(t_top, t_sum, t * inverse_temperature)
-            s_lse = kernels.log_sum_exp(s_top, s_sum)
-            t_lse = kernels.log_sum_exp(t_top, t_sum)
+    s_lse = 0.0
+    t_lse = 0.0
+    if DIVERGENCE != 3:
+        s_top = tl.full([BLOCK_C], float("-inf"), tl.float32)
+        t_top = tl.full([BLOCK_C], float("-inf"), tl.float32)
+        s_sum = tl.zeros([BLOCK_C], tl.float32)
+        t_sum = tl.zeros([BLOCK_C], tl.float32)
+        for start in range(0, C, BLOCK_C):
+            column = start + lanes
+            s = tl.load(s_row + column, mask=column < C, other=float("-inf")).to(tl.float32)
+            t = tl.load(t_row + column, mask=column < C, other=float("-inf")).to(tl.float32)
+            s_top, s_sum = kernels.online_sum(s_top, s_sum, s * inverse_temperature)
+            t_top, t_sum = kernels.online_sum(t_top, t_sum, t * inverse_temperature)
+        s_lse = kernels.log_sum_exp(s_top, s_sum)
+        t_lse = kernels.log_sum_exp(t_top, t_sum)
 
-        # the forward divergence's gradient to the student and a squared error need no sum over the classes
-        LATE: tl.constexpr = (DIVERGENCE == 1 or DIVERGENCE == 2) or (TEACHER_GRADIENT and DIVERGENCE == 0)
-        p_sums = tl.zeros([BLOCK_C], tl.float32)
-        q_sums = tl.zeros([BLOCK_C], tl.float32)
+    # the forward divergence's gradient to the student and a squared error need no sum over the classes
+    LATE: tl.constexpr = (DIVERGENCE == 1 or DIVERGENCE == 2) or (TEACHER_GRADIENT and DIVERGENCE == 0)
+    p_sums = tl.zeros([BLOCK_C], tl.float32)
+    q_sums = tl.zeros([BLOCK_C], tl.float32)
+    for start in range(0, C, BLOCK_C):
+        column = start + lanes
+        inside = column < C
+        s = tl.load(s_row + column, mask=inside, other=float("-inf")).to(tl.float32)
+        t = tl.load(t_row + column, mask=inside, other=float("-inf")).to(tl.float32)
+        log_q = s * inverse_temperature - s_lse
+        log_p = t * inverse_temperature - t_lse
+        p, q, p_terms, q_terms = kernels.divergence_terms(log_p, log_q, DIVERGENCE)
+        p_sums += p_terms
+        q_sums += q_terms
+        if not LATE:
+            p_gradient, q_gradient = kernels.divergence_gradients(p, q, p_terms, q_terms, 0.0, 0.0, DIVERGENCE)
+            if STUDENT_GRADIENT:
+                gradient = (q_gradient * gradient_scale).to(student_gradient.dtype.element_ty)
+                tl.store(student_gradient + row * C + column, gradient, mask=inside)
+            if TEACHER_GRADIENT:
+                gradient = (p_gradient * gradient_scale).to(teacher_gradient.dtype.element_ty)
+                tl.store(teacher_gradient + row * C + column, gradient, mask=inside)
+    p_total = tl.sum(p_sums, 0)
+    q_total = tl.sum(q_sums, 0)
+    tl.store(losses + row, (p_total + q_total) * loss_scale)
+
+    if LATE and (STUDENT_GRADIENT or TEACHER_GRADIENT):
         for start in range(0, C, BLOCK_C):
             column = start + lanes
             inside = column < C
@@ -157,43 +176,19 @@ if _triton.available:
             log_q = s * inverse_temperature - s_lse
             log_p = t * inverse_temperature - t_lse
             p, q, p_terms, q_terms = kernels.divergence_terms(log_p, log_q, DIVERGENCE)
-            p_sums += p_terms
-            q_sums += q_terms
-            if not LATE:
-                p_gradient, q_gradient = kernels.divergence_gradients(p, q, p_terms, q_terms, 0.0, 0.0, DIVERGENCE)
-                if STUDENT_GRADIENT:
-                    gradient = (q_gradient * gradient_scale).to(student_gradient.dtype.element_ty)
-                    tl.store(student_gradient + row * C + column, gradient, mask=inside)
-                if TEACHER_GRADIENT:
-                    gradient = (p_gradient * gradient_scale).to(teacher_gradient.dtype.element_ty)
-                    tl.store(teacher_gradient + row * C + column, gradient, mask=inside)
-        p_total = tl.sum(p_sums, 0)
-        q_total = tl.sum(q_sums, 0)
-        tl.store(losses + row, (p_total + q_total) * loss_scale)
+            p_gradient, q_gradient = kernels.divergence_gradients(p, q, p_terms, q_terms, p_total, q_total, DIVERGENCE)
+            if STUDENT_GRADIENT:
+                gradient = (q_gradient * gradient_scale).to(student_gradient.dtype.element_ty)
+                tl.store(student_gradient + row * C + column, gradient, mask=inside)
+            if TEACHER_GRADIENT:
+                gradient = (p_gradient * gradient_scale).to(teacher_gradient.dtype.element_ty)
+                tl.store(teacher_gradient + row * C + column, gradient, mask=inside)
+    if REDUCE:
+        kernels.sum_in_last_program(losses, loss, arrived, B, factor, 1024)
 
-        if LATE and (STUDENT_GRADIENT or TEACHER_GRADIENT):
-            for start in range(0, C, BLOCK_C):
-                column = start + lanes
-                inside = column < C
-                s = tl.load(s_row + column, mask=inside, other=float("-inf")).to(tl.float32)
-                t = tl.load(t_row + column, mask=inside, other=float("-inf")).to(tl.float32)
-                log_q = s * inverse_temperature - s_lse
-                log_p = t * inverse_temperature - t_lse
-                p, q, p_terms, q_terms = kernels.divergence_terms(log_p, log_q, DIVERGENCE)
-                p_gradient, q_gradient = kernels.divergence_gradients(
-                    p, q, p_terms, q_terms, p_total, q_total, DIVERGENCE
-                )
-                if STUDENT_GRADIENT:
-                    gradient = (q_gradient * gradient_scale).to(student_gradient.dtype.element_ty)
-                    tl.store(student_gradient + row * C + column, gradient, mask=inside)
-                if TEACHER_GRADIENT:
-                    gradient = (p_gradient * gradient_scale).to(teacher_gradient.dtype.element_ty)
-                    tl.store(teacher_gradient + row * C + column, gradient, mask=inside)
-        if REDUCE:
-            kernels.sum_in_last_program(losses, loss, arrived, B, factor, 1024)
 
-    _launch_rows = Launcher(_kd_rows_kernel)
-    _launch_stream = Launcher(_kd_stream_kernel)
+_launch_rows = Launcher(_kd_rows_kernel)
+_launch_stream = Launcher(_kd_stream_kernel)
 
 
 MAX_CLASSES_IN_REGISTERS = 1024
@@ -209,12 +204,12 @@ class KDLossConfig:
     num_warps: int
 
     @classmethod
-    def from_heuristic(cls, batch: int, classes: int) -> KDLossConfig:
+    def choose(cls, batch: int, classes: int) -> KDLossConfig:
         """Small rows share a program of 32 to 128 threads; wide ones get a program each, 16 logits a thread."""
         if classes > MAX_CLASSES_IN_REGISTERS:
             return cls(block_b=1, block_c=4096, streamed=True, num_warps=8)
-        block_c = _distillation.power_of_2(classes)
-        block_b = max(1, min(_distillation.power_of_2(batch), 256 // block_c))
+        block_c = next_power_of_2(classes)
+        block_b = max(1, min(next_power_of_2(batch), 256 // block_c))
         return cls(block_b, block_c, streamed=False, num_warps=max(1, min(4, block_b * block_c // 256)))
 
 
@@ -249,7 +244,7 @@ def _fake(
     return _allocate(student, teacher, reduce, student_gradient, teacher_gradient)
 
 
-def _launch(
+def launch(
     student: Tensor,
     teacher: Tensor,
     temperature: float,
@@ -268,7 +263,7 @@ def _launch(
         results[0].zero_()
         return results
     losses = student.new_empty(batch, dtype=torch.float32) if reduce else results[0]
-    config = KDLossConfig.from_heuristic(batch, classes)
+    config = KDLossConfig.choose(batch, classes)
     arguments = (
         student,
         teacher,
@@ -302,14 +297,16 @@ def _launch(
 
 
 if _triton.available:
-    library.impl("kd_loss_forward", _launch, "CUDA")
+    library.impl("kd_loss_forward", launch, "CUDA")
 
-# looked up once, because torch.compile cannot trace the look-up
-_CPU_REASON = _extension.missing_kernel_reason("kd_loss_forward", "CPU")
+_backend.register_backends(
+    "kd_loss",
+    cuda=_triton.missing_reason,
+    cpu=_extension.missing_kernel_reason("kd_loss_forward", "CPU"),
+    interpretable=True,
+)
 
-_backend.register_backends("kd_loss", cuda=lambda: _triton.missing_reason, cpu=lambda: _CPU_REASON, interpretable=True)
-
-_forward: Any = torch.ops.fastkd_kernels.kd_loss_forward.default
+forward: Any = torch.ops.fastkd_kernels.kd_loss_forward.default
 
 
 def kd_loss(
@@ -365,7 +362,7 @@ def kd_loss(
         gradients and student_logits.requires_grad,
         gradients and teacher_logits.requires_grad,
     )
-    return _distillation.fused_loss(name, _forward, _launch, factor, options, (student_logits, teacher_logits))
+    return _distillation.fused_loss(name, forward, launch, factor, options, (student_logits, teacher_logits))
 
 
 def _resolve(student: Tensor, teacher: Tensor) -> str:
@@ -390,10 +387,10 @@ def _check(
         raise ValueError(
             f"teacher_logits: got shape {tuple(teacher.shape)}, expected that of student_logits, {tuple(student.shape)}"
         )
-    _distillation.check_same_device("teacher_logits", teacher, "student_logits", student)
+    check_same_device("teacher_logits", teacher, "student_logits", student)
     _distillation.check_positive("temperature", temperature)
-    _distillation.check_choice("reduction", reduction, _distillation.REDUCTIONS)
-    _distillation.check_choice("direction", direction, _distillation.DIRECTIONS)
-    _distillation.check_choice("task", task, _distillation.TASKS)
+    check_choice("reduction", reduction, _distillation.REDUCTIONS)
+    check_choice("direction", direction, _distillation.DIRECTIONS)
+    check_choice("task", task, _distillation.TASKS)
     _distillation.check_classes("student_logits", student, task)
     _distillation.check_teacher_gradient("teacher_logits", teacher, detach_teacher)

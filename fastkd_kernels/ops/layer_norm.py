@@ -20,9 +20,9 @@ from torch.nn import functional as F
 
 from fastkd_kernels import _extension, _triton
 from fastkd_kernels._backend import register_backends, resolve
-from fastkd_kernels._launch import Launcher
+from fastkd_kernels._launch import Launcher, next_power_of_2
 from fastkd_kernels._library import library
-from fastkd_kernels._triton import tl, triton
+from fastkd_kernels._triton import jit, tl
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
@@ -48,73 +48,70 @@ def _normalised(total: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
     return F.layer_norm(total, total.shape[-1:], _wide(weight), _wide(bias), eps).to(weight.dtype)
 
 
-if _triton.available:
+@jit
+def _normalise_and_store(total, mask, width, weight_ptr, bias_ptr, out_ptr, column, eps):
+    mean = tl.sum(total, 0) / width
+    deviation = tl.where(mask, total - mean, 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(deviation * deviation, 0) / width + eps)
+    weight = tl.load(weight_ptr + column, mask=mask).to(tl.float32)
+    bias = tl.load(bias_ptr + column, mask=mask).to(tl.float32)
+    tl.store(out_ptr + column, deviation * scale * weight + bias, mask=mask)
 
-    @triton.jit
-    def _normalise_and_store(total, mask, width, weight_ptr, bias_ptr, out_ptr, column, eps):
-        mean = tl.sum(total, 0) / width
-        deviation = tl.where(mask, total - mean, 0.0)
-        scale = 1.0 / tl.sqrt(tl.sum(deviation * deviation, 0) / width + eps)
-        weight = tl.load(weight_ptr + column, mask=mask).to(tl.float32)
-        bias = tl.load(bias_ptr + column, mask=mask).to(tl.float32)
-        tl.store(out_ptr + column, deviation * scale * weight + bias, mask=mask)
 
-    @triton.jit
-    def _add_layer_norm_kernel(
-        x_ptr,  # [rows, width], rows x_stride apart
-        residual_ptr,  # [rows, width], rows residual_stride apart, where HAS_RESIDUAL
-        weight_ptr,  # [width]
-        bias_ptr,  # [width]
-        out_ptr,  # [rows, width], rows out_stride apart
-        x_stride,
-        residual_stride,
-        out_stride,
-        width,
-        eps,
-        HAS_RESIDUAL: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, BLOCK)
-        mask = column < width
-        total = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
-        if HAS_RESIDUAL:
-            total += tl.load(residual_ptr + row * residual_stride + column, mask=mask, other=0.0).to(tl.float32)
-        _normalise_and_store(total, mask, width, weight_ptr, bias_ptr, out_ptr + row * out_stride, column, eps)
+@jit
+def _add_layer_norm_kernel(
+    x_ptr,  # [rows, width], rows x_stride apart
+    residual_ptr,  # [rows, width], rows residual_stride apart, where HAS_RESIDUAL
+    weight_ptr,  # [width]
+    bias_ptr,  # [width]
+    out_ptr,  # [rows, width], rows out_stride apart
+    x_stride,
+    residual_stride,
+    out_stride,
+    width,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    total = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        total += tl.load(residual_ptr + row * residual_stride + column, mask=mask, other=0.0).to(tl.float32)
+    _normalise_and_store(total, mask, width, weight_ptr, bias_ptr, out_ptr + row * out_stride, column, eps)
 
-    @triton.jit
-    def _embed_layer_norm_kernel(
-        table0_ptr,  # [rows of the table, width], contiguous, as are the others
-        table1_ptr,
-        table2_ptr,  # where TABLES is 3
-        index0_ptr,  # [rows] int64
-        index1_ptr,
-        index2_ptr,
-        weight_ptr,  # [width]
-        bias_ptr,  # [width]
-        out_ptr,  # [rows, width], rows out_stride apart
-        out_stride,
-        width,
-        eps,
-        TABLES: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        row = tl.program_id(0).to(tl.int64)
-        column = tl.arange(0, BLOCK)
-        mask = column < width
-        total = tl.load(table0_ptr + tl.load(index0_ptr + row) * width + column, mask=mask, other=0.0).to(tl.float32)
-        if TABLES > 1:
-            total += tl.load(table1_ptr + tl.load(index1_ptr + row) * width + column, mask=mask, other=0.0).to(
-                tl.float32
-            )
-        if TABLES > 2:
-            total += tl.load(table2_ptr + tl.load(index2_ptr + row) * width + column, mask=mask, other=0.0).to(
-                tl.float32
-            )
-        _normalise_and_store(total, mask, width, weight_ptr, bias_ptr, out_ptr + row * out_stride, column, eps)
 
-    _launch_add_layer_norm = Launcher(_add_layer_norm_kernel)
-    _launch_embed_layer_norm = Launcher(_embed_layer_norm_kernel)
+@jit
+def _embed_layer_norm_kernel(
+    table0_ptr,  # [rows of the table, width], contiguous, as are the others
+    table1_ptr,
+    table2_ptr,  # where TABLES is 3
+    index0_ptr,  # [rows] int64
+    index1_ptr,
+    index2_ptr,
+    weight_ptr,  # [width]
+    bias_ptr,  # [width]
+    out_ptr,  # [rows, width], rows out_stride apart
+    out_stride,
+    width,
+    eps,
+    TABLES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < width
+    total = tl.load(table0_ptr + tl.load(index0_ptr + row) * width + column, mask=mask, other=0.0).to(tl.float32)
+    if TABLES > 1:
+        total += tl.load(table1_ptr + tl.load(index1_ptr + row) * width + column, mask=mask, other=0.0).to(tl.float32)
+    if TABLES > 2:
+        total += tl.load(table2_ptr + tl.load(index2_ptr + row) * width + column, mask=mask, other=0.0).to(tl.float32)
+    _normalise_and_store(total, mask, width, weight_ptr, bias_ptr, out_ptr + row * out_stride, column, eps)
+
+
+_launch_add_layer_norm = Launcher(_add_layer_norm_kernel)
+_launch_embed_layer_norm = Launcher(_embed_layer_norm_kernel)
 
 
 library.define(
@@ -150,7 +147,7 @@ def _add_layer_norm_triton(
     rows, width = x.shape
     if rows == 0:
         return
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     _launch_add_layer_norm(
         (rows,),
         x,
@@ -177,7 +174,7 @@ def _embed_layer_norm_triton(
         return
     # a kernel takes a fixed number of pointers: the missing ones are never read
     spare = _MAX_TABLES - len(tables)
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     _launch_embed_layer_norm(
         (rows,),
         *[table.contiguous() for table in tables],
@@ -201,21 +198,16 @@ def _warps(block: int) -> int:
     return min(max(block // 256, 1), 16)
 
 
-def _cuda_reason() -> str | None:
-    return _triton.missing_reason
-
-
-def _cpu_reason() -> str | None:
-    return _CPU_REASON
-
-
-_CPU_REASON = _extension.missing_kernel_reason("add_layer_norm_", "CPU")
-
 if _triton.available:
     library.impl("add_layer_norm_", _add_layer_norm_triton, "CUDA")
     library.impl("embed_layer_norm_", _embed_layer_norm_triton, "CUDA")
 
-register_backends("layer_norm", cuda=_cuda_reason, cpu=_cpu_reason, interpretable=True)
+register_backends(
+    "layer_norm",
+    cuda=_triton.missing_reason,
+    cpu=_extension.missing_kernel_reason("add_layer_norm_", "CPU"),
+    interpretable=True,
+)
 
 _add_layer_norm_op: Any = torch.ops.fastkd_kernels.add_layer_norm_.default
 _embed_layer_norm_op: Any = torch.ops.fastkd_kernels.embed_layer_norm_.default

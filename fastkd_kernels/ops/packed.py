@@ -20,9 +20,9 @@ from torch import Tensor
 
 from fastkd_kernels import _extension, _triton
 from fastkd_kernels._backend import register_backends, resolve
-from fastkd_kernels._launch import Launcher
+from fastkd_kernels._launch import Launcher, next_power_of_2
 from fastkd_kernels._library import library
-from fastkd_kernels._triton import tl, triton
+from fastkd_kernels._triton import jit, tl
 
 
 def pack_reference(tensors: Sequence[Tensor], lengths: Tensor, total: int) -> tuple[list[Tensor], Tensor]:
@@ -87,105 +87,107 @@ def _gather(tensor: Tensor, rows: Tensor) -> Tensor:
     return tensor.index_select(0, flat).view(*rows.shape, *tensor.shape[1:])
 
 
-if _triton.available:
+@jit
+def _copy_words(
+    source_ptr,  # of the first word
+    target_ptr,
+    words,  # int64, how many of them; zeros are written from `used` on
+    used,
+    BLOCK: tl.constexpr,
+):
+    for first in range(0, words, BLOCK):
+        word = first + tl.arange(0, BLOCK)
+        values = tl.load(source_ptr + word, mask=word < used, other=0)
+        tl.store(target_ptr + word, values, mask=word < words)
 
-    @triton.jit
-    def _copy_words(
-        source_ptr,  # of the first word
-        target_ptr,
-        words,  # int64, how many of them; zeros are written from `used` on
-        used,
-        BLOCK: tl.constexpr,
-    ):
-        for first in range(0, words, BLOCK):
-            word = first + tl.arange(0, BLOCK)
-            values = tl.load(source_ptr + word, mask=word < used, other=0)
-            tl.store(target_ptr + word, values, mask=word < words)
 
-    @triton.jit
-    def _pack_kernel(
-        source_ptr,  # [B, T, row_words]
-        target_ptr,  # [capacity, row_words]
-        lengths_ptr,  # [B]
-        cu_seqlens_ptr,  # [B + 1], written
-        padded,
-        capacity,
-        row_words,
-        LENGTHS_BLOCK: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        sequence = tl.program_id(0)
-        start = tl.full((), 0, tl.int64)
-        for first in range(0, sequence, LENGTHS_BLOCK):
-            other = first + tl.arange(0, LENGTHS_BLOCK)
-            start += tl.sum(tl.load(lengths_ptr + other, mask=other < sequence, other=0).to(tl.int64), 0)
-        length = tl.load(lengths_ptr + sequence).to(tl.int64)
-        if sequence == 0:
-            tl.store(cu_seqlens_ptr, 0)
-        tl.store(cu_seqlens_ptr + sequence + 1, (start + length).to(tl.int32))
-        rows = tl.minimum(tl.minimum(length, padded), tl.maximum(capacity - start, 0))
-        source = source_ptr + sequence.to(tl.int64) * padded * row_words
-        _copy_words(source, target_ptr + start * row_words, rows * row_words, rows * row_words, BLOCK)
+@jit
+def _pack_kernel(
+    source_ptr,  # [B, T, row_words]
+    target_ptr,  # [capacity, row_words]
+    lengths_ptr,  # [B]
+    cu_seqlens_ptr,  # [B + 1], written
+    padded,
+    capacity,
+    row_words,
+    LENGTHS_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sequence = tl.program_id(0)
+    start = tl.full((), 0, tl.int64)
+    for first in range(0, sequence, LENGTHS_BLOCK):
+        other = first + tl.arange(0, LENGTHS_BLOCK)
+        start += tl.sum(tl.load(lengths_ptr + other, mask=other < sequence, other=0).to(tl.int64), 0)
+    length = tl.load(lengths_ptr + sequence).to(tl.int64)
+    if sequence == 0:
+        tl.store(cu_seqlens_ptr, 0)
+    tl.store(cu_seqlens_ptr + sequence + 1, (start + length).to(tl.int32))
+    rows = tl.minimum(tl.minimum(length, padded), tl.maximum(capacity - start, 0))
+    source = source_ptr + sequence.to(tl.int64) * padded * row_words
+    _copy_words(source, target_ptr + start * row_words, rows * row_words, rows * row_words, BLOCK)
 
-    @triton.jit
-    def _unpack_kernel(
-        source_ptr,  # [rows, row_words]
-        target_ptr,  # [B, T, row_words]
-        cu_seqlens_ptr,  # [B + 1]
-        padded,
-        rows,
-        row_words,
-        BLOCK: tl.constexpr,
-    ):
-        sequence = tl.program_id(0)
-        start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
-        length = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64) - start
-        used = tl.minimum(tl.minimum(length, padded), tl.maximum(rows - start, 0))
-        target = target_ptr + sequence.to(tl.int64) * padded * row_words
-        _copy_words(source_ptr + start * row_words, target, padded.to(tl.int64) * row_words, used * row_words, BLOCK)
 
-    @triton.jit
-    def _compact_packed_kernel(
-        source_ptr,  # [rows, row_words]
-        target_ptr,  # [capacity, row_words]
-        cu_seqlens_ptr,  # [B + 1]
-        survivors_ptr,  # [K]
-        count_ptr,  # [1], where HAS_COUNT
-        new_cu_seqlens_ptr,  # [K + 1], written
-        sequences,
-        survivor_count,  # K
-        rows,
-        capacity,
-        row_words,
-        HAS_COUNT: tl.constexpr,
-        SURVIVORS_BLOCK: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
-        place = tl.program_id(0)
-        live = survivor_count
-        if HAS_COUNT:
-            live = tl.minimum(tl.maximum(tl.load(count_ptr), 0), survivor_count)
-        start = tl.full((), 0, tl.int64)
-        for first in range(0, tl.minimum(place, live), SURVIVORS_BLOCK):
-            other = first + tl.arange(0, SURVIVORS_BLOCK)
-            before = (other < place) & (other < live)
-            kept = tl.load(survivors_ptr + other, mask=before, other=0).to(tl.int64)
-            before = before & (kept >= 0) & (kept < sequences)
-            end = tl.load(cu_seqlens_ptr + kept + 1, mask=before, other=0)
-            start += tl.sum((end - tl.load(cu_seqlens_ptr + kept, mask=before, other=0)).to(tl.int64), 0)
-        sequence = tl.load(survivors_ptr + place, mask=place < live, other=0).to(tl.int64)
-        valid = (place < live) & (sequence >= 0) & (sequence < sequences)
-        source_row = tl.load(cu_seqlens_ptr + sequence, mask=valid, other=0).to(tl.int64)
-        length = tl.load(cu_seqlens_ptr + sequence + 1, mask=valid, other=0).to(tl.int64) - source_row
-        if place == 0:
-            tl.store(new_cu_seqlens_ptr, 0)
-        tl.store(new_cu_seqlens_ptr + place + 1, (start + length).to(tl.int32))
-        words = tl.minimum(tl.minimum(length, rows - source_row), tl.maximum(capacity - start, 0)) * row_words
-        _copy_words(source_ptr + source_row * row_words, target_ptr + start * row_words, words, words, BLOCK)
+@jit
+def _unpack_kernel(
+    source_ptr,  # [rows, row_words]
+    target_ptr,  # [B, T, row_words]
+    cu_seqlens_ptr,  # [B + 1]
+    padded,
+    rows,
+    row_words,
+    BLOCK: tl.constexpr,
+):
+    sequence = tl.program_id(0)
+    start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+    length = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64) - start
+    used = tl.minimum(tl.minimum(length, padded), tl.maximum(rows - start, 0))
+    target = target_ptr + sequence.to(tl.int64) * padded * row_words
+    _copy_words(source_ptr + start * row_words, target, padded.to(tl.int64) * row_words, used * row_words, BLOCK)
 
-    _launch_pack = Launcher(_pack_kernel)
-    _launch_unpack = Launcher(_unpack_kernel)
-    _launch_compact_packed = Launcher(_compact_packed_kernel)
+
+@jit
+def _compact_packed_kernel(
+    source_ptr,  # [rows, row_words]
+    target_ptr,  # [capacity, row_words]
+    cu_seqlens_ptr,  # [B + 1]
+    survivors_ptr,  # [K]
+    count_ptr,  # [1], where HAS_COUNT
+    new_cu_seqlens_ptr,  # [K + 1], written
+    sequences,
+    survivor_count,  # K
+    rows,
+    capacity,
+    row_words,
+    HAS_COUNT: tl.constexpr,
+    SURVIVORS_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0)
+    live = survivor_count
+    if HAS_COUNT:
+        live = tl.minimum(tl.maximum(tl.load(count_ptr), 0), survivor_count)
+    start = tl.full((), 0, tl.int64)
+    for first in range(0, tl.minimum(place, live), SURVIVORS_BLOCK):
+        other = first + tl.arange(0, SURVIVORS_BLOCK)
+        before = (other < place) & (other < live)
+        kept = tl.load(survivors_ptr + other, mask=before, other=0).to(tl.int64)
+        before = before & (kept >= 0) & (kept < sequences)
+        end = tl.load(cu_seqlens_ptr + kept + 1, mask=before, other=0)
+        start += tl.sum((end - tl.load(cu_seqlens_ptr + kept, mask=before, other=0)).to(tl.int64), 0)
+    sequence = tl.load(survivors_ptr + place, mask=place < live, other=0).to(tl.int64)
+    valid = (place < live) & (sequence >= 0) & (sequence < sequences)
+    source_row = tl.load(cu_seqlens_ptr + sequence, mask=valid, other=0).to(tl.int64)
+    length = tl.load(cu_seqlens_ptr + sequence + 1, mask=valid, other=0).to(tl.int64) - source_row
+    if place == 0:
+        tl.store(new_cu_seqlens_ptr, 0)
+    tl.store(new_cu_seqlens_ptr + place + 1, (start + length).to(tl.int32))
+    words = tl.minimum(tl.minimum(length, rows - source_row), tl.maximum(capacity - start, 0)) * row_words
+    _copy_words(source_ptr + source_row * row_words, target_ptr + start * row_words, words, words, BLOCK)
+
+
+_launch_pack = Launcher(_pack_kernel)
+_launch_unpack = Launcher(_unpack_kernel)
+_launch_compact_packed = Launcher(_compact_packed_kernel)
 
 
 _LENGTHS_BLOCK = 1024  # lengths that one program adds at a time to find where its sequence starts
@@ -302,25 +304,20 @@ def _as_words(tensor: Tensor, row_dims: int) -> Tensor:
 
 
 def _block(words: int) -> int:
-    return min(triton.next_power_of_2(max(words, 1)), _MAX_BLOCK)
+    return min(next_power_of_2(max(words, 1)), _MAX_BLOCK)
 
-
-def _cuda_reason() -> str | None:
-    return _triton.missing_reason
-
-
-def _cpu_reason() -> str | None:
-    return _CPU_REASON
-
-
-_CPU_REASON = _extension.missing_kernel_reason("pack_", "CPU")
 
 if _triton.available:
     library.impl("pack_", _pack_triton, "CUDA")
     library.impl("unpack_", _unpack_triton, "CUDA")
     library.impl("compact_packed_", _compact_packed_triton, "CUDA")
 
-register_backends("packed", cuda=_cuda_reason, cpu=_cpu_reason, interpretable=True)
+register_backends(
+    "packed",
+    cuda=_triton.missing_reason,
+    cpu=_extension.missing_kernel_reason("pack_", "CPU"),
+    interpretable=True,
+)
 
 _KERNELS = {
     "pack": torch.ops.fastkd_kernels.pack_.default,

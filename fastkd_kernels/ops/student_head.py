@@ -19,56 +19,57 @@ needs to be kept.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fastkd_kernels import _backend, _extension, _triton
-from fastkd_kernels._launch import Launcher, current_stream
+from fastkd_kernels._checks import check_same_device
+from fastkd_kernels._launch import LaunchConfig, Launcher, next_power_of_2
 from fastkd_kernels._library import library
-from fastkd_kernels._stamps import ParameterStamp
-from fastkd_kernels._triton import tl
+from fastkd_kernels._onednn import linear_tanh
+from fastkd_kernels._student_head_weights import (
+    FoldedStudentHead,
+    StudentHeadWeights,
+    check_head,
+    fold_cache,
+    matrix_shape,
+    parameters_of,
+)
+from fastkd_kernels._tickets import tickets
+from fastkd_kernels._triton import jit, tl
 from fastkd_kernels.ops.exit_gate import (
     ExitGateConfig,
     ExitGateOutput,
     ExitRecord,
-    _gate_rows,
-    _jit,
-    _list_survivors,
-    _scale,
+    GateCall,
+    check_gate_call,
     exit_gate,
+    gate_rows,
+    list_survivors,
+    uncertainty_scale,
 )
-from fastkd_kernels.ops.exit_gate import _check as _check_gate
-
-Affine = tuple[Tensor, Tensor]
-"""Weight [out, in] and bias [out] of one linear layer."""
 
 
-class StudentHeadWeights(NamedTuple):
-    """The seven linear layers of one head, as (weight [out, in], bias [out]) pairs."""
+class TokenLayout(NamedTuple):
+    """How the tokens of B sequences lie in hidden states: where none is given, all tokens of [B, T, H] count."""
 
-    narrow: Affine
-    """[D, H]"""
-    query: Affine
-    """[D, D]"""
-    key: Affine
-    """[D, D]"""
-    value: Affine
-    """[D, D]"""
-    output: Affine
-    """[D, D]"""
-    dense: Affine
-    """[D, D]"""
-    classifier: Affine
-    """[C, D]"""
-    num_attention_heads: int = 2
+    lengths: Tensor | None = None
+    """[B], where padding is on the right only"""
+    attention_mask: Tensor | None = None
+    """[B, T], non-zero where a token counts"""
+    cu_seqlens: Tensor | None = None
+    """[B + 1], bounds of the sequences in packed hidden states [N_tokens, H]"""
+
+    def batch_and_tokens(self, hidden_states: Tensor) -> tuple[int, int]:
+        """B and the padded length T, which is 0 in the packed layout."""
+        if self.cu_seqlens is not None:
+            return self.cu_seqlens.shape[0] - 1, 0
+        return hidden_states.shape[0], hidden_states.shape[1]
 
 
 def student_head_reference(
@@ -123,136 +124,14 @@ def _pad(packed: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     return padded, lengths
 
 
-@dataclass(frozen=True)
-class FoldedStudentHead:
-    """A head with its projections folded, in float32 (float64 for a float64 head); matrices are stored [in, out]."""
-
-    narrow: Affine
-    """[D, H] and [D], as they are"""
-    query_key: Tensor
-    """[heads, D, D], U_j transposed"""
-    query_bias: Tensor
-    """[heads, D], e_j"""
-    mix: Tensor
-    """[heads, D, D], M_j transposed"""
-    mix_bias: Tensor
-    """[D], m"""
-    classifier: Affine
-    """[C, D] and [C]"""
-
-    @property
-    def num_attention_heads(self) -> int:
-        return self.query_key.shape[0]
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """H, D and C."""
-        return self.narrow[0].shape[1], self.narrow[0].shape[0], self.classifier[0].shape[0]
-
-
-def fold(head: StudentHeadWeights) -> FoldedStudentHead:
-    """Fold query into key and value, output and dense into one matrix a head (module docstring).
-
-    The products are formed in float64, so a folded matrix is as exact as its dtype allows.
-    """
-    heads, width = head.num_attention_heads, head.query[0].shape[0]
-    head_width = width // heads
-    (query, query_bias), (key, _), (value, value_bias), (output, output_bias), (dense, dense_bias) = (
-        (weight.detach().double(), bias.detach().double())
-        for weight, bias in (head.query, head.key, head.value, head.output, head.dense)
-    )
-    key = key.view(heads, head_width, width) * head_width**-0.5
-    query_key = query.view(heads, head_width, width).mT @ key
-    folded_query_bias = (query_bias.view(heads, 1, head_width) @ key).squeeze(1)
-    dense_output = (dense @ output).view(width, heads, head_width).permute(1, 2, 0)
-    mix = value.view(heads, head_width, width).mT @ dense_output
-    mix_bias = dense @ (output @ value_bias + output_bias) + dense_bias
-
-    accumulated = torch.float64 if head.narrow[0].dtype == torch.float64 else torch.float32
-    return FoldedStudentHead(
-        narrow=(head.narrow[0].detach().contiguous(), head.narrow[1].detach().contiguous()),
-        query_key=query_key.to(accumulated).contiguous(),
-        query_bias=folded_query_bias.to(accumulated).contiguous(),
-        mix=mix.to(accumulated).contiguous(),
-        mix_bias=mix_bias.to(accumulated).contiguous(),
-        classifier=(
-            head.classifier[0].detach().to(accumulated).contiguous(),
-            head.classifier[1].detach().to(accumulated).contiguous(),
-        ),
-    )
-
-
-@dataclass(frozen=True)
-class _CacheEntry:
-    folded: FoldedStudentHead
-    stamp: ParameterStamp
-    captured: list[FoldedStudentHead]
-    """What CUDA graphs point to, kept as long as the head lives."""
-
-
-class _FoldCache:
-    """Folded heads by their query weight, forgotten with it and rebuilt when any parameter changes."""
-
-    def __init__(self) -> None:
-        self._entries = WeakIdKeyDictionary()
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def get(self, head: StudentHeadWeights) -> FoldedStudentHead:
-        parameters = _parameters(head)
-        entry = self._entries.get(head.query[0])
-        if (
-            entry is not None
-            and head.num_attention_heads == entry.folded.num_attention_heads
-            and entry.stamp.is_current(parameters)
-        ):
-            if _capturing(head.query[0]):
-                entry.captured.append(entry.folded)
-            return entry.folded
-        _check_head(head)
-        # an inference tensor has no version; and what is folded during a capture exists only once the graph is replayed
-        if any(parameter.is_inference() for parameter in parameters) or _capturing(head.query[0]):
-            return fold(head)
-        with self._lock, torch.inference_mode(False), torch.no_grad():
-            stamp = ParameterStamp(parameters)
-            folded = fold(head)
-            if head.query[0].is_cuda:
-                # once per change of the weights, so that every stream may use them
-                torch.cuda.current_stream(head.query[0].device).synchronize()
-            captured = [] if entry is None else entry.captured
-            self._entries[head.query[0]] = _CacheEntry(folded, stamp, captured)
-        return folded
-
-
-_fold_cache = _FoldCache()
-
-
-def _parameters(head: StudentHeadWeights) -> list[Tensor]:
-    return [*head.narrow, *head.query, *head.key, *head.value, *head.output, *head.dense, *head.classifier]
-
-
-def _capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-_jit_kernel = (
-    _triton.triton.jit(do_not_specialize=["tokens", "batch", "capacity", "layer", "top_n"])
-    if _triton.available
-    else _jit
-)
-"""One binary for every batch size, length, layer and n."""
-
-
-@_jit
+@jit
 def _tanh(x):
     decay = tl.exp(-2 * tl.abs(x))  # never overflows; NaN stays NaN
     result = (1 - decay) / (1 + decay)
     return tl.where(x < 0, -result, result)
 
 
-@_jit
+@jit
 def _vector_matrix(
     vector,  # [ROWS] float32, in global memory
     matrix,  # [ROWS, WIDTH] float32
@@ -269,7 +148,7 @@ def _vector_matrix(
     return tl.sum(total, 0)
 
 
-@_jit
+@jit
 def _narrow_tile(
     rows,  # [BLOCK_TOKENS, 1] pointers to tokens of H features
     valid,  # [BLOCK_TOKENS]; other tokens are not read
@@ -303,7 +182,7 @@ def _narrow_tile(
     return _tanh(product + bias[None, :])
 
 
-@_jit
+@jit
 def _attend(
     sequence,  # its number, int64
     split,  # the number of this program's share of its tokens
@@ -413,7 +292,7 @@ def _attend(
     return largest, total
 
 
-@_jit
+@jit
 def _is_last(
     ticket,  # int32, 0 before and after the launch
     programs,  # how many take it
@@ -426,7 +305,7 @@ def _is_last(
     return last
 
 
-@_jit
+@jit
 def _combine_shares(
     shares,  # [2 + heads, D] float32 of each: largest score, sum of the weights, means
     stride,  # from one to the next
@@ -453,7 +332,7 @@ def _combine_shares(
     tl.store(means + cell, mean / total)
 
 
-@_jit
+@jit
 def _mix(
     means,  # [heads, D] float32, the c_j
     mix,  # [heads, D, D] float32
@@ -471,7 +350,7 @@ def _mix(
     tl.debug_barrier()
 
 
-@_jit
+@jit
 def _classify(
     logits,  # [C] float32, out
     dense,  # [D] float32
@@ -494,7 +373,7 @@ def _classify(
         tl.store(logits + label, values, mask=known)
 
 
-@_jit
+@jit
 def _list_if_last(
     stays,  # [B] int8, written by all programs
     survivors,  # [B] int32, out
@@ -509,11 +388,12 @@ def _list_if_last(
         for first in range(0, batch, BLOCK):
             row = first + tl.arange(0, BLOCK)
             stay = tl.load(stays + row, mask=row < batch, other=0, cache_modifier=".cg").to(tl.int32)
-            kept = _list_survivors(survivors, first, stay, kept, BLOCK)
+            kept = list_survivors(survivors, first, stay, kept, BLOCK)
         tl.store(count, kept)
 
 
-@_jit_kernel
+# one binary for every batch size, length, layer and n
+@jit(do_not_specialize=["tokens", "batch", "capacity", "layer", "top_n"])
 def _student_head_kernel(
     hidden_states,  # [B, T, H], or [N_tokens, H] with cu_seqlens
     narrow_weight,  # [D, H]
@@ -617,7 +497,7 @@ def _student_head_kernel(
     _classify(own_logits, dense, classifier, classifier_bias, num_labels, WIDTH, BLOCK_LABELS, BLOCK_WIDTH)
     if CRITERION is not None:
         tl.debug_barrier()  # the gate reads the logits back
-        stay = _gate_rows(
+        stay = gate_rows(
             sequence,
             logits,
             speeds,
@@ -649,7 +529,7 @@ _launch_student_head = Launcher(_student_head_kernel)
 
 
 class GpuLimits(NamedTuple):
-    """What the heuristic asks about a GPU; an H100 and an H200 have the defaults."""
+    """What `StudentHeadConfig.choose` asks about a GPU; an H100 and an H200 have the defaults."""
 
     multiprocessors: int = 132
     shared_memory: int = 232_448
@@ -668,7 +548,7 @@ class GpuLimits(NamedTuple):
 
 
 @dataclass(frozen=True)
-class StudentHeadConfig:
+class StudentHeadConfig(LaunchConfig):
     """Launch configuration of the CUDA kernel; `splits` programs a sequence."""
 
     splits: int
@@ -685,7 +565,7 @@ class StudentHeadConfig:
 
     @classmethod
     @lru_cache(maxsize=1024)  # the host is what a small batch waits for
-    def heuristic(
+    def choose(
         cls,
         dtype: torch.dtype,
         hidden: int,
@@ -706,9 +586,9 @@ class StudentHeadConfig:
 
         Shares are added in another order than tiles, so another batch size may move a logit by a rounding.
         """
-        block_hidden = min(16 if dtype == torch.float32 else 64, max(16, _next_power_of_2(hidden)))
-        block_labels = min(max(_next_power_of_2(num_labels), 2), 256)
-        gate = ExitGateConfig.heuristic(1, num_labels)
+        block_hidden = min(16 if dtype == torch.float32 else 64, max(16, next_power_of_2(hidden)))
+        block_labels = min(max(next_power_of_2(num_labels), 2), 256)
+        gate = ExitGateConfig.choose(1, num_labels)
         small = 64 if width <= 128 else 32
         large = 128 if limits.wgmma and dtype != torch.float32 and width <= 128 else small
 
@@ -738,7 +618,6 @@ class StudentHeadConfig:
         )
 
     def constants(self) -> dict[str, int]:
-        """The constexprs under the kernel's names."""
         return {
             "SPLITS": self.splits,
             "BLOCK_TOKENS": self.block_tokens,
@@ -752,133 +631,7 @@ class StudentHeadConfig:
         }
 
     def options(self) -> dict[str, int]:
-        """What the compiler is told."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
-    @cached_property
-    def launch(self) -> dict[str, int]:
-        """Constexprs and options, as the launcher takes them."""
-        return {**self.constants(), **self.options()}
-
-
-def _next_power_of_2(value: int) -> int:
-    return 1 << max(value - 1, 0).bit_length()
-
-
-def _student_head_cpu(
-    hidden_states: Tensor,
-    head: StudentHeadWeights,
-    lengths: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    folded = _fold_cache.get(head)
-    batch, tokens = _batch_and_tokens(hidden_states, cu_seqlens)
-    rows, tail = _narrow_cpu(hidden_states.reshape(-1, hidden_states.shape[-1]), *folded.narrow)
-    return torch.ops.fastkd_kernels.student_head_pool(
-        rows,
-        tail,
-        batch,
-        tokens,
-        folded.num_attention_heads,
-        folded.query_key,
-        folded.query_bias,
-        folded.mix,
-        folded.mix_bias,
-        *folded.classifier,
-        None if lengths is None else lengths.to(torch.int64).contiguous(),
-        None if attention_mask is None else (attention_mask != 0).contiguous(),
-        None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous(),
-    )
-
-
-def _batch_and_tokens(hidden_states: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int]:
-    """B and the padded length T, which is 0 in the packed layout."""
-    if cu_seqlens is not None:
-        return cu_seqlens.shape[0] - 1, 0
-    return hidden_states.shape[0], hidden_states.shape[1]
-
-
-_ROW_BUCKET = 64
-"""oneDNN prepares a primitive for every new number of rows, which takes as long as a few hundred rows."""
-
-
-def _narrow_cpu(rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor | None]:
-    """tanh(rows W' + b), [N, D], as the rows up to a multiple of the bucket and the tail after them."""
-    dtype = _cpu_dtype(rows.dtype)
-    rows, weight, bias = rows.to(dtype).contiguous(), weight.to(dtype), bias.to(dtype)
-    if not _onednn_multiplies(dtype):
-        return F.linear(rows, weight, bias).tanh_(), None
-    rest = rows.shape[0] % _ROW_BUCKET
-    if rest == 0:
-        return _linear_tanh(rows, weight, bias), None
-    if rows.shape[0] < _ROW_BUCKET:
-        bucket = rows.new_zeros(_ROW_BUCKET if rest > _ROW_BUCKET // 2 else _ROW_BUCKET // 2, rows.shape[1])
-        bucket[:rest] = rows
-        return _linear_tanh(bucket, weight, bias)[:rest], None
-    # the last bucket overlaps the one before it: no copy
-    tail = _linear_tanh(rows[-_ROW_BUCKET:], weight, bias)[-rest:]
-    return _linear_tanh(rows[:-rest], weight, bias), tail
-
-
-def _linear_tanh(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """One oneDNN product with tanh as its epilogue; in float32 it is also twice as fast as MKL on AMD's CPUs."""
-    return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "tanh", [], "")
-
-
-def _cpu_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which dtype a CPU multiplies `dtype`: without instructions for it, float32 is several times faster."""
-    return dtype if _onednn_multiplies(dtype) else torch.float32
-
-
-def _onednn_multiplies(dtype: torch.dtype) -> bool:
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32
-
-
-class _Tickets:
-    """Zeroed counters for `_is_last`, which leaves them at zero.
-
-    Launches that may overlap must not share one: every stream has its own, and so has every launch in a CUDA graph.
-    """
-
-    CELLS = 1 << 18
-
-    def __init__(self) -> None:
-        self._cells: dict[torch.device, Tensor] = {}
-        self._of_stream: dict[tuple[int, int], Tensor] = {}
-        self._lock = threading.Lock()
-
-    def take(self, tensor: Tensor, count: int) -> Tensor:
-        """At least `count` of int32, on the device of `tensor`."""
-        capturing = _capturing(tensor)
-        if not tensor.is_cuda or (capturing and tensor.device not in self._cells):
-            return tensor.new_zeros(count, dtype=torch.int32)
-        with self._lock:
-            if capturing:
-                return self._new_cells(tensor, count)
-            key = (tensor.get_device(), current_stream(tensor.get_device()))
-            if key not in self._of_stream or self._of_stream[key].shape[0] < count:
-                self._of_stream[key] = self._new_cells(tensor, _next_power_of_2(count))
-            return self._of_stream[key]
-
-    def _new_cells(self, tensor: Tensor, count: int) -> Tensor:
-        if tensor.device not in self._cells:
-            self._cells[tensor.device] = torch.zeros(self.CELLS, dtype=torch.int32, device=tensor.device)
-            # once a device, so that every stream may use them
-            torch.cuda.current_stream(tensor.device).synchronize()
-        cells = self._cells[tensor.device]
-        count = -(-count // 4) * 4  # 16 bytes: another alignment would be another binary, in the middle of a capture
-        if cells.shape[0] < count:
-            return tensor.new_zeros(count, dtype=torch.int32)
-        self._cells[tensor.device] = cells[count:]
-        return cells[:count]
-
-
-_tickets = _Tickets()
 
 
 class _GateArguments(NamedTuple):
@@ -896,35 +649,18 @@ class _GateArguments(NamedTuple):
 _NO_GATE = _GateArguments(None, (None,) * 6, (None,) * 4, (0, 0, 0, 0.0, 1.0, 0))
 
 
-def _student_head_cuda(
-    hidden_states: Tensor,
-    head: StudentHeadWeights,
-    lengths: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    logits = _new_logits(hidden_states, head, cu_seqlens)
-    _launch(hidden_states, head, lengths, attention_mask, cu_seqlens, logits, _NO_GATE)
-    return logits
-
-
 def _launch(
-    hidden_states: Tensor,
-    head: StudentHeadWeights,
-    lengths: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    logits: Tensor,
-    gate: _GateArguments,
+    hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout, logits: Tensor, gate: _GateArguments
 ) -> None:
-    folded = _fold_cache.get(head)
-    config = _config(hidden_states, folded, cu_seqlens)
-    batch, tokens = _batch_and_tokens(hidden_states, cu_seqlens)
+    folded = fold_cache.get(head)
+    config = _config(hidden_states, folded, layout)
+    batch, tokens = layout.batch_and_tokens(hidden_states)
     hidden, width, num_labels = folded.sizes
     heads = folded.num_attention_heads
     counted = batch if config.splits > 1 else 0
     if hidden_states.stride(-1) != 1:
         hidden_states = hidden_states.contiguous()
+    lengths, attention_mask, cu_seqlens = layout
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = attention_mask.view(torch.uint8)
     _launch_student_head(
@@ -942,7 +678,7 @@ def _launch(
         folded.mix.new_empty(batch, config.splits, 4 + 3 * heads, width),
         logits,
         *gate.tensors,
-        None if gate.criterion is None and not counted else _tickets.take(hidden_states, 1 + counted),
+        None if gate.criterion is None and not counted else tickets.take(hidden_states, 1 + counted),
         *gate.record,
         tokens,
         hidden,
@@ -960,12 +696,106 @@ def _launch(
     )
 
 
-def _config(hidden_states: Tensor, folded: FoldedStudentHead, cu_seqlens: Tensor | None) -> StudentHeadConfig:
-    batch, tokens = _batch_and_tokens(hidden_states, cu_seqlens)
-    if cu_seqlens is not None:
+def _config(hidden_states: Tensor, folded: FoldedStudentHead, layout: TokenLayout) -> StudentHeadConfig:
+    batch, tokens = layout.batch_and_tokens(hidden_states)
+    if layout.cu_seqlens is not None:
         tokens = hidden_states.shape[0] // batch  # on average; asking for the longest would wait for the device
     limits = GpuLimits.of(hidden_states.device)
-    return StudentHeadConfig.heuristic(hidden_states.dtype, *folded.sizes, batch, tokens, limits)
+    return StudentHeadConfig.choose(hidden_states.dtype, *folded.sizes, batch, tokens, limits)
+
+
+def _student_head_cuda(hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout) -> Tensor:
+    logits = _new_logits(hidden_states, head, layout)
+    _launch(hidden_states, head, layout, logits, _NO_GATE)
+    return logits
+
+
+def _student_head_exit_cuda(
+    hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout, call: GateCall, logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fills `logits`; returns uncertainty, survivors and count."""
+    batch, num_labels = logits.shape
+    uncertainty, survivors, count = decision = _new_decision(logits)
+    stays = survivors.new_empty(batch, dtype=torch.int8)
+    gate = _GateArguments(
+        criterion=call.criterion,
+        tensors=(call.speeds(), call.contiguous_row_ids(), uncertainty, stays, survivors, count),
+        record=call.record_tensors(),
+        numbers=(
+            batch,
+            batch if call.record is None else call.record.exit_layer.shape[0],
+            call.layer or 0,
+            call.one_speed(),
+            uncertainty_scale(call.criterion, num_labels, call.top_n),
+            call.top_n or 0,
+        ),
+    )
+    _launch(hidden_states, head, layout, logits, gate)
+    return decision
+
+
+def _student_head_cpu(hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout) -> Tensor:
+    folded = fold_cache.get(head)
+    batch, tokens = layout.batch_and_tokens(hidden_states)
+    rows, tail = linear_tanh(hidden_states.reshape(-1, hidden_states.shape[-1]), *folded.narrow)
+    lengths, attention_mask, cu_seqlens = layout
+    return torch.ops.fastkd_kernels.student_head_pool(
+        rows,
+        tail,
+        batch,
+        tokens,
+        folded.num_attention_heads,
+        folded.query_key,
+        folded.query_bias,
+        folded.mix,
+        folded.mix_bias,
+        *folded.classifier,
+        None if lengths is None else lengths.to(torch.int64).contiguous(),
+        None if attention_mask is None else (attention_mask != 0).contiguous(),
+        None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous(),
+    )
+
+
+def _student_head(hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout) -> Tensor:
+    """`student_head` without gradients, on whatever backend."""
+    _check_values(hidden_states, layout)
+    name = _resolve(hidden_states, head)
+    if name == "reference":
+        check_head(head)
+        return student_head_reference(hidden_states, head, *layout)
+    if layout.batch_and_tokens(hidden_states)[0] == 0:
+        return _new_logits(hidden_states, head, layout)
+    run = _student_head_cuda if name == "cuda" else _student_head_cpu
+    return run(hidden_states, head, layout)
+
+
+def _new_logits(hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout) -> Tensor:
+    dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+    batch, _ = layout.batch_and_tokens(hidden_states)
+    return hidden_states.new_empty(batch, head.classifier[0].shape[0], dtype=dtype)
+
+
+def _new_decision(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch = logits.shape[0]
+    return (
+        logits.new_empty(batch),
+        logits.new_empty(batch, dtype=torch.int32),
+        logits.new_empty(1, dtype=torch.int32),
+    )
+
+
+_backend.register_backends(
+    "student_head",
+    cuda=_triton.missing_reason,
+    cpu=_extension.missing_kernel_reason("student_head_pool", "CPU"),
+    interpretable=True,
+)
+
+
+def _resolve(hidden_states: Tensor, head: StudentHeadWeights) -> str:
+    name = _backend.resolve("student_head", hidden_states.device)
+    reason = None if name == "reference" else _unsupported(head, name)
+    return name if reason is None else _backend.fall_back("student_head", name, reason)
 
 
 def _unsupported(head: StudentHeadWeights, backend: str) -> str | None:
@@ -982,52 +812,6 @@ def _unsupported(head: StudentHeadWeights, backend: str) -> str | None:
     return None
 
 
-def _cuda_reason() -> str | None:
-    return _triton.missing_reason
-
-
-# worked out once, because torch.compile cannot trace into the dispatcher
-_CPU_REASON = _extension.missing_kernel_reason("student_head_pool", "CPU")
-
-
-def _cpu_reason() -> str | None:
-    return _CPU_REASON
-
-
-_backend.register_backends("student_head", cuda=_cuda_reason, cpu=_cpu_reason, interpretable=True)
-
-
-def _resolve(hidden_states: Tensor, head: StudentHeadWeights) -> str:
-    name = _backend.resolve("student_head", hidden_states.device)
-    reason = None if name == "reference" else _unsupported(head, name)
-    return name if reason is None else _backend.fall_back("student_head", name, reason)
-
-
-def _student_head(
-    hidden_states: Tensor,
-    head: StudentHeadWeights,
-    lengths: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    """`student_head` without gradients, on whatever backend."""
-    _check_values(hidden_states, lengths, attention_mask, cu_seqlens)
-    name = _resolve(hidden_states, head)
-    if name == "reference":
-        _check_head(head)
-        return student_head_reference(hidden_states, head, lengths, attention_mask, cu_seqlens)
-    if _batch_and_tokens(hidden_states, cu_seqlens)[0] == 0:
-        return _new_logits(hidden_states, head, cu_seqlens)
-    run = _student_head_cuda if name == "cuda" else _student_head_cpu
-    return run(hidden_states, head, lengths, attention_mask, cu_seqlens)
-
-
-def _new_logits(hidden_states: Tensor, head: StudentHeadWeights, cu_seqlens: Tensor | None) -> Tensor:
-    dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-    batch, _ = _batch_and_tokens(hidden_states, cu_seqlens)
-    return hidden_states.new_empty(batch, head.classifier[0].shape[0], dtype=dtype)
-
-
 library.define(
     "student_head_pool(Tensor rows, Tensor? tail, int batch, int padded, int heads, Tensor query_key, "
     "Tensor query_bias, Tensor mix, Tensor mix_bias, Tensor classifier, Tensor classifier_bias, Tensor? lengths, "
@@ -1036,6 +820,12 @@ library.define(
 library.define(
     "student_head(Tensor hidden_states, Tensor[] weights, int heads, Tensor? lengths, Tensor? attention_mask, "
     "Tensor? cu_seqlens) -> Tensor"
+)
+library.define(
+    "student_head_exit(Tensor hidden_states, Tensor[] weights, int heads, Tensor? lengths, Tensor? attention_mask, "
+    "Tensor? cu_seqlens, float speed, Tensor? speeds, str criterion, Tensor? row_ids, int? top_n, "
+    "Tensor(a!)? exit_logits, Tensor(b!)? exit_uncertainty, Tensor(c!)? exit_layer, "
+    "Tensor(d!)? history, int? layer) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -1068,7 +858,7 @@ def _student_head_op(
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    return _student_head(hidden_states, _head_of(weights, heads), lengths, attention_mask, cu_seqlens)
+    return _student_head(hidden_states, _head_of(weights, heads), TokenLayout(lengths, attention_mask, cu_seqlens))
 
 
 @torch.library.register_fake("fastkd_kernels::student_head", lib=library)
@@ -1080,7 +870,51 @@ def _student_head_fake(
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    return _new_logits(hidden_states, _head_of(weights, heads), cu_seqlens)
+    return _new_logits(hidden_states, _head_of(weights, heads), TokenLayout(lengths, attention_mask, cu_seqlens))
+
+
+@torch.library.impl(library, "student_head_exit", "CompositeExplicitAutograd")
+def _student_head_exit_op(
+    hidden_states: Tensor,
+    weights: list[Tensor],
+    heads: int,
+    lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    speed: float,
+    speeds: Tensor | None,
+    criterion: str,
+    row_ids: Tensor | None,
+    top_n: int | None,
+    exit_logits: Tensor | None,
+    exit_uncertainty: Tensor | None,
+    exit_layer: Tensor | None,
+    history: Tensor | None,
+    layer: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    head, layout = _head_of(weights, heads), TokenLayout(lengths, attention_mask, cu_seqlens)
+    _check_values(hidden_states, layout)
+    logits = _new_logits(hidden_states, head, layout)
+    record = None
+    if exit_logits is not None and exit_uncertainty is not None and exit_layer is not None and history is not None:
+        record = ExitRecord(exit_logits, exit_uncertainty, exit_layer, history)
+    call = GateCall(speed if speeds is None else speeds, criterion, row_ids, top_n, record, layer)
+    return logits, *_student_head_exit_cuda(hidden_states, head, layout, call, logits)
+
+
+@torch.library.register_fake("fastkd_kernels::student_head_exit", lib=library)
+def _student_head_exit_fake(
+    hidden_states: Tensor,
+    weights: list[Tensor],
+    heads: int,
+    lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *gate: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layout = TokenLayout(lengths, attention_mask, cu_seqlens)
+    logits = _new_logits(hidden_states, _head_of(weights, heads), layout)
+    return logits, *_new_decision(logits)
 
 
 def _head_of(weights: list[Tensor], heads: int) -> StudentHeadWeights:
@@ -1110,7 +944,7 @@ def student_head(
         lengths: [B] int32 or int64 from 1 to T, where padding is on the right only.
         attention_mask: [B, T] of any dtype, non-zero where a token counts; token 0 of every row must.
         cu_seqlens: [B + 1] int32 or int64, sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1]; rows behind the last
-            sequence are nobody's.
+            sequence belong to none.
         dropout_p: probability of dropping an attention weight, in training.
 
     Returns:
@@ -1122,140 +956,18 @@ def student_head(
             beyond N_tokens.
         TypeError: dtypes of hidden states and weights that differ, masks of a wrong dtype.
     """
-    _check(hidden_states, head, lengths, attention_mask, cu_seqlens)
+    layout = TokenLayout(lengths, attention_mask, cu_seqlens)
+    _check(hidden_states, head, layout)
     if dropout_p or _needs_unfolded(hidden_states, head):
-        _check_head(head)
-        _check_values(hidden_states, lengths, attention_mask, cu_seqlens)
-        return student_head_reference(hidden_states, head, lengths, attention_mask, cu_seqlens, dropout_p=dropout_p)
+        check_head(head)
+        _check_values(hidden_states, layout)
+        return student_head_reference(hidden_states, head, *layout, dropout_p=dropout_p)
     if torch.compiler.is_compiling() or type(hidden_states) is not Tensor:
         return torch.ops.fastkd_kernels.student_head(
-            hidden_states, _parameters(head), head.num_attention_heads, lengths, attention_mask, cu_seqlens
+            hidden_states, parameters_of(head), head.num_attention_heads, *layout
         )
     # the dispatcher costs more than a small kernel
-    return _student_head(hidden_states, head, lengths, attention_mask, cu_seqlens)
-
-
-def _needs_unfolded(hidden_states: Tensor, head: StudentHeadWeights) -> bool:
-    if hidden_states.dtype != head.narrow[0].dtype:
-        return True  # torch.autocast is on, and it knows what to do with the products of the reference
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, *_parameters(head)))
-
-
-def _decide(
-    hidden_states: Tensor,
-    head: StudentHeadWeights,
-    lengths: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    speed: float,
-    speeds: Tensor | None,
-    criterion: str,
-    row_ids: Tensor | None,
-    top_n: int | None,
-    record: Sequence[Tensor] | None,
-    layer: int | None,
-    logits: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Fills `logits`; returns uncertainty, survivors and count."""
-    batch, num_labels = logits.shape
-    uncertainty, survivors, count = decision = _new_decision(logits)
-    gate = _GateArguments(
-        criterion=criterion,
-        tensors=(
-            None if speeds is None else speeds.float().contiguous(),
-            None if row_ids is None else row_ids.contiguous(),
-            uncertainty,
-            survivors.new_empty(batch, dtype=torch.int8),
-            survivors,
-            count,
-        ),
-        record=_NO_GATE.record if record is None else tuple(record),
-        numbers=(
-            batch,
-            batch if record is None else record[0].shape[0],
-            layer or 0,
-            float(speed),
-            _scale(criterion, num_labels, top_n or 0),
-            top_n or 0,
-        ),
-    )
-    _launch(hidden_states, head, lengths, attention_mask, cu_seqlens, logits, gate)
-    return decision
-
-
-def _new_decision(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    batch = logits.shape[0]
-    return (
-        logits.new_empty(batch),
-        logits.new_empty(batch, dtype=torch.int32),
-        logits.new_empty(1, dtype=torch.int32),
-    )
-
-
-library.define(
-    "student_head_exit(Tensor hidden_states, Tensor[] weights, int heads, Tensor? lengths, Tensor? attention_mask, "
-    "Tensor? cu_seqlens, float speed, Tensor? speeds, str criterion, Tensor? row_ids, int? top_n, "
-    "Tensor(a!)? exit_logits, Tensor(b!)? exit_uncertainty, Tensor(c!)? exit_layer, "
-    "Tensor(d!)? history, int? layer) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-@torch.library.impl(library, "student_head_exit", "CompositeExplicitAutograd")
-def _student_head_exit_op(
-    hidden_states: Tensor,
-    weights: list[Tensor],
-    heads: int,
-    lengths: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    speed: float,
-    speeds: Tensor | None,
-    criterion: str,
-    row_ids: Tensor | None,
-    top_n: int | None,
-    exit_logits: Tensor | None,
-    exit_uncertainty: Tensor | None,
-    exit_layer: Tensor | None,
-    history: Tensor | None,
-    layer: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_values(hidden_states, lengths, attention_mask, cu_seqlens)
-    head = _head_of(weights, heads)
-    logits = _new_logits(hidden_states, head, cu_seqlens)
-    record = _all_or_none(exit_logits, exit_uncertainty, exit_layer, history)
-    return logits, *_decide(
-        hidden_states,
-        head,
-        lengths,
-        attention_mask,
-        cu_seqlens,
-        speed,
-        speeds,
-        criterion,
-        row_ids,
-        top_n,
-        record,
-        layer,
-        logits,
-    )
-
-
-def _all_or_none(*tensors: Tensor | None) -> list[Tensor] | None:
-    return None if tensors[0] is None else [tensor for tensor in tensors if tensor is not None]
-
-
-@torch.library.register_fake("fastkd_kernels::student_head_exit", lib=library)
-def _student_head_exit_fake(
-    hidden_states: Tensor,
-    weights: list[Tensor],
-    heads: int,
-    lengths: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    *gate: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logits = _new_logits(hidden_states, _head_of(weights, heads), cu_seqlens)
-    return logits, *_new_decision(logits)
+    return _student_head(hidden_states, head, layout)
 
 
 def student_head_exit(
@@ -1280,83 +992,54 @@ def student_head_exit(
     Returns:
         The gate's output with `logits` [B, C] set.
     """
-    _check(hidden_states, head, lengths, attention_mask, cu_seqlens)
-    logits = _new_logits(hidden_states, head, cu_seqlens)
-    _check_gate(logits, speed, criterion, row_ids, top_n, record, layer)
-    if not _one_launch(hidden_states, head, cu_seqlens):
-        logits = student_head(hidden_states, head, lengths, attention_mask, cu_seqlens)
+    layout = TokenLayout(lengths, attention_mask, cu_seqlens)
+    call = GateCall(speed, criterion, row_ids, top_n, record, layer)
+    _check(hidden_states, head, layout)
+    logits = _new_logits(hidden_states, head, layout)
+    check_gate_call(call, logits)
+    if not _one_launch(hidden_states, head, layout):
+        logits = student_head(hidden_states, head, *layout)
         decided = exit_gate(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
         return decided._replace(logits=logits)
-
-    shared = (
-        lengths,
-        attention_mask,
-        cu_seqlens,
-        0.0 if isinstance(speed, Tensor) else float(speed),
-        speed if isinstance(speed, Tensor) else None,
-        criterion,
-        row_ids,
-        top_n,
-    )
-    recorded = None if record is None else (record.logits, record.uncertainty, record.exit_layer, record.history)
     if torch.compiler.is_compiling() or type(hidden_states) is not Tensor:
         logits, uncertainty, survivors, count = torch.ops.fastkd_kernels.student_head_exit(
-            hidden_states, _parameters(head), head.num_attention_heads, *shared, *(recorded or (None,) * 4), layer
+            hidden_states,
+            parameters_of(head),
+            head.num_attention_heads,
+            *layout,
+            call.one_speed(),
+            call.speeds(),
+            criterion,
+            row_ids,
+            top_n,
+            *call.record_tensors(),
+            layer,
         )
     else:
-        _check_values(hidden_states, lengths, attention_mask, cu_seqlens)
-        uncertainty, survivors, count = _decide(hidden_states, head, *shared, recorded, layer, logits)
+        _check_values(hidden_states, layout)
+        uncertainty, survivors, count = _student_head_exit_cuda(hidden_states, head, layout, call, logits)
     return ExitGateOutput(uncertainty, survivors, count, logits)
 
 
-def _one_launch(hidden_states: Tensor, head: StudentHeadWeights, cu_seqlens: Tensor | None) -> bool:
+def _one_launch(hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout) -> bool:
     return (
         not _needs_unfolded(hidden_states, head)
         and _resolve(hidden_states, head) == "cuda"
-        and _batch_and_tokens(hidden_states, cu_seqlens)[0] > 0
+        and layout.batch_and_tokens(hidden_states)[0] > 0
     )
 
 
-def _check_head(head: StudentHeadWeights) -> None:
-    width, hidden = _matrix_shape("narrow", head.narrow[0])
-    if width % head.num_attention_heads:
-        raise ValueError(
-            f"num_attention_heads: got {head.num_attention_heads}, expected a divisor of the head width {width}"
-        )
-    classes = _matrix_shape("classifier", head.classifier[0])[0]
-    expected = {"narrow": (width, hidden), "classifier": (classes, width)}
-    for name, pair in zip(StudentHeadWeights._fields[:7], head[:7], strict=True):
-        weight, bias = pair  # type: ignore[misc]
-        shape = expected.get(name, (width, width))
-        if tuple(weight.shape) != shape or tuple(bias.shape) != shape[:1]:
-            raise ValueError(
-                f"{name}: got a weight of shape {tuple(weight.shape)} and a bias of shape {tuple(bias.shape)}, "
-                f"expected {list(shape)} and [{shape[0]}]"
-            )
-        for tensor in (weight, bias):
-            if tensor.dtype != head.narrow[0].dtype or tensor.device != head.narrow[0].device:
-                raise TypeError(
-                    f"{name}: got {tensor.dtype} on {tensor.device}, expected that of narrow, "
-                    f"{head.narrow[0].dtype} on {head.narrow[0].device}"
-                )
+def _needs_unfolded(hidden_states: Tensor, head: StudentHeadWeights) -> bool:
+    if hidden_states.dtype != head.narrow[0].dtype:
+        return True  # torch.autocast is on, and it knows what to do with the products of the reference
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, *parameters_of(head)))
 
 
-def _matrix_shape(name: str, weight: Tensor) -> tuple[int, int]:
-    if weight.dim() != 2:
-        raise ValueError(f"{name}: got a weight of shape {tuple(weight.shape)}, expected [out, in]")
-    return weight.shape[0], weight.shape[1]
-
-
-def _check(
-    hidden_states: Tensor,
-    head: StudentHeadWeights,
-    lengths: Tensor | None,
-    attention_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
+def _check(hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout) -> None:
     weight = head.narrow[0]
-    _matrix_shape("narrow", weight)
-    masks = {"lengths": lengths, "attention_mask": attention_mask, "cu_seqlens": cu_seqlens}
+    matrix_shape("narrow", weight)
+    lengths, attention_mask, cu_seqlens = layout
+    masks = dict(zip(TokenLayout._fields, layout, strict=True))
     given = [name for name, mask in masks.items() if mask is not None]
     if len(given) > 1:
         raise ValueError(
@@ -1366,9 +1049,9 @@ def _check(
         raise TypeError(f"hidden_states: got dtype {hidden_states.dtype}, expected a floating-point dtype")
     dims = 2 if cu_seqlens is not None else 3
     if hidden_states.dim() != dims or hidden_states.shape[-1] != weight.shape[-1]:
-        layout = "[N_tokens, H]" if cu_seqlens is not None else "[B, T, H]"
+        expected = "[N_tokens, H]" if cu_seqlens is not None else "[B, T, H]"
         raise ValueError(
-            f"hidden_states: got shape {tuple(hidden_states.shape)}, expected {layout} with H={weight.shape[-1]}, "
+            f"hidden_states: got shape {tuple(hidden_states.shape)}, expected {expected} with H={weight.shape[-1]}, "
             "which is the input width of narrow"
         )
     if dims == 3 and hidden_states.shape[0] > 0 and hidden_states.shape[1] == 0:
@@ -1379,10 +1062,8 @@ def _check(
             "convert one of them, or run under torch.autocast"
         )
     for name, tensor in {"head": weight, **masks}.items():
-        if tensor is not None and tensor.device != hidden_states.device:
-            raise ValueError(
-                f"{name}: got device {tensor.device}, expected that of hidden_states, {hidden_states.device}"
-            )
+        if tensor is not None:
+            check_same_device(name, tensor, "hidden_states", hidden_states)
     if lengths is not None:
         _check_integers("lengths", lengths, hidden_states.shape[0])
     if cu_seqlens is not None:
@@ -1403,12 +1084,11 @@ def _check_integers(name: str, tensor: Tensor, size: int | None) -> None:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected [{size}]")
 
 
-def _check_values(
-    hidden_states: Tensor, lengths: Tensor | None, attention_mask: Tensor | None, cu_seqlens: Tensor | None
-) -> None:
+def _check_values(hidden_states: Tensor, layout: TokenLayout) -> None:
     """What only the values tell; on a GPU reading them would wait for the device, so there it is left out."""
     if hidden_states.device.type != "cpu":
         return
+    lengths, attention_mask, cu_seqlens = layout
     if lengths is not None and lengths.shape[0] > 0:
         shortest, longest = (int(value) for value in lengths.aminmax())
         if shortest < 1 or longest > hidden_states.shape[1]:

@@ -39,14 +39,11 @@ import torch
 from torch import Tensor
 
 from fastkd_kernels import _backend, _distillation, _extension, _triton
-from fastkd_kernels._launch import Launcher
+from fastkd_kernels import _distillation_triton as kernels
+from fastkd_kernels._checks import check_choice, check_same_device
+from fastkd_kernels._launch import Launcher, next_power_of_2
 from fastkd_kernels._library import library
-
-if _triton.available:
-    import triton
-    import triton.language as tl
-
-    from fastkd_kernels import _distillation_triton as kernels
+from fastkd_kernels._triton import jit, tl
 
 ATTENTIONS = ("dot", "neg_sqdist", "uniform")
 
@@ -141,389 +138,396 @@ def _factor(reduction: str, layer_reduction: str, student: Tensor) -> float:
     return factor / max(layers, 1) if layer_reduction == "mean" else factor
 
 
-if _triton.available:
+@jit
+def features_of(
+    logits,  # [K, C]
+    SPACE: tl.constexpr,
+):
+    """What attention compares; a masked class adds nothing."""
+    if SPACE == 0:
+        features = kernels.finite_or_zero(logits)
+    else:
+        log_probs = kernels.log_softmax_rows(logits)
+        features = kernels.finite_or_zero(log_probs) if SPACE == 1 else tl.exp(log_probs)
+    return features
 
-    @triton.jit
-    def features_of(
-        logits,  # [K, C]
-        SPACE: tl.constexpr,
-    ):
-        """What attention compares; a masked class adds nothing."""
-        if SPACE == 0:
-            features = kernels.finite_or_zero(logits)
+
+@jit
+def features_gradient(
+    logits,  # [K, C]
+    features,  # [K, C]
+    gradient,  # [K, C]
+    SPACE: tl.constexpr,
+):
+    """The gradient of <features(logits), gradient> with respect to the logits."""
+    if SPACE == 2:
+        result = features * (gradient - tl.sum(features * gradient, 1)[:, None])
+    else:
+        unmasked = logits != float("-inf")
+        result = tl.where(unmasked, gradient, 0.0)
+        if SPACE == 1:
+            total = tl.sum(result, 1)[:, None]
+            result -= tl.where(unmasked, tl.exp(features), 0.0) * total
+    return result
+
+
+@jit
+def attention(
+    f,  # [N, C]
+    s,  # [1, C]
+    f_features,  # [N, C]
+    s_features,  # [1, C]
+    is_layer,  # [N]
+    scale,
+    DISTANCE: tl.constexpr,
+):
+    """log lambda [N, 1], lambda [N, 1], and what a score's gradient is multiplied with for f [N, C]."""
+    if DISTANCE:
+        masked = (f == float("-inf")) | (s == float("-inf"))
+        slope = tl.where(masked, 0.0, f_features - s_features)
+        scores = -scale * tl.sum(slope * slope, 1)
+        slope = -2.0 * scale * slope
+    else:
+        slope = scale * s_features + tl.zeros_like(f_features)
+        scores = scale * tl.sum(f_features * s_features, 1)
+    scores = tl.where(is_layer, scores, float("-inf"))
+    shifted = scores - tl.max(scores, 0)
+    log_weights = (shifted - tl.log(tl.sum(tl.exp(shifted), 0)))[:, None]
+    return log_weights, tl.exp(log_weights), slope
+
+
+@jit
+def universal_row(
+    f,  # [N, C]
+    s,  # [1, C]
+    is_layer,  # [N]
+    attn_scale,
+    inverse_temperature,
+    loss_scale,
+    gradient_scale,
+    DIVERGENCE: tl.constexpr,
+    MIX: tl.constexpr,
+    SPACE: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    ATTENTION_GRADIENT: tl.constexpr,
+):
+    """Loss [1, 1] and gradients [1, C] and [N, C] of one sample in one student layer."""
+    f_features = features_of(f, SPACE)
+    s_features = features_of(s, SPACE)
+    log_weights, weights, slope = attention(f, s, f_features, s_features, is_layer, attn_scale, DISTANCE)
+    log_q = kernels.log_distribution(s, inverse_temperature, DIVERGENCE)
+    if MIX == 0:
+        masked = tl.max(tl.where((f == float("-inf")) & is_layer[:, None], 1, 0), 0)[None, :] > 0
+        mixed = tl.sum(weights * kernels.finite_or_zero(f), 0)[None, :]
+        mixed = tl.where(masked, float("-inf"), mixed)
+        log_p = kernels.log_distribution(mixed, inverse_temperature, DIVERGENCE)
+        value, p_gradient, s_gradient, _ = kernels.divergence_rows(log_p, log_q, DIVERGENCE)
+        f_gradient = weights * p_gradient
+        centred = tl.where(masked, 0.0, f - mixed)
+        score_gradient = gradient_scale * tl.sum(centred * f_gradient, 1)[:, None]
+    elif MIX == 1:
+        log_p = kernels.log_softmax_rows(f * inverse_temperature)
+        joint = log_weights + log_p
+        top = kernels.finite_or_zero(tl.max(joint, 0))[None, :]
+        log_mixed = top + tl.log(tl.sum(tl.exp(joint - top), 0))[None, :]
+        value, p_gradient, s_gradient, p_terms = kernels.divergence_rows(log_mixed, log_q, DIVERGENCE)
+        # lambda_i p_i / p, at most 1, shares each class's slope out between the layers
+        shared = tl.where(joint == float("-inf"), 0.0, tl.exp(joint - log_mixed) * p_terms)
+        layer_sum = tl.sum(shared, 1)[:, None]
+        f_gradient = shared - tl.exp(log_p) * layer_sum
+        score_gradient = loss_scale * (layer_sum - weights * tl.sum(layer_sum, 0)[None, :])
+    else:
+        log_p = kernels.log_distribution(f, inverse_temperature, DIVERGENCE)
+        values, p_gradient, q_gradient, _ = kernels.divergence_rows(log_p, log_q + tl.zeros_like(f), DIVERGENCE)
+        values = tl.where(is_layer[:, None], values, 0.0)
+        value = tl.sum(weights * values, 0)[None, :]
+        f_gradient = weights * p_gradient
+        s_gradient = tl.sum(weights * q_gradient, 0)[None, :]
+        score_gradient = loss_scale * weights * (values - value)
+    f_gradient = gradient_scale * f_gradient
+    s_gradient = gradient_scale * s_gradient
+    if ATTENTION_GRADIENT:
+        f_slope = score_gradient * slope
+        if DISTANCE:
+            s_slope = -tl.sum(f_slope, 0)[None, :]
         else:
-            log_probs = kernels.log_softmax_rows(logits)
-            features = kernels.finite_or_zero(log_probs) if SPACE == 1 else tl.exp(log_probs)
-        return features
+            s_slope = attn_scale * tl.sum(score_gradient * f_features, 0)[None, :]
+        f_gradient += features_gradient(f, f_features, f_slope, SPACE)
+        s_gradient += features_gradient(s, s_features, s_slope, SPACE)
+    return value * loss_scale, s_gradient, f_gradient
 
-    @triton.jit
-    def features_gradient(
-        logits,  # [K, C]
-        features,  # [K, C]
-        gradient,  # [K, C]
-        SPACE: tl.constexpr,
-    ):
-        """The gradient of <features(logits), gradient> with respect to the logits."""
-        if SPACE == 2:
-            result = features * (gradient - tl.sum(features * gradient, 1)[:, None])
-        else:
-            unmasked = logits != float("-inf")
-            result = tl.where(unmasked, gradient, 0.0)
-            if SPACE == 1:
-                total = tl.sum(result, 1)[:, None]
-                result -= tl.where(unmasked, tl.exp(features), 0.0) * total
-        return result
 
-    @triton.jit
-    def attention(
-        f,  # [N, C]
-        s,  # [1, C]
-        f_features,  # [N, C]
-        s_features,  # [1, C]
-        is_layer,  # [N]
-        scale,
-        DISTANCE: tl.constexpr,
-    ):
-        """log lambda [N, 1], lambda [N, 1], and what a score's gradient is multiplied with for f [N, C]."""
+@jit
+def load_layers(
+    logits,  # [N, B, C], at the row of one sample
+    N,
+    C,
+    layer_stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """[N, C]; -inf beyond C, and 0 in rows beyond N, which stay finite and get no weight."""
+    layer = tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_C)
+    inside = (layer < N)[:, None] & (column < C)[None, :]
+    offsets = layer[:, None].to(tl.int64) * layer_stride + column[None, :]
+    values = tl.load(logits + offsets, mask=inside, other=float("-inf")).to(tl.float32)
+    return tl.where((layer >= N)[:, None] & (column < C)[None, :], 0.0, values)
+
+
+@jit
+def _universal_rows_kernel(
+    student,  # [M, B, C]
+    teacher,  # [N, B, C]
+    losses,  # [M, B]
+    loss,  # [1]
+    arrived,  # [1]
+    student_gradient,  # [M, B, C]
+    teacher_gradient,  # [N, B, C], or [M, N, B, C] where PER_LAYER
+    M,
+    N,
+    B,
+    C,
+    student_layer_stride,
+    student_stride,
+    teacher_layer_stride,
+    teacher_stride,
+    attn_scale,
+    inverse_temperature,
+    loss_scale,
+    gradient_scale,
+    factor,
+    DIVERGENCE: tl.constexpr,
+    MIX: tl.constexpr,
+    SPACE: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    ATTENTION_GRADIENT: tl.constexpr,
+    REDUCE: tl.constexpr,
+    STUDENT_GRADIENT: tl.constexpr,
+    TEACHER_GRADIENT: tl.constexpr,
+    PER_LAYER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # a teacher gradient summed over the student layers needs them all in one program
+    LOOP: tl.constexpr = TEACHER_GRADIENT and not PER_LAYER
+    program = tl.program_id(0).to(tl.int64)
+    if LOOP:
+        sample = program
+        first_layer = 0
+        last_layer = M
+    else:
+        sample = program // M
+        first_layer = (program % M).to(tl.int32)
+        last_layer = first_layer + 1
+    is_layer = tl.arange(0, BLOCK_N) < N
+    column = tl.arange(0, BLOCK_C)
+    inside = (column < C)[None, :]
+    f = load_layers(teacher + sample * teacher_stride, N, C, teacher_layer_stride, BLOCK_N, BLOCK_C)
+    f_total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    for layer in range(first_layer, last_layer):
+        row = layer * student_layer_stride + sample * student_stride
+        s = tl.load(student + row + column[None, :], mask=inside, other=float("-inf")).to(tl.float32)
+        value, s_gradient, f_gradient = universal_row(
+            f,
+            s,
+            is_layer,
+            attn_scale,
+            inverse_temperature,
+            loss_scale,
+            gradient_scale,
+            DIVERGENCE,
+            MIX,
+            SPACE,
+            DISTANCE,
+            ATTENTION_GRADIENT,
+        )
+        row = layer * B + sample
+        tl.store(losses + row + tl.zeros([1, 1], tl.int32), value)
+        if STUDENT_GRADIENT:
+            tl.store(
+                student_gradient + row * C + column[None, :],
+                s_gradient.to(student_gradient.dtype.element_ty),
+                mask=inside,
+            )
+        f_total += f_gradient
+    if TEACHER_GRADIENT:
+        layer = tl.arange(0, BLOCK_N)[:, None].to(tl.int64)
+        if PER_LAYER:
+            layer += program % M * N
+        tl.store(
+            teacher_gradient + (layer * B + sample) * C + column[None, :],
+            f_total.to(teacher_gradient.dtype.element_ty),
+            mask=is_layer[:, None] & inside,
+        )
+    if REDUCE:
+        kernels.sum_in_last_program(losses, loss, arrived, M * B, factor, 1024)
+
+
+@jit
+def load_tile(
+    teacher,  # [N, B, C], at the row of one sample
+    student,  # [M, B, C], at the row of one sample
+    start,
+    N,
+    C,
+    teacher_layer_stride,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """f [N, C], s [1, C] and the class numbers [1, C] from `start` on."""
+    f = load_layers(teacher + start, N, C - start, teacher_layer_stride, BLOCK_N, BLOCK_C)
+    column = start + tl.arange(0, BLOCK_C)[None, :]
+    s = tl.load(student + column, mask=column < C, other=float("-inf")).to(tl.float32)
+    return f, s, column
+
+
+@jit
+def mixed_logits(
+    f,  # [N, C]
+    weights,  # [N, 1]
+):
+    """F [1, C]; rows of f without weight are finite."""
+    masked = tl.min(f, 0)[None, :] == float("-inf")
+    mixed = tl.sum(weights * kernels.finite_or_zero(f), 0)[None, :]
+    return tl.where(masked, float("-inf"), mixed), masked
+
+
+@jit
+def _universal_stream_kernel(
+    student,  # [M, B, C]
+    teacher,  # [N, B, C]
+    losses,  # [M, B]
+    loss,  # [1]
+    arrived,  # [1]
+    student_gradient,  # [M, B, C]
+    teacher_gradient,  # [M, N, B, C]
+    M,
+    N,
+    B,
+    C,
+    student_layer_stride,
+    student_stride,
+    teacher_layer_stride,
+    teacher_stride,
+    attn_scale,
+    inverse_temperature,
+    loss_scale,
+    gradient_scale,
+    factor,
+    DIVERGENCE: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    ATTENTION_GRADIENT: tl.constexpr,
+    REDUCE: tl.constexpr,
+    STUDENT_GRADIENT: tl.constexpr,
+    TEACHER_GRADIENT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # student layers of one sample are neighbours, so that they find its teacher layers in the L2 cache
+    sample = tl.program_id(0).to(tl.int64) // M
+    student_layer = tl.program_id(0).to(tl.int64) % M
+    s_row = student + student_layer * student_layer_stride + sample * student_stride
+    f_row = teacher + sample * teacher_stride
+    is_layer = tl.arange(0, BLOCK_N) < N
+    lanes = tl.zeros([1, BLOCK_C], tl.float32)
+
+    scores = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    s_top = lanes + float("-inf")
+    s_sum = lanes
+    for start in range(0, C, BLOCK_C):
+        f, s, column = load_tile(f_row, s_row, start, N, C, teacher_layer_stride, BLOCK_N, BLOCK_C)
         if DISTANCE:
             masked = (f == float("-inf")) | (s == float("-inf"))
-            slope = tl.where(masked, 0.0, f_features - s_features)
-            scores = -scale * tl.sum(slope * slope, 1)
-            slope = -2.0 * scale * slope
+            difference = tl.where(masked, 0.0, f - s)
+            scores -= difference * difference
         else:
-            slope = scale * s_features + tl.zeros_like(f_features)
-            scores = scale * tl.sum(f_features * s_features, 1)
-        scores = tl.where(is_layer, scores, float("-inf"))
-        shifted = scores - tl.max(scores, 0)
-        log_weights = (shifted - tl.log(tl.sum(tl.exp(shifted), 0)))[:, None]
-        return log_weights, tl.exp(log_weights), slope
+            scores += kernels.finite_or_zero(f) * kernels.finite_or_zero(s)
+        s_top, s_sum = kernels.online_sum(s_top, s_sum, s * inverse_temperature)
+    scores = tl.where(is_layer, attn_scale * tl.sum(scores, 1), float("-inf"))
+    weights = tl.exp(scores - tl.max(scores, 0))
+    weights = (weights / tl.sum(weights, 0))[:, None]
 
-    @triton.jit
-    def universal_row(
-        f,  # [N, C]
-        s,  # [1, C]
-        is_layer,  # [N]
-        attn_scale,
-        inverse_temperature,
-        loss_scale,
-        gradient_scale,
-        DIVERGENCE: tl.constexpr,
-        MIX: tl.constexpr,
-        SPACE: tl.constexpr,
-        DISTANCE: tl.constexpr,
-        ATTENTION_GRADIENT: tl.constexpr,
-    ):
-        """Loss [1, 1] and gradients [1, C] and [N, C] of one sample in one student layer."""
-        f_features = features_of(f, SPACE)
-        s_features = features_of(s, SPACE)
-        log_weights, weights, slope = attention(f, s, f_features, s_features, is_layer, attn_scale, DISTANCE)
-        log_q = kernels.log_distribution(s, inverse_temperature, DIVERGENCE)
-        if MIX == 0:
-            masked = tl.max(tl.where((f == float("-inf")) & is_layer[:, None], 1, 0), 0)[None, :] > 0
-            mixed = tl.sum(weights * kernels.finite_or_zero(f), 0)[None, :]
-            mixed = tl.where(masked, float("-inf"), mixed)
-            log_p = kernels.log_distribution(mixed, inverse_temperature, DIVERGENCE)
-            value, p_gradient, s_gradient, _ = kernels.divergence_rows(log_p, log_q, DIVERGENCE)
-            f_gradient = weights * p_gradient
-            centred = tl.where(masked, 0.0, f - mixed)
-            score_gradient = gradient_scale * tl.sum(centred * f_gradient, 1)[:, None]
-        elif MIX == 1:
-            log_p = kernels.log_softmax_rows(f * inverse_temperature)
-            joint = log_weights + log_p
-            top = kernels.finite_or_zero(tl.max(joint, 0))[None, :]
-            log_mixed = top + tl.log(tl.sum(tl.exp(joint - top), 0))[None, :]
-            value, p_gradient, s_gradient, p_terms = kernels.divergence_rows(log_mixed, log_q, DIVERGENCE)
-            # lambda_i p_i / p, at most 1, shares each class's slope out between the layers
-            shared = tl.where(joint == float("-inf"), 0.0, tl.exp(joint - log_mixed) * p_terms)
-            layer_sum = tl.sum(shared, 1)[:, None]
-            f_gradient = shared - tl.exp(log_p) * layer_sum
-            score_gradient = loss_scale * (layer_sum - weights * tl.sum(layer_sum, 0)[None, :])
-        else:
-            log_p = kernels.log_distribution(f, inverse_temperature, DIVERGENCE)
-            values, p_gradient, q_gradient, _ = kernels.divergence_rows(log_p, log_q + tl.zeros_like(f), DIVERGENCE)
-            values = tl.where(is_layer[:, None], values, 0.0)
-            value = tl.sum(weights * values, 0)[None, :]
-            f_gradient = weights * p_gradient
-            s_gradient = tl.sum(weights * q_gradient, 0)[None, :]
-            score_gradient = loss_scale * weights * (values - value)
-        f_gradient = gradient_scale * f_gradient
-        s_gradient = gradient_scale * s_gradient
-        if ATTENTION_GRADIENT:
-            f_slope = score_gradient * slope
-            if DISTANCE:
-                s_slope = -tl.sum(f_slope, 0)[None, :]
-            else:
-                s_slope = attn_scale * tl.sum(score_gradient * f_features, 0)[None, :]
-            f_gradient += features_gradient(f, f_features, f_slope, SPACE)
-            s_gradient += features_gradient(s, s_features, s_slope, SPACE)
-        return value * loss_scale, s_gradient, f_gradient
-
-    @triton.jit
-    def load_layers(
-        logits,  # [N, B, C], at the row of one sample
-        N,
-        C,
-        layer_stride,
-        BLOCK_N: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-    ):
-        """[N, C]; -inf beyond C, and 0 in rows beyond N, which stay finite and get no weight."""
-        layer = tl.arange(0, BLOCK_N)
-        column = tl.arange(0, BLOCK_C)
-        inside = (layer < N)[:, None] & (column < C)[None, :]
-        offsets = layer[:, None].to(tl.int64) * layer_stride + column[None, :]
-        values = tl.load(logits + offsets, mask=inside, other=float("-inf")).to(tl.float32)
-        return tl.where((layer >= N)[:, None] & (column < C)[None, :], 0.0, values)
-
-    @triton.jit
-    def _universal_rows_kernel(
-        student,  # [M, B, C]
-        teacher,  # [N, B, C]
-        losses,  # [M, B]
-        loss,  # [1]
-        arrived,  # [1]
-        student_gradient,  # [M, B, C]
-        teacher_gradient,  # [N, B, C], or [M, N, B, C] where PER_LAYER
-        M,
-        N,
-        B,
-        C,
-        student_layer_stride,
-        student_stride,
-        teacher_layer_stride,
-        teacher_stride,
-        attn_scale,
-        inverse_temperature,
-        loss_scale,
-        gradient_scale,
-        factor,
-        DIVERGENCE: tl.constexpr,
-        MIX: tl.constexpr,
-        SPACE: tl.constexpr,
-        DISTANCE: tl.constexpr,
-        ATTENTION_GRADIENT: tl.constexpr,
-        REDUCE: tl.constexpr,
-        STUDENT_GRADIENT: tl.constexpr,
-        TEACHER_GRADIENT: tl.constexpr,
-        PER_LAYER: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-    ):
-        # a teacher gradient summed over the student layers needs them all in one program
-        LOOP: tl.constexpr = TEACHER_GRADIENT and not PER_LAYER
-        program = tl.program_id(0).to(tl.int64)
-        if LOOP:
-            sample = program
-            first_layer = 0
-            last_layer = M
-        else:
-            sample = program // M
-            first_layer = (program % M).to(tl.int32)
-            last_layer = first_layer + 1
-        is_layer = tl.arange(0, BLOCK_N) < N
-        column = tl.arange(0, BLOCK_C)
-        inside = (column < C)[None, :]
-        f = load_layers(teacher + sample * teacher_stride, N, C, teacher_layer_stride, BLOCK_N, BLOCK_C)
-        f_total = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-        for layer in range(first_layer, last_layer):
-            row = layer * student_layer_stride + sample * student_stride
-            s = tl.load(student + row + column[None, :], mask=inside, other=float("-inf")).to(tl.float32)
-            value, s_gradient, f_gradient = universal_row(
-                f,
-                s,
-                is_layer,
-                attn_scale,
-                inverse_temperature,
-                loss_scale,
-                gradient_scale,
-                DIVERGENCE,
-                MIX,
-                SPACE,
-                DISTANCE,
-                ATTENTION_GRADIENT,
-            )
-            row = layer * B + sample
-            tl.store(losses + row + tl.zeros([1, 1], tl.int32), value)
-            if STUDENT_GRADIENT:
-                tl.store(
-                    student_gradient + row * C + column[None, :],
-                    s_gradient.to(student_gradient.dtype.element_ty),
-                    mask=inside,
-                )
-            f_total += f_gradient
-        if TEACHER_GRADIENT:
-            layer = tl.arange(0, BLOCK_N)[:, None].to(tl.int64)
-            if PER_LAYER:
-                layer += program % M * N
-            tl.store(
-                teacher_gradient + (layer * B + sample) * C + column[None, :],
-                f_total.to(teacher_gradient.dtype.element_ty),
-                mask=is_layer[:, None] & inside,
-            )
-        if REDUCE:
-            kernels.sum_in_last_program(losses, loss, arrived, M * B, factor, 1024)
-
-    @triton.jit
-    def load_tile(
-        teacher,  # [N, B, C], at the row of one sample
-        student,  # [M, B, C], at the row of one sample
-        start,
-        N,
-        C,
-        teacher_layer_stride,
-        BLOCK_N: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-    ):
-        """f [N, C], s [1, C] and the class numbers [1, C] from `start` on."""
-        f = load_layers(teacher + start, N, C - start, teacher_layer_stride, BLOCK_N, BLOCK_C)
-        column = start + tl.arange(0, BLOCK_C)[None, :]
-        s = tl.load(student + column, mask=column < C, other=float("-inf")).to(tl.float32)
-        return f, s, column
-
-    @triton.jit
-    def mixed_logits(
-        f,  # [N, C]
-        weights,  # [N, 1]
-    ):
-        """F [1, C]; rows of f without weight are finite."""
-        masked = tl.min(f, 0)[None, :] == float("-inf")
-        mixed = tl.sum(weights * kernels.finite_or_zero(f), 0)[None, :]
-        return tl.where(masked, float("-inf"), mixed), masked
-
-    @triton.jit
-    def _universal_stream_kernel(
-        student,  # [M, B, C]
-        teacher,  # [N, B, C]
-        losses,  # [M, B]
-        loss,  # [1]
-        arrived,  # [1]
-        student_gradient,  # [M, B, C]
-        teacher_gradient,  # [M, N, B, C]
-        M,
-        N,
-        B,
-        C,
-        student_layer_stride,
-        student_stride,
-        teacher_layer_stride,
-        teacher_stride,
-        attn_scale,
-        inverse_temperature,
-        loss_scale,
-        gradient_scale,
-        factor,
-        DIVERGENCE: tl.constexpr,
-        DISTANCE: tl.constexpr,
-        ATTENTION_GRADIENT: tl.constexpr,
-        REDUCE: tl.constexpr,
-        STUDENT_GRADIENT: tl.constexpr,
-        TEACHER_GRADIENT: tl.constexpr,
-        BLOCK_N: tl.constexpr,
-        BLOCK_C: tl.constexpr,
-    ):
-        # student layers of one sample are neighbours, so that they find its teacher layers in the L2 cache
-        sample = tl.program_id(0).to(tl.int64) // M
-        student_layer = tl.program_id(0).to(tl.int64) % M
-        s_row = student + student_layer * student_layer_stride + sample * student_stride
-        f_row = teacher + sample * teacher_stride
-        is_layer = tl.arange(0, BLOCK_N) < N
-        lanes = tl.zeros([1, BLOCK_C], tl.float32)
-
-        scores = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-        s_top = lanes + float("-inf")
-        s_sum = lanes
+    s_lse = 0.0
+    f_lse = 0.0
+    if DIVERGENCE != 3:
+        s_lse = kernels.log_sum_exp(tl.reshape(s_top, [BLOCK_C]), tl.reshape(s_sum, [BLOCK_C]))
+        top = lanes + float("-inf")
+        total = lanes
         for start in range(0, C, BLOCK_C):
             f, s, column = load_tile(f_row, s_row, start, N, C, teacher_layer_stride, BLOCK_N, BLOCK_C)
-            if DISTANCE:
-                masked = (f == float("-inf")) | (s == float("-inf"))
-                difference = tl.where(masked, 0.0, f - s)
-                scores -= difference * difference
-            else:
-                scores += kernels.finite_or_zero(f) * kernels.finite_or_zero(s)
-            s_top, s_sum = kernels.online_sum(s_top, s_sum, s * inverse_temperature)
-        scores = tl.where(is_layer, attn_scale * tl.sum(scores, 1), float("-inf"))
-        weights = tl.exp(scores - tl.max(scores, 0))
-        weights = (weights / tl.sum(weights, 0))[:, None]
+            mixed, masked = mixed_logits(f, weights)
+            top, total = kernels.online_sum(top, total, mixed * inverse_temperature)
+        f_lse = kernels.log_sum_exp(tl.reshape(top, [BLOCK_C]), tl.reshape(total, [BLOCK_C]))
 
-        s_lse = 0.0
-        f_lse = 0.0
-        if DIVERGENCE != 3:
-            s_lse = kernels.log_sum_exp(tl.reshape(s_top, [BLOCK_C]), tl.reshape(s_sum, [BLOCK_C]))
-            top = lanes + float("-inf")
-            total = lanes
-            for start in range(0, C, BLOCK_C):
-                f, s, column = load_tile(f_row, s_row, start, N, C, teacher_layer_stride, BLOCK_N, BLOCK_C)
-                mixed, masked = mixed_logits(f, weights)
-                top, total = kernels.online_sum(top, total, mixed * inverse_temperature)
-            f_lse = kernels.log_sum_exp(tl.reshape(top, [BLOCK_C]), tl.reshape(total, [BLOCK_C]))
+    p_total = lanes
+    q_total = lanes
+    for start in range(0, C, BLOCK_C):
+        f, s, column = load_tile(f_row, s_row, start, N, C, teacher_layer_stride, BLOCK_N, BLOCK_C)
+        mixed, masked = mixed_logits(f, weights)
+        log_p = mixed * inverse_temperature - f_lse
+        log_q = s * inverse_temperature - s_lse
+        p, q, p_terms, q_terms = kernels.divergence_terms(log_p, log_q, DIVERGENCE)
+        p_total += p_terms
+        q_total += q_terms
+    p_sum = tl.sum(p_total)
+    q_sum = tl.sum(q_total)
+    tl.store(losses + student_layer * B + sample, (p_sum + q_sum) * loss_scale)
 
-        p_total = lanes
-        q_total = lanes
+    score_gradient = tl.zeros([BLOCK_N, 1], tl.float32)
+    if ATTENTION_GRADIENT:
+        products = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
         for start in range(0, C, BLOCK_C):
             f, s, column = load_tile(f_row, s_row, start, N, C, teacher_layer_stride, BLOCK_N, BLOCK_C)
             mixed, masked = mixed_logits(f, weights)
             log_p = mixed * inverse_temperature - f_lse
             log_q = s * inverse_temperature - s_lse
             p, q, p_terms, q_terms = kernels.divergence_terms(log_p, log_q, DIVERGENCE)
-            p_total += p_terms
-            q_total += q_terms
-        p_sum = tl.sum(p_total)
-        q_sum = tl.sum(q_total)
-        tl.store(losses + student_layer * B + sample, (p_sum + q_sum) * loss_scale)
+            p_gradient, q_gradient = kernels.divergence_gradients(p, q, p_terms, q_terms, p_sum, q_sum, DIVERGENCE)
+            products += tl.where(masked, 0.0, f - mixed) * p_gradient
+        score_gradient = gradient_scale * weights * tl.sum(products, 1)[:, None]
 
-        score_gradient = tl.zeros([BLOCK_N, 1], tl.float32)
-        if ATTENTION_GRADIENT:
-            products = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-            for start in range(0, C, BLOCK_C):
-                f, s, column = load_tile(f_row, s_row, start, N, C, teacher_layer_stride, BLOCK_N, BLOCK_C)
-                mixed, masked = mixed_logits(f, weights)
-                log_p = mixed * inverse_temperature - f_lse
-                log_q = s * inverse_temperature - s_lse
-                p, q, p_terms, q_terms = kernels.divergence_terms(log_p, log_q, DIVERGENCE)
-                p_gradient, q_gradient = kernels.divergence_gradients(p, q, p_terms, q_terms, p_sum, q_sum, DIVERGENCE)
-                products += tl.where(masked, 0.0, f - mixed) * p_gradient
-            score_gradient = gradient_scale * weights * tl.sum(products, 1)[:, None]
+    if STUDENT_GRADIENT or TEACHER_GRADIENT:
+        for start in range(0, C, BLOCK_C):
+            f, s, column = load_tile(f_row, s_row, start, N, C, teacher_layer_stride, BLOCK_N, BLOCK_C)
+            mixed, masked = mixed_logits(f, weights)
+            log_p = mixed * inverse_temperature - f_lse
+            log_q = s * inverse_temperature - s_lse
+            p, q, p_terms, q_terms = kernels.divergence_terms(log_p, log_q, DIVERGENCE)
+            p_gradient, q_gradient = kernels.divergence_gradients(p, q, p_terms, q_terms, p_sum, q_sum, DIVERGENCE)
+            s_gradient = gradient_scale * q_gradient
+            f_gradient = gradient_scale * weights * p_gradient
+            if ATTENTION_GRADIENT:
+                f_masked = f == float("-inf")
+                s_masked = s == float("-inf")
+                if DISTANCE:
+                    difference = tl.where(f_masked | s_masked, 0.0, f - s)
+                    f_slope = -2.0 * attn_scale * score_gradient * difference
+                    s_slope = -tl.sum(f_slope, 0)[None, :]
+                else:
+                    f_slope = attn_scale * score_gradient * kernels.finite_or_zero(s)
+                    s_slope = attn_scale * tl.sum(score_gradient * kernels.finite_or_zero(f), 0)[None, :]
+                f_gradient += tl.where(f_masked, 0.0, f_slope)
+                s_gradient += tl.where(s_masked, 0.0, s_slope)
+            if STUDENT_GRADIENT:
+                tl.store(
+                    student_gradient + (student_layer * B + sample) * C + column,
+                    s_gradient.to(student_gradient.dtype.element_ty),
+                    mask=column < C,
+                )
+            if TEACHER_GRADIENT:
+                layer = student_layer * N + tl.arange(0, BLOCK_N)[:, None]
+                tl.store(
+                    teacher_gradient + (layer * B + sample) * C + column,
+                    f_gradient.to(teacher_gradient.dtype.element_ty),
+                    mask=is_layer[:, None] & (column < C),
+                )
+    if REDUCE:
+        kernels.sum_in_last_program(losses, loss, arrived, M * B, factor, 1024)
 
-        if STUDENT_GRADIENT or TEACHER_GRADIENT:
-            for start in range(0, C, BLOCK_C):
-                f, s, column = load_tile(f_row, s_row, start, N, C, teacher_layer_stride, BLOCK_N, BLOCK_C)
-                mixed, masked = mixed_logits(f, weights)
-                log_p = mixed * inverse_temperature - f_lse
-                log_q = s * inverse_temperature - s_lse
-                p, q, p_terms, q_terms = kernels.divergence_terms(log_p, log_q, DIVERGENCE)
-                p_gradient, q_gradient = kernels.divergence_gradients(p, q, p_terms, q_terms, p_sum, q_sum, DIVERGENCE)
-                s_gradient = gradient_scale * q_gradient
-                f_gradient = gradient_scale * weights * p_gradient
-                if ATTENTION_GRADIENT:
-                    f_masked = f == float("-inf")
-                    s_masked = s == float("-inf")
-                    if DISTANCE:
-                        difference = tl.where(f_masked | s_masked, 0.0, f - s)
-                        f_slope = -2.0 * attn_scale * score_gradient * difference
-                        s_slope = -tl.sum(f_slope, 0)[None, :]
-                    else:
-                        f_slope = attn_scale * score_gradient * kernels.finite_or_zero(s)
-                        s_slope = attn_scale * tl.sum(score_gradient * kernels.finite_or_zero(f), 0)[None, :]
-                    f_gradient += tl.where(f_masked, 0.0, f_slope)
-                    s_gradient += tl.where(s_masked, 0.0, s_slope)
-                if STUDENT_GRADIENT:
-                    tl.store(
-                        student_gradient + (student_layer * B + sample) * C + column,
-                        s_gradient.to(student_gradient.dtype.element_ty),
-                        mask=column < C,
-                    )
-                if TEACHER_GRADIENT:
-                    layer = student_layer * N + tl.arange(0, BLOCK_N)[:, None]
-                    tl.store(
-                        teacher_gradient + (layer * B + sample) * C + column,
-                        f_gradient.to(teacher_gradient.dtype.element_ty),
-                        mask=is_layer[:, None] & (column < C),
-                    )
-        if REDUCE:
-            kernels.sum_in_last_program(losses, loss, arrived, M * B, factor, 1024)
 
-    _launch_rows = Launcher(_universal_rows_kernel)
-    _launch_stream = Launcher(_universal_stream_kernel)
+_launch_rows = Launcher(_universal_rows_kernel)
+_launch_stream = Launcher(_universal_stream_kernel)
 
 
 MAX_LAYERS_IN_REGISTERS = 32
@@ -546,11 +550,11 @@ class UniversalKDConfig:
     num_warps: int
 
     @classmethod
-    def from_heuristic(cls, teachers: int, classes: int) -> UniversalKDConfig:
+    def choose(cls, teachers: int, classes: int) -> UniversalKDConfig:
         """16 logits a thread in registers, 32 where the tile's classes are streamed and fewer values stay alive."""
-        block_n = _distillation.power_of_2(teachers)
+        block_n = next_power_of_2(teachers)
         if fits_registers(teachers, classes):
-            block_c = _distillation.power_of_2(classes)
+            block_c = next_power_of_2(classes)
             return cls(block_n, block_c, streamed=False, num_warps=min(8, max(1, block_n * block_c // 512)))
         block_c = max(32, min(1024, 4096 // block_n))
         return cls(block_n, block_c, streamed=True, num_warps=8 if block_n * block_c >= 4096 else 4)
@@ -628,7 +632,7 @@ def _launch(
         results[2].zero_()
         return results
     losses = student.new_empty((layers, batch), dtype=torch.float32) if reduce else results[0]
-    config = UniversalKDConfig.from_heuristic(teachers, classes)
+    config = UniversalKDConfig.choose(teachers, classes)
     arguments = (
         student,
         teacher,
@@ -673,11 +677,11 @@ def _launch(
 if _triton.available:
     library.impl("universal_kd_loss_forward", _launch, "CUDA")
 
-# looked up once, because torch.compile cannot trace the look-up
-_CPU_REASON = _extension.missing_kernel_reason("universal_kd_loss_forward", "CPU")
-
 _backend.register_backends(
-    "universal_kd_loss", cuda=lambda: _triton.missing_reason, cpu=lambda: _CPU_REASON, interpretable=True
+    "universal_kd_loss",
+    cuda=_triton.missing_reason,
+    cpu=_extension.missing_kernel_reason("universal_kd_loss_forward", "CPU"),
+    interpretable=True,
 )
 
 _forward = torch.ops.fastkd_kernels.universal_kd_loss_forward.default
@@ -848,21 +852,21 @@ def check_options(
         )
     if teacher.shape[0] == 0:
         raise ValueError("teacher_logits: got N=0 teacher layers, expected at least 1")
-    _distillation.check_same_device("teacher_logits", teacher, "student_logits", student)
+    check_same_device("teacher_logits", teacher, "student_logits", student)
     _distillation.check_positive("temperature", temperature)
-    _distillation.check_choice("reduction", reduction, _distillation.REDUCTIONS)
-    _distillation.check_choice("layer_reduction", layer_reduction, _distillation.LAYER_REDUCTIONS)
-    _distillation.check_choice("mix", mix, _distillation.MIXES)
-    _distillation.check_choice("attn_space", attn_space, _distillation.ATTENTION_SPACES)
-    _distillation.check_choice("direction", direction, _distillation.DIRECTIONS)
-    _distillation.check_choice("task", task, _distillation.TASKS)
+    check_choice("reduction", reduction, _distillation.REDUCTIONS)
+    check_choice("layer_reduction", layer_reduction, _distillation.LAYER_REDUCTIONS)
+    check_choice("mix", mix, _distillation.MIXES)
+    check_choice("attn_space", attn_space, _distillation.ATTENTION_SPACES)
+    check_choice("direction", direction, _distillation.DIRECTIONS)
+    check_choice("task", task, _distillation.TASKS)
     _distillation.check_classes("student_logits", student, task)
     if task == "regression" and mix == "probs":
         raise ValueError('mix: got "probs", a regression has scores and no probabilities; use "logits" or "loss"')
     if task == "regression" and attn_space != "logits":
         raise ValueError(f'attn_space: got "{attn_space}", a regression has scores only; use "logits"')
     if attn is not None:
-        _distillation.check_choice("attn", attn, ATTENTIONS)
+        check_choice("attn", attn, ATTENTIONS)
     if attn_scale != "rsqrt_c" and (isinstance(attn_scale, str) or not math.isfinite(attn_scale)):
         raise ValueError(f'attn_scale: got {attn_scale!r}, expected a finite number or "rsqrt_c"')
     _distillation.check_positive("attn_temperature", attn_temperature)

@@ -65,18 +65,12 @@ def _varlen_attention_fake(
     return None
 
 
-_CPU_REASON = _extension.missing_kernel_reason("varlen_attention_", "CPU")
-
-
-def _cuda_reason() -> str | None:
-    return None if _varlen_attn is not None else "this PyTorch has no torch.nn.attention.varlen"
-
-
-def _cpu_reason() -> str | None:
-    return _CPU_REASON
-
-
-register_backends("varlen_attention", cuda=_cuda_reason, cpu=_cpu_reason, interpretable=False)
+register_backends(
+    "varlen_attention",
+    cuda=None if _varlen_attn is not None else "this PyTorch has no torch.nn.attention.varlen",
+    cpu=_extension.missing_kernel_reason("varlen_attention_", "CPU"),
+    interpretable=False,
+)
 
 _varlen_attention_op: Any = torch.ops.fastkd_kernels.varlen_attention_.default
 
