@@ -200,7 +200,7 @@ template <typename scalar_t, typename V>
 void widen_as(const Rows& rows, Samples samples, int64_t size, V* out) {
   auto* lanes = reinterpret_cast<Scalar<V>*>(out);
   for (int lane = 0; lane < kLanes<V>; ++lane) {
-    // lanes without a sample repeat the last one: finite work that nobody reads
+    // lanes without a sample repeat the last one: finite work that is never read
     const int64_t row = samples.first + std::min<int64_t>(lane, samples.count - 1);
     const auto* source = static_cast<const scalar_t*>(rows.data) + row * rows.row_stride;
     const int64_t stride = rows.column_stride;

@@ -162,7 +162,7 @@ def summed_over_layers(gradient: Tensor, grad_output: Tensor, factor: float) -> 
 
 
 class _DifferentiatedOnce(torch.autograd.Function):
-    """Its input, whose own gradient nobody has: a penalty on it would otherwise silently count for nothing."""
+    """Its input, whose own gradient does not exist: a penalty on it would otherwise silently count for nothing."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:

@@ -388,7 +388,7 @@ def test_whoever_comes_last_finishes(monkeypatch: pytest.MonkeyPatch, splits: in
             assert torch.equal(ours, theirs)
 
 
-def test_tickets_are_shared_by_nobody_and_aligned() -> None:
+def test_launches_share_no_tickets_and_they_are_aligned() -> None:
     tickets, tensor = Tickets(), torch.empty(0, device=DEVICE)
     tickets._cells[tensor.device] = store = torch.zeros(20, dtype=torch.int32, device=DEVICE)
     taken = [tickets._new_cells(tensor, count) for count in (1, 9, 4, 1)]
@@ -738,7 +738,7 @@ def test_bad_masks(backend: str, error: type[Exception], message: str, arguments
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_tokens_behind_the_last_sequence_are_nobodys(backend: str) -> None:
+def test_tokens_behind_the_last_sequence_belong_to_none(backend: str) -> None:
     head, hidden_states = random_head(), torch.randn(14, 48, device=DEVICE)
     hidden_states[10:] = float("nan")
     cu_seqlens = torch.tensor([0, 5, 10], dtype=torch.int32, device=DEVICE)

@@ -47,7 +47,7 @@ class Scale:
     def rows(self, batch_size: int) -> int:
         """Rows of the workload: enough batches that their random mixtures average out.
 
-        A stream ends with runs that are far from full, which in a long input nobody notices: there more rows.
+        A stream ends with runs that are far from full, which is lost in a long input: there more rows.
         """
         if self.tokens <= 16:
             return 2 * batch_size
@@ -149,7 +149,7 @@ class ReplayedBatches(BatchStream):
 
 
 class Setting:
-    """One batch size: the model, its workload, and everybody who answers it."""
+    """One batch size: the model, its workload, and all that answer it."""
 
     def __init__(self, scale: Scale, batch_size: int, timer: Timer) -> None:
         torch.manual_seed(0)

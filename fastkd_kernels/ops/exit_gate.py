@@ -43,7 +43,7 @@ class ExitGateOutput(NamedTuple):
     """[B] float32; NaN where the logits hold a NaN."""
     survivors: Tensor
     """[B] int32: row numbers that stay, ascending; only the first `count` are defined."""
-    count: Tensor  # type: ignore[assignment]  # shadows tuple.count, which nobody calls here
+    count: Tensor  # type: ignore[assignment]  # shadows tuple.count, which is not called here
     """[1] int32 on the device of the logits."""
     logits: Tensor | None = None
     """[B, C], set by `student_head_exit`, which computes them itself."""
@@ -800,7 +800,7 @@ def _find_eager_cpu() -> Callable[[Tensor, float, int, int], tuple[Tensor, Tenso
 _eager_cpu = _find_eager_cpu()
 
 
-def _nobody_watches() -> bool:
+def _is_unwatched() -> bool:
     """Whether no backend is forced and nothing records ops, so that skipping the dispatcher goes unseen."""
     return (
         _backend._forced.name is None
@@ -876,7 +876,7 @@ def exit_gate(
         and row_ids is None
         and record is None
         and (top_n is None or type(top_n) is int)
-        and _nobody_watches()
+        and _is_unwatched()
     ):
         decided = _eager_cpu(logits, speed, _CODES.get(criterion, -1), top_n or 0)
         if decided is not None:
