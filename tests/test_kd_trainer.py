@@ -139,6 +139,13 @@ def test_new_parts_learn_faster_and_frozen_embeddings_not_at_all(teacher: Path, 
     assert not student.training
 
 
+def test_rows_are_shuffled_once_if_asked(teacher: Path, tmp_path: Path) -> None:
+    still = {"max_steps": 20, "learning_rate": 1e-12, "freeze_embeddings": True}
+    anew = train(teacher, "kd", tmp_path / "anew", **still)
+    once = train(teacher, "kd", tmp_path / "once", shuffle_once=True, **still)
+    assert losses_of(anew) != losses_of(once)
+
+
 def test_takd_learns_from_the_assistant_and_not_from_the_teacher(teacher: Path, tmp_path: Path) -> None:
     class Seen(TrainerCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

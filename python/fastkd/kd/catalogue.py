@@ -11,7 +11,7 @@ class MethodEntry(NamedTuple):
     title: str
     """The name in tables of results."""
     summary: str
-    """What the student learns from, for help texts and tables."""
+    """What the student learns from, for tables."""
     source: str = ""
     """Who published it."""
 

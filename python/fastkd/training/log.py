@@ -28,7 +28,7 @@ class TrainingPoint:
     accuracy: float | None
     """Of the last head, which is the full model."""
     accuracy_at_speed: float | None
-    """At `RECORDED_SPEED`; None in fine-tuning, where nobody leaves early, and in logs that lack it."""
+    """At `RECORDED_SPEED`; None in fine-tuning, where no row leaves early, and in logs that lack it."""
     flops_share: float | None
     """Of the full model's FLOPs, at `RECORDED_SPEED`; 1 in fine-tuning; None in logs that lack it."""
     accuracy_by_layer: dict[int, float] = field(default_factory=dict)

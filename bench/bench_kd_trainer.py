@@ -1,6 +1,6 @@
 """A distillation step with the teacher's answers cached, and with the teacher run in every step.
 
-    pytest bench/bench_distiller.py
+    pytest bench/bench_kd_trainer.py
 
 Both take the same batches through collator, student, loss, backward pass and AdamW, at a learning rate of 0, so that
 every step sees the same student; dropout is off. Their losses are compared before anything is timed.
@@ -102,7 +102,7 @@ def test_cached_step(compare: Any, teacher: Teacher, rows: Rows, tmp_path: Path,
         torch.testing.assert_close(loss, expected, rtol=1e-2 if bf16 else 1e-5, atol=0)
 
     compare(
-        "distiller",
+        "kd trainer",
         f"{method}, {LAYERS} -> {STUDENT_LAYERS} layers, B={ROWS} T={TOKENS} {'bf16' if bf16 else 'fp32'}",
         {common.OURS: cached, "teacher in every step": live},
         lambda: (),
