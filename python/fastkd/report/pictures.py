@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fastkd.exits.reliability import accuracy_by_uncertainty, uncertainty_per_layer
-from fastkd.inference.benchmark import Benchmark
+from fastkd.inference.measurements import Benchmark
 from fastkd.report import figures
 from fastkd.report.sources import Source, measured_with
 from fastkd.training.log import training_curve
