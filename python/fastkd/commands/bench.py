@@ -10,10 +10,10 @@ import typer
 from fastkd.commands.options import (
     Checkpoint,
     Device,
+    DrawSeed,
     Json,
     MaxLength,
     OneCriterion,
-    Seed,
     Split,
     TopN,
     parse_speeds,
@@ -41,7 +41,7 @@ def bench(
         int | None, typer.Option(min=1, help="Processor threads; default: as many as torch takes.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for JSON, CSV and picture.")] = Path("bench"),
-    seed: Seed = 0,
+    seed: DrawSeed = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:

@@ -35,6 +35,7 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1...; auto takes a GP
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision of the weights.")]
 Checkpoint = Annotated[str, typer.Argument(help="Folder of a model trained by fastkd.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same weights.")]
+DrawSeed = Annotated[int, typer.Option("--seed", help="The same seed draws the same rows.")]
 MaxLength = Annotated[
     int | None, typer.Option(min=8, help="Tokens after which a text is cut; default: what the model was trained with.")
 ]

@@ -11,12 +11,12 @@ from fastkd.commands.options import (
     BatchSize,
     Checkpoint,
     Device,
+    DrawSeed,
     Dtype,
     DtypeOption,
     Json,
     Limit,
     MaxLength,
-    Seed,
     Split,
 )
 from fastkd.commands.screen import quieten, screen_for
@@ -30,7 +30,7 @@ def trace(
     limit: Limit = None,
     max_length: MaxLength = None,
     batch_size: BatchSize = 32,
-    seed: Seed = 0,
+    seed: DrawSeed = 0,
     dtype: DtypeOption = Dtype.fp32,
     device: Device = "auto",
     as_json: Json = False,

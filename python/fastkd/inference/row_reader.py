@@ -53,9 +53,9 @@ def read_rows(stream: BinaryIO, form: str | None = None, name: str = "input") ->
     """Read rows one by one.
 
     Args:
-        stream: UTF-8 bytes. TSV has a header that names the text columns as in `fastkd.data.columns` (text_a and perhaps
-            text_b; no quoting; other columns are ignored), JSONL one object a line with these keys, text one sentence
-            a line.
+        stream: UTF-8 bytes. TSV has a header that names the text columns as in `fastkd.data.columns` (text_a and
+            perhaps text_b; no quoting; other columns are ignored), JSONL one object a line with these keys, text one
+            sentence a line.
         form: one of `FORMATS`; None looks at the first line.
         name: of the file, for messages.
 
