@@ -37,8 +37,8 @@ def trace(
 ) -> None:
     """Record what every head says about every row, in one pass.
 
-    Who leaves early changes nobody's hidden states, so this one pass answers
-    every speed and every criterion.
+    Rows that leave early change nothing for the others, so this one pass
+    answers every speed and every criterion.
 
     [bold]Examples[/]
 

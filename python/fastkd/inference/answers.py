@@ -37,7 +37,7 @@ class Prediction:
 def output_stream(destination: str) -> Iterator[IO[str]]:
     """Standard output for "-", else the file, which is either whole or absent.
 
-    Where something breaks the writing off, what is written so far stays beside it, as NAME.partial.SUFFIX.
+    If the writing breaks off, what is written so far stays beside it, as NAME.partial.SUFFIX.
 
     Warns:
         UserWarning: the file was not finished.

@@ -6,7 +6,7 @@ What is compared, and why it is fair:
   device and in the same process. Tokenising is outside the clock, padding and embedding are inside.
 * The baseline is the faster of two ways to run the full model: ours at speed 0, and the forward of transformers
   followed by the last head. Every table says which one it was.
-* Passes are interleaved (A B C, A B C, ...; the order turns by one each round), so that a busy machine slows everybody
+* Passes are interleaved (A B C, A B C, ...; the order turns by one each round), so that a busy machine slows all
   alike, and the median of each contestant counts.
 * FLOPs are those of the rows' actual exits at their batch's padded length, under each convention.
 """
@@ -266,7 +266,7 @@ def interleaved(
 ) -> tuple[dict[Name, list[float]], dict[Name, Any]]:
     """Seconds of `repeats` passes of each contestant, and its last answer.
 
-    A first round warms up and is not counted. Each round starts with the next contestant, so that nobody always runs
+    A first round warms up and is not counted. Each round starts with the next contestant, so that none always runs
     after the same neighbour.
     """
     names = list(contestants)

@@ -147,7 +147,7 @@ def _note_lines(rows: Iterable[InputRow], lines: deque[int]) -> Iterator[InputRo
 
 
 def _predict_stream(stream: Stream, unanswered: deque[int]) -> Iterator[Prediction]:
-    """The answers of a stream; where it breaks off, Ctrl-C for one, also those that are ready behind rows that wait.
+    """The answers of a stream; if it breaks off, by Ctrl-C for example, also the ready ones behind rows that wait.
 
     Args:
         stream: not yet iterated.
@@ -250,9 +250,9 @@ def predict_file(
 ) -> PredictSummary:
     """Answer a file, or "-" for standard input, into a file, or "-" for standard output.
 
-    A file appears under its name only when it is whole. Where something breaks the run off, Ctrl-C for one, the answers
-    so far are kept beside it, as NAME.partial.SUFFIX, and a warning says so; rows that were still on their way before
-    the last of them keep their line, with the reason in place of the answer. TSV output has the columns label,
+    A file appears under its name only when it is whole. If the run breaks off, by Ctrl-C for example, the answers so
+    far stay beside it, as NAME.partial.SUFFIX, and a warning says so; rows before the last of them that have no answer
+    yet keep their line, with the reason in its place. TSV output has the columns label,
     probability, exit_layer and error; JSONL the same keys.
 
     Args:

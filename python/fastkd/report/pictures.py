@@ -23,7 +23,7 @@ def write_pictures(
     """Write FastBERT's figures 3, 4, 6 and 7 and the measured speed-ups, as far as there is data for them.
 
     Args:
-        curves: by name, a source and the criterion that decides who leaves.
+        curves: by name, a source and the criterion that decides which rows leave.
         folder: made where it is missing.
         form: "png", "svg" or "pdf".
         top_n: classes that the "top_n" criterion looks at.

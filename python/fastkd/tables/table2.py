@@ -179,7 +179,7 @@ def run_table2(
     """Train what is missing, measure, and write `table2.md` and `table2.csv` to `output` after every data set.
 
     Args:
-        shown: who shows what runs.
+        shown: where to say what runs.
         data: by name, folders with train and test (or dev) rows.
         output: folder; each data set has a folder of its name in it.
         options: see there.
@@ -227,7 +227,7 @@ def _run_dataset(
     folder = load_folder(data)
     test = folder.test or folder.dev
     if test is None:
-        raise ValueError(f"data: {data} has neither test nor dev rows; the table needs some that nobody trained on")
+        raise ValueError(f"data: {data} has neither test nor dev rows; the table needs some that it did not train on")
     if options.test_rows is not None:
         test = test.sample(options.test_rows, training.seed)
     train = folder.train.sample(training.train_rows, training.seed)

@@ -1,4 +1,4 @@
-"""How long work says what it is doing, without knowing who shows it."""
+"""What long work shows while it runs, wherever that is shown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 
 class Progress(Protocol):
-    """Who shows what long work does: the screen of a command, for one."""
+    """Shows what long work does, as the screen of a command can."""
 
     def say(self, text: str) -> None:
         """Show one line about what happens now."""
