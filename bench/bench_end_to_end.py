@@ -55,7 +55,8 @@ from fastkd.data.files import write_json
 from fastkd.data.rows import load_rows
 from fastkd.engines.allocator import keep_freed_memory
 from fastkd.engines.packed import encoder_of
-from fastkd.inference.benchmark import DTYPES, interleaved, machine_facts
+from fastkd.inference.benchmark import interleaved, machine_facts
+from fastkd.model.loading import DTYPES
 
 Batch = dict[str, Tensor]
 

@@ -13,7 +13,7 @@ from fastkd.data import corpus
 from fastkd.data.rows import Rows, load_rows
 from fastkd.exits.flops import CONVENTIONS, FlopsShape
 from fastkd.exits.trace import ExitTrace
-from fastkd.inference.benchmark import Benchmark, BenchmarkRow
+from fastkd.inference.measurements import Benchmark, BenchmarkRow
 
 LAYERS = 6
 SHAPE = FlopsShape(

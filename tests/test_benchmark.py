@@ -15,6 +15,7 @@ from torch import Tensor
 import fastkd
 from fastkd.exits.trace import ExitTrace
 from fastkd.inference import benchmark
+from fastkd.inference.measurements import Benchmark
 
 
 def batches_of(size: int, rows: int = 12) -> list[dict[str, Tensor]]:
@@ -54,19 +55,19 @@ def test_every_pass_waits_for_the_device() -> None:
 
 
 @pytest.fixture(scope="module")
-def measured() -> benchmark.Benchmark:
+def measured() -> Benchmark:
     return benchmark.benchmark(
         early_exit_model(), batches_of, speeds=(0.4, 1.0), batch_sizes=(1, 5), dtypes=("fp32", "bf16"), repeats=2
     )
 
 
-def test_one_row_for_each_setting(measured: benchmark.Benchmark) -> None:
+def test_one_row_for_each_setting(measured: Benchmark) -> None:
     settings = [(row.dtype, row.batch_size, row.speed) for row in measured.rows]
     assert settings == [(d, b, s) for d in ("fp32", "bf16") for b in (1, 5) for s in (0.4, 1.0)]
     assert all(row.rows == 12 for row in measured.rows)
 
 
-def test_ratios_are_those_of_the_times(measured: benchmark.Benchmark) -> None:
+def test_ratios_are_those_of_the_times(measured: Benchmark) -> None:
     for row in measured.rows:
         assert row.seconds > 0
         assert row.seconds_p20 <= row.seconds <= row.seconds_p80
@@ -85,7 +86,7 @@ def test_baseline_is_the_faster_full_model(monkeypatch: pytest.MonkeyPatch) -> N
     assert (row.full_engine, row.full_seconds, row.seconds, row.speedup) == ("transformers", 3.0, 2.0, 1.5)
 
 
-def test_answers_and_flops_are_those_of_the_trace(measured: benchmark.Benchmark) -> None:
+def test_answers_and_flops_are_those_of_the_trace(measured: Benchmark) -> None:
     model = early_exit_model()
     trace: ExitTrace = model.trace(batches_of(1))
     for row in measured.rows:
@@ -100,7 +101,7 @@ def test_answers_and_flops_are_those_of_the_trace(measured: benchmark.Benchmark)
         assert row.flops_speedups == pytest.approx(swept.speedup)
 
 
-def test_flops_of_everybody_leaving_at_once(measured: benchmark.Benchmark) -> None:
+def test_flops_of_everybody_leaving_at_once(measured: Benchmark) -> None:
     model = early_exit_model()
     full = fastkd.flops(model.config, seq_len=9)
     first = fastkd.flops(model.config, seq_len=9, layers=1, heads=1)
@@ -164,7 +165,7 @@ def test_a_regression_has_a_correlation_in_place_of_an_accuracy() -> None:
     assert row.full_pearson == pytest.approx(trace.sweep([0.0])[0].pearson, abs=1e-4)
 
 
-def test_files_hold_the_table(measured: benchmark.Benchmark, tmp_path: Path) -> None:
+def test_files_hold_the_table(measured: Benchmark, tmp_path: Path) -> None:
     measured.to_json(tmp_path / "bench.json")
     measured.to_csv(tmp_path / "bench.csv")
     loaded = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))

@@ -25,12 +25,13 @@ from tiny_models import (
 from typer.testing import CliRunner
 
 import fastkd
-from fastkd.commands import app, steps
+from fastkd.commands import app
 from fastkd.data.rows import load_rows
 from fastkd.exits.calibration import SPEEDS, CalibrationError
 from fastkd.exits.certificate import CalibrationWarning, Certificate
 from fastkd.exits.fingerprints import model_fingerprint
 from fastkd.exits.guarantees import binomial_upper_bound, failure_bounds, holding
+from fastkd.model import loading
 
 
 @pytest.mark.parametrize("method", ["fixed-sequence", "conformal"])
@@ -189,7 +190,7 @@ def test_calibrate_writes_what_info_prints(saved: Path, rows: Path) -> None:
     found = json.loads(succeeded("info", saved, "--json").stdout)
     assert found["certificate"]["n"] == 500
     assert found["default_speed"] == 0.0
-    assert found["certificate"] == Certificate.of(steps.load_config(str(saved))).to_dict()  # type: ignore[union-attr]
+    assert found["certificate"] == Certificate.of(loading.load_config(str(saved))).to_dict()  # type: ignore[union-attr]
     assert (found["dtype"], found["mismatches"]) == ("float32", [])
 
 
@@ -207,7 +208,7 @@ def test_a_trace_in_another_dtype_certifies_its_folder(saved: Path, rows: Path, 
     succeeded("trace", saved, rows, "-o", trace, "--dtype", "bf16")
     assert fastkd.ExitTrace.load(trace).source.dtype == "bfloat16"
     succeeded("calibrate", trace, "--max-drop", 0.6, "--model", saved)
-    model, _ = steps.load_model(str(saved), "cpu", "bf16")
+    model, _ = loading.load_model(str(saved), "cpu", "bf16")
     certificate = Certificate.of(model.config)
     assert certificate is not None
     assert certificate.model == model_fingerprint(model)
@@ -223,7 +224,7 @@ def test_calibrate_a_trace_and_save_into_its_model(saved: Path, rows: Path, tmp_
     assert json.loads((saved / "config.json").read_text(encoding="utf-8"))["certificate"] is None
     options = ("--max-drop", 0.6, "--guarantee", "accuracy", "--criterion", "margin", "--set-default")
     found = json.loads(succeeded("calibrate", trace, *options, "--model", saved, "--json").stdout)
-    config = steps.load_config(str(saved))
+    config = loading.load_config(str(saved))
     assert (config.speed, config.criterion) == (found["speed"], "margin")
     shared = run("calibrate", trace, "--max-drop", 0.6, "--path-trace", other)
     assert shared.exit_code == 2, "a sample of these rows is still these rows"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import os
 import shlex
@@ -18,13 +19,17 @@ import pytest
 pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
 
 import torch
+import typer.main
 from tiny_models import WORDS, early_exit_model, one_thread, save_plain_checkpoint, tokenizer_of  # noqa: F401  # a fixture
 from typer.testing import CliRunner
 
-from fastkd.commands import app, demo, steps
-from fastkd.commands.options import parse_speeds
+from fastkd.commands import app, demo_story
+from fastkd.commands.options import Criterion, Dtype, parse_speeds
 from fastkd.commands.screen import wants_traceback
+from fastkd.exits.catalogue import CRITERIA
 from fastkd.exits.trace import ExitTrace
+from fastkd.model import loading
+from fastkd.training import early_exit
 
 POSITIVE, NEGATIVE = ("good", "great", "fun", "warm"), ("bad", "dull", "boring", "cold")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -106,7 +111,7 @@ def test_help_answers_without_heavy_imports() -> None:
         "heavy = {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(app.__file__).parents[1]), "COLUMNS": "80"}
+    environment = os.environ | {"PYTHONPATH": str(Path(app.__file__).parents[2]), "COLUMNS": "80"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     for command in (
@@ -136,6 +141,41 @@ def test_help_of_each_command_has_examples_and_the_next_step(command: str) -> No
     assert "Next:" in output
 
 
+def criterion_options() -> dict[str, Any]:
+    """The option --criterion of every command that has one."""
+    commands = typer.main.get_command(app.app).commands  # type: ignore[attr-defined]
+    options = {
+        name: [item for item in command.params if item.name == "criterion"] for name, command in commands.items()
+    }
+    return {name: found[0] for name, found in options.items() if found}
+
+
+@pytest.mark.parametrize("command", ["sweep", "calibrate", "predict", "bench", "report"])
+def test_help_names_every_criterion_and_what_it_measures(command: str) -> None:
+    text = criterion_options()[command].help
+    for name, criterion in CRITERIA.items():
+        assert f"{name}: {criterion.summary}" in text
+
+
+def test_criteria_on_the_command_line_are_those_of_the_catalogue() -> None:
+    assert [item.value for item in Criterion] == list(CRITERIA)
+
+
+def test_no_other_command_has_a_criterion() -> None:
+    assert sorted(criterion_options()) == ["bench", "calibrate", "predict", "report", "sweep"]
+
+
+def test_dtypes_are_those_that_models_are_loaded_in() -> None:
+    assert [dtype.value for dtype in Dtype] == list(loading.DTYPES)
+
+
+def test_every_command_has_a_file_and_a_function_of_its_name() -> None:
+    for name in typer.main.get_command(app.app).commands:  # type: ignore[attr-defined]
+        identifier = name.replace("-", "_")
+        module = importlib.import_module(f"fastkd.commands.{identifier}")
+        assert getattr(module, identifier) in app.NEXT_STEPS
+
+
 def test_version() -> None:
     assert succeeded("--version").stdout.split()[0] == "fastkd"
 
@@ -147,7 +187,7 @@ def test_finetune_saves_a_model_with_the_labels_of_the_data(tuned: Path) -> None
     config = json.loads((tuned / "config.json").read_text(encoding="utf-8"))
     assert config["id2label"] == {"0": "negative", "1": "positive"}
     assert config["exits_trained"] is False
-    model, tokenizer = steps.load_model(str(tuned), "cpu")
+    model, tokenizer = loading.load_model(str(tuned), "cpu")
     assert model.exit_layers == [1, 2, 3, 4]
     assert tokenizer.model_max_length == 24
 
@@ -160,7 +200,7 @@ def test_finetune_reports_as_json(work: Path, tmp_path: Path) -> None:
     report = json.loads(result.stdout)
     assert report["steps"] == 2
     assert report["model"] == str(tmp_path / "linear")
-    model, _ = steps.load_model(report["model"], "cpu")
+    model, _ = loading.load_model(report["model"], "cpu")
     assert model.exit_layers == [2, 4]
     assert model.config.head == "linear"
 
@@ -310,7 +350,7 @@ def test_bench_table_says_what_it_compares(work: Path, model: Path, tmp_path: Pa
 @pytest.fixture
 def quick_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     """The generated corpus at a size for a test."""
-    monkeypatch.setattr(demo.corpus, "SPLIT_ROWS", {"train": 128, "dev": 24, "test": 40})
+    monkeypatch.setattr(demo_story.corpus, "SPLIT_ROWS", {"train": 128, "dev": 24, "test": 40})
 
 
 def demo_arguments(work: Path, *more: object) -> list[object]:
@@ -349,7 +389,7 @@ def test_demo_goes_on_where_it_stopped(work: Path, tmp_path: Path, quick_demo: N
         def killed(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(demo.recipes, "distill", killed)
+        patch.setattr(early_exit, "distill", killed)
         assert fastkd(*demo_arguments(work, "-o", output)).exit_code == 130
     assert (output / "finetuned").exists()
     assert not (output / "model").exists()
@@ -506,7 +546,7 @@ def test_faults_of_ours_are_not_hidden(work: Path, model: Path, monkeypatch: pyt
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(steps, "load_model", fail)
+    monkeypatch.setattr(loading, "load_config", fail)
     assert isinstance(fastkd("trace", model, work / "data").exception, RuntimeError)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -32,6 +33,7 @@ import fastkd
 import fastkd_kernels as fk
 from fastkd.commands import app
 from fastkd.commands.screen import wants_traceback
+from fastkd.exits.catalogue import CRITERIA
 from fastkd.model import checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -326,6 +328,13 @@ def test_cli_reference_has_every_command_and_option() -> None:
                 assert parameter.opts[0] in section, (name, parameter.name)
     # rich markup is for terminals
     assert not re.search(r"\[/?(bold|cyan)\]", text)
+
+
+def test_page_on_speed_has_a_row_for_every_criterion() -> None:
+    lines = (ROOT / "docs/speed.md").read_text(encoding="utf-8").splitlines()
+    start = lines.index("| criterion | uncertainty | when |") + 2
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    assert [row.split("`")[1] for row in rows] == list(CRITERIA)
 
 
 def test_api_reference_names_what_the_packages_offer() -> None:

@@ -29,7 +29,7 @@ from fastkd.exits.certificate import CalibrationWarning, Certificate
 from fastkd.exits.drift import DriftMonitor, DriftWarning, evidence
 from fastkd.exits.guarantees import binomial_interval
 from fastkd.inference.predict import predict as predict_rows
-from fastkd.inference.predict import read_rows
+from fastkd.inference.row_reader import read_rows
 
 DRAWS = 1000
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastkd.exits.reliability import AccuracyByUncertainty, UncertaintyAtLayer
 from fastkd.exits.sweep import Sweep, SweepRow
-from fastkd.inference.benchmark import BenchmarkRow
+from fastkd.inference.measurements import BenchmarkRow
 from fastkd.report import figures
 from fastkd.training.log import TrainingPoint
 

@@ -19,11 +19,13 @@ from transformers import AutoTokenizer, BertTokenizer
 from typer.testing import CliRunner
 
 import fastkd
-from fastkd.commands import app, steps
+from fastkd.commands import app
 from fastkd.data.batches import LengthSortedBatches, tokenize
 from fastkd.data.input_format import encode, input_format_of, with_input_format
 from fastkd.data.rows import Rows
-from fastkd.inference.predict import InputRow, predict
+from fastkd.inference.predict import predict
+from fastkd.inference.row_reader import InputRow
+from fastkd.model import loading
 from fastkd.model.import_fastbert import convert, import_fastbert, read_checkpoint
 
 # the promise; what is measured stays below 2e-5
@@ -75,7 +77,7 @@ def test_same_logits_and_exit_layers_as_the_official_model(tmp_path: Path, name:
     size = SIZES[name]
     checkpoint, vocab = save(tmp_path, size, prefix="kernel." if pairs or "PyPI" in name else "")
     import_fastbert(checkpoint, tmp_path / "model", vocab=vocab, num_attention_heads=size.heads, max_length=SEQ_LENGTH)
-    model, tokenizer = steps.load_model(str(tmp_path / "model"), "cpu")
+    model, tokenizer = loading.load_model(str(tmp_path / "model"), "cpu")
     # some are longer than seq_length, and a pair is cut inside its second text or in the first
     texts = random_rows(size, 6 if size.layers == 12 else 24, longest=30, pairs=pairs)
     encoded = tokenize(as_rows(texts), tokenizer, SEQ_LENGTH)
@@ -306,7 +308,7 @@ def test_a_plain_tokenizer_put_beside_the_model_is_made_to_fit(imported: Path, t
     fastkd.EarlyExitForSequenceClassification.from_pretrained(imported).save_pretrained(tmp_path)
     vocab = {token: number for number, token in enumerate(vocabulary(TINY))}
     BertTokenizer(vocab=vocab).save_pretrained(tmp_path)
-    _, tokenizer = steps.load_model(str(tmp_path), "cpu")
+    _, tokenizer = loading.load_model(str(tmp_path), "cpu")
     assert tokenizer("w0")["input_ids"] == [2, 4]
 
 

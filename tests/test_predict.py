@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from fastkd import EarlyExitForSequenceClassification
 from fastkd.engines.stream import Stream
 from fastkd.inference import predict
+from fastkd.inference.answers import BadRowError
+from fastkd.inference.row_reader import InputRow, read_rows
 
 SENTENCES = [
     "the film was good",
@@ -39,29 +41,29 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer_of("bert")
 
 
-def rows_of(data: bytes, form: str | None = None) -> list[predict.InputRow]:
-    return list(predict.read_rows(io.BytesIO(data), form))
+def rows_of(data: bytes, form: str | None = None) -> list[InputRow]:
+    return list(read_rows(io.BytesIO(data), form))
 
 
 def test_tsv_columns_are_found_by_name() -> None:
     data = b"id\ttext_b\tlabel\ttext_a\r\n7\tright\tx\tleft\r\n8\tno\t\tyes\n"
-    assert rows_of(data) == [predict.InputRow(2, "left", "right"), predict.InputRow(3, "yes", "no")]
+    assert rows_of(data) == [InputRow(2, "left", "right"), InputRow(3, "yes", "no")]
 
 
 def test_single_text_column_and_byte_order_mark() -> None:
-    assert rows_of("\ufeffText\nun film très “bon”\n".encode(), "tsv") == [predict.InputRow(2, "un film très “bon”")]
+    assert rows_of("\ufeffText\nun film très “bon”\n".encode(), "tsv") == [InputRow(2, "un film très “bon”")]
 
 
 def test_jsonl_mixes_pairs_and_single_texts() -> None:
     lines = [{"text_a": "a", "text_b": "b"}, {"sentence": "c"}, {"text_a": "d", "text_b": None}]
     data = "\n".join(json.dumps(line) for line in lines).encode()
-    assert rows_of(data) == [predict.InputRow(1, "a", "b"), predict.InputRow(2, "c"), predict.InputRow(3, "d")]
+    assert rows_of(data) == [InputRow(1, "a", "b"), InputRow(2, "c"), InputRow(3, "d")]
 
 
 def test_plain_text_keeps_tabs_and_unusual_line_breaks() -> None:
     assert rows_of("one\ttwo\nthree\u2028four\n".encode()) == [
-        predict.InputRow(1, "one\ttwo"),
-        predict.InputRow(2, "three\u2028four"),
+        InputRow(1, "one\ttwo"),
+        InputRow(2, "three\u2028four"),
     ]
 
 
@@ -119,7 +121,7 @@ def test_answers_are_those_of_the_model_in_input_order(
     model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase, speed: float,
     batch_size: int | None, window: int,
 ) -> None:  # fmt: skip
-    rows = [predict.InputRow(line, text) for line, text in enumerate(SENTENCES, start=1)]
+    rows = [InputRow(line, text) for line, text in enumerate(SENTENCES, start=1)]
     answers = list(predict.predict(model, tokenizer, rows, speed=speed, batch_size=batch_size, window=window))
     assert [answer.line for answer in answers] == list(range(1, len(SENTENCES) + 1))
     for text, answer in zip(SENTENCES, answers, strict=True):
@@ -135,7 +137,7 @@ def test_answers_are_those_of_the_model_in_input_order(
 def test_exit_layers_can_be_chosen(
     model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase, batch_size: int | None
 ) -> None:
-    rows = [predict.InputRow(line, text) for line, text in enumerate(SENTENCES, start=1)]
+    rows = [InputRow(line, text) for line, text in enumerate(SENTENCES, start=1)]
     answers = predict.predict(model, tokenizer, rows, speed=1.0, exit_layers=[2], batch_size=batch_size)
     assert {answer.exit_layer for answer in answers} == {2}
 
@@ -143,7 +145,7 @@ def test_exit_layers_can_be_chosen(
 def test_pairs_are_answered_as_pairs(
     model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    rows = [predict.InputRow(1, "good film", "bad plot"), predict.InputRow(2, "good film")]
+    rows = [InputRow(1, "good film", "bad plot"), InputRow(2, "good film")]
     pair, single = predict.predict(model, tokenizer, rows, speed=0.0)
     with torch.no_grad():
         expected = model(**tokenizer("good film", "bad plot", return_tensors="pt")).logits[0].softmax(-1)
@@ -154,7 +156,7 @@ def test_pairs_are_answered_as_pairs(
 def test_long_texts_are_cut_at_max_length(
     model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    rows = [predict.InputRow(1, "good " * 500), predict.InputRow(2, "good " * 6)]
+    rows = [InputRow(1, "good " * 500), InputRow(2, "good " * 6)]
     by_default, _ = predict.predict(model, tokenizer, rows)  # 66 positions
     assert by_default.problem is None
     cut, whole = predict.predict(model, tokenizer, rows, max_length=8)
@@ -167,11 +169,11 @@ def test_an_endless_input_is_read_as_answers_are_taken(
 ) -> None:
     taken = 0
 
-    def endless() -> Iterator[predict.InputRow]:
+    def endless() -> Iterator[InputRow]:
         nonlocal taken
         while True:
             taken += 1
-            yield predict.InputRow(taken, SENTENCES[taken % len(SENTENCES)])
+            yield InputRow(taken, SENTENCES[taken % len(SENTENCES)])
 
     answers = predict.predict(model, tokenizer, endless(), window=10, batch_size=batch_size)
     for _ in range(11):
@@ -182,7 +184,7 @@ def test_an_endless_input_is_read_as_answers_are_taken(
 
 def test_regression_answers_a_number(tokenizer: PreTrainedTokenizerBase) -> None:
     model = early_exit_model(num_labels=1)
-    (answer,) = predict.predict(model, tokenizer, [predict.InputRow(1, "good")])
+    (answer,) = predict.predict(model, tokenizer, [InputRow(1, "good")])
     with torch.no_grad():
         assert answer.label == pytest.approx(model(**tokenizer("good", return_tensors="pt")).logits.item(), abs=1e-5)
     assert answer.probability is None
@@ -193,7 +195,7 @@ def test_answer_that_is_no_number_is_a_problem(tokenizer: PreTrainedTokenizerBas
     model = early_exit_model()
     with torch.no_grad():
         model.teacher_head.classifier.weight.fill_(math.nan)
-    (answer,) = predict.predict(model, tokenizer, [predict.InputRow(1, "good")])
+    (answer,) = predict.predict(model, tokenizer, [InputRow(1, "good")])
     assert answer.label is None
     assert answer.problem is not None
     assert "not a finite number" in answer.problem
@@ -233,7 +235,7 @@ def test_stopping_at_a_bad_row_leaves_nothing(
 ) -> None:
     source, target = tmp_path / "in.txt", tmp_path / "out.tsv"
     source.write_text("good\n" * 50 + "\ngood\n", encoding="utf-8")
-    with pytest.raises(predict.BadRowError, match=r"in\.txt, line 51: empty line; .*--bad-rows mark"):
+    with pytest.raises(BadRowError, match=r"in\.txt, line 51: empty line; .*--bad-rows mark"):
         predict.predict_file(model, tokenizer, str(source), str(target), bad_rows="stop", window=8)
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
@@ -267,7 +269,7 @@ def test_ctrl_c_keeps_answers_behind_a_row_that_waits(
 ) -> None:
     source, target = tmp_path / "in.txt", tmp_path / "out.jsonl"
     source.write_text("\n".join(SENTENCES * 8), encoding="utf-8")
-    rows = list(predict.read_rows(io.BytesIO(source.read_bytes())))
+    rows = list(read_rows(io.BytesIO(source.read_bytes())))
     uncertainty = sorted(row.uncertainty for row in model.stream(rows, tokenizer, exit_layers=[1, 4], speed=1.0))
     speed = uncertainty[len(uncertainty) // 2]
     expected = list(predict.predict(model, tokenizer, rows, speed=speed, window=8))
@@ -336,4 +338,4 @@ def test_counts_must_be_positive(
     model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase, argument: str
 ) -> None:
     with pytest.raises(ValueError, match=f"{argument}: got 0"):
-        list(predict.predict(model, tokenizer, [predict.InputRow(1, "x")], **{argument: 0}))
+        list(predict.predict(model, tokenizer, [InputRow(1, "x")], **{argument: 0}))

@@ -18,7 +18,7 @@ from tiny_models import early_exit_model, random_batch
 from typer.testing import CliRunner
 
 from fastkd.commands import app
-from fastkd.inference.benchmark import Benchmark
+from fastkd.inference.measurements import Benchmark
 from fastkd.report import Source, read_source, write_page, write_pictures
 from fastkd.report.content import EXAMPLES, SPEEDS, page_content
 from fastkd.report.sources import Extras

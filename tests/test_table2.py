@@ -16,17 +16,19 @@ import torch
 from tiny_models import early_exit_model, one_thread, random_batch, save_plain_checkpoint  # noqa: F401  # a fixture
 from typer.testing import CliRunner
 
-from fastkd.commands import app, steps
-from fastkd.commands.demo import REAL
+from fastkd.commands import app
 from fastkd.commands.screen import Screen
 from fastkd.data import corpus
 from fastkd.data.rows import load_rows
 from fastkd.exits.flops import flops
 from fastkd.exits.trace import ExitTrace
 from fastkd.inference import benchmark
+from fastkd.inference.trace_rows import trace_rows
 from fastkd.kd.probe import encoder_layers
+from fastkd.model.loading import load_model
 from fastkd.tables import table2
 from fastkd.tables.table2 import Cell, Table2, Table2Options, run_table2, student_of
+from fastkd.training.early_exit import TrainingPlan
 
 MODELS = ["full model (4 layers)", "DistilBERT-style (2 layers)", "DistilBERT-style (1 layer)"]
 MODELS += ["FastBERT (speed=0.5)", "FastBERT (speed=0.8)"]
@@ -42,9 +44,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> Table2Options:
     checkpoint = save_plain_checkpoint(tmp_path_factory.mktemp("plain"), "bert")
-    training = replace(REAL, checkpoint=str(checkpoint), train_rows=64, max_length=24, epochs=1, distill_epochs=1)
+    plan = TrainingPlan(checkpoint=str(checkpoint), train_rows=64, max_length=24, epochs=1, distill_epochs=1)
     return Table2Options(
-        early_exit=training, student_layers=(2, 1), student_rows=48, student_epochs=1, speeds=(0.5, 0.8),
+        early_exit=plan, student_layers=(2, 1), student_rows=48, student_epochs=1, speeds=(0.5, 0.8),
         bench_rows=8, bench_repeats=2, batch_size=4,
     )  # fmt: skip
 
@@ -114,8 +116,8 @@ def test_numbers_are_those_of_the_sweep(finished: Path, data: Path, options: Tab
     test = load_rows(data / "test.tsv")
 
     def trace_of(folder: str) -> ExitTrace:
-        model, tokenizer = steps.load_model(str(finished / "topics" / folder), "cpu")
-        return steps.run_trace(Screen(as_json=True), model, tokenizer, test, max_length=24)[0]
+        model, tokenizer = load_model(str(finished / "topics" / folder), "cpu")
+        return trace_rows(model, tokenizer, test, max_length=24)
 
     full = trace_of("model")
     expected = dict(zip([MODELS[0], *MODELS[3:]], full.sweep([0.0, *options.speeds]), strict=True))

@@ -12,17 +12,18 @@ from fastkd.commands.options import (
     BatchSize,
     Criterion,
     Device,
+    DrawSeed,
     Dtype,
     DtypeOption,
     Json,
     Limit,
     MaxLength,
-    Seed,
     Split,
     TopN,
+    criterion_option,
     parse_share,
 )
-from fastkd.commands.screen import Screen, screen_for, share
+from fastkd.commands.screen import Screen, quieten, screen_for, share
 
 if TYPE_CHECKING:
     from fastkd.exits.certificate import Certificate
@@ -67,9 +68,8 @@ def calibrate(
     ] = Method.fixed_sequence,
     criterion: Annotated[
         Criterion | None,
-        typer.Option(
-            help="How certainty is measured; choose it without these rows. Default: entropy, or agreement for "
-            "regression."
+        criterion_option(
+            "How certainty is measured; choose it without these rows. Default: entropy, or agreement for regression."
         ),
     ] = None,
     top_n: TopN = None,
@@ -89,7 +89,7 @@ def calibrate(
     limit: Limit = None,
     max_length: MaxLength = None,
     batch_size: BatchSize = 32,
-    seed: Seed = 0,
+    seed: DrawSeed = 0,
     dtype: DtypeOption = Dtype.fp32,
     device: Device = "auto",
     as_json: Json = False,
@@ -108,25 +108,27 @@ def calibrate(
       [cyan]fastkd calibrate test.safetensors --model model --guarantee accuracy[/]
     """
     with screen_for(as_json) as screen:
-        from fastkd.commands import steps
+        quieten()
+
+        from fastkd.commands.inputs import TraceOptions, load_or_make_trace
         from fastkd.data.files import write_json
         from fastkd.exits import calibration
         from fastkd.exits.fingerprints import model_fingerprint
         from fastkd.exits.threshold_path import threshold_path
         from fastkd.exits.trace import ExitTrace
+        from fastkd.model.loading import load_config, load_model
 
         drop, sure = parse_share(max_drop, "--max-drop"), parse_share(confidence, "--confidence")
         if model is not None:
-            steps.load_config(str(model))
+            load_config(str(model))
         chosen = None if criterion is None else criterion.value
         path = None
         if path_trace is not None:
             path = threshold_path(
                 ExitTrace.load(path_trace), chosen, top_n, guarantee=guarantee.value, tolerance=tolerance
             )
-        trace = steps.load_or_make_trace(
-            screen, source, data, split, limit, max_length, batch_size, seed, device, dtype.value
-        )
+        options = TraceOptions(split, limit, max_length, batch_size, seed, device, dtype.value)
+        trace = load_or_make_trace(screen, source, data, options)
         with screen.warnings():
             certificate = calibration.calibrate(
                 trace, drop, sure, guarantee=guarantee.value, method=method.value, criterion=chosen, top_n=top_n,
@@ -136,7 +138,7 @@ def calibrate(
         if folder is not None:
             weights = trace.source.model
             if folder != Path(source):
-                weights = model_fingerprint(steps.load_model(str(folder), "cpu", trace.source.dtype or None)[0])
+                weights = model_fingerprint(load_model(str(folder), "cpu", trace.source.dtype or None)[0])
             certificate.save(folder, weights, set_default=set_default)
         if output is not None:
             write_json(output, certificate.to_dict())

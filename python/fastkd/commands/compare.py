@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastkd.commands.options import Json
-from fastkd.commands.screen import quality, screen_for
+from fastkd.commands.screen import quality, screen_for, show_written
 
 if TYPE_CHECKING:
     from fastkd.exits.sweep import Sweep
@@ -48,25 +47,17 @@ def compare(
     with screen_for(as_json) as screen:
         from rich.table import Table
 
-        from fastkd.data.files import atomic_path
         from fastkd.exits import comparison
         from fastkd.exits.trace import ExitTrace
-        from fastkd.report import figures
+        from fastkd.report.results import write_comparison
 
         rows = ExitTrace.load(trace)
         if rows.labels is None:
             raise ValueError(f"trace: the rows of {trace} have no labels, so there is no accuracy to compare")
         others = None if reliability is None else ExitTrace.load(reliability)
         swept = comparison.compare(rows, others, top_n=top_n, patience=patience, points=points, seq_len=seq_len)
+        files = write_comparison(swept, output)
         first = next(iter(swept.values()))
-        picture, numbers = output / "compare.png", output / "compare.csv"
-        figures.speedup_accuracy(swept, picture)
-        # "performance" is a way to use entropy, and would be called so
-        lines = [row | {"criterion": name} for name, sweep in swept.items() for row in sweep.to_dicts()]
-        with atomic_path(numbers) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, fieldnames=list(lines[0]))
-            writer.writeheader()
-            writer.writerows(lines)
         full = first[0]
         is_regression = full.pearson is not None
         table = Table(
@@ -80,9 +71,9 @@ def compare(
         for name, found in best.items():
             table.add_row(name, *(f"{value:.2f}x" for value in found.values()))
         screen.out.print(table)
-        screen.out.print(f"written: [bold]{output}[/] ({numbers.name}, {picture.name})", soft_wrap=True)
+        show_written(screen, output, files)
         screen.next_step("fastkd calibrate MODEL --data DATA --criterion CRITERION")
-        screen.result(_result(swept, best, [numbers, picture]))
+        screen.result(_result(swept, best, files))
 
 
 def _heading(drop: float, is_regression: bool) -> str:

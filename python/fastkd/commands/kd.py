@@ -22,7 +22,7 @@ from fastkd.commands.options import (
     TrainRows,
     words,
 )
-from fastkd.commands.screen import screen_for
+from fastkd.commands.screen import quieten, screen_for
 from fastkd.kd.catalogue import CATALOGUE
 
 
@@ -105,19 +105,21 @@ def kd(
         if cache is not None and no_cache:
             raise ValueError("--no-cache: goes without --cache")
 
-        from fastkd.commands import steps
+        quieten()
+
+        from fastkd.commands.inputs import load_splits
         from fastkd.kd.methods import method_of
         from fastkd.kd.options import KDOptions
         from fastkd.kd.students import is_made_of_teacher
         from fastkd.kd.teacher import Teacher
         from fastkd.kd.trainer import KDTrainer
         from fastkd.model.checkpoints import checkpoint_path
+        from fastkd.training.progress import progress_callback
 
-        steps.quieten()
         pool = pool or method_of(method).pool
         loaded = None if teacher is None else Teacher.load(checkpoint_path(teacher), pool)
         num_labels = 1 if regression else None
-        folder = steps.load_splits(
+        folder = load_splits(
             data, train, dev, num_labels=num_labels, model=None if loaded is None else loaded.model
         )  # fmt: skip
         name = student if is_made_of_teacher(student) else checkpoint_path(student)
@@ -135,7 +137,7 @@ def kd(
         rows = folder.train if train_rows is None else folder.train.sample(train_rows, seed)
         with screen.progress("distilling", None) as update:
             done = trainer.train(
-                rows, folder.dev, output, [steps.progress_callback(update, "distilling")],
+                rows, folder.dev, output, [progress_callback(update, "distilling")],
                 on_teacher=lambda answered, total: update(answered, "asking the teacher", total),
             )  # fmt: skip
         shown = ", ".join(f"{name} {value:.4g}" for name, value in done.metrics.items() if name != "score")

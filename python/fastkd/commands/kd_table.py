@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastkd.commands.options import Json, words
-from fastkd.commands.screen import screen_for
+from fastkd.commands.screen import quieten, screen_for
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,10 +41,10 @@ def kd_table(
       [cyan]fastkd kd-table bench/kd_table.yaml --data glue --task CoLA,RTE -o table[/]
     """
     with screen_for(as_json) as screen:
-        from fastkd.commands import steps
+        quieten()
+
         from fastkd.tables import kd_table as tables
 
-        steps.quieten()
         plan = tables.load_grid(grid, data)
         with screen.progress("cells", None) as update:
             rows = tables.run_table(

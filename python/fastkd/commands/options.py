@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastkd.exits.catalogue import CRITERIA
 
-class Criterion(str, Enum):
-    """When a row is certain enough, see `fastkd_kernels.exit_gate` and `fastkd.exits.criteria`."""
+if TYPE_CHECKING:
 
-    entropy = "entropy"
-    max_prob = "max_prob"
-    margin = "margin"
-    top_n = "top_n"
-    patience = "patience"
-    learned = "learned"
-    agreement = "agreement"
+    class Criterion(str, Enum):
+        """When a row is certain enough; the members are the names of `fastkd.exits.catalogue.CRITERIA`."""
+
+else:
+    Criterion = Enum("Criterion", {name: name for name in CRITERIA}, type=str)
+
+_EVERY_CRITERION = "; ".join(f"{name}: {criterion.summary}" for name, criterion in CRITERIA.items())
 
 
 class Dtype(str, Enum):
@@ -35,22 +35,25 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1...; auto takes a GP
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision of the weights.")]
 Checkpoint = Annotated[str, typer.Argument(help="Folder of a model trained by fastkd.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same weights.")]
+DrawSeed = Annotated[int, typer.Option("--seed", help="The same seed draws the same rows.")]
 MaxLength = Annotated[
     int | None, typer.Option(min=8, help="Tokens after which a text is cut; default: what the model was trained with.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows run together.")]
 Split = Annotated[str, typer.Option(help="Which split of a data folder.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use at most so many rows, drawn at random.")]
+
+
+def criterion_option(help_text: str) -> Any:
+    """The option --criterion: `help_text`, then every criterion and what it measures."""
+    return typer.Option("--criterion", help=f"{help_text} {_EVERY_CRITERION}.")
+
+
 Criteria = Annotated[
     list[Criterion] | None,
-    typer.Option(
-        "--criterion",
-        help="How certainty is measured; repeat it to compare. Default: entropy, or agreement for regression.",
-    ),
+    criterion_option("How certainty is measured; repeat it to compare. Default: entropy, or agreement for regression."),
 ]
-OneCriterion = Annotated[
-    Criterion | None, typer.Option(help="How certainty is measured; default: what the model says.")
-]
+OneCriterion = Annotated[Criterion | None, criterion_option("How certainty is measured; default: what the model says.")]
 TopN = Annotated[int | None, typer.Option(min=2, help="Classes that the top_n criterion looks at.")]
 DataOption = Annotated[
     Path | None, typer.Option(help="Folder with train and perhaps dev and test (.tsv, .csv, .jsonl, .parquet).")
@@ -111,13 +114,24 @@ def parse_share(text: str, option: str) -> float:
 
 
 def whole_numbers(text: str, option: str) -> list[int]:
+    """Numbers as in "1,8,32".
+
+    Raises:
+        ValueError: not whole numbers.
+    """
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{option}: got {text!r}, expected whole numbers such as 1,8,32") from None
 
 
+def layer_numbers(text: str | None) -> list[int] | None:
+    """What --exit-layers names; None where it is not given."""
+    return None if text is None else whole_numbers(text, "--exit-layers")
+
+
 def words(text: str) -> list[str]:
+    """Words as in "fp32,bf16"."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
@@ -132,3 +146,18 @@ def curve_name(source: str, criterion: str, sources: int, criteria: int) -> str:
     if sources > 1 and criteria > 1:
         return f"{source}, {criterion}"
     return source if sources > 1 else criterion
+
+
+def training_options(
+    kind: Any, parity: str | None, context: typer.Context, chosen: dict[str, Any], max_length: int
+) -> Any:
+    """Options of the class `kind`; under a parity preset only what the user wrote down wins over it."""
+    if parity is None:
+        return kind(**chosen, max_length=max_length, progress=False)
+    parameters = {"head_learning_rate_factor": "head_factor", "early_stopping_patience": "patience"}
+    given = {
+        name: value
+        for name, value in chosen.items()
+        if (source := context.get_parameter_source(parameters.get(name, name))) and source.name != "DEFAULT"
+    }
+    return kind.preset(parity, **given, max_length=max_length, progress=False)

@@ -8,8 +8,9 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -20,7 +21,8 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from fastkd.exits.sweep import Sweep
-    from fastkd.inference.benchmark import Benchmark, BenchmarkRow
+    from fastkd.inference.measurements import Benchmark, BenchmarkRow
+    from fastkd.training.harness import TrainResult
 
 BAD_INPUT = 2
 
@@ -115,6 +117,16 @@ def screen_for(as_json: bool) -> Iterator[Screen]:
         raise typer.Exit(BAD_INPUT) from None
 
 
+def quieten() -> None:
+    """Libraries keep their progress bars and hints to themselves; errors still come through."""
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def _as_flags(message: str) -> str:
     """Remedies that name a Python argument, in the words of the command line."""
     for argument, flag in (
@@ -129,6 +141,22 @@ def _as_flags(message: str) -> str:
 def _is_bad_input(error: Exception) -> bool:
     """What a user can cause and cure; anything else is a fault of ours and keeps its traceback."""
     return isinstance(error, (ValueError, OSError, ImportError))
+
+
+def show_training(screen: Screen, done: TrainResult) -> None:
+    """What a training did, and where its model is."""
+    metrics = ", ".join(f"{name} {value:.4g}" for name, value in done.metrics.items())
+    screen.out.print(f"{done.steps} steps in {done.seconds:.0f} s; {metrics or 'no dev rows, so nothing evaluated'}")
+    screen.out.print(f"model: [bold]{done.output_dir}[/]")
+    screen.result(
+        {"model": str(done.output_dir), "steps": done.steps, "seconds": round(done.seconds, 2)}
+        | {"train_loss": done.train_loss, "metrics": done.metrics}
+    )
+
+
+def show_written(screen: Screen, folder: Path, files: Sequence[Path]) -> None:
+    """The folder that results were written to, and the names of its files."""
+    screen.out.print(f"written: [bold]{folder}[/] ({', '.join(path.name for path in files)})", soft_wrap=True)
 
 
 def quality(accuracy: float | None, pearson: float | None) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fastkd.commands.options import Device, Dtype, Json, Seed, parse_speeds, source_names, whole_numbers
-from fastkd.commands.screen import screen_for
+from fastkd.commands.screen import quieten, screen_for
 
 
 def table2(
@@ -54,19 +54,17 @@ def table2(
       [cyan]fastkd table2 data/sst2 --students 3 --speeds 0.3,0.5 --student-rows 3000[/]
     """
     with screen_for(as_json) as screen:
-        from dataclasses import replace
+        quieten()
 
-        from fastkd.commands.demo import REAL
         from fastkd.tables.table2 import TABLE_CSV, TABLE_MARKDOWN, Table2Options, run_table2
+        from fastkd.training.early_exit import TrainingPlan
 
-        training = replace(
-            REAL, checkpoint=checkpoint, train_rows=train_rows, max_length=max_length, seed=seed, device=device
-        )
+        plan = TrainingPlan(checkpoint=checkpoint, train_rows=train_rows, max_length=max_length, seed=seed)
         options = Table2Options(
-            early_exit=training, student_layers=tuple(whole_numbers(students, "--students")),
+            early_exit=plan, student_layers=tuple(whole_numbers(students, "--students")),
             student_rows=student_rows, student_epochs=student_epochs, student_learning_rate=student_learning_rate,
             speeds=tuple(parse_speeds(speeds)), test_rows=test_rows, bench_rows=bench_rows,
-            bench_repeats=bench_repeats, batch_size=batch_size, dtype=dtype.value,
+            bench_repeats=bench_repeats, batch_size=batch_size, dtype=dtype.value, device=device,
         )  # fmt: skip
         folders = dict(zip(source_names([str(path) for path in data]), data, strict=True))
         table = run_table2(screen, folders, output, options, start_over=start_over)

@@ -1,1 +1,1 @@
-"""A finished model at work: predictions for files and pipes, and what they cost in seconds."""
+"""A finished model at work: answers for files and pipes, traces of rows, and what it all costs in seconds."""

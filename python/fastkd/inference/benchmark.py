@@ -6,7 +6,7 @@ What is compared, and why it is fair:
   device and in the same process. Tokenising is outside the clock, padding and embedding are inside.
 * The baseline is the faster of two ways to run the full model: ours at speed 0, and the forward of transformers
   followed by the last head. Every table says which one it was.
-* Passes are interleaved (A B C, A B C, ...; the order turns by one each round), so that a busy machine slows everybody
+* Passes are interleaved (A B C, A B C, ...; the order turns by one each round), so that a busy machine slows all
   alike, and the median of each contestant counts.
 * FLOPs are those of the rows' actual exits at their batch's padded length, under each convention.
 """
@@ -14,120 +14,32 @@ What is compared, and why it is fair:
 from __future__ import annotations
 
 import copy
-import csv
 import functools
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
-from fastkd.data.files import atomic_path, write_json
+from fastkd.data.batches import LengthSortedBatches, tokenize
+from fastkd.data.rows import Rows
 from fastkd.exits.flops import CONVENTIONS, flops
 from fastkd.exits.trace import correlation, predictions
-
-if TYPE_CHECKING:
-    from fastkd.model.modeling import EarlyExitForSequenceClassification
+from fastkd.inference.measurements import Benchmark, BenchmarkRow
+from fastkd.model.loading import DTYPES
+from fastkd.model.modeling import EarlyExitForSequenceClassification
+from fastkd.model.tokenizers import length_limit
 
 Batch = Mapping[str, Tensor]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUR_FULL = "fastkd"
 TRANSFORMERS_FULL = "transformers"
-
-
-@dataclass(frozen=True)
-class BenchmarkRow:
-    """One speed at one batch size in one dtype."""
-
-    device: str
-    dtype: str
-    batch_size: int
-    speed: float
-    rows: int
-    accuracy: float | None
-    full_accuracy: float | None
-    """Both None without labels and for regression."""
-    average_layers: float
-    flops_speedup: float
-    """Full model / early exit, fastbert convention."""
-    flops_speedups: dict[str, float]
-    """The same in every convention."""
-    seconds: float
-    """Median of a pass over all rows, early exit."""
-    seconds_p20: float
-    seconds_p80: float
-    full_seconds: float
-    """Median of a pass over all rows, full model at its best."""
-    full_engine: str
-    """Which full model was the faster one: "fastkd" or "transformers"."""
-    speedup: float
-    """`full_seconds / seconds`."""
-    pearson: float | None = None
-    full_pearson: float | None = None
-    """Correlation of answers and labels, for regression."""
-
-    @property
-    def realised(self) -> float:
-        """Measured speed-up as a share of the FLOPs speed-up."""
-        return self.speedup / self.flops_speedup
-
-    @property
-    def rows_per_second(self) -> float:
-        return self.rows / self.seconds
-
-    def to_dict(self) -> dict[str, Any]:
-        """Flat, ready for CSV and JSON."""
-        flat = asdict(self)
-        conventions = flat.pop("flops_speedups")
-        return {
-            **flat,
-            **{f"flops_speedup_{name}": value for name, value in conventions.items()},
-            "realised": self.realised,
-            "rows_per_second": self.rows_per_second,
-        }
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A table of measurements and what they were made on."""
-
-    rows: list[BenchmarkRow]
-    machine: dict[str, Any]
-    criterion: str = "entropy"
-
-    def to_dict(self) -> dict[str, Any]:
-        rows = [row.to_dict() for row in self.rows]
-        return {"machine": self.machine, "criterion": self.criterion, "rows": rows}
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> Benchmark:
-        """What `to_dict` gave; files of versions that did not write the criterion were measured with entropy."""
-        known = {field.name for field in fields(BenchmarkRow)}
-        rows = [
-            BenchmarkRow(
-                **{name: item for name, item in row.items() if name in known},
-                flops_speedups={name: row[f"flops_speedup_{name}"] for name in CONVENTIONS},
-            )
-            for row in value["rows"]
-        ]
-        return cls(rows, dict(value["machine"]), value.get("criterion", "entropy"))
-
-    def to_json(self, path: str | os.PathLike[str]) -> None:
-        write_json(path, self.to_dict())
-
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write the table; the file is either whole or absent."""
-        rows = [row.to_dict() for row in self.rows]
-        with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 @dataclass(frozen=True)
@@ -161,7 +73,7 @@ def benchmark(
         batches_of: gives the batches for a batch size, sorted by length, with or without `labels`.
         speeds: each above 0 and at most 1; the full model is always measured.
         batch_sizes: rows a batch.
-        dtypes: of `DTYPES`.
+        dtypes: of `fastkd.model.loading.DTYPES`.
         criterion: uncertainty criterion; None takes the model's.
         top_n: classes that the "top_n" criterion looks at.
         repeats: interleaved passes; one more warms up and is not counted.
@@ -185,6 +97,29 @@ def benchmark(
             setting = _Setting(cast, batches, dtype, batch_size, criterion, top_n)
             rows += setting.measure(speeds, repeats, lambda what: on_progress(what))
     return Benchmark(rows, machine_facts(model.device), criterion or model.config.criterion)
+
+
+def benchmark_rows(
+    model: EarlyExitForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    *,
+    max_length: int | None = None,
+    **options: Any,
+) -> Benchmark:
+    """`benchmark` on the rows of a table, tokenised once.
+
+    Args:
+        model: as for `benchmark`, as are `options`.
+        tokenizer: of the model.
+        rows: with or without labels.
+        max_length: tokens after which a text is cut; None takes the most that model and tokenizer allow.
+
+    Raises:
+        ValueError: as `benchmark`.
+    """
+    encoded = tokenize(rows, tokenizer, max_length or length_limit(model, tokenizer))
+    return benchmark(model, lambda size: LengthSortedBatches(encoded, tokenizer, size), **options)
 
 
 def passes(speeds: Sequence[float], batch_sizes: Sequence[int], dtypes: Sequence[str], repeats: int) -> int:
@@ -331,7 +266,7 @@ def interleaved(
 ) -> tuple[dict[Name, list[float]], dict[Name, Any]]:
     """Seconds of `repeats` passes of each contestant, and its last answer.
 
-    A first round warms up and is not counted. Each round starts with the next contestant, so that nobody always runs
+    A first round warms up and is not counted. Each round starts with the next contestant, so that none always runs
     after the same neighbour.
     """
     names = list(contestants)

@@ -1,4 +1,4 @@
-"""Answers for a stream of sentences: read, tokenise, sort by length, run with early exit, write in input order.
+"""Answers for a stream of sentences: tokenise, sort by length, run with early exit, answer in input order.
 
 How many rows are in memory is bounded, so files of any size and endless pipes can be answered. A row that cannot be
 answered (empty text, broken encoding, wrong number of columns) keeps its place in the output and says why.
@@ -6,25 +6,22 @@ answered (empty text, broken encoding, wrong number of columns) keeps its place 
 
 from __future__ import annotations
 
-import codecs
-import json
 import sys
 import time
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
-from fastkd.data.columns import PAIR_COLUMNS, TEXT_COLUMNS
-from fastkd.data.files import atomic_path
 from fastkd.data.input_format import encode
-from fastkd.encoders.families import longest_input
+from fastkd.inference.answers import BadRowError, Prediction, output_stream, writer_of
+from fastkd.inference.row_reader import STANDARD_STREAM, InputRow, format_of, read_rows
+from fastkd.model.tokenizers import length_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,42 +30,10 @@ if TYPE_CHECKING:
     from fastkd.exits.drift import DriftMonitor
     from fastkd.model.modeling import EarlyExitForSequenceClassification
 
-FORMATS = ("tsv", "jsonl", "text")
 BAD_ROWS = ("mark", "stop")
-STANDARD_STREAM = "-"
 
-_SUFFIXES = {".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text"}
-_LONGEST_LINE = 1 << 20  # bytes; a longer line is no sentence and would break the promise of bounded memory
 _WATCHED_TOGETHER = 32  # rows that a monitor runs to full depth in one batch
 _REPORTED = 20  # bad rows listed by line; the rest are counted
-
-
-class BadRowError(ValueError):
-    """A row cannot be answered and the caller asked to stop there."""
-
-
-@dataclass(frozen=True)
-class InputRow:
-    """One row as read: its line number from 1, and either its texts or the problem with it."""
-
-    line: int
-    text_a: str = ""
-    text_b: str | None = None
-    problem: str | None = None
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One answer. `label`, `probability` and `exit_layer` are None where `problem` says why there is none.
-
-    With a regression model `label` is the predicted number and `probability` is None.
-    """
-
-    line: int
-    label: str | float | None = None
-    probability: float | None = None
-    exit_layer: int | None = None
-    problem: str | None = None
 
 
 @dataclass
@@ -95,54 +60,6 @@ class PredictSummary:
             "exits_per_layer": {str(layer): self.exits[layer] for layer in sorted(self.exits)},
             "seconds": round(self.seconds, 3),
         }
-
-
-def format_of(path: str, stated: str | None = None) -> str | None:
-    """The row format of a file: as stated, else by suffix; None for a stream that must be looked at.
-
-    Raises:
-        ValueError: an unknown format, or a suffix that tells none.
-    """
-    if stated is not None:
-        if stated not in FORMATS:
-            raise ValueError(f"format: got {stated!r}, expected one of {', '.join(FORMATS)}")
-        return stated
-    if path == STANDARD_STREAM:
-        return None
-    suffix = Path(path).suffix.lower()
-    if suffix not in _SUFFIXES:
-        raise ValueError(
-            f"format: cannot tell the format of {path!r} from its suffix {suffix!r}; name the file "
-            f"{', '.join(_SUFFIXES)} or pass --format {'|'.join(FORMATS)}"
-        )
-    return _SUFFIXES[suffix]
-
-
-def read_rows(stream: BinaryIO, form: str | None = None, name: str = "input") -> Iterator[InputRow]:
-    """Read rows one by one.
-
-    Args:
-        stream: UTF-8 bytes. TSV has a header that names the text columns as in `fastkd.data.columns` (text_a and
-            perhaps text_b; no quoting; other columns are ignored), JSONL one object a line with these keys, text one
-            sentence a line.
-        form: one of `FORMATS`; None looks at the first line.
-        name: of the file, for messages.
-
-    Raises:
-        ValueError: nothing in the stream, or a TSV header without a text column.
-    """
-    lines = _lines(stream)
-    first = next(lines, None)
-    if first is None:
-        raise ValueError(f"{name} is empty; expected at least one sentence")
-    form = form or _guess(first)
-    if form == "tsv":
-        yield from _tsv_rows(first, lines, name)
-        return
-    parse = _json_row if form == "jsonl" else _text_row
-    yield parse(1, first)
-    for number, line in enumerate(lines, start=2):
-        yield parse(number, line)
 
 
 def predict(
@@ -230,7 +147,7 @@ def _note_lines(rows: Iterable[InputRow], lines: deque[int]) -> Iterator[InputRo
 
 
 def _predict_stream(stream: Stream, unanswered: deque[int]) -> Iterator[Prediction]:
-    """The answers of a stream; where it breaks off, Ctrl-C for one, also those that are ready behind rows that wait.
+    """The answers of a stream; if it breaks off, by Ctrl-C for example, also the ready ones behind rows that wait.
 
     Args:
         stream: not yet iterated.
@@ -333,9 +250,9 @@ def predict_file(
 ) -> PredictSummary:
     """Answer a file, or "-" for standard input, into a file, or "-" for standard output.
 
-    A file appears under its name only when it is whole. Where something breaks the run off, Ctrl-C for one, the answers
-    so far are kept beside it, as NAME.partial.SUFFIX, and a warning says so; rows that were still on their way before
-    the last of them keep their line, with the reason in place of the answer. TSV output has the columns label,
+    A file appears under its name only when it is whole. If the run breaks off, by Ctrl-C for example, the answers so
+    far stay beside it, as NAME.partial.SUFFIX, and a warning says so; rows before the last of them that have no answer
+    yet keep their line, with the reason in its place. TSV output has the columns label,
     probability, exit_layer and error; JSONL the same keys.
 
     Args:
@@ -343,7 +260,8 @@ def predict_file(
         tokenizer: of the model.
         source: path or "-".
         destination: path or "-".
-        input_format: one of `FORMATS`; default by suffix, or by the first line of standard input.
+        input_format: one of `fastkd.inference.row_reader.FORMATS`; default by suffix, or by the first line of
+            standard input.
         output_format: "tsv" or "jsonl"; default by suffix, TSV on standard output.
         bad_rows: "mark" leaves a row without answer and says why; "stop" raises at the first.
         on_progress: called with the number of rows done so far.
@@ -356,7 +274,7 @@ def predict_file(
     """
     check_files(source, destination, input_format, output_format, bad_rows)
     form = format_of(source, input_format)
-    write = _writer(destination, output_format)
+    write = writer_of(destination, output_format)
     summary, started = PredictSummary(), time.perf_counter()
     with ExitStack() as stack:
         name = "standard input" if source == STANDARD_STREAM else source
@@ -364,7 +282,7 @@ def predict_file(
         # an output is opened only now that a first row is read and the options are checked: bad input leaves nothing
         checked = _checked(chain([next(rows)], rows), bad_rows, name)
         answers = predict(model, tokenizer, checked, **options)
-        output = stack.enter_context(_output(destination))
+        output = stack.enter_context(output_stream(destination))
         write(output, None)
         for prediction in answers:
             write(output, prediction)
@@ -387,7 +305,7 @@ def check_files(
     if bad_rows not in BAD_ROWS:
         raise ValueError(f"bad_rows: got {bad_rows!r}, expected one of {', '.join(BAD_ROWS)}")
     format_of(source, input_format)
-    _writer(destination, output_format)
+    writer_of(destination, output_format)
     if destination != STANDARD_STREAM and Path(destination).is_dir():
         raise IsADirectoryError(f"output: {destination} is a folder; give the name of a file in it")
     if source == STANDARD_STREAM:
@@ -396,11 +314,6 @@ def check_files(
         raise FileNotFoundError(f"input: there is no file {source}")
     if Path(source).stat().st_size == 0:
         raise ValueError(f"input: {source} is empty; expected at least one sentence")
-
-
-def length_limit(model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens a text may have: the tokenizer's limit, and never more than the model has positions for."""
-    return min(tokenizer.model_max_length, longest_input(model.config.backbone))
 
 
 def _answer(
@@ -472,155 +385,5 @@ def _count(summary: PredictSummary, prediction: Prediction) -> None:
         summary.problems.append(f"line {prediction.line}: {prediction.problem}")
 
 
-# Reading
-
-
 def _opened(source: str) -> AbstractContextManager[BinaryIO]:
     return nullcontext(sys.stdin.buffer) if source == STANDARD_STREAM else Path(source).open("rb")
-
-
-def _lines(stream: BinaryIO) -> Iterator[str | InputRow]:
-    """Decoded lines without their ending; an `InputRow` with the problem where a line cannot be had."""
-    number = 0
-    while raw := stream.readline(_LONGEST_LINE):
-        number += 1
-        if len(raw) == _LONGEST_LINE and not raw.endswith(b"\n"):
-            while (rest := stream.readline(_LONGEST_LINE)) and not rest.endswith(b"\n"):
-                pass
-            yield InputRow(number, problem=f"longer than {_LONGEST_LINE} bytes; a row is one sentence or pair")
-            continue
-        raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
-        try:
-            yield raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
-        except UnicodeDecodeError as error:
-            yield InputRow(number, problem=f"byte 0x{raw[error.start]:02x} is not UTF-8; convert the file to UTF-8")
-
-
-def _guess(first: str | InputRow) -> str:
-    if isinstance(first, InputRow):
-        return "text"
-    if first.lstrip().startswith("{"):
-        return "jsonl"
-    return "tsv" if _text_columns(first.split("\t")) else "text"
-
-
-def _text_columns(columns: Sequence[str]) -> tuple[str, ...]:
-    """The one or two columns that hold the text, by the names in `fastkd.data.columns`; empty where there is none."""
-    known = {column.strip().lower(): column for column in columns}
-    for names in (*PAIR_COLUMNS, *((name,) for name in TEXT_COLUMNS)):
-        if all(name in known for name in names):
-            return tuple(known[name] for name in names)
-    return ()
-
-
-def _tsv_rows(header: str | InputRow, lines: Iterator[str | InputRow], name: str) -> Iterator[InputRow]:
-    columns = [] if isinstance(header, InputRow) else header.split("\t")
-    texts = _text_columns(columns)
-    if not texts:
-        raise ValueError(
-            f"{name}, line 1: the header has no text column; expected {TEXT_COLUMNS[0]} (and {PAIR_COLUMNS[0][1]} for "
-            "pairs), separated by tabs; for one sentence a line pass --format text"
-        )
-    indices = [columns.index(text) for text in texts]
-    is_empty = True
-    for number, line in enumerate(lines, start=2):
-        is_empty = False
-        if isinstance(line, InputRow):
-            yield line
-            continue
-        fields = line.split("\t")
-        if len(fields) != len(columns):
-            yield InputRow(number, problem=f"{len(fields)} columns, expected {len(columns)} ({', '.join(columns)})")
-            continue
-        yield _row(number, [fields[index] for index in indices], texts)
-    if is_empty:
-        raise ValueError(f"{name} has a header and no rows; expected at least one sentence")
-
-
-def _json_row(number: int, line: str | InputRow) -> InputRow:
-    if isinstance(line, InputRow):
-        return line
-    try:
-        value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        return InputRow(number, problem=f"not JSON ({error})")
-    # a null second text is how writers of mixed files mark a single one
-    given = {key: text for key, text in value.items() if text is not None} if isinstance(value, dict) else {}
-    texts = _text_columns(list(given))
-    if not texts:
-        return InputRow(number, problem=f'no text; expected an object such as {{"{TEXT_COLUMNS[0]}": "..."}}')
-    return _row(number, [given[name] for name in texts], texts)
-
-
-def _text_row(number: int, line: str | InputRow) -> InputRow:
-    return line if isinstance(line, InputRow) else _row(number, [line], ("text",))
-
-
-def _row(number: int, texts: Sequence[Any], names: Sequence[str]) -> InputRow:
-    for name, text in zip(names, texts, strict=True):
-        if not isinstance(text, str):
-            return InputRow(number, problem=f"{name} is a JSON {type(text).__name__}, expected a string")
-        if not text.strip():
-            return InputRow(number, problem=f"{name} is empty" if len(names) > 1 or name != "text" else "empty line")
-    return InputRow(number, *texts)
-
-
-# Writing
-
-
-@contextmanager
-def _output(destination: str) -> Iterator[IO[str]]:
-    if destination == STANDARD_STREAM:
-        yield sys.stdout
-        sys.stdout.flush()
-        return
-    with atomic_path(destination) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as stream:
-        try:
-            yield stream
-        except BadRowError:
-            raise  # the caller asked for everything or nothing
-        except BaseException:
-            stream.flush()
-            partial = _partial(destination)
-            temporary.replace(partial)
-            warnings.warn(f"{destination} was not finished: the answers so far are in {partial}", stacklevel=3)
-            raise
-
-
-def _partial(destination: str) -> Path:
-    path = Path(destination)
-    return path.with_suffix(f".partial{path.suffix}")
-
-
-def _writer(destination: str, form: str | None) -> Callable[[IO[str], Prediction | None], None]:
-    form = form or ("tsv" if destination == STANDARD_STREAM else format_of(destination))
-    if form not in ("tsv", "jsonl"):
-        raise ValueError(
-            f"output: got format {form!r}, predictions are written as .tsv or .jsonl; name the output so, or pass "
-            "--output-format tsv|jsonl"
-        )
-    return _write_tsv if form == "tsv" else _write_json
-
-
-def _write_tsv(stream: IO[str], prediction: Prediction | None) -> None:
-    if prediction is None:
-        stream.write("label\tprobability\texit_layer\terror\n")
-        return
-    probability = None if prediction.probability is None else f"{prediction.probability:.6f}"
-    fields = (prediction.label, probability, prediction.exit_layer, prediction.problem)
-    # a label name or a problem may quote the input, whose tabs would add columns
-    cells = ("" if value is None else str(value).replace("\t", " ").replace("\n", " ") for value in fields)
-    stream.write("\t".join(cells) + "\n")
-
-
-def _write_json(stream: IO[str], prediction: Prediction | None) -> None:
-    if prediction is None:
-        return
-    answer: dict[str, Any] = {
-        "label": prediction.label,
-        "probability": prediction.probability,
-        "exit_layer": prediction.exit_layer,
-    }
-    if prediction.problem is not None:
-        answer["error"] = prediction.problem
-    stream.write(json.dumps(answer, ensure_ascii=False) + "\n")

@@ -1,4 +1,4 @@
-"""One page that shows what every speed costs and wins; it needs no network and no server."""
+"""What a run leaves for people: pictures, tables of numbers, and one page that needs no network and no server."""
 
 from fastkd.report.page import write_page
 from fastkd.report.pictures import write_pictures

@@ -32,7 +32,7 @@ def page_content(
     """Everything that the page shows, ready for JSON.
 
     Args:
-        curves: by name, a source and the criterion that decides who leaves.
+        curves: by name, a source and the criterion that decides which rows leave.
         title: of the page.
         speed: where the slider stands at first.
         top_n: classes that the "top_n" criterion looks at.
@@ -101,7 +101,7 @@ def _examples(source: Source, answers: Sequence[ExitAnswers]) -> dict[str, Any] 
 
 
 def _first_and_last(answer: ExitAnswers) -> tuple[list[int], list[int]]:
-    """Rows of the trace: the surest of the first layer that anybody leaves after, the least sure of the last."""
+    """Rows of the trace: the surest of the first layer after which rows leave, the least sure of the last."""
     keys = list(
         zip(answer.exit_layer.tolist(), _sortable(answer.uncertainty), range(len(answer.exit_layer)), strict=True)
     )

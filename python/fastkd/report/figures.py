@@ -22,7 +22,7 @@ from fastkd.training.log import RECORDED_SPEED
 if TYPE_CHECKING:
     from fastkd.exits.reliability import AccuracyByUncertainty, UncertaintyAtLayer
     from fastkd.exits.sweep import Sweep, SweepRow
-    from fastkd.inference.benchmark import BenchmarkRow
+    from fastkd.inference.measurements import BenchmarkRow
     from fastkd.training.log import TrainingPoint
 
 PathLike = str | os.PathLike[str]

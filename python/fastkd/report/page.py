@@ -29,7 +29,7 @@ def write_page(
     """Write one self-contained HTML page; it is either whole or absent.
 
     Args:
-        curves: by name, a source and the criterion that decides who leaves.
+        curves: by name, a source and the criterion that decides which rows leave.
         path: the page.
         title: of the page.
         speed: where the slider stands at first, or nearly: it moves in steps of 0.005.

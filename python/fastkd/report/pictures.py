@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fastkd.exits.reliability import accuracy_by_uncertainty, uncertainty_per_layer
-from fastkd.inference.benchmark import Benchmark
+from fastkd.inference.measurements import Benchmark
 from fastkd.report import figures
 from fastkd.report.sources import Source, measured_with
 from fastkd.training.log import training_curve
@@ -23,7 +23,7 @@ def write_pictures(
     """Write FastBERT's figures 3, 4, 6 and 7 and the measured speed-ups, as far as there is data for them.
 
     Args:
-        curves: by name, a source and the criterion that decides who leaves.
+        curves: by name, a source and the criterion that decides which rows leave.
         folder: made where it is missing.
         form: "png", "svg" or "pdf".
         top_n: classes that the "top_n" criterion looks at.

@@ -60,7 +60,7 @@ def read_source(path: Path, name: str, extras: Extras | None = None) -> Source:
     """A trace file, or a folder with `trace.safetensors` as `fastkd demo` leaves it.
 
     Beside the trace are looked for: `bench.json`; `finetuned` and `model` with their logs, label names and certificate;
-    the generated corpus of a demo. No row of a data set is taken that nobody named.
+    the generated corpus of a demo. Rows of a data set are taken only where a user names them.
 
     Raises:
         FileNotFoundError, ValueError: a file that is named is missing or is not what it should be.

@@ -19,7 +19,7 @@ import json
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,21 +27,23 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fastkd.commands import steps
-from fastkd.commands.demo import REAL, DemoOptions, Timings, train_early_exit
-from fastkd.commands.screen import Screen
 from fastkd.data.batches import LengthSortedBatches, tokenize
 from fastkd.data.files import changed_settings, write_json, write_text
 from fastkd.data.rows import Rows, load_folder
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.exits.sweep import SweepRow
+from fastkd.exits.trace import ExitTrace
 from fastkd.inference import benchmark
+from fastkd.inference.trace_rows import trace_rows
 from fastkd.kd.options import KDOptions
 from fastkd.kd.probe import encoder_layers
 from fastkd.kd.teacher import Teacher
 from fastkd.kd.trainer import KDTrainer
+from fastkd.model.loading import DTYPES, load_model
 from fastkd.model.modeling import EarlyExitForSequenceClassification
+from fastkd.training.early_exit import DISTILLED, TrainingPlan, distill_in, finetune_in
 from fastkd.training.log import LOG_FILE
+from fastkd.training.progress import Progress, counted, training_progress
 
 CONVENTION = "fastbert"
 TABLE_MARKDOWN, TABLE_CSV = "table2.md", "table2.csv"
@@ -64,10 +66,11 @@ class Table2Options:
         bench_rows: rows of a timed pass.
         bench_repeats: interleaved passes; their median counts.
         batch_size: rows of a timed batch.
-        dtype: of the timed models, one of `fastkd.inference.benchmark.DTYPES`.
+        dtype: of the timed models, one of `fastkd.model.loading.DTYPES`.
+        device: where the models are measured, as for `fastkd.model.loading.pick_device`.
     """
 
-    early_exit: DemoOptions = REAL
+    early_exit: TrainingPlan = field(default_factory=TrainingPlan)
     student_layers: tuple[int, ...] = (3, 1)
     student_rows: int | None = None
     student_epochs: float = 3.0
@@ -78,14 +81,15 @@ class Table2Options:
     bench_repeats: int = 3
     batch_size: int = 32
     dtype: str = "fp32"
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if not self.student_layers or min(self.student_layers) < 1:
             raise ValueError(f"student_layers: got {self.student_layers}, expected numbers from 1")
         if not self.speeds or not all(0 < speed <= 1 for speed in self.speeds):
             raise ValueError(f"speeds: got {self.speeds}, expected numbers above 0 and at most 1")
-        if self.dtype not in benchmark.DTYPES:
-            raise ValueError(f"dtype: got {self.dtype!r}, expected one of {', '.join(benchmark.DTYPES)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: got {self.dtype!r}, expected one of {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True)
@@ -170,12 +174,12 @@ def _parts(cell: Cell | None) -> tuple[str, str, str]:
 
 
 def run_table2(
-    screen: Screen, data: Mapping[str, Path], output: Path, options: Table2Options, *, start_over: bool = False
+    shown: Progress, data: Mapping[str, Path], output: Path, options: Table2Options, *, start_over: bool = False
 ) -> Table2:
     """Train what is missing, measure, and write `table2.md` and `table2.csv` to `output` after every data set.
 
     Args:
-        screen: where to tell what runs.
+        shown: where to say what runs.
         data: by name, folders with train and test (or dev) rows.
         output: folder; each data set has a folder of its name in it.
         options: see there.
@@ -191,7 +195,7 @@ def run_table2(
     for name, folder in data.items():
         place = output / name
         result = _kept_result(place, options, start_over) or _run_dataset(
-            screen, name, folder, place, options, start_over
+            shown, name, folder, place, options, start_over
         )
         cells += [Cell(**cell) for cell in result["cells"]]
         facts[name] = result["facts"]
@@ -217,26 +221,29 @@ def _as_json(options: Any) -> dict[str, Any]:
 
 
 def _run_dataset(
-    screen: Screen, name: str, data: Path, place: Path, options: Table2Options, start_over: bool
+    shown: Progress, name: str, data: Path, place: Path, options: Table2Options, start_over: bool
 ) -> dict[str, Any]:
     training = options.early_exit
     folder = load_folder(data)
     test = folder.test or folder.dev
     if test is None:
-        raise ValueError(f"data: {data} has neither test nor dev rows; the table needs some that nobody trained on")
+        raise ValueError(f"data: {data} has neither test nor dev rows; the table needs some that it did not train on")
     if options.test_rows is not None:
         test = test.sample(options.test_rows, training.seed)
     train = folder.train.sample(training.train_rows, training.seed)
     student_rows = train if options.student_rows is None else train.sample(options.student_rows, training.seed)
     _check_students(place, options, student_rows, start_over)
-    screen.say(f"[bold]{name}[/]: {len(train)} training rows, {len(test)} test rows")
-    model, tokenizer = train_early_exit(screen, replace(folder, train=train), place, training, Timings())
+    shown.say(f"[bold]{name}[/]: {len(train)} training rows, {len(test)} test rows")
+    sampled = replace(folder, train=train)
+    finetune_in(place, sampled, training, shown)
+    distill_in(place, sampled, training, shown)
+    model, tokenizer = load_model(str(place / DISTILLED), options.device)
     _check_depths(model, options.student_layers)
     students = {
-        layers: _student(screen, model, tokenizer, layers, student_rows, folder.dev, place, options)
+        layers: _student(shown, model, tokenizer, layers, student_rows, folder.dev, place, options)
         for layers in options.student_layers
     }
-    cells, seq_len = _measure(screen, name, model, students, tokenizer, test, options)
+    cells, seq_len = _measure(shown, name, model, students, tokenizer, test, options)
     facts = {
         "test_rows": len(test), "train_rows": _rows_seen(place), "student_rows": len(student_rows),
         "student_epochs": options.student_epochs, "batch_size": options.batch_size, "dtype": options.dtype,
@@ -281,7 +288,7 @@ def student_of(teacher: EarlyExitForSequenceClassification, layers: int) -> Earl
 
 
 def _student(
-    screen: Screen,
+    shown: Progress,
     teacher: EarlyExitForSequenceClassification,
     tokenizer: PreTrainedTokenizerBase,
     layers: int,
@@ -303,9 +310,9 @@ def _student(
         )  # fmt: skip
         # every token of the last layer is compared, which is too much to keep
         trainer = KDTrainer(Teacher(full, tokenizer), student_of(full, layers), "distilbert", chosen, cache=False)
-        with steps.training_progress(screen, f"student of {layers} layers") as callback:
+        with training_progress(shown, f"student of {layers} layers") as callback:
             trainer.train(rows, dev, folder, [callback])
-    return steps.load_model(str(folder), options.early_exit.device)[0]
+    return load_model(str(folder), options.device)[0]
 
 
 def _student_folder(place: Path, layers: int) -> Path:
@@ -343,7 +350,7 @@ def _check_depths(model: EarlyExitForSequenceClassification, student_layers: Seq
 
 def _rows_seen(place: Path) -> int:
     """Training rows of the early exits by their log: a model that was found here may have seen others than ours."""
-    log = json.loads((place / "model" / LOG_FILE).read_text(encoding="utf-8"))
+    log = json.loads((place / DISTILLED / LOG_FILE).read_text(encoding="utf-8"))
     return int(log["train"]["rows"])
 
 
@@ -351,7 +358,7 @@ def _rows_seen(place: Path) -> int:
 
 
 def _measure(
-    screen: Screen,
+    shown: Progress,
     name: str,
     model: EarlyExitForSequenceClassification,
     students: Mapping[int, EarlyExitForSequenceClassification],
@@ -361,14 +368,14 @@ def _measure(
 ) -> tuple[list[Cell], int]:
     """The cells of one data set, and the length for which operations were counted."""
     length = options.early_exit.max_length
-    trace, _ = steps.run_trace(screen, model, tokenizer, test, max_length=length)
+    trace = _trace(shown, model, tokenizer, test, length)
     full, *early = trace.sweep([0.0, *options.speeds])
     timed = test.sample(options.bench_rows, options.early_exit.seed)
-    seconds = _seconds(screen, model, students, tokenizer, timed, options)
+    seconds = _seconds(shown, model, students, tokenizer, timed, options)
     full_name = f"full model ({_layers(model.num_layers)})"
     swept: dict[str, SweepRow] = {full_name: full}
     for layers, student in students.items():
-        own, _ = steps.run_trace(screen, student, tokenizer, test, max_length=length)
+        own = _trace(shown, student, tokenizer, test, length)
         swept[_student_name(layers)] = own.sweep([0.0], seq_len=trace.max_length)[0]
     swept |= {_speed_name(row.speed): row for row in early}
     best = {model_name: min(found, key=lambda engine: found[engine]) for model_name, found in seconds.items()}
@@ -391,8 +398,21 @@ def _measure(
     return cells, trace.max_length
 
 
+def _trace(
+    shown: Progress,
+    model: EarlyExitForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Rows,
+    max_length: int,
+) -> ExitTrace:
+    with shown.progress("tracing", None) as update:
+        return trace_rows(
+            model, tokenizer, rows, max_length=max_length, on_batch=lambda done, total: update(done, "", total)
+        )
+
+
 def _seconds(
-    screen: Screen,
+    shown: Progress,
     model: EarlyExitForSequenceClassification,
     students: Mapping[int, EarlyExitForSequenceClassification],
     tokenizer: PreTrainedTokenizerBase,
@@ -417,17 +437,11 @@ def _seconds(
         contestants[_speed_name(speed), benchmark.OUR_FULL] = partial(
             benchmark.early_exit_pass, early_exit, batches, speed, "entropy"
         )
-    done = 0
-    with screen.progress("measuring", len(contestants) * (options.bench_repeats + 1)) as update:
-
-        def on_pass(contestant: tuple[str, str]) -> None:
-            nonlocal done
-            done += 1
-            update(done, contestant[0])
-
+    with counted(shown, "measuring", len(contestants) * (options.bench_repeats + 1)) as on_progress:
         taken, _ = benchmark.interleaved(
-            contestants, options.bench_repeats, on_pass, partial(benchmark.synchronise, model.device)
-        )
+            contestants, options.bench_repeats, lambda contestant: on_progress(contestant[0]),
+            partial(benchmark.synchronise, model.device),
+        )  # fmt: skip
     found: dict[str, dict[str, float]] = {}
     for (name, engine), values in taken.items():
         found.setdefault(name, {})[engine] = statistics.median(values)
@@ -436,7 +450,7 @@ def _seconds(
 
 def _cast(model: EarlyExitForSequenceClassification, dtype: str) -> EarlyExitForSequenceClassification:
     cast_model = copy.deepcopy(model).eval()
-    nn.Module.to(cast_model, benchmark.DTYPES[dtype])
+    nn.Module.to(cast_model, DTYPES[dtype])
     return cast_model
 
 

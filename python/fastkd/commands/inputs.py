@@ -1,0 +1,104 @@
+"""Reads what a command is given: splits to train on, rows for a model, traces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from fastkd.commands.screen import Screen
+from fastkd.data.rows import DataFolder, Rows, load_folder, load_rows
+from fastkd.exits.trace import ExitTrace
+from fastkd.inference.trace_rows import trace_rows
+from fastkd.model.loading import load_model
+
+
+def load_splits(
+    data: Path | None,
+    train: Path | None,
+    dev: Path | None,
+    *,
+    num_labels: int | None = None,
+    model: PreTrainedModel | None = None,
+) -> DataFolder:
+    """The rows to train on: a folder, or single files. With a model its labels count, and rows may have none.
+
+    Raises:
+        ValueError: both --data and files, or neither.
+        DataError: anything wrong with the rows.
+    """
+    if (data is None) == (train is None):
+        raise ValueError("--data: give either --data FOLDER or --train FILE (and perhaps --dev FILE)")
+    if data is not None and dev is not None:
+        raise ValueError("--dev: goes with --train; with --data the dev rows come from the folder")
+    labels: dict[str, Any] = {"num_labels": num_labels} if model is None else _labels_of(model)
+    labels["require_labels"] = model is None
+    if data is not None:
+        return load_folder(data, **labels)
+    assert train is not None
+    rows = load_rows(train, **labels)
+    if dev is None:
+        return DataFolder(rows, None, None)
+    if rows.num_labels is not None:
+        labels |= {"label_names": rows.label_names, "num_labels": rows.num_labels}
+    return DataFolder(rows, load_rows(dev, **labels), None)
+
+
+def load_data(path: Path, split: str, model: PreTrainedModel) -> Rows:
+    """Rows of a file, or of one split of a folder; their labels, where they have some, are the model's."""
+    return load_rows(path, split=split if path.is_dir() else None, require_labels=False, **_labels_of(model))
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """Which rows are traced, and how.
+
+    Attributes:
+        split: of a data folder.
+        limit: at most so many rows, drawn at random; None: all.
+        max_length: tokens after which a text is cut; None: what the model was trained with.
+        batch_size: rows run together.
+        seed: of the draw.
+        device: as for `fastkd.model.loading.pick_device`.
+        dtype: of the weights, one of `fastkd.model.loading.DTYPES`.
+    """
+
+    split: str
+    limit: int | None
+    max_length: int | None
+    batch_size: int
+    seed: int
+    device: str
+    dtype: str = "fp32"
+
+
+def make_trace(screen: Screen, checkpoint: str, data: Path, options: TraceOptions) -> ExitTrace:
+    """The trace of a model folder on the rows of a file or of one split of a folder."""
+    model, tokenizer = load_model(checkpoint, options.device, options.dtype)
+    rows = load_data(data, options.split, model)
+    with screen.progress("tracing", None) as update:
+        return trace_rows(
+            model, tokenizer, rows, limit=options.limit, seed=options.seed, max_length=options.max_length,
+            batch_size=options.batch_size, on_batch=lambda done, total: update(done, "", total),
+        )  # fmt: skip
+
+
+def load_or_make_trace(screen: Screen, source: str, data: Path | None, options: TraceOptions) -> ExitTrace:
+    """The trace in the file `source`, or that of the model folder `source` on `data`.
+
+    Raises:
+        ValueError: a model folder without `data`.
+    """
+    if not Path(source).is_dir():
+        return ExitTrace.load(source)
+    if data is None:
+        raise ValueError(f"--data: {source} is a model folder, so say on which rows: --data FILE, or name a trace file")
+    return make_trace(screen, source, data, options)
+
+
+def _labels_of(model: PreTrainedModel) -> dict[str, Any]:
+    names = list((model.config.id2label or {}).values())
+    is_named = len(names) > 1 and names != [f"LABEL_{index}" for index in range(len(names))]
+    return {"label_names": names} if is_named else {"num_labels": model.config.num_labels}

@@ -1,0 +1,107 @@
+"""Write answers to a file or pipe, as TSV or JSON lines; a file appears under its name only when it is whole."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from fastkd.data.files import atomic_path
+from fastkd.inference.row_reader import STANDARD_STREAM, format_of
+
+
+class BadRowError(ValueError):
+    """A row cannot be answered and the caller asked to stop there."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One answer. `label`, `probability` and `exit_layer` are None where `problem` says why there is none.
+
+    With a regression model `label` is the predicted number and `probability` is None.
+    """
+
+    line: int
+    label: str | float | None = None
+    probability: float | None = None
+    exit_layer: int | None = None
+    problem: str | None = None
+
+
+@contextmanager
+def output_stream(destination: str) -> Iterator[IO[str]]:
+    """Standard output for "-", else the file, which is either whole or absent.
+
+    If the writing breaks off, what is written so far stays beside it, as NAME.partial.SUFFIX.
+
+    Warns:
+        UserWarning: the file was not finished.
+    """
+    if destination == STANDARD_STREAM:
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    with atomic_path(destination) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as stream:
+        try:
+            yield stream
+        except BadRowError:
+            raise  # the caller asked for everything or nothing
+        except BaseException:
+            stream.flush()
+            partial = _partial(destination)
+            temporary.replace(partial)
+            warnings.warn(f"{destination} was not finished: the answers so far are in {partial}", stacklevel=3)
+            raise
+
+
+def _partial(destination: str) -> Path:
+    path = Path(destination)
+    return path.with_suffix(f".partial{path.suffix}")
+
+
+def writer_of(destination: str, form: str | None) -> Callable[[IO[str], Prediction | None], None]:
+    """Writes one answer to a stream, or what comes before the first one for None.
+
+    Args:
+        destination: path or "-".
+        form: "tsv" or "jsonl"; None goes by the suffix, and takes TSV for "-".
+
+    Raises:
+        ValueError: another format.
+    """
+    form = form or ("tsv" if destination == STANDARD_STREAM else format_of(destination))
+    if form not in ("tsv", "jsonl"):
+        raise ValueError(
+            f"output: got format {form!r}, predictions are written as .tsv or .jsonl; name the output so, or pass "
+            "--output-format tsv|jsonl"
+        )
+    return _write_tsv if form == "tsv" else _write_json
+
+
+def _write_tsv(stream: IO[str], prediction: Prediction | None) -> None:
+    if prediction is None:
+        stream.write("label\tprobability\texit_layer\terror\n")
+        return
+    probability = None if prediction.probability is None else f"{prediction.probability:.6f}"
+    fields = (prediction.label, probability, prediction.exit_layer, prediction.problem)
+    # a label name or a problem may quote the input, whose tabs would add columns
+    cells = ("" if value is None else str(value).replace("\t", " ").replace("\n", " ") for value in fields)
+    stream.write("\t".join(cells) + "\n")
+
+
+def _write_json(stream: IO[str], prediction: Prediction | None) -> None:
+    if prediction is None:
+        return
+    answer: dict[str, Any] = {
+        "label": prediction.label,
+        "probability": prediction.probability,
+        "exit_layer": prediction.exit_layer,
+    }
+    if prediction.problem is not None:
+        answer["error"] = prediction.problem
+    stream.write(json.dumps(answer, ensure_ascii=False) + "\n")

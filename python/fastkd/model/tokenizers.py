@@ -1,0 +1,45 @@
+"""What a model's tokenizer does to texts: the format it writes and the length at which it cuts."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+from fastkd.data.input_format import with_input_format
+from fastkd.encoders.families import longest_input
+from fastkd.model.modeling import EarlyExitForSequenceClassification
+
+
+def length_limit(model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens a text may have: the tokenizer's limit, and never more than the model has positions for."""
+    return min(tokenizer.model_max_length, longest_input(model.config.backbone))
+
+
+def set_length(
+    model: EarlyExitForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    default: int | None = None,
+) -> int:
+    """The length to train with; the tokenizer keeps it, so that the finished model cuts texts where training did.
+
+    Raises:
+        ValueError: more tokens than `length_limit`.
+    """
+    most = length_limit(model, tokenizer)
+    if max_length is not None and max_length > most:
+        raise ValueError(f"max_length: got {max_length}, but this model takes at most {most} tokens")
+    tokenizer.model_max_length = max_length or min(default or most, most)
+    return tokenizer.model_max_length
+
+
+def set_input_format(
+    model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase, input_format: str
+) -> PreTrainedTokenizerBase:
+    """The tokenizer to train with; the model remembers the format.
+
+    Raises:
+        ValueError: an unknown format, or a tokenizer that cannot write it.
+    """
+    tokenizer = with_input_format(tokenizer, input_format)
+    model.config.input_format = input_format
+    return tokenizer

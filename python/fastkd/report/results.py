@@ -1,0 +1,52 @@
+"""The files that a sweep, a comparison and a benchmark leave: numbers and pictures in one folder."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from fastkd.data.files import atomic_path
+from fastkd.exits.sweep import Sweep
+from fastkd.inference.measurements import Benchmark
+from fastkd.report import figures
+
+
+def write_sweeps(sweeps: Mapping[str, Sweep], folder: Path) -> list[Path]:
+    """CSV and pictures of the sweeps, by the name that their curves get; the paths written."""
+    files = []
+    for name, table in sweeps.items():
+        stem = "sweep" if len(sweeps) == 1 else f"sweep-{name.replace(', ', '-').replace(' ', '-')}"
+        files.append(folder / f"{stem}.csv")
+        table.to_csv(files[-1])
+        files.append(folder / f"{stem.replace('sweep', 'exits_per_layer')}.png")
+        figures.exits_per_layer(table, files[-1])
+    files.append(folder / "speed_speedup.png")
+    figures.speed_speedup(sweeps, files[-1])
+    if all(row.quality is not None for table in sweeps.values() for row in table):
+        for draw in (figures.speed_accuracy, figures.speedup_accuracy, figures.figure3):
+            files.append(folder / f"{draw.__name__}.png")
+            draw(sweeps, files[-1])
+    return files
+
+
+def write_comparison(sweeps: Mapping[str, Sweep], folder: Path) -> list[Path]:
+    """CSV and picture of one sweep for each criterion, by its name; the paths written."""
+    files = [folder / "compare.csv", folder / "compare.png"]
+    # "performance" is a way to use entropy, and would be called so
+    rows = [row | {"criterion": name} for name, sweep in sweeps.items() for row in sweep.to_dicts()]
+    with atomic_path(files[0]) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    figures.speedup_accuracy(sweeps, files[1])
+    return files
+
+
+def write_benchmark(measured: Benchmark, folder: Path) -> list[Path]:
+    """JSON, CSV and picture of the measurements; the paths written."""
+    files = [folder / "bench.json", folder / "bench.csv", folder / "wall_clock.png"]
+    measured.to_json(files[0])
+    measured.to_csv(files[1])
+    figures.wall_clock(measured.rows, files[2])
+    return files
