@@ -17,7 +17,7 @@ and the early-exit engines, all in the order of the file:
     fastbert loop         boolean compaction between layers in plain PyTorch, as FastBERT's code does it
     batch                 compaction between layers, padded
     packed                packed tokens, one batch after the other
-    stream                packed tokens, survivors rebatched across the input; reads `batch size` rows at a time
+    stream                packed tokens; survivors of many batches share runs; reads `batch size` rows at a time
 
 "realised" is the wall-clock speed-up over a baseline divided by the FLOPs speed-up, in FastBERT's convention and for
 the true lengths. Times are medians of interleaved passes. So that no contestant pays for another one, oneDNN may
@@ -53,8 +53,9 @@ import fastkd_kernels as fk
 from fastkd.data.batches import padding_collator, tokenize
 from fastkd.data.files import write_json
 from fastkd.data.rows import load_rows
+from fastkd.encoders.layout import TokenLayout
 from fastkd.engines.allocator import keep_freed_memory
-from fastkd.engines.packed import encoder_of
+from fastkd.engines.packed_encoder import encoder_of
 from fastkd.inference.benchmark import interleaved, machine_facts
 from fastkd.model.loading import DTYPES
 
@@ -117,7 +118,8 @@ class Setting:
         predictions = []
         for batch in batches:
             hidden_states = encoder(**batch).last_hidden_state
-            predictions.append(self.model.teacher_head(hidden_states, batch["attention_mask"].bool()).argmax(-1))
+            layout = TokenLayout(batch["attention_mask"].bool())
+            predictions.append(self.model.last_head(hidden_states, layout).argmax(-1))
         return Answers(torch.cat(predictions), torch.full((len(self.encoded),), self.model.num_layers))
 
     def forward(self, batches: list[Batch], speed: float, engine: str) -> Answers:

@@ -131,6 +131,6 @@ def test_the_teacher_reaches_every_parameter(family: str) -> None:
     model(**random_batch(family), labels=torch.arange(13) % 3).loss.backward()
     trained = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
     students = {name for name, _ in model.named_parameters() if name.startswith("heads.")} - {
-        f"heads.{LAYERS - 1}.{name}" for name, _ in model.teacher_head.named_parameters()
+        f"heads.{LAYERS - 1}.{name}" for name, _ in model.last_head.named_parameters()
     }
     assert set(trained) == {name for name, _ in model.named_parameters()} - students

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_models import early_exit_model, one_thread, random_batch
 
-from fastkd.engines import compaction_cost, packed
+from fastkd.engines import compaction_cost, packed_encoder
 from fastkd.engines.compaction_cost import CompactionCost, Cost
-from fastkd.engines.packed import encoder_of
+from fastkd.engines.packed_encoder import encoder_of
 
 __all__ = ["one_thread"]
 
@@ -56,7 +56,9 @@ def test_an_encoder_measures_itself_once(monkeypatch: pytest.MonkeyPatch) -> Non
     with torch.no_grad():
         before = model(**inputs, engine="packed").logits
     fitted = []
-    monkeypatch.setattr(packed, "fit", lambda *arguments: fitted.append(compaction_cost.fit(*arguments)) or fitted[-1])
+    monkeypatch.setattr(
+        packed_encoder, "fit", lambda *arguments: fitted.append(compaction_cost.fit(*arguments)) or fitted[-1]
+    )
     encoder = encoder_of(model)
     assert not encoder.compaction_pays(100, 99, 1), "rows are rounded up alike, so nothing is saved"
     encoder.compaction_pays(512, 16, 3)

@@ -21,6 +21,9 @@ from torch import Tensor
 import fastkd
 import fastkd_kernels as fk
 from fastkd.exits import criteria
+from fastkd.exits.rule import ExitRule
+
+AGREEMENT = ExitRule("agreement", None, (1, 2, 3), (1.0, 1.0))
 
 
 def model_with(criterion: str, head: str = "fastbert", family: str = "bert", **options: Any) -> Any:
@@ -124,23 +127,24 @@ def test_a_new_learned_exit_believes_the_margin() -> None:
 def test_nan_is_never_answered_early() -> None:
     record = fk.ExitRecord.allocate(3, 1)
     logits = torch.tensor([[0.5], [torch.nan], [0.1]])
-    assert criteria.decide(logits, 1.0, "agreement", None, None, record=record, layer=1).kept().tolist() == [1]
+    assert criteria.decide(logits, AGREEMENT, record=record, layer=1).kept().tolist() == [1]
     left = torch.tensor([1], dtype=torch.int32)
-    gate = criteria.decide(torch.tensor([[0.2]]), 1.0, "agreement", left, None, record=record, layer=2)
-    assert math.isnan(gate.uncertainty.item()), "what moved from NaN moved by nobody knows how much"
+    gate = criteria.decide(torch.tensor([[0.2]]), AGREEMENT, row_ids=left, record=record, layer=2)
+    assert math.isnan(gate.uncertainty.item()), "what moved from NaN moved by an unknown distance"
     certainty = torch.tensor([torch.nan, 0.9, 0.1])
     record = fk.ExitRecord.allocate(3, 2)
-    gate = criteria.decide(torch.randn(3, 2), 0.5, "learned", None, None, record=record, layer=1, certainty=certainty)
+    rule = ExitRule("learned", None, (1, 2), (0.5,))
+    gate = criteria.decide(torch.randn(3, 2), rule, record=record, layer=1, certainty=certainty)
     assert gate.kept().tolist() == [0, 2]
     assert record.exit_layer.tolist() == [0, 1, 0]
 
 
-def test_a_speed_for_each_row_keeps_those_who_left() -> None:
-    """The packed engine runs rows that left a little further, at speed 0."""
+def test_a_threshold_for_each_row_keeps_rows_that_left() -> None:
+    """The packed engine runs rows that left a little further, at a threshold of 0."""
     record = fk.ExitRecord.allocate(2, 1)
     first = torch.tensor([[0.5], [0.7]])
-    criteria.decide(first, torch.tensor([1.0, 0.0]), "agreement", None, None, record=record, layer=1)
-    criteria.decide(first + 0.2, torch.tensor([0.0, 1.0]), "agreement", None, None, record=record, layer=2)
+    criteria.decide(first, AGREEMENT, thresholds=torch.tensor([1.0, 0.0]), record=record, layer=1)
+    criteria.decide(first + 0.2, AGREEMENT, thresholds=torch.tensor([0.0, 1.0]), record=record, layer=2)
     assert record.exit_layer.tolist() == [1, 2]
     assert record.logits[:, 0].tolist() == pytest.approx([0.5, 0.9])
 

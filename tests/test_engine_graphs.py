@@ -15,8 +15,9 @@ from torch import Tensor
 
 import fastkd
 import fastkd_kernels as fk
-from fastkd.engines import graphs, packed
-from fastkd.engines.graphs import GraphEngine, bucket
+from fastkd.engines import graphs, packed_encoder, packed_layers
+from fastkd.engines.graphs import GraphEngine, round_up_rows
+from fastkd.exits.rule import ExitRule, head_speeds
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -42,13 +43,27 @@ def on_device(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.to(DEVICE) for name, value in batch.items()}
 
 
+def rule_of(
+    model: fastkd.EarlyExitForSequenceClassification,
+    speed: float,
+    criterion: str = "entropy",
+    top_n: int | None = None,
+    layers: list[int] | None = None,
+) -> ExitRule:
+    """A rule that asks the heads after `layers`, by default all of them, also where no row leaves there."""
+    asked = tuple(layers or model.exit_layers)
+    speeds = head_speeds(speed, model.exit_layers)
+    return ExitRule(criterion, top_n, asked, tuple(speeds.get(layer, 0.0) for layer in asked[:-1]))
+
+
 def answer(engine: GraphEngine, batch: dict[str, Tensor], speed: float | Tensor, **options: Any) -> fk.ExitRecord:
+    thresholds = speed if isinstance(speed, Tensor) else None
     return engine.run(
         batch["input_ids"],
         batch["attention_mask"].bool(),
-        speed,
+        rule_of(engine._model, 0.5 if isinstance(speed, Tensor) else speed, **options),
         token_type_ids=batch.get("token_type_ids"),
-        **options,
+        thresholds=thresholds,
     )
 
 
@@ -76,9 +91,9 @@ def test_it_answers_as_the_batch_engine_does(head: str, criterion: str, top_n: i
 @pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra"])
 def test_every_family(family: str, layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if layers == "modules":
-        monkeypatch.setattr(packed, "runs_from_parts", lambda model: False)
+        monkeypatch.setattr(packed_encoder, "runs_from_parts", lambda model: False)
     if layers == "from parts, as on a GPU":
-        monkeypatch.setattr(packed, "_linear_on", lambda device: packed.JoinedLinear)
+        monkeypatch.setattr(packed_layers, "linear_on", lambda device: packed_layers.JoinedLinear)
     model = early_exit_model(family).to(DEVICE)
     batch = on_device(random_batch(family))
     speed = mixed_speed(model, batch)
@@ -94,14 +109,14 @@ def test_layers_between_heads_are_one_stage(exit_layers: list[int]) -> None:
     assert plain.recorded <= len(model.exit_layers)
 
 
-@pytest.mark.parametrize("decision_layers", [[LAYERS], [2, LAYERS]])
-def test_heads_may_be_left_out(decision_layers: list[int]) -> None:
+@pytest.mark.parametrize("layers", [[LAYERS], [2, LAYERS]])
+def test_heads_may_be_left_out(layers: list[int]) -> None:
     model = early_exit_model().to(DEVICE)
     batch, plain = on_device(random_batch()), Plain()
     engine = GraphEngine(model, plain)
-    record = answer(engine, batch, 0.6, decision_layers=decision_layers)
-    assert_same(record, infer(model, batch, 0.6, exit_layers=decision_layers, engine="batch"))
-    assert plain.recorded == len(decision_layers)
+    record = answer(engine, batch, 0.6, layers=layers)
+    assert_same(record, infer(model, batch, 0.6, exit_layers=layers, engine="batch"))
+    assert plain.recorded == len(layers)
 
 
 def test_the_engine_of_a_model_dies_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,12 +163,12 @@ def test_without_padding_there_is_no_mask() -> None:
     ids = torch.randint(5, 320, (6, graphs.TOKEN_STEP), device=DEVICE)
     for tokens in (graphs.TOKEN_STEP, 7):
         expected = infer(model, {"input_ids": ids[:, :tokens]}, 0.6)
-        assert_same(engine.run(ids[:, :tokens], None, 0.6), expected)
+        assert_same(engine.run(ids[:, :tokens], None, rule_of(model, 0.6)), expected)
     assert [memory.masks is None for memory in engine._memories.values()] == [True, False]
 
 
 @pytest.mark.parametrize(("speed", "layer"), [(1.0, 1), (1e-9, LAYERS), (0.0, LAYERS)])
-def test_everybody_and_nobody_leaves(speed: float, layer: int) -> None:
+def test_every_row_leaves_or_none_does(speed: float, layer: int) -> None:
     model = early_exit_model().to(DEVICE)
     batch, plain = on_device(random_batch()), Plain()
     record = answer(GraphEngine(model, plain), batch, speed)
@@ -223,12 +238,12 @@ def test_nan_logits_stay_and_are_reported(head: str) -> None:
     assert record.exit_layer.tolist() == [LAYERS] * 13
 
 
-def test_buckets_are_few_and_near() -> None:
-    sizes = [bucket(rows) for rows in range(1, 257)]
+def test_numbers_of_rows_are_few_and_near() -> None:
+    sizes = [round_up_rows(rows) for rows in range(1, 257)]
     assert all(rows <= size < 1.25 * rows + 1 for rows, size in enumerate(sizes, start=1))
     assert sizes[:8] == list(range(1, 9))
     assert len(set(sizes)) < 30
-    assert all(bucket(size) == size for size in sizes)
+    assert all(round_up_rows(size) == size for size in sizes)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="this machine has a GPU")

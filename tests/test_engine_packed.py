@@ -11,7 +11,8 @@ from tiny_models import CONFIGS, clear_speed, early_exit_model, one_thread, rand
 from torch import Tensor, nn
 
 import fastkd
-from fastkd.engines import packed
+from fastkd.encoders.layout import TokenLayout
+from fastkd.engines import packed, packed_encoder, packed_layers
 
 __all__ = ["one_thread"]
 
@@ -40,9 +41,9 @@ def some_speed(model: Model, inputs: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("layers", ["from parts", "from parts, as on a GPU", "modules"])
 def test_same_answers_and_exits_as_the_padded_engine(family: str, layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if layers == "modules":
-        monkeypatch.setattr(packed, "runs_from_parts", lambda model: False)
+        monkeypatch.setattr(packed_encoder, "runs_from_parts", lambda model: False)
     if layers == "from parts, as on a GPU":
-        monkeypatch.setattr(packed, "_linear_on", lambda device: packed.JoinedLinear)
+        monkeypatch.setattr(packed_layers, "linear_on", lambda device: packed_layers.JoinedLinear)
     model, inputs = early_exit_model(family), random_batch(family, rows=23)
     speed = some_speed(model, inputs)
     expected, result = padded(model, inputs, speed), packed_run(model, inputs, speed)
@@ -58,9 +59,9 @@ def test_a_gpu_runs_layers_from_their_parts(family: str, monkeypatch: pytest.Mon
     model, inputs = early_exit_model(family).bfloat16(), random_batch(family, rows=40)
     truth = padded(copy.deepcopy(model).double(), inputs, 0.0).logits
     model, inputs = nn.Module.to(model, device="cuda"), {name: value.cuda() for name, value in inputs.items()}
-    assert packed.encoder_of(model).is_faster
+    assert packed_encoder.encoder_of(model).is_faster
     from_parts = (packed_run(model, inputs, 0.0).logits.cpu() - truth).abs()
-    monkeypatch.setattr(packed, "runs_from_parts", lambda model: False)
+    monkeypatch.setattr(packed_encoder, "runs_from_parts", lambda model: False)
     as_modules = (packed_run(model, inputs, 0.0).logits.cpu() - truth).abs()
     assert from_parts.mean() <= as_modules.mean() * 1.2
     assert from_parts.max() <= as_modules.max() * 2
@@ -73,19 +74,19 @@ def test_sequences_that_left_may_stay_in_the_batch(pays: bool, criterion: str, m
     model, inputs = early_exit_model(), random_batch(rows=23)
     speed = some_speed(model, inputs) if criterion == "entropy" else 0.5
     expected = padded(model, inputs, speed, criterion=criterion)
-    rows, layer = [], packed.PackedEncoder.layer
+    rows, layer = [], packed_encoder.PackedEncoder.layer
 
-    def counted(self: packed.PackedEncoder, number: int, hidden_states: Tensor, bounds: Tensor, longest: int) -> Tensor:
-        rows.append(bounds.shape[0] - 1)
-        return layer(self, number, hidden_states, bounds, longest)
+    def counted(self: packed_encoder.PackedEncoder, number: int, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
+        rows.append(layout.cu_seqlens.shape[0] - 1)
+        return layer(self, number, hidden_states, layout)
 
-    monkeypatch.setattr(packed.PackedEncoder, "compaction_pays", lambda *_: pays)
-    monkeypatch.setattr(packed.PackedEncoder, "layer", counted)
+    monkeypatch.setattr(packed_encoder.PackedEncoder, "compaction_pays", lambda *_: pays)
+    monkeypatch.setattr(packed_encoder.PackedEncoder, "layer", counted)
     result = packed_run(model, inputs, speed, criterion=criterion)
     assert result.exit_layer.equal(expected.exit_layer)
     torch.testing.assert_close(result.logits, expected.logits, rtol=1e-4, atol=1e-4)
     staying = [int((expected.exit_layer > number).sum()) for number in range(4)]
-    # the last head answers everybody there, so those who left are dropped before its layer at the latest
+    # the last head answers every row that is there, so rows that left are dropped before its layer at the latest
     assert rows == (staying if pays else [23, 23, 23, staying[3]])
 
 
@@ -231,15 +232,15 @@ def test_activations(activation: str) -> None:
 
 
 def test_the_attention_implementation_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "supports", lambda model: False)
+    monkeypatch.setattr(packed_encoder, "supports", lambda model: False)
     model, inputs = early_exit_model(), random_batch()
     before = model.config.backbone._attn_implementation
     packed_run(model, inputs, 0.0)
-    assert model.config.backbone._attn_implementation == before != packed.ATTENTION
+    assert model.config.backbone._attn_implementation == before != packed_layers.ATTENTION
 
 
 @pytest.mark.parametrize(
-    ("rows", "expected"), [(0, 0), (1, 16), (64, 64), (65, 96), (256, 256), (257, 320), (2048, 2048)]
+    ("tokens", "expected"), [(0, 0), (1, 16), (64, 64), (65, 96), (256, 256), (257, 320), (2048, 2048)]
 )
-def test_bucket(rows: int, expected: int) -> None:
-    assert packed.bucket(rows) == expected
+def test_tokens_are_rounded_up(tokens: int, expected: int) -> None:
+    assert packed_encoder.round_up_tokens(tokens) == expected

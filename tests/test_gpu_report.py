@@ -138,7 +138,11 @@ def test_rows_whose_tests_failed_are_not_reported() -> None:
 
 @pytest.mark.parametrize(
     ("engine", "proof"),
-    [("stream", "test_stream"), ("stream_batches", "test_rebatch"), ("stream_batches, long runs", "test_rebatch")],
+    [
+        ("stream", "test_stream"),
+        ("stream_batches", "test_stream_batches"),
+        ("stream_batches, long runs", "test_stream_batches"),
+    ],
 )
 def test_a_stream_has_its_own_proof_and_goal(engine: str, proof: str) -> None:
     report = full_report()

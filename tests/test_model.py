@@ -28,7 +28,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 import fastkd
 import fastkd_kernels as fk
-from fastkd.encoders.heads import LinearHead, StudentHead
+from fastkd.encoders.heads import FastBertHead, LinearHead
+from fastkd.encoders.layout import TokenLayout
 
 CRITERIA = [("entropy", None), ("max_prob", None), ("margin", None), ("top_n", 2), ("patience", None)]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
@@ -145,7 +146,7 @@ def test_speed_0_is_the_full_model(device: torch.device, family: str, head: str)
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
     with torch.no_grad():
         hidden_states = model.backbone(**batch).last_hidden_state
-        expected = model.teacher_head(hidden_states, batch["attention_mask"].bool())
+        expected = model.last_head(hidden_states, TokenLayout(batch["attention_mask"].bool()))
         calls.clear()
         output = model(**batch, engine="batch")
     assert calls == [str(LAYERS - 1)], "only the last head runs"
@@ -192,7 +193,7 @@ def test_exit_layers_decide_where_rows_may_leave(head: str, exit_layers: list[in
     expected = sorted({*(range(1, LAYERS + 1) if exit_layers is None else exit_layers), LAYERS})
     assert model.exit_layers == expected
     assert sorted(model.heads) == [str(layer - 1) for layer in expected]
-    assert len(model.student_heads) == len(expected) - 1
+    assert len(model.early_heads) == len(expected) - 1
     batch = random_batch()
     with torch.no_grad():
         logits = model.all_exit_logits(**batch)
@@ -280,21 +281,21 @@ def test_nan_logits_stay_and_are_reported(head: str) -> None:
 @pytest.mark.parametrize("masked", [True, False])
 def test_student_head_is_the_unfolded_head(masked: bool) -> None:
     model = early_exit_model().double()
-    head = model.teacher_head
-    assert isinstance(head, StudentHead)
+    head = model.last_head
+    assert isinstance(head, FastBertHead)
     hidden_states = torch.randn(5, 9, 32, dtype=torch.float64)
-    mask = (torch.arange(9) < torch.tensor([9, 1, 4, 7, 2])[:, None]) if masked else None
-    trained_with = head(hidden_states, mask)
+    layout = TokenLayout((torch.arange(9) < torch.tensor([9, 1, 4, 7, 2])[:, None]) if masked else None)
+    trained_with = head(hidden_states, layout)
     assert trained_with.requires_grad
     with torch.no_grad():
-        torch.testing.assert_close(head(hidden_states, mask), trained_with.detach(), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(head(hidden_states, layout), trained_with.detach(), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(
-            head.train()(hidden_states, mask).mean(), trained_with.detach().mean(), rtol=10, atol=10
+            head.train()(hidden_states, layout).mean(), trained_with.detach().mean(), rtol=10, atol=10
         )
 
 
 def test_student_head_drops_out_in_training_only() -> None:
-    head = early_exit_model(head_dropout=0.5).teacher_head
+    head = early_exit_model(head_dropout=0.5).last_head
     hidden_states = torch.randn(4, 8, 32)
     assert torch.equal(head(hidden_states), head(hidden_states))
     head.train()
@@ -317,7 +318,7 @@ def test_head_parameters_have_their_public_names() -> None:
     assert names == {
         f"heads.{i}.{layer}.{part}" for i in range(LAYERS) for layer in layers for part in ("weight", "bias")
     }
-    assert isinstance(early_exit_model(head="linear").teacher_head, LinearHead)
+    assert isinstance(early_exit_model(head="linear").last_head, LinearHead)
 
 
 # --- a transformers model like any other ---

@@ -140,8 +140,8 @@ def test_dropout_acts_in_the_frozen_teacher(frozen_dropout: bool) -> None:
     batch = {"input_ids": torch.tensor([[2, 5, 7, 3]])}
     answers = [objective(**batch)["logits"][:, -1] for _ in range(2)]
     assert torch.equal(*answers) != frozen_dropout
-    assert model.teacher_head.training == frozen_dropout
-    assert all(head.training for head in model.student_heads)
+    assert model.last_head.training == frozen_dropout
+    assert all(head.training for head in model.early_heads)
     objective.eval()
     assert not any(module.training for module in model.modules())
     assert torch.equal(*[objective(**batch)["logits"] for _ in range(2)])
@@ -239,9 +239,9 @@ def official_loop(model: Any, stage: str, epochs: int, learning_rate: float) -> 
     encoded = tokenize(rows(ROWS), uer_tokenizer(), LENGTH)
     order = list(range(ROWS))
     random.Random(7).shuffle(order)
-    trained = [*model.bert.parameters(), *model.teacher_head.parameters()]
+    trained = [*model.bert.parameters(), *model.last_head.parameters()]
     if stage == "distill":
-        trained = [parameter for head in model.student_heads for parameter in head.parameters()]
+        trained = [parameter for head in model.early_heads for parameter in head.parameters()]
     moments = [[torch.zeros_like(parameter), torch.zeros_like(parameter)] for parameter in trained]
     total = int(ROWS * 3 / BATCH) + 1
     step = 0

@@ -277,7 +277,7 @@ def test_a_deadline_answers_although_queues_are_not_full() -> None:
             yield None
         nothing_more.set()
 
-    stream = fastkd.engines.stream.Stream(model, rows(), speed=0.0, deadline=5.0, clock=lambda: now)
+    stream = fastkd.engines.stream.Stream(model, rows(), rule=model.exit_rule(0.0), deadline=5.0, clock=lambda: now)
     next(stream)
     assert 5.0 <= now <= 7.0
     assert not nothing_more.is_set()
@@ -288,7 +288,8 @@ def test_an_early_row_that_waits_does_not_pile_up_answers() -> None:
     model, rows = early_exit_model(), encoded_rows(300)
     exits = [layer for _, layer in one_by_one(model, rows, speed=0.5)]
     rows = [rows[exits.index(4)], *[row for row, layer in zip(rows, exits, strict=True) if layer == 1]]
-    stream = fastkd.engines.stream.Stream(model, rows, speed=0.5, tokens_per_run=50, look_ahead=4, max_rows_waiting=20)
+    rule = model.exit_rule(0.5)
+    stream = fastkd.engines.stream.Stream(model, rows, rule=rule, tokens_per_run=50, look_ahead=4, max_rows_waiting=20)
     most = 0
     for _ in range(len(rows)):
         next(stream)

@@ -20,6 +20,7 @@ from fastkd.commands import app
 from fastkd.commands.screen import Screen
 from fastkd.data import corpus
 from fastkd.data.rows import load_rows
+from fastkd.encoders.layout import TokenLayout
 from fastkd.exits.flops import flops
 from fastkd.exits.trace import ExitTrace
 from fastkd.inference import benchmark
@@ -75,8 +76,8 @@ def test_student_starts_with_evenly_spaced_layers(family: str, layers: int, take
             expected = getattr(teacher.backbone, module).state_dict()
             given = getattr(student.backbone, module).state_dict()
             assert all(torch.equal(value, expected[name]) for name, value in given.items())
-    expected = teacher.teacher_head.state_dict()
-    assert all(torch.equal(value, expected[name]) for name, value in student.teacher_head.state_dict().items())
+    expected = teacher.last_head.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in student.last_head.state_dict().items())
     # as by hand: these layers of the teacher, then its head
     batch = random_batch(family)
     with torch.no_grad():
@@ -86,7 +87,7 @@ def test_student_starts_with_evenly_spaced_layers(family: str, layers: int, take
         for index, layer in enumerate(keep):
             list_of[index].load_state_dict(layer.state_dict())
         hidden = by_hand.backbone(**batch, output_hidden_states=True).hidden_states[layers]
-        logits = by_hand.teacher_head(hidden, batch["attention_mask"].bool())
+        logits = by_hand.last_head(hidden, TokenLayout(batch["attention_mask"].bool()))
         torch.testing.assert_close(student(**batch, speed=0.0).logits, logits, rtol=1e-4, atol=1e-5)
 
 

@@ -401,7 +401,7 @@ def test_the_distillation_schedule_is_its_own_length(finetuned: Path, tmp_path: 
     model = load(finetuned)
     distill(model, rows(80), None, tmp_path / "out", options, tokenizer_of("bert"), [observer])
     assert [rates[0] for rates in observer.rates] == pytest.approx([2e-3 * (20 - step) / 20 for step in range(20)])
-    students = {id(p) for head in model.student_heads for p in head.parameters()}
+    students = {id(p) for head in model.early_heads for p in head.parameters()}
     assert {id(p) for group in observer.groups for p in group["params"]} == students
 
 

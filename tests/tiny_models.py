@@ -111,7 +111,7 @@ def early_exit_model(
         CONFIGS[family], num_labels=num_labels, **{"head_width": 16, "exits_trained": True, **options}
     )
     model = fastkd.EarlyExitForSequenceClassification(config).eval()
-    common = [torch.randn_like(parameter) for parameter in model.teacher_head.parameters()]
+    common = [torch.randn_like(parameter) for parameter in model.last_head.parameters()]
     with torch.no_grad():
         for head in model.heads.values():
             for parameter, base in zip(head.parameters(), common, strict=True):

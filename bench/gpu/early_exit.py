@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from transformers import BertConfig
 
 import fastkd
+from fastkd.encoders.layout import TokenLayout
 from fastkd.engines.graphs import GraphEngine
 from fastkd.engines.stream import Stream
 from fastkd.engines.stream_batches import TOKENS_PER_RUN, BatchStream
+from fastkd.engines.stream_reader import EncodedRow
+from fastkd.exits.rule import ExitRule
 from fastkd.inference.benchmark import interleaved
 from fastkd_kernels.ops.student_head import student_head_reference
-from gpu.records import LONG_RUNS, REBATCH, STREAM, ModelRow
+from gpu.records import LONG_RUNS, STREAM, STREAM_BATCHES, ModelRow
 from gpu.timing import Timer, quantiles
 
 SAME_ANSWERS = 0.9
@@ -101,13 +104,20 @@ class Replay:
             head.decide = partial(self._decide, type(head).decide.__get__(head))
 
     def _decide(
-        self, decide: Callable[..., Any], hidden_states: Tensor, mask: Any, speed: Any, *rest: Any, **named: Any
+        self,
+        decide: Callable[..., Any],
+        hidden_states: Tensor,
+        layout: TokenLayout,
+        rule: ExitRule,
+        *,
+        layer: int,
+        thresholds: Tensor | None = None,
+        **options: Any,
     ) -> Any:
-        # the last layer answers whoever is left, which an engine says with a speed of 0; one with a speed for each row
-        # was told the pattern itself
-        if not isinstance(speed, Tensor) and speed > 0:
-            speed = self._speeds[self.batch][named["layer"]]
-        return decide(hidden_states, mask, speed, *rest, **named)
+        # the last layer answers every row that is left; an engine with a threshold for each row was told the pattern
+        if thresholds is None and layer != rule.last_layer:
+            thresholds = self._speeds[self.batch][layer]
+        return decide(hidden_states, layout, rule, layer=layer, thresholds=thresholds, **options)
 
 
 class ReplayedStream(Stream):
@@ -120,15 +130,12 @@ class ReplayedStream(Stream):
         pattern: Tensor,
         tokens_per_run: int,
     ) -> None:
-        super().__init__(model, rows, speed=0.5, tokens_per_run=tokens_per_run)
+        super().__init__(model, rows, rule=model.exit_rule(0.5), tokens_per_run=tokens_per_run)
         self._pattern = pattern
 
-    def _decide(self, stage: int, hidden_states: Tensor, cu_seqlens: Tensor, slots: Sequence[int]) -> Tensor:
-        layer = self._stages[stage][-1]
-        positions = [row.position for row in self._queues[stage].rows[: len(slots)]]
-        leaves = (self._pattern[positions] <= layer).float()
-        self._speeds[layer] = leaves.to(self._device)  # type: ignore[assignment]  # one speed for each row
-        return super()._decide(stage, hidden_states, cu_seqlens, slots)
+    def _thresholds_of(self, layer: int, rows: Sequence[EncodedRow]) -> Tensor:
+        leaves = self._pattern[[row.position for row in rows]] <= layer
+        return leaves.float().to(self._device)
 
 
 class ReplayedBatches(BatchStream):
@@ -141,10 +148,11 @@ class ReplayedBatches(BatchStream):
         speeds: Sequence[Tensor],
         tokens_per_run: int,
     ) -> None:
-        super().__init__(model, ({"input_ids": ids} for ids in batches), speed=0.5, tokens_per_run=tokens_per_run)
+        inputs = ({"input_ids": ids} for ids in batches)
+        super().__init__(model, inputs, rule=model.exit_rule(0.5), tokens_per_run=tokens_per_run)
         self._speeds = iter(speeds)
 
-    def _limits_of(self, rows: int) -> Tensor:
+    def _thresholds_of(self, rows: int) -> Tensor:
         return next(self._speeds)
 
 
@@ -196,11 +204,11 @@ class Setting:
         return torch.compile(function, backend=self.scale.compile_backend, dynamic=False)
 
     def _full(self, input_ids: Tensor) -> Tensor:
-        return self.model.teacher_head(self._encode(input_ids), None).argmax(-1)
+        return self.model.last_head(self._encode(input_ids)).argmax(-1)
 
     def _full_in_torch(self, input_ids: Tensor) -> Tensor:
         """The same with the head in plain PyTorch, so that the compiler sees all of it."""
-        return student_head_reference(self._encode(input_ids), self.model.teacher_head.weights()).argmax(-1)
+        return student_head_reference(self._encode(input_ids), self.model.last_head.weights()).argmax(-1)
 
     def _encode(self, input_ids: Tensor) -> Tensor:
         hidden_states = self.model.backbone.embeddings(input_ids=input_ids)
@@ -236,8 +244,8 @@ class Setting:
             "batch": partial(self._answer_in_batches, Replay(self.model, patterns)),
             "graphs": partial(self._answer_by_graphs, speeds),
             STREAM: partial(self._answer_as_a_stream, pattern),
-            REBATCH: partial(self._answer_rebatched, speeds, self.batch_size * self.scale.tokens),
-            LONG_RUNS: partial(self._answer_rebatched, speeds, TOKENS_PER_RUN["cuda"]),
+            STREAM_BATCHES: partial(self._answer_as_streamed_batches, speeds, self.batch_size * self.scale.tokens),
+            LONG_RUNS: partial(self._answer_as_streamed_batches, speeds, TOKENS_PER_RUN["cuda"]),
         }
 
     @cached_property
@@ -248,7 +256,9 @@ class Setting:
         return self.timer.capture([stage])
 
     def _answer_by_graphs(self, speeds: Sequence[Tensor]) -> Answers:
-        records = [self._graphs.run(ids, None, limits) for ids, limits in zip(self.batches, speeds, strict=True)]
+        rule = self.model.exit_rule(0.5)
+        pairs = zip(self.batches, speeds, strict=True)
+        records = [self._graphs.run(ids, None, rule, thresholds=thresholds) for ids, thresholds in pairs]
         predictions = torch.cat([record.logits.argmax(-1) for record in records])
         return predictions.cpu(), torch.cat([record.exit_layer for record in records]).cpu()
 
@@ -268,7 +278,7 @@ class Setting:
         predictions = torch.tensor([numbers[row.label] for row in answers])
         return predictions, torch.tensor([row.exit_layer for row in answers])
 
-    def _answer_rebatched(self, speeds: Sequence[Tensor], tokens_per_run: int) -> Answers:
+    def _answer_as_streamed_batches(self, speeds: Sequence[Tensor], tokens_per_run: int) -> Answers:
         """Batch after batch, in runs of so many tokens."""
         outputs = list(ReplayedBatches(self.model, self.batches, speeds, tokens_per_run))
         predictions = torch.cat([output.logits.argmax(-1) for output in outputs])

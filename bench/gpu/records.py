@@ -8,7 +8,7 @@ from typing import Any
 
 OURS = "fastkd"
 STREAM = "stream"
-REBATCH = "stream_batches"
+STREAM_BATCHES = "stream_batches"
 LONG_RUNS = "stream_batches, long runs"
 
 _PACKED_TESTS = (
@@ -34,7 +34,7 @@ TESTS_OF_OP: Mapping[str, tuple[str, ...]] = {
         *("test_student_head", "test_exit_gate", "test_compact"),
     ),
     "early exit, stream": ("test_stream", *_PACKED_TESTS),
-    "early exit, stream_batches": ("test_rebatch", *_PACKED_TESTS),
+    "early exit, stream_batches": ("test_stream_batches", *_PACKED_TESTS),
 }
 """Files of tests/ whose failure withholds the rows of an op."""
 
@@ -212,7 +212,7 @@ class ModelRow:
     @property
     def op(self) -> str:
         """What has to be proved in the same run."""
-        streams = {STREAM: STREAM, REBATCH: REBATCH, LONG_RUNS: REBATCH}
+        streams = {STREAM: STREAM, STREAM_BATCHES: STREAM_BATCHES, LONG_RUNS: STREAM_BATCHES}
         return f"early exit, {streams[self.engine]}" if self.engine in streams else "early exit"
 
     @property

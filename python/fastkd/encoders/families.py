@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
+from fastkd.encoders.layout import NO_PADDING, TokenLayout
+
 
 def _bert_embed(
     backbone: Any,
@@ -177,8 +179,18 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
     return AutoModel.from_config(config, **options)
 
 
-def layer_mask(config: PreTrainedConfig, hidden_states: Tensor, attention_mask: Tensor | None) -> Any:
-    """The mask [B, T] in the form that the layers' attention implementation wants; None where nothing is padded."""
+def padded_layout(config: PreTrainedConfig, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenLayout:
+    """The layout of hidden states [B, T, H], with the mask [B, T] also in the form that the layers' attention wants."""
     if attention_mask is None:
-        return None
-    return create_bidirectional_mask(config, hidden_states, attention_mask)
+        return NO_PADDING
+    return TokenLayout(attention_mask, create_bidirectional_mask(config, hidden_states, attention_mask))
+
+
+def run_layer(layer: nn.Module, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
+    """The output of a layer of transformers, as padded or packed as its input.
+
+    Packed sequences need an attention that takes `cu_seqlens` and `max_seqlen`.
+    """
+    if layout.cu_seqlens is None:
+        return layer(hidden_states, layout.layer_mask)
+    return layer(hidden_states[None], None, cu_seqlens=layout.cu_seqlens, max_seqlen=layout.max_seqlen)[0]

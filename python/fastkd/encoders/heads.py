@@ -7,9 +7,12 @@ from torch import Tensor, nn
 
 import fastkd_kernels as fk
 from fastkd.encoders.configuration import EarlyExitConfig
+from fastkd.encoders.layout import NO_PADDING, TokenLayout
+from fastkd.exits import criteria
+from fastkd.exits.rule import ExitRule
 
 
-class StudentHead(nn.Module):
+class FastBertHead(nn.Module):
     """FastBERT's head (ACL 2020, section 3.2): narrow, two-head self-attention read at [CLS], dense, classifier.
 
     Inference runs the op `fastkd_kernels.student_head` folded, training unfolded, with dropout on the attention.
@@ -41,42 +44,43 @@ class StudentHead(nn.Module):
             num_attention_heads=self.num_attention_heads,
         )
 
-    def packed(self, hidden_states: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Logits [B, C] in float32 of packed hidden states [N, H], without a gradient."""
-        return fk.student_head(hidden_states, self.weights(), cu_seqlens=cu_seqlens)
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits [B, C] in float32 of hidden states [B, T, H]; `attention_mask` [B, T] or None (no padding)."""
+    def forward(self, hidden_states: Tensor, layout: TokenLayout = NO_PADDING) -> Tensor:
+        """Logits [B, C] in float32 of hidden states [B, T, H], or packed [N, H]."""
         return fk.student_head(
             hidden_states,
             self.weights(),
-            attention_mask=attention_mask,
+            attention_mask=layout.attention_mask,
+            cu_seqlens=layout.cu_seqlens,
             dropout_p=self.dropout if self.training else 0.0,
         )
 
     def decide(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        speed: float | Tensor,
-        criterion: str,
-        top_n: int | None,
+        layout: TokenLayout,
+        rule: ExitRule,
         *,
-        row_ids: Tensor | None,
-        record: fk.ExitRecord,
         layer: int,
-        cu_seqlens: Tensor | None = None,
+        record: fk.ExitRecord,
+        row_ids: Tensor | None = None,
+        thresholds: Tensor | None = None,
     ) -> fk.ExitGateOutput:
-        """Logits and exit decision after `layer`, see `fastkd_kernels.student_head_exit`."""
+        """Logits and exit decision after `layer` in one op, `fastkd_kernels.student_head_exit`.
+
+        Args:
+            hidden_states: [B, T, H], or packed [N, H].
+            rule: with a criterion in `fastkd_kernels.CRITERIA`.
+            layout, layer, record, row_ids, thresholds: as in `fastkd.exits.criteria.decide`.
+        """
         return fk.student_head_exit(
             hidden_states,
             self.weights(),
-            speed,
-            criterion,
+            rule.threshold(layer) if thresholds is None else thresholds,
+            rule.criterion,
             row_ids,
-            top_n,
-            attention_mask=attention_mask,
-            cu_seqlens=cu_seqlens,
+            rule.top_n,
+            attention_mask=layout.attention_mask,
+            cu_seqlens=layout.cu_seqlens,
             record=record,
             layer=layer,
         )
@@ -90,31 +94,24 @@ class LinearHead(nn.Module):
         self.dropout = nn.Dropout(config.head_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_classes)
 
-    def packed(self, hidden_states: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Logits [B, C] in float32 of packed hidden states [N, H]."""
-        return self(hidden_states.index_select(0, cu_seqlens[:-1])[:, None])
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits [B, C] in float32 of hidden states [B, T, H]; padding cannot touch [CLS], so the mask is unused."""
-        return _at_least_float32(self.classifier(self.dropout(hidden_states[:, 0])))
+    def forward(self, hidden_states: Tensor, layout: TokenLayout = NO_PADDING) -> Tensor:
+        """Logits [B, C] in float32 of hidden states [B, T, H], or packed [N, H]; padding cannot touch [CLS]."""
+        return _at_least_float32(self.classifier(self.dropout(layout.first_tokens(hidden_states))))
 
     def decide(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
-        speed: float | Tensor,
-        criterion: str,
-        top_n: int | None,
+        layout: TokenLayout,
+        rule: ExitRule,
         *,
-        row_ids: Tensor | None,
-        record: fk.ExitRecord,
         layer: int,
-        cu_seqlens: Tensor | None = None,
+        record: fk.ExitRecord,
+        row_ids: Tensor | None = None,
+        thresholds: Tensor | None = None,
     ) -> fk.ExitGateOutput:
-        """Logits and exit decision after `layer`, see `fastkd_kernels.exit_gate`."""
-        logits = self(hidden_states) if cu_seqlens is None else self.packed(hidden_states, cu_seqlens)
-        decided = fk.exit_gate(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
-        return decided._replace(logits=logits)
+        """Logits and exit decision after `layer`; arguments as in `FastBertHead.decide`."""
+        logits = self(hidden_states, layout)
+        return criteria.decide(logits, rule, layer=layer, record=record, row_ids=row_ids, thresholds=thresholds)
 
 
 class LearnedExit(nn.Module):
@@ -155,9 +152,12 @@ def _margin(logits: Tensor) -> Tensor:
     return largest - second
 
 
-def build_head(config: EarlyExitConfig) -> StudentHead | LinearHead:
+ExitHead = FastBertHead | LinearHead
+
+
+def build_head(config: EarlyExitConfig) -> ExitHead:
     """One randomly initialised head of the kind that `config.head` names."""
-    return StudentHead(config) if config.head == "fastbert" else LinearHead(config)
+    return FastBertHead(config) if config.head == "fastbert" else LinearHead(config)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

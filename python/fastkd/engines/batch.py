@@ -1,4 +1,4 @@
-"""Engine `batch`: the batch is compacted after every layer whose head let somebody leave.
+"""Engine `batch`: the batch is compacted after every layer whose head let a row leave.
 
 The host learns how many sequences are left after each head. On a CPU that is free. On a GPU it waits for the device
 once a layer, and once more where a shrunken batch still has padding, because transformers looks into a mask to see
@@ -8,76 +8,48 @@ whether it is needed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import fastkd_kernels as fk
-from fastkd.exits.rule import head_speeds
-
-if TYPE_CHECKING:
-    from fastkd.model.modeling import EarlyExitForSequenceClassification
+from fastkd.engines.protocol import ExitModel
+from fastkd.exits.rule import ExitRule
 
 
 @torch.no_grad()
-def run(
-    model: EarlyExitForSequenceClassification,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None,
-    speed: float | Sequence[float],
-    criterion: str,
-    top_n: int | None,
-    decision_layers: Sequence[int],
-) -> fk.ExitRecord:
+def run(model: ExitModel, hidden_states: Tensor, attention_mask: Tensor | None, rule: ExitRule) -> fk.ExitRecord:
     """Answer every sequence at the first head that is certain enough.
 
     Args:
         model: in evaluation mode.
         hidden_states: [B, T, H], the embedded batch.
         attention_mask: [B, T] bool, True where a token counts, or None where nothing is padded.
-        speed: as in `fastkd.exits.rule.head_speeds`.
-        criterion, top_n: as in `fastkd.exits.criteria`.
-        decision_layers: the layers whose heads decide, the last layer last.
+        rule: which heads are asked, and which rows leave there.
 
     Returns:
         The logits, uncertainty and exit layer of all B sequences.
     """
     record = fk.ExitRecord.allocate(hidden_states.shape[0], model.config.num_classes, hidden_states.device)
     row_ids: Tensor | None = None
-    layer_mask = model.layer_mask(hidden_states, attention_mask)
-    heads = model.heads_by_layer
-    speeds = head_speeds(speed, model.exit_layers)
+    layout = model.layout(hidden_states, attention_mask)
+    last = rule.last_layer
     checksums = []
-    for number, layer in enumerate(model.layers, start=1):
-        hidden_states = layer(hidden_states, layer_mask)
-        if number not in decision_layers:
-            continue
-        is_last = number == model.num_layers
-        decided = model.decide(
-            heads[number],
-            hidden_states,
-            attention_mask,
-            speeds.get(number, 0.0),
-            criterion,
-            top_n,
-            row_ids=row_ids,
-            record=record,
-            layer=number,
-        )
-        checksums.append(decided.uncertainty.sum())
-        if is_last:
-            assert decided.logits is not None
-            everyone_left = _all_rows(hidden_states) if row_ids is None else row_ids
-            record.write(everyone_left, decided.logits, decided.uncertainty, number)
+    for stage in rule.stages:
+        layer = stage[-1]
+        hidden_states = model.run_layers(stage, hidden_states, layout)
+        if layer == last:
+            rows_left = _all_rows(hidden_states) if row_ids is None else row_ids
+            checksums.append(model.answer(hidden_states, layout, rule, record=record, row_ids=rows_left).sum())
             break
+        decided = model.decide(layer, hidden_states, layout, rule, record=record, row_ids=row_ids)
+        checksums.append(decided.uncertainty.sum())
         survivors = decided.kept()
         if survivors.shape[0] == 0:
             break
         if survivors.shape[0] < hidden_states.shape[0]:
-            hidden_states, attention_mask, row_ids = _compact(hidden_states, attention_mask, row_ids, survivors)
-            layer_mask = model.layer_mask(hidden_states, attention_mask)
+            hidden_states, mask, row_ids = _compact(hidden_states, layout.attention_mask, row_ids, survivors)
+            layout = model.layout(hidden_states, mask)
     warn_about_nan(checksums)
     return record
 
@@ -110,6 +82,7 @@ def _all_rows(hidden_states: Tensor) -> Tensor:
 
 
 def warn_about_nan(checksums: list[Tensor]) -> None:
+    """Warn where a sum of uncertainties is NaN, which it is where a head's logits are."""
     if checksums and bool(torch.stack(checksums).isnan().any()):
         warnings.warn(
             "a head returned NaN logits: the sequences concerned were not answered early. The weights or the inputs "

@@ -1,9 +1,9 @@
 """Engine `graphs`: on a GPU, everything up to the next decision is one CUDA graph, which costs the host one launch.
 
 A stage is the layers up to the next head, that head with its gate, and the compaction of what stays. Each stage is
-captured once for each bucket of rows and replayed from then on; between two stages the host reads one number, how many
-rows are left, and picks the next bucket. Rows that only fill a bucket up belong to a row of the record that nobody
-reads, and always leave.
+captured once for each number of rows, rounded up, and replayed from then on; between two stages the host reads one
+number, how many rows are left. Rows that only fill up a stage belong to a row of the record that nothing reads, and
+always leave.
 
 Weights may change: stages are captured again when `fastkd_kernels.ParameterStamp` sees it. What is hooked to modules
 runs while a stage is captured and not when it is replayed.
@@ -12,22 +12,20 @@ runs while a stage is captured and not when it is replayed.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import fastkd_kernels as fk
 from fastkd.encoders import families
+from fastkd.encoders.layout import TokenLayout
 from fastkd.engines.batch import warn_about_nan
-from fastkd.engines.packed import encoder_of
-from fastkd.exits.rule import head_speeds
-
-if TYPE_CHECKING:
-    from fastkd.model.modeling import EarlyExitForSequenceClassification
+from fastkd.engines.packed_encoder import encoder_of
+from fastkd.engines.protocol import ExitModel
+from fastkd.exits.rule import ExitRule
 
 TOKEN_STEP = 32
 """Lengths are padded to multiples of this."""
@@ -38,10 +36,18 @@ Recorder = Callable[[Callable[[], Any]], Callable[[], None]]
 """Turns a function without arguments into what replays it on the same memory."""
 
 
-def bucket(rows: int) -> int:
+def round_up_rows(rows: int) -> int:
     """`rows` rounded up by less than a quarter: exact to 8, then four sizes for each power of two."""
     step = 1 << max((rows - 1).bit_length() - 3, 0)
     return -(-rows // step) * step
+
+
+class _Inputs(NamedTuple):
+    """The arguments of one run, as `GraphEngine.run` describes them."""
+
+    input_ids: Tensor
+    attention_mask: Tensor | None
+    token_type_ids: Tensor | None
 
 
 @dataclass
@@ -60,17 +66,16 @@ class _Memory:
     """
 
     rows: int
-    bounds: Sequence[tuple[int, int]]  # the layers of each stage, after the first of the pair up to the second
     input_ids: Tensor  # [R, T]
     segments: Tensor | None  # [R, T]
     hidden_states: tuple[Tensor, Tensor]  # [R, T, H] each
     masks: tuple[Tensor, Tensor] | None  # [R, T] bool each
     row_ids: tuple[Tensor, Tensor]  # [R] int64 each
     first_ids: Tensor  # [R] int64, those of the first stage
-    limits: Tensor  # [stages, R + 1] speeds by row of the record
-    record: fk.ExitRecord  # R + 1 rows, the last one for rows that only fill a bucket up
+    thresholds: Tensor  # [stages, R + 1] by row of the record
+    record: fk.ExitRecord  # R + 1 rows, the last one for rows that only fill up a stage
     filled: int = 0  # how many rows `first_ids` numbers
-    filled_limits: tuple[float, ...] | None = None  # what `limits` holds for every row
+    filled_thresholds: tuple[float, ...] | None = None  # what `thresholds` holds for every row
     stages: dict[tuple[int, int], _Stage] = field(default_factory=dict)
 
 
@@ -85,7 +90,7 @@ class GraphEngine:
         ValueError: without `recorder`, a model that is not on a GPU; an attention implementation other than "sdpa".
     """
 
-    def __init__(self, model: EarlyExitForSequenceClassification, recorder: Recorder | None = None) -> None:
+    def __init__(self, model: ExitModel, recorder: Recorder | None = None) -> None:
         if recorder is None and model.device.type != "cuda":
             raise ValueError(f"model: got one on {model.device}, CUDA graphs need a CUDA device; use the batch engine")
         attention = model.backbone.config._attn_implementation
@@ -101,7 +106,7 @@ class GraphEngine:
         self._stamp = fk.ParameterStamp(self._parameters)
 
     @property
-    def _model(self) -> EarlyExitForSequenceClassification:
+    def _model(self) -> ExitModel:
         model = self._reference()
         assert model is not None, "the model of this engine is gone"
         return model
@@ -110,37 +115,36 @@ class GraphEngine:
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        speed: float | Sequence[float] | Tensor,
-        criterion: str = "entropy",
-        top_n: int | None = None,
-        decision_layers: Sequence[int] | None = None,
+        rule: ExitRule,
+        *,
         token_type_ids: Tensor | None = None,
+        thresholds: Tensor | None = None,
     ) -> fk.ExitRecord:
         """Answer every sequence at the first head that is certain enough; as engine `batch` does.
 
         Args:
             input_ids: [B, T] int64, B > 0.
             attention_mask: [B, T] bool, True where a token counts, or None where nothing is padded.
-            speed: as in `fastkd.exits.rule.head_speeds`; or float32 [number of decision layers, B],
-                one for each and row.
-            criterion, top_n: as in `fastkd_kernels.exit_gate`.
-            decision_layers: the layers whose heads decide, the last layer last; default: all that have a head.
+            rule: which heads are asked, and which rows leave there; with a criterion in `fastkd_kernels.CRITERIA`.
             token_type_ids: [B, T] int64, or None where all are of segment 0.
+            thresholds: float32 [stages, B], one for each head and row, in the place of the rule's.
 
         Returns:
             The logits, uncertainty and exit layer of all B sequences, in memory of their own.
         """
-        layers = tuple(self._model.exit_layers if decision_layers is None else decision_layers)
+        inputs = _Inputs(input_ids, attention_mask, token_type_ids)
         # outside of inference mode, because its tensors could not be written to by later calls without it
         with torch.inference_mode(False), torch.no_grad():
-            memory = self._memory(input_ids, attention_mask, token_type_ids, criterion, top_n, layers)
-            self._fill(memory, input_ids, attention_mask, token_type_ids, self._limits(speed, layers))
+            memory = self._memory(inputs, rule)
+            self._fill(memory, inputs, rule, thresholds)
             rows = input_ids.shape[0]
-            for number in range(len(layers)):
-                stage = self._stage(memory, number, bucket(rows), criterion, top_n)
+            for number in range(len(rule.stages)):
+                stage = self._stage(memory, number, round_up_rows(rows), rule)
                 stage.replay()
                 if number == 0 and not self._is_current():
-                    return self.run(input_ids, attention_mask, speed, criterion, top_n, layers, token_type_ids)
+                    return self.run(
+                        input_ids, attention_mask, rule, token_type_ids=token_type_ids, thresholds=thresholds
+                    )
                 if stage.count is None:
                     break
                 rows = int(stage.count)
@@ -163,22 +167,16 @@ class GraphEngine:
         self._stamp = fk.ParameterStamp(self._parameters)
         return False
 
-    def _memory(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        criterion: str,
-        top_n: int | None,
-        layers: tuple[int, ...],
-    ) -> _Memory:
-        rows, tokens = bucket(input_ids.shape[0]), self._padded(input_ids.shape[1])
-        masked = attention_mask is not None or tokens > input_ids.shape[1]
-        key = (rows, tokens, masked, token_type_ids is not None, criterion, top_n, layers)
+    def _memory(self, inputs: _Inputs, rule: ExitRule) -> _Memory:
+        batch, longest = inputs.input_ids.shape
+        rows, tokens = round_up_rows(batch), self._padded(longest)
+        masked = inputs.attention_mask is not None or tokens > longest
+        segmented = inputs.token_type_ids is not None
+        key = (rows, tokens, masked, segmented, rule.criterion, rule.top_n, rule.layers)
         if key not in self._memories:
             if len(self._memories) == MAX_SHAPES:
                 self._memories.pop(next(iter(self._memories)))
-            self._memories[key] = self._allocate(layers, rows, tokens, masked, token_type_ids is not None)
+            self._memories[key] = self._allocate(len(rule.stages), rows, tokens, masked, segmented)
         return self._memories[key]
 
     def _padded(self, tokens: int) -> int:
@@ -186,7 +184,7 @@ class GraphEngine:
         padded = -(-tokens // TOKEN_STEP) * TOKEN_STEP
         return padded if padded <= families.longest_input(self._model.config.backbone) else tokens
 
-    def _allocate(self, layers: tuple[int, ...], rows: int, tokens: int, masked: bool, segmented: bool) -> _Memory:
+    def _allocate(self, stages: int, rows: int, tokens: int, masked: bool, segmented: bool) -> _Memory:
         model, device = self._model, self._model.device
         shape = (rows, tokens, model.config.hidden_size)
 
@@ -195,32 +193,19 @@ class GraphEngine:
 
         return _Memory(
             rows=rows,
-            bounds=list(pairwise((0, *layers))),
             input_ids=torch.zeros(rows, tokens, dtype=torch.int64, device=device),
             segments=torch.zeros(rows, tokens, dtype=torch.int64, device=device) if segmented else None,
-            # zeros, because rows that fill a bucket up have to be finite
+            # zeros, because rows that fill up a stage have to be finite
             hidden_states=twice(lambda: torch.zeros(shape, dtype=model.dtype, device=device)),
             masks=twice(lambda: torch.ones(shape[:2], dtype=torch.bool, device=device)) if masked else None,
             row_ids=twice(lambda: torch.full((rows,), rows, dtype=torch.int64, device=device)),
             first_ids=torch.full((rows,), rows, dtype=torch.int64, device=device),
-            limits=torch.ones(len(layers), rows + 1, device=device),
+            thresholds=torch.ones(stages, rows + 1, device=device),
             record=fk.ExitRecord.allocate(rows + 1, model.config.num_classes, device),
         )
 
-    def _limits(self, speed: float | Sequence[float] | Tensor, layers: Sequence[int]) -> tuple[float, ...] | Tensor:
-        if isinstance(speed, Tensor):
-            return speed
-        speeds = head_speeds(speed, self._model.exit_layers)
-        return tuple(speeds.get(layer, 0.0) for layer in layers)
-
-    def _fill(
-        self,
-        memory: _Memory,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        limits: tuple[float, ...] | Tensor,
-    ) -> None:
+    def _fill(self, memory: _Memory, inputs: _Inputs, rule: ExitRule, thresholds: Tensor | None) -> None:
+        input_ids, attention_mask, token_type_ids = inputs
         rows, tokens = input_ids.shape
         memory.input_ids[:rows, :tokens].copy_(input_ids)
         if tokens < memory.input_ids.shape[1]:
@@ -239,61 +224,57 @@ class GraphEngine:
             torch.arange(rows, out=memory.first_ids[:rows])
             memory.first_ids[rows:].fill_(memory.rows)
             memory.filled = rows
-        if isinstance(limits, Tensor):
-            memory.limits[:, :rows].copy_(limits)
-            memory.filled_limits = None
-        elif memory.filled_limits != limits:
-            memory.limits[:, :-1].copy_(torch.tensor(limits)[:, None])
-            memory.filled_limits = limits
+        if thresholds is not None:
+            memory.thresholds[:, :rows].copy_(thresholds)
+            memory.filled_thresholds = None
+        elif memory.filled_thresholds != rule.thresholds:
+            memory.thresholds[:, :-1].copy_(torch.tensor([*rule.thresholds, 0.0])[:, None])
+            memory.filled_thresholds = rule.thresholds
 
-    def _stage(self, memory: _Memory, number: int, rows: int, criterion: str, top_n: int | None) -> _Stage:
+    def _stage(self, memory: _Memory, number: int, rows: int, rule: ExitRule) -> _Stage:
         stage = memory.stages.get((number, rows))
         if stage is None:
-            stage = memory.stages[number, rows] = self._capture(memory, number, rows, criterion, top_n)
+            stage = memory.stages[number, rows] = self._capture(memory, number, rows, rule)
         return stage
 
-    def _capture(self, memory: _Memory, number: int, rows: int, criterion: str, top_n: int | None) -> _Stage:
-        is_last = number == len(memory.bounds) - 1
+    def _capture(self, memory: _Memory, number: int, rows: int, rule: ExitRule) -> _Stage:
+        is_last = number == len(rule.stages) - 1
         count = None if is_last else torch.zeros(1, dtype=torch.int32, device=self._model.device)
 
         def run() -> None:
-            staying = self._run_stage(memory, number, rows, criterion, top_n)
-            if count is not None:
+            staying = self._run_stage(memory, number, rows, rule)
+            if count is not None and staying is not None:
                 count.copy_(staying)
 
         return _Stage(capture(self._recorder, run, memory.record), count)
 
-    def _run_stage(self, memory: _Memory, number: int, rows: int, criterion: str, top_n: int | None) -> Tensor:
-        """The layers of a stage on the first `rows` rows, its head and compaction; returns how many rows stay, [1]."""
-        model, (first, last) = self._model, memory.bounds[number]
+    def _run_stage(self, memory: _Memory, number: int, rows: int, rule: ExitRule) -> Tensor | None:
+        """A stage on the first `rows` rows: its layers, head and compaction.
+
+        Returns:
+            How many rows stay, [1]; None after the last layer.
+        """
+        model, stage = self._model, rule.stages[number]
         source, target = number % 2, (number + 1) % 2
         mask = None if memory.masks is None else memory.masks[source][:rows]
         row_ids = (memory.row_ids[source] if number else memory.first_ids)[:rows]
         hidden_states = memory.hidden_states[source][:rows]
         if number == 0:
-            segments = None if memory.segments is None else memory.segments[:rows]
-            hidden_states = model._family.embed(model.backbone, memory.input_ids[:rows], segments, None, None)
-            if criterion == "patience":
+            hidden_states = model.embed(
+                memory.input_ids[:rows], None if memory.segments is None else memory.segments[:rows]
+            )
+            if rule.criterion == "patience":
                 memory.record.forget()
         layer_mask = None if mask is None else mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
-        encoder = encoder_of(model)
-        for layer in range(first + 1, last + 1):
-            hidden_states = encoder.padded_layer(layer, hidden_states, layer_mask)
-        is_last = last == model.num_layers
-        decided = model.heads_by_layer[last].decide(
-            hidden_states,
-            mask,
-            0.0 if is_last else memory.limits[number].index_select(0, row_ids),
-            criterion,
-            top_n,
-            row_ids=row_ids,
-            record=memory.record,
-            layer=last,
+        layout = TokenLayout(mask, layer_mask)
+        hidden_states = encoder_of(model).run_layers(stage, hidden_states, layout)
+        if stage[-1] == rule.last_layer:
+            model.answer(hidden_states, layout, rule, record=memory.record, row_ids=row_ids)
+            return None
+        thresholds = memory.thresholds[number].index_select(0, row_ids)
+        decided = model.decide(
+            stage[-1], hidden_states, layout, rule, record=memory.record, row_ids=row_ids, thresholds=thresholds
         )
-        if is_last:
-            assert decided.logits is not None
-            memory.record.write(row_ids, decided.logits, decided.uncertainty, last)
-            return decided.count
         memory.row_ids[target].fill_(memory.rows)
         kept = [hidden_states, row_ids] if mask is None else [hidden_states, row_ids, mask]
         out = [memory.hidden_states[target], memory.row_ids[target]]
@@ -339,10 +320,10 @@ class CudaGraphs:
         return graph.replay
 
 
-_engines: weakref.WeakKeyDictionary[EarlyExitForSequenceClassification, GraphEngine] = weakref.WeakKeyDictionary()
+_engines: weakref.WeakKeyDictionary[ExitModel, GraphEngine] = weakref.WeakKeyDictionary()
 
 
-def engine_of(model: EarlyExitForSequenceClassification) -> GraphEngine:
+def engine_of(model: ExitModel) -> GraphEngine:
     """The engine of a model, made at its first use and kept as long as the model."""
     engine = _engines.get(model)
     if engine is None:

@@ -1,4 +1,4 @@
-"""Engine `stream`: rebatching across the input, so that processors stay busy although sequences leave.
+"""Engine `stream`: runs that rows from all over the input share, so that processors stay busy although rows leave.
 
 After an exit a batch is small. Here the survivors of many batches wait at their layer, packed, until enough tokens have
 gathered for a run that is as efficient as the first layer's. Answers come in the order of the input, and what waits is
@@ -10,29 +10,24 @@ from __future__ import annotations
 import math
 import time
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, pairwise, repeat
+from itertools import accumulate, chain, repeat
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 import fastkd_kernels as fk
-from fastkd.data.columns import PAIR_COLUMNS, TEXT_COLUMNS
-from fastkd.data.input_format import encode
-from fastkd.encoders.families import longest_input
+from fastkd.encoders.layout import TokenLayout
 from fastkd.engines.batch import warn_about_nan
-from fastkd.engines.packed import PackedTokens, answer_all, bounds, bucket, encoder_of
+from fastkd.engines.packed_encoder import PackedTokens, cumulative_lengths, encoder_of, round_up_tokens
+from fastkd.engines.protocol import ExitModel
 from fastkd.engines.schedule import Schedule
-from fastkd.exits.rule import head_speeds
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from fastkd.model.modeling import EarlyExitForSequenceClassification
-
+from fastkd.engines.stream_reader import EncodedRow, StreamReader, longest_row
+from fastkd.exits.rule import ExitRule
 
 _NOT_FINITE = "the model's answer is not a finite number; try float32 or bfloat16 weights"
 
@@ -71,22 +66,11 @@ class StreamStatistics:
     """How many tokens each stage ran on."""
 
 
-class _Encoded(NamedTuple):
-    """One row on its way: `position` counts the rows of the input from 0."""
-
-    position: int
-    line: int
-    tokens: int
-    input_ids: Sequence[int]
-    token_type_ids: Sequence[int] | None
-    since: float
-
-
 class _Queue:
     """Sequences that wait before one stage, with their packed hidden states (none before the first layer)."""
 
     def __init__(self) -> None:
-        self.rows: list[_Encoded] = []
+        self.rows: list[EncodedRow] = []
         self.slots: list[int] = []
         self.tokens = 0
         self.hidden_states: Tensor | None = None
@@ -94,14 +78,14 @@ class _Queue:
     def room_for(self, tokens: int, like: Tensor) -> Tensor:
         """Memory behind the sequences that wait, for `tokens` more; what waits is moved where the memory must grow."""
         needed = self.tokens + tokens
-        if self.hidden_states is None or self.hidden_states.shape[0] < bucket(needed):
-            grown = like.new_zeros(bucket(needed * 3 // 2), like.shape[1])
+        if self.hidden_states is None or self.hidden_states.shape[0] < round_up_tokens(needed):
+            grown = like.new_zeros(round_up_tokens(needed * 3 // 2), like.shape[1])
             if self.hidden_states is not None:
                 grown[: self.tokens] = self.hidden_states[: self.tokens]
             self.hidden_states = grown
         return self.hidden_states[self.tokens : needed]
 
-    def push(self, rows: Sequence[_Encoded], slots: Sequence[int], tokens: int) -> None:
+    def push(self, rows: Sequence[EncodedRow], slots: Sequence[int], tokens: int) -> None:
         self.rows.extend(rows)
         self.slots.extend(slots)
         self.tokens += tokens
@@ -150,14 +134,11 @@ class Stream(Iterator[StreamRow]):
 
     def __init__(
         self,
-        model: EarlyExitForSequenceClassification,
+        model: ExitModel,
         rows: Iterable[Any],
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
-        speed: float | Sequence[float] | None = None,
-        criterion: str | None = None,
-        top_n: int | None = None,
-        exit_layers: Sequence[int] | None = None,
+        rule: ExitRule,
         max_length: int | None = None,
         truncate: bool = True,
         tokens_per_run: int = 4096,
@@ -172,15 +153,13 @@ class Stream(Iterator[StreamRow]):
             raise ValueError("model: is in training mode, where nobody leaves early; call model.eval() first")
         config = model.config
         self._model = model
-        exits = model.exit_options(speed, criterion, top_n, exit_layers)
-        speed, self._criterion, self._top_n, decision_layers = exits
-        self._speeds = head_speeds(speed, model.exit_layers)
+        self._rule = rule
         for argument, value in (("look_ahead", look_ahead), ("max_rows_waiting", max_rows_waiting)):
             if value < 1:
                 raise ValueError(f"{argument}: got {value}, expected at least 1")
         self._schedule = Schedule(tokens_per_run, max_tokens_in_flight)
-        self._stages = [list(range(start + 1, end + 1)) for start, end in pairwise([0, *decision_layers])]
-        self._reader = _Reader(rows, tokenizer, _limit(model, tokenizer, max_length), truncate)
+        self._stages = rule.stages
+        self._reader = StreamReader(rows, tokenizer, longest_row(config, tokenizer, max_length), truncate)
         self._look_ahead = look_ahead
         self._deadline = deadline
         self._max_rows_waiting = max_rows_waiting
@@ -192,7 +171,6 @@ class Stream(Iterator[StreamRow]):
         self._given_early: set[int] = set()
         self._next = 0
         self._encoder = encoder_of(model)
-        self._heads = model.heads_by_layer
         self._names = dict(config.id2label or {})
         stages = len(self._stages)
         self.statistics = StreamStatistics(runs=[0] * stages, tokens=[0] * stages)
@@ -246,7 +224,7 @@ class Stream(Iterator[StreamRow]):
 
     def _read(self) -> None:
         encoded, problems = self._reader.read(self._look_ahead, self._clock())
-        self._answers.update(problems)
+        self._answers.update({problem.position: StreamRow(problem.line, problem=problem.text) for problem in problems})
         # nothing is padded, but what attention does for one run may depend on the longest sequence in it
         encoded.sort(key=attrgetter("tokens"))
         tokens = sum(row.tokens for row in encoded)
@@ -265,13 +243,13 @@ class Stream(Iterator[StreamRow]):
         lengths = [row.tokens for row in rows]
         tokens = sum(lengths)
         try:
-            cu_seqlens = bounds(lengths, self._device)
+            cu_seqlens = cumulative_lengths(lengths, self._device)
+            layout = TokenLayout(cu_seqlens=cu_seqlens, max_seqlen=max(lengths))
             with self._encoder.running():
                 hidden_states = self._before(stage, rows, lengths, cu_seqlens)
-                for number in self._stages[stage]:
-                    hidden_states = self._encoder.layer(number, hidden_states, cu_seqlens, max(lengths))
+                hidden_states = self._encoder.run_layers(self._stages[stage], hidden_states, layout)
                 used = hidden_states[:tokens]
-                survivors = self._decide(stage, used, cu_seqlens, slots)
+                survivors = self._decide(stage, used, layout, rows, slots)
             self._move_on(stage, used, cu_seqlens, rows, slots, survivors)
         except BaseException:
             self._start_again(stage)
@@ -294,15 +272,15 @@ class Stream(Iterator[StreamRow]):
         self._slots.record.forget(slots)
         self._queues[0].push([row for row, _ in waiting], slots, sum(row.tokens for row, _ in waiting))
 
-    def _before(self, stage: int, rows: Sequence[_Encoded], lengths: Sequence[int], cu_seqlens: Tensor) -> Tensor:
-        """Packed hidden states before the first layer of a stage, with the rows that `bucket` adds."""
+    def _before(self, stage: int, rows: Sequence[EncodedRow], lengths: Sequence[int], cu_seqlens: Tensor) -> Tensor:
+        """Packed hidden states before the first layer of a stage, with the rows that `round_up_tokens` adds."""
         if stage == 0:
             return self._start(rows, lengths, cu_seqlens)
         waiting = self._queues[stage].hidden_states
         assert waiting is not None
-        return waiting[: bucket(sum(lengths))]
+        return waiting[: round_up_tokens(sum(lengths))]
 
-    def _start(self, rows: Sequence[_Encoded], lengths: Sequence[int], cu_seqlens: Tensor) -> Tensor:
+    def _start(self, rows: Sequence[EncodedRow], lengths: Sequence[int], cu_seqlens: Tensor) -> Tensor:
         input_ids = self._packed(row.input_ids for row in rows)
         segments = None
         if any(row.token_type_ids is not None for row in rows):
@@ -313,37 +291,36 @@ class Stream(Iterator[StreamRow]):
         """The numbers of all rows behind one another, [N] int64; an array is filled faster than a tensor."""
         return torch.frombuffer(array("q", chain.from_iterable(columns)), dtype=torch.int64).to(self._device)
 
-    def _decide(self, stage: int, hidden_states: Tensor, cu_seqlens: Tensor, slots: Sequence[int]) -> Tensor:
+    def _decide(
+        self,
+        stage: int,
+        hidden_states: Tensor,
+        layout: TokenLayout,
+        rows: Sequence[EncodedRow],
+        slots: Sequence[int],
+    ) -> Tensor:
         """Survivors, as sequence numbers of the run; the answers of the others are in the record."""
         row_ids = torch.tensor(slots, dtype=torch.int32, device=self._device)
-        number = self._stages[stage][-1]
-        head, record = self._heads[number], self._slots.record
-        if number == self._stages[-1][-1]:
-            checksum = answer_all(
-                self._model, head, hidden_states, cu_seqlens, self._criterion, self._top_n, row_ids, record, number
-            )
-            warn_about_nan([checksum])
+        layer, record = self._stages[stage][-1], self._slots.record
+        if stage == len(self._stages) - 1:
+            uncertainty = self._model.answer(hidden_states, layout, self._rule, record=record, row_ids=row_ids)
+            warn_about_nan([uncertainty.sum()])
             return row_ids[:0]
-        decided = self._model.decide(
-            head,
-            hidden_states,
-            None,
-            self._speeds[number],
-            self._criterion,
-            self._top_n,
-            row_ids=row_ids,
-            record=record,
-            layer=number,
-            cu_seqlens=cu_seqlens,
-        )
-        return decided.kept()
+        thresholds = self._thresholds_of(layer, rows)
+        return self._model.decide(
+            layer, hidden_states, layout, self._rule, record=record, row_ids=row_ids, thresholds=thresholds
+        ).kept()
+
+    def _thresholds_of(self, layer: int, rows: Sequence[EncodedRow]) -> Tensor | None:
+        """Thresholds [B] of these rows after `layer`; None for that of the rule."""
+        return None
 
     def _move_on(
         self,
         stage: int,
         hidden_states: Tensor,
         cu_seqlens: Tensor,
-        rows: Sequence[_Encoded],
+        rows: Sequence[EncodedRow],
         slots: Sequence[int],
         survivors: Tensor,
     ) -> None:
@@ -362,7 +339,7 @@ class Stream(Iterator[StreamRow]):
         self._slots.give_back(slots[index] for index in leaving)
         self.statistics.rows_answered += len(leaving)
 
-    def _answered(self, rows: Sequence[_Encoded], slots: Sequence[int]) -> dict[int, StreamRow]:
+    def _answered(self, rows: Sequence[EncodedRow], slots: Sequence[int]) -> dict[int, StreamRow]:
         if not rows:
             return {}
         record = self._slots.record
@@ -390,177 +367,7 @@ class Stream(Iterator[StreamRow]):
         }
 
 
-def _prefix(rows: Sequence[_Encoded], tokens: int) -> int:
+def _prefix(rows: Sequence[EncodedRow], tokens: int) -> int:
     """How many of the first rows have `tokens` tokens together, or just below; at least one."""
     totals = accumulate(row.tokens for row in rows)
     return max(1, next((index for index, total in enumerate(totals) if total > tokens), len(rows)))
-
-
-def _limit(
-    model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None
-) -> int:
-    """Tokens that a row may have."""
-    limit = longest_input(model.config.backbone)
-    if max_length is not None:
-        if not 1 <= max_length <= limit:
-            raise ValueError(f"max_length: got {max_length}, expected 1 to {limit}, the positions of this encoder")
-        return max_length
-    return limit if tokenizer is None else min(limit, tokenizer.model_max_length)
-
-
-# Reading
-
-Text = tuple[str, str | None]
-
-
-class _Reader:
-    """Pulls rows from the input and encodes them; a row that cannot be used becomes an answer that says why."""
-
-    def __init__(
-        self, rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase | None, limit: int, truncate: bool
-    ) -> None:
-        self._rows = iter(rows)
-        self._tokenizer = tokenizer
-        self._limit = limit
-        self._truncate = truncate
-        self._position = 0
-        self._pulled: list[tuple[int, Any]] = []
-        self._error: Exception | None = None
-        self.ended = False
-
-    def raise_error(self) -> None:
-        """Raise what the input raised, once everything before it was answered."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def read(self, count: int, now: float) -> tuple[list[_Encoded], dict[int, StreamRow]]:
-        """Up to `count` more rows; fewer where the input ends or has nothing right now (gives None).
-
-        The same rows are read again until `forget` is called: what breaks this off in between loses none.
-        """
-        self._pull(count)
-        texts: list[tuple[int, int, Text]] = []
-        encoded: list[_Encoded] = []
-        problems: dict[int, StreamRow] = {}
-        for position, row in self._pulled:
-            line = getattr(row, "line", position + 1)
-            try:
-                if isinstance(row, Mapping) and "input_ids" in row:
-                    encoded.append(self._checked(position, line, row["input_ids"], row.get("token_type_ids"), now))
-                else:
-                    texts.append((position, line, _texts(row)))
-            except ValueError as error:
-                problems[position] = StreamRow(line, problem=str(error))
-        self._encode(texts, encoded, problems, now)
-        return encoded, problems
-
-    def forget(self) -> None:
-        """The rows of the last `read` are taken care of."""
-        self._pulled = []
-
-    def _pull(self, count: int) -> None:
-        while len(self._pulled) < count and not self.ended:
-            try:
-                row = next(self._rows)
-            except StopIteration:
-                self.ended = True
-                return
-            except Exception as error:
-                self.ended, self._error = True, error
-                return
-            if row is None:
-                return
-            self._pulled.append((self._position, row))
-            self._position += 1
-
-    def _encode(
-        self,
-        texts: list[tuple[int, int, Text]],
-        encoded: list[_Encoded],
-        problems: dict[int, StreamRow],
-        now: float,
-    ) -> None:
-        for is_pair in (False, True):
-            group = [text for text in texts if (text[2][1] is not None) == is_pair]
-            if not group:
-                continue
-            for (position, line, text), columns in zip(
-                group, self._columns([g[2] for g in group], is_pair), strict=True
-            ):
-                try:
-                    ids, segments = columns if columns is not None else self._single(text)
-                    encoded.append(self._checked(position, line, ids, segments, now))
-                except Exception as error:  # a tokenizer may raise anything for one strange text
-                    problems[position] = StreamRow(line, problem=str(error) or type(error).__name__)
-
-    def _columns(self, texts: list[Text], is_pair: bool) -> list[Any]:
-        """(input_ids, token_type_ids or None) of each text; None for each where the tokenizer fails for one of them."""
-        if self._tokenizer is None:
-            raise ValueError("tokenizer: got None, but the rows are texts; pass tokenizer=, or rows with input_ids")
-        second = [text[1] for text in texts] if is_pair else None
-        try:
-            batch = self._tokenize([text[0] for text in texts], second)
-        except Exception:
-            return [None] * len(texts)
-        ids = batch["input_ids"]
-        # single texts have one segment, which is what a missing column means
-        segments = batch.get("token_type_ids") if is_pair else None
-        return list(zip(ids, segments or [None] * len(ids), strict=True))
-
-    def _single(self, text: Text) -> Any:
-        batch = self._tokenize([text[0]], None if text[1] is None else [text[1]])
-        segments = batch.get("token_type_ids") if text[1] is not None else None
-        return batch["input_ids"][0], segments[0] if segments else None
-
-    def _tokenize(self, first: list[str], second: list[str | None] | None) -> Any:
-        assert self._tokenizer is not None
-        return encode(
-            self._tokenizer, first, second, self._limit, truncate=self._truncate, return_attention_mask=False,
-            verbose=False,
-        )  # fmt: skip
-
-    def _checked(
-        self, position: int, line: int, ids: Sequence[int], segments: Sequence[int] | None, now: float
-    ) -> _Encoded:
-        if not 1 <= len(ids) <= self._limit:
-            raise ValueError(f"{len(ids)} tokens, expected 1 to {self._limit}")
-        # segment 0 throughout is what no segments mean
-        return _Encoded(position, line, len(ids), ids, segments if segments and any(segments) else None, now)
-
-
-def _texts(row: Any) -> Text:
-    """The one or two texts of a row.
-
-    Raises:
-        ValueError: the problem that the row itself reports, or no text in it.
-    """
-    problem = getattr(row, "problem", None)
-    if problem is not None:
-        raise ValueError(problem)
-    first: Any
-    second: Any
-    if isinstance(row, str):
-        first, second = row, None
-    elif isinstance(row, tuple) and len(row) == 2:
-        first, second = row
-    elif isinstance(row, Mapping):
-        first, second = _texts_of(row)
-    else:
-        first, second = getattr(row, "text_a", None), getattr(row, "text_b", None)
-    for text in (first,) if second is None else (first, second):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"no text: got {text!r}, expected a sentence")
-        # what cannot be encoded as UTF-8 was never decoded properly
-        text.encode()
-    return first, second
-
-
-def _texts_of(row: Mapping[str, Any]) -> tuple[Any, Any]:
-    for first, second in PAIR_COLUMNS:
-        if row.get(first) is not None and row.get(second) is not None:
-            return row[first], row[second]
-    for name in TEXT_COLUMNS:
-        if name in row:
-            return row[name], None
-    raise ValueError(f"no text column among {', '.join(map(str, row))}; expected one of {', '.join(TEXT_COLUMNS)}")

@@ -1,25 +1,29 @@
-"""Engine `rebatch`: batches of tensors in, batches of tensors out, and nothing on the host row by row.
+"""Engine `stream_batches`: batches of tensors in, batches of tensors out, and nothing on the host row by row.
 
 As in the engine `stream`, survivors of many batches wait at their layer, packed, until enough tokens have gathered for
 a run that is as efficient as the first layer's. But a GPU answers a row in a few microseconds, less than the host needs
-to look at it. Therefore:
+to look at it. Therefore a run is the layers up to the next head, that head with its gate, and the compaction of what
+stays; on a GPU it is one CUDA graph, captured once for each size and replayed from then on. And the host settles a run
+(learns what stays, and queues it) while the device is busy with the next one:
 
-* a run is the layers up to the next head, that head with its gate, and the compaction of what stays; on a GPU it is one
-  CUDA graph, captured once for each size and replayed from then on;
-* one run is on the device while the host settles the one before it: the device does not wait to be told what stays;
-* answers lie in a record on the device and are handed out batch by batch, in the order of the input.
+    host     | launch 1 | launch 2 | settle 1 | launch 3 | settle 2 | launch 4 | settle 3 | ...
+    device   .          |--- run 1 ----|------- run 2 -------|------- run 3 -------|--- run 4 ---
+                                       ^
+                                       run 2 starts at once: it was launched before run 1 was settled
 
-A run is rounded up with sequences of one token, which answer into a row of the record that nobody reads.
+Two runs are on their way at most, so two lanes of memory take turns. What stays of run 1 can be in run 3 at the
+earliest. Answers lie in a record on the device and are handed out batch by batch, in the order of the input.
+
+A run is rounded up with sequences of one token, which answer into a row of the record that nothing reads.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,15 +31,15 @@ from torch import Tensor
 
 import fastkd_kernels as fk
 from fastkd.encoders import families
+from fastkd.encoders.layout import TokenLayout
 from fastkd.engines.batch import warn_about_nan
-from fastkd.engines.graphs import CudaGraphs, Recorder, capture, rows_of
-from fastkd.engines.graphs import bucket as sequence_bucket
-from fastkd.engines.packed import answer_all, encoder_of, is_capturable, is_right_padded
+from fastkd.engines.graphs import CudaGraphs, Recorder, capture, round_up_rows, rows_of
+from fastkd.engines.output import EarlyExitOutput, fields_of
+from fastkd.engines.packed import is_right_padded
+from fastkd.engines.packed_encoder import encoder_of, is_capturable
+from fastkd.engines.protocol import ExitModel
 from fastkd.engines.schedule import Schedule
-from fastkd.exits.rule import head_speeds
-
-if TYPE_CHECKING:
-    from fastkd.model.modeling import EarlyExitForSequenceClassification, EarlyExitOutput
+from fastkd.exits.rule import ExitRule
 
 TOKEN_STEP = 64
 """The tokens of a run are rounded up to multiples of this, and less finely from nine of them on."""
@@ -43,13 +47,13 @@ TOKENS_PER_RUN = {"cpu": 4096, "cuda": 16384}
 """A CPU is busy with few tokens; on a GPU a run has to take longer than the host needs to prepare one."""
 
 
-def token_bucket(tokens: int) -> int:
+def size_of_run(tokens: int) -> int:
     """`tokens` rounded up to one of few sizes, by less than a quarter above eight steps."""
-    return sequence_bucket(-(-tokens // TOKEN_STEP)) * TOKEN_STEP
+    return round_up_rows(-(-tokens // TOKEN_STEP)) * TOKEN_STEP
 
 
 @dataclass
-class RebatchStatistics:
+class BatchStreamStatistics:
     """How often each stage ran, on how many tokens that belong to rows, and on how many in all."""
 
     runs: list[int]
@@ -71,7 +75,7 @@ class _Lane:
     """What a run needs of its own until it is settled; two lanes take turns."""
 
     plan: Tensor  # int32: cu_seqlens [S + 1], and from `_rows_at` on the row of the record of each sequence [S]
-    kept: Tensor  # [R, H] hidden states of those who stay
+    kept: Tensor  # [R, H] hidden states of the sequences that stay
     plan_on_host: Tensor  # pinned, as the next two
     count_on_host: Tensor  # [1] int32
     survivors_on_host: Tensor  # [S] int32
@@ -93,10 +97,9 @@ class _Kind(NamedTuple):
 class _Memory:
     """What the runs of one stream read and write; graphs know it by its addresses."""
 
-    bounds: Sequence[tuple[int, int]]  # the layers of each stage, after the first of the pair up to the second
     inputs: Tensor  # [3, R] int64: numbers of tokens, their positions and their segments
     waiting: list[Tensor]  # before each stage but the first, [3 R, H]
-    limits: Tensor  # [stages, rows + 1] float32 speeds by row of the record
+    thresholds: Tensor  # [stages, rows + 1] float32 by row of the record
     record: fk.ExitRecord  # rows + 1, the last one for sequences that only fill a run up
     lanes: tuple[_Lane, _Lane]
     recorder: Recorder
@@ -146,7 +149,7 @@ class _Batch:
     rows: int
 
 
-class BatchStream(Iterator["EarlyExitOutput"]):
+class BatchStream(Iterator[EarlyExitOutput]):
     """The answers to batches, in their order; made by `EarlyExitForSequenceClassification.stream_batches`.
 
     An error of the input is raised after everything read before it was answered. Any other error, and Ctrl-C, end the
@@ -155,13 +158,10 @@ class BatchStream(Iterator["EarlyExitOutput"]):
 
     def __init__(
         self,
-        model: EarlyExitForSequenceClassification,
+        model: ExitModel,
         batches: Iterable[Mapping[str, Tensor] | None],
         *,
-        speed: float | Sequence[float] | None = None,
-        criterion: str | None = None,
-        top_n: int | None = None,
-        exit_layers: Sequence[int] | None = None,
+        rule: ExitRule,
         tokens_per_run: int | None = None,
         max_rows_waiting: int = 16384,
         recorder: Recorder | None = None,
@@ -169,10 +169,9 @@ class BatchStream(Iterator["EarlyExitOutput"]):
         """See `EarlyExitForSequenceClassification.stream_batches`; `recorder` says how a run is captured."""
         if model.training:
             raise ValueError("model: is in training mode, where nobody leaves early; call model.eval() first")
-        speed, self._criterion, self._top_n, layers = model.exit_options(speed, criterion, top_n, exit_layers)
-        if len(layers) > 1 and self._criterion not in fk.CRITERIA:
+        if rule.leaves_early and rule.criterion not in fk.CRITERIA:
             raise ValueError(
-                f"criterion: got {self._criterion!r}, which waits for the host; use model.stream, or one of "
+                f"criterion: got {rule.criterion!r}, which waits for the host; use model.stream, or one of "
                 f"{', '.join(fk.CRITERIA)}"
             )
         if max_rows_waiting < 1:
@@ -180,15 +179,15 @@ class BatchStream(Iterator["EarlyExitOutput"]):
         self._device = model.device
         if tokens_per_run is None:
             tokens_per_run = TOKENS_PER_RUN.get(self._device.type, TOKENS_PER_RUN["cpu"])
-        self._schedule = Schedule(tokens_per_run, len(layers) * tokens_per_run)
+        self._schedule = Schedule(tokens_per_run, len(rule.stages) * tokens_per_run)
         self._model = model
         self._encoder = encoder_of(model)
-        self._kind = _Kind(tokens_per_run, max_rows_waiting, self._criterion, self._top_n, tuple(layers))
+        self._rule = rule
+        self._stages = rule.stages
+        self._kind = _Kind(tokens_per_run, max_rows_waiting, rule.criterion, rule.top_n, rule.layers)
         with torch.inference_mode(False), torch.no_grad():
             self._memory = _take_memory(model, self._kind, recorder)
-            speeds = head_speeds(speed, model.exit_layers)
-            limits = torch.tensor([speeds.get(layer, 0.0) for layer in layers])
-            self._memory.limits.copy_(limits[:, None])
+            self._memory.thresholds.copy_(torch.tensor([*rule.thresholds, 0.0])[:, None])
             self._checksum = torch.zeros((), device=self._device)
         self._batches = iter(batches)
         self._error: Exception | None = None
@@ -200,9 +199,9 @@ class BatchStream(Iterator["EarlyExitOutput"]):
         self._unanswered = np.zeros(self._memory.rows, dtype=np.int64)  # of the batch that begins at this row
         self._batch_of = np.zeros(self._memory.rows, dtype=np.int64)  # the first row of its batch
         self._inputs: deque[Tensor] = deque()
-        self._queues = [_Queue() for _ in layers]
+        self._queues = [_Queue() for _ in self._stages]
         self._in_flight: _Flight | None = None
-        self.statistics = RebatchStatistics(*([0] * len(layers) for _ in range(3)))
+        self.statistics = BatchStreamStatistics(*([0] * len(self._stages) for _ in range(3)))
 
     def __iter__(self) -> BatchStream:
         return self
@@ -240,10 +239,10 @@ class BatchStream(Iterator["EarlyExitOutput"]):
         record = rows_of(self._memory.record, slice(batch.first, batch.first + batch.rows))
         # whether it is a number is asked at the end: here the host would wait for the run that is on its way
         self._checksum += record.uncertainty.sum()
-        return self._model.output_of(record)
+        return EarlyExitOutput(**fields_of(record))
 
     def _free_rows(self, rows: int) -> int | None:
-        """The first of `rows` rows of the record that nobody uses, one behind the other; None where there are none."""
+        """The first of `rows` consecutive rows of the record that no batch uses; None where there are none."""
         if not self._waiting:
             return 0
         oldest, newest = self._waiting[0], self._waiting[-1]
@@ -358,16 +357,16 @@ class BatchStream(Iterator["EarlyExitOutput"]):
         if len(lengths) == 0:
             return
         self._batch_of[slots], self._unanswered[first] = first, len(lengths)
-        if self._criterion == "patience":
+        if self._rule.criterion == "patience":
             self._memory.record.forget(slice(first, first + len(lengths)))
-        limits = self._limits_of(len(lengths))
-        if limits is not None:
-            self._memory.limits[:, first : first + len(lengths)].copy_(limits)
+        thresholds = self._thresholds_of(len(lengths))
+        if thresholds is not None:
+            self._memory.thresholds[:, first : first + len(lengths)].copy_(thresholds)
         self._inputs.append(columns)
         self._queues[0].push(lengths, slots)
 
-    def _limits_of(self, rows: int) -> Tensor | None:
-        """Speeds [stages, rows] of the next `rows` rows; None for those that the stream was asked for."""
+    def _thresholds_of(self, rows: int) -> Tensor | None:
+        """Thresholds [stages, rows] of the next `rows` rows; None for those of the rule."""
         return None
 
     def _launch(self, stage: int) -> _Flight:
@@ -376,7 +375,7 @@ class BatchStream(Iterator["EarlyExitOutput"]):
         lengths, slots = queue.take(self._fitting(queue.lengths))
         used, longest = int(lengths.sum()), int(lengths.max())
         added = int(memory.added[len(lengths) - 1])
-        tokens, sequences = token_bucket(used + added), len(lengths) + added
+        tokens, sequences = size_of_run(used + added), len(lengths) + added
         self._write_plan(lane, lengths, slots, sequences)
         if stage == 0:
             self._take_inputs(used)
@@ -427,7 +426,7 @@ class BatchStream(Iterator["EarlyExitOutput"]):
                 self._inputs.appendleft(columns[:, here:])
 
     def _settle(self, flight: _Flight) -> None:
-        """Wait for a run, note who was answered, and queue the others; the device is busy with the next one."""
+        """Wait for a run, note which rows were answered, and queue the others; the device is busy with the next one."""
         lane, count = flight.lane, len(flight.lengths)
         if lane.finished is not None:
             lane.finished.synchronize()
@@ -466,27 +465,24 @@ class BatchStream(Iterator["EarlyExitOutput"]):
         self, lane: _Lane, stage: int, tokens: int, sequences: int, longest: int
     ) -> tuple[Tensor | None, Tensor | None]:
         """The layers of a stage on `tokens` tokens, its head and compaction; survivors and their number."""
-        memory, model, encoder = self._memory, self._model, self._encoder
-        first, last = memory.bounds[stage]
+        memory, model, encoder, rule = self._memory, self._model, self._encoder, self._rule
         rows_at = _rows_at(sequences)
         cu_seqlens, row_ids = lane.plan[: sequences + 1], lane.plan[rows_at : rows_at + sequences]
+        layout = TokenLayout(cu_seqlens=cu_seqlens, max_seqlen=longest)
         with encoder.running():
             if stage == 0:
                 hidden_states = encoder.embed_rows(*memory.inputs[:, :tokens])
             else:
                 hidden_states = memory.waiting[stage - 1][:tokens]
-            for layer in range(first + 1, last + 1):
-                hidden_states = encoder.layer(layer, hidden_states, cu_seqlens, longest)
-        head = model.heads_by_layer[last]
-        options = (self._criterion, self._top_n)
-        if stage == len(memory.bounds) - 1:
-            answer_all(model, head, hidden_states, cu_seqlens, *options, row_ids, memory.record, last)
+            hidden_states = encoder.run_layers(self._stages[stage], hidden_states, layout)
+        layer = self._stages[stage][-1]
+        if layer == rule.last_layer:
+            model.answer(hidden_states, layout, rule, record=memory.record, row_ids=row_ids)
             return None, None
-        limits = memory.limits[stage].index_select(0, row_ids)
+        thresholds = memory.thresholds[stage].index_select(0, row_ids)
         decided = model.decide(
-            head, hidden_states, None, limits, *options,
-            row_ids=row_ids, record=memory.record, layer=last, cu_seqlens=cu_seqlens,
-        )  # fmt: skip
+            layer, hidden_states, layout, rule, record=memory.record, row_ids=row_ids, thresholds=thresholds
+        )
         fk.compact_packed([hidden_states], cu_seqlens, decided.survivors, decided.count, out=[lane.kept])
         return decided.survivors, decided.count
 
@@ -514,11 +510,11 @@ class _Kept:
     memories: dict[_Kind, _Memory] = field(default_factory=dict)
 
 
-_kept: weakref.WeakKeyDictionary[EarlyExitForSequenceClassification, _Kept] = weakref.WeakKeyDictionary()
+_kept: weakref.WeakKeyDictionary[ExitModel, _Kept] = weakref.WeakKeyDictionary()
 _MOST_KEPT = 4
 
 
-def _take_memory(model: EarlyExitForSequenceClassification, kind: _Kind, recorder: Recorder | None) -> _Memory:
+def _take_memory(model: ExitModel, kind: _Kind, recorder: Recorder | None) -> _Memory:
     if recorder is None and is_capturable(model):
         kept = _kept.get(model)
         if kept is None or not kept.stamp.is_current(list(model.parameters())):
@@ -528,7 +524,7 @@ def _take_memory(model: EarlyExitForSequenceClassification, kind: _Kind, recorde
     return _allocate(model, kind, _plain_calls if recorder is None else recorder)
 
 
-def _give_back(model: EarlyExitForSequenceClassification, kind: _Kind, memory: _Memory) -> None:
+def _give_back(model: ExitModel, kind: _Kind, memory: _Memory) -> None:
     kept = _kept.get(model)
     if kept is None or not isinstance(memory.recorder, CudaGraphs):
         return  # plain calls are quick to make, and would keep the model alive
@@ -543,11 +539,11 @@ def _plain_calls(run: Callable[[], Any]) -> Callable[[], None]:
     return run
 
 
-def _allocate(model: EarlyExitForSequenceClassification, kind: _Kind, recorder: Recorder) -> _Memory:
+def _allocate(model: ExitModel, kind: _Kind, recorder: Recorder) -> _Memory:
     device, hidden = model.device, model.config.hidden_size
     # a row longer than a run is a run of its own
     most = max(kind.tokens_per_run, families.longest_input(model.config.backbone))
-    tokens, sequences = token_bucket(most), sequence_bucket(most)
+    tokens, sequences = size_of_run(most), round_up_rows(most)
     pinned = device.type == "cuda"
 
     def lane() -> _Lane:
@@ -561,13 +557,12 @@ def _allocate(model: EarlyExitForSequenceClassification, kind: _Kind, recorder: 
         )
 
     return _Memory(
-        bounds=list(pairwise((0, *kind.layers))),
         inputs=torch.zeros(3, tokens, dtype=torch.int64, device=device),
         # zeros, because rows that fill a run up have to be finite
         waiting=[torch.zeros(3 * tokens, hidden, dtype=model.dtype, device=device) for _ in kind.layers[1:]],
-        limits=torch.ones(len(kind.layers), kind.rows + 1, device=device),
+        thresholds=torch.ones(len(kind.layers), kind.rows + 1, device=device),
         record=fk.ExitRecord.allocate(kind.rows + 1, model.config.num_classes, device),
         lanes=(lane(), lane()),
         recorder=recorder,
-        added=np.array([sequence_bucket(count) - count for count in range(1, sequences + 1)]),
+        added=np.array([round_up_rows(count) - count for count in range(1, sequences + 1)]),
     )

@@ -17,25 +17,27 @@ from torch import Tensor
 
 import fastkd_kernels as fk
 from fastkd.exits.catalogue import CRITERIA
+from fastkd.exits.rule import ExitRule
 
 
 def decide(
     logits: Tensor,
-    speed: float | Tensor,
-    criterion: str,
-    row_ids: Tensor | None,
-    top_n: int | None,
+    rule: ExitRule,
     *,
-    record: fk.ExitRecord,
     layer: int,
+    record: fk.ExitRecord,
+    row_ids: Tensor | None = None,
+    thresholds: Tensor | None = None,
     certainty: Tensor | None = None,
 ) -> fk.ExitGateOutput:
     """`fastkd_kernels.exit_gate` for every criterion in `CRITERIA`.
 
     Args:
-        logits: [B, C].
-        speed, criterion, row_ids, top_n, record, layer: as in `fastkd_kernels.exit_gate`; "agreement" keeps its memory
-            in the record, as "patience" does.
+        logits: [B, C], of the head after `layer`.
+        rule: its criterion measures the uncertainty, and its threshold after `layer` says which rows leave.
+        layer, record, row_ids: as in `fastkd_kernels.exit_gate`; "agreement" keeps its memory in the record, as
+            "patience" does.
+        thresholds: [B] float32, one a row, in the place of the rule's.
         certainty: [B] of the learned exit, for "learned".
 
     Returns:
@@ -45,21 +47,14 @@ def decide(
         ValueError: as `fastkd_kernels.exit_gate`; "learned" without a certainty; "agreement" with more than one number
             a row.
     """
-    if criterion in fk.CRITERIA:
-        decided = fk.exit_gate(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
+    speed = rule.threshold(layer) if thresholds is None else thresholds
+    if rule.criterion in fk.CRITERIA:
+        decided = fk.exit_gate(logits, speed, rule.criterion, row_ids, rule.top_n, record=record, layer=layer)
         return decided._replace(logits=logits)
-    if criterion not in CRITERIA:
-        raise ValueError(f"criterion: got {criterion!r}, expected one of {', '.join(CRITERIA)}")
-    ids = torch.arange(logits.shape[0], device=logits.device) if row_ids is None else row_ids.long()
-    if criterion == "agreement":
-        uncertainty = _moved(logits, record, ids)
-    elif certainty is None:
-        raise ValueError("criterion: got 'learned', but there is no learned exit; distil with one (--learned-exit)")
-    else:
-        uncertainty = 1 - certainty
-    uncertainty = uncertainty.float()
+    uncertainty = _uncertainty(logits, rule.criterion, record, row_ids, certainty)
     # a NaN stays, as in the fused gate
     leaves = (uncertainty <= speed) & (speed > 0)
+    ids = _row_numbers(logits, row_ids)
     # rewriting a staying row with what is already there keeps this free of data-dependent shapes
     record.logits.index_copy_(0, ids, torch.where(leaves[:, None], logits.float(), record.logits[ids]))
     record.uncertainty.index_copy_(0, ids, torch.where(leaves, uncertainty, record.uncertainty[ids]))
@@ -67,6 +62,23 @@ def decide(
     # a stable sort puts the staying rows first without asking the device how many there are
     survivors = torch.sort(leaves.to(torch.uint8), stable=True).indices.int()
     return fk.ExitGateOutput(uncertainty, survivors, leaves.logical_not().sum(dtype=torch.int32).reshape(1), logits)
+
+
+def _uncertainty(
+    logits: Tensor, criterion: str, record: fk.ExitRecord, row_ids: Tensor | None, certainty: Tensor | None
+) -> Tensor:
+    """[B] float32, by a criterion that the fused gate does not have."""
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion: got {criterion!r}, expected one of {', '.join(CRITERIA)}")
+    if criterion == "agreement":
+        return _moved(logits, record, _row_numbers(logits, row_ids)).float()
+    if certainty is None:
+        raise ValueError("criterion: got 'learned', but there is no learned exit; distil with one (--learned-exit)")
+    return (1 - certainty).float()
+
+
+def _row_numbers(logits: Tensor, row_ids: Tensor | None) -> Tensor:
+    return torch.arange(logits.shape[0], device=logits.device) if row_ids is None else row_ids.long()
 
 
 def _moved(logits: Tensor, record: fk.ExitRecord, ids: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from numbers import Real
 
 from fastkd.exits.catalogue import check_criterion
@@ -35,7 +36,7 @@ class ExitRule:
         *,
         exit_layers: Sequence[int],
         num_labels: int,
-        decision_layers: Sequence[int] | None = None,
+        asked_layers: Sequence[int] | None = None,
     ) -> ExitRule:
         """The rule that these options describe.
 
@@ -44,7 +45,8 @@ class ExitRule:
             criterion, top_n: as above.
             exit_layers: the layers that have a head, ascending.
             num_labels: of the model.
-            decision_layers: ask only the heads after these layers, a choice of `exit_layers`; default: all.
+            asked_layers: ask only the heads after these layers, a choice of `exit_layers`; default: all. The last head
+                answers in any case.
 
         Raises:
             ValueError: speeds outside [0, 1] or another number of them than heads below the last; a criterion that is
@@ -52,10 +54,10 @@ class ExitRule:
         """
         check_criterion(criterion, top_n, num_labels)
         speeds = head_speeds(speed, exit_layers)
-        unknown = [layer for layer in decision_layers or () if layer not in exit_layers]
+        unknown = [layer for layer in asked_layers or () if layer not in exit_layers]
         if unknown:
             raise ValueError(f"exit_layers: got {unknown[0]}, but this model has heads after {list(exit_layers)}")
-        asked = [layer for layer in speeds if decision_layers is None or layer in decision_layers]
+        asked = [layer for layer in speeds if asked_layers is None or layer in asked_layers]
         return cls(criterion, top_n, (*asked, exit_layers[-1]), tuple(speeds[layer] for layer in asked))
 
     @property
@@ -67,9 +69,19 @@ class ExitRule:
     def last_layer(self) -> int:
         return self.layers[-1]
 
+    @property
+    def stages(self) -> tuple[range, ...]:
+        """The layers up to each head that is asked."""
+        return stages_of(self.layers)
+
     def threshold(self, layer: int) -> float:
-        """The threshold after `layer`; 0, at which nobody leaves early, where its head is not asked or is the last."""
+        """The threshold after `layer`; 0, at which no row leaves early, where its head is not asked or is the last."""
         return dict(zip(self.layers, self.thresholds, strict=False)).get(layer, 0.0)
+
+
+def stages_of(layers: Sequence[int]) -> tuple[range, ...]:
+    """For each of these layers, those behind the one before, itself included: what runs up to its head."""
+    return tuple(range(before + 1, layer + 1) for before, layer in pairwise((0, *layers)))
 
 
 def check_speed(speed: float | Sequence[float]) -> float | list[float]:
@@ -86,7 +98,7 @@ def check_speed(speed: float | Sequence[float]) -> float | list[float]:
 def head_speeds(speed: float | Sequence[float], exit_layers: Sequence[int]) -> dict[int, float]:
     """The speed of each head below the last that is asked, by its layer.
 
-    A head with speed 0 lets nobody leave, so it is not asked; where all are 0, the full model runs.
+    A head with speed 0 lets no row leave, so it is not asked; where all are 0, the full model runs.
 
     Args:
         speed: one number for all heads, or one for each head below the last, in layer order.

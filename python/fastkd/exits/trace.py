@@ -24,7 +24,7 @@ from fastkd.data.files import atomic_path
 from fastkd.exits import criteria
 from fastkd.exits.catalogue import default_criterion
 from fastkd.exits.flops import CONVENTIONS, FlopsShape, flops
-from fastkd.exits.rule import head_speeds
+from fastkd.exits.rule import ExitRule, head_speeds
 from fastkd.exits.sweep import Sweep, SweepRow
 
 _FORMAT = "fastkd exit trace 1"
@@ -149,19 +149,16 @@ class ExitTrace:
         """
         criterion = criterion or self.default_criterion
         speeds = head_speeds(speed, self.exit_layers)
+        rule = ExitRule(criterion, top_n, (*speeds, self.num_layers), tuple(speeds.values()))
         rows, _, num_labels = self.logits.shape
         record = fk.ExitRecord.allocate(rows, num_labels)
         staying = torch.arange(rows, dtype=torch.int32)
-        for index, layer in enumerate(self.exit_layers):
-            is_last = layer == self.num_layers
-            if layer not in speeds and not is_last:
-                continue
+        for layer in rule.layers:
+            index = self.exit_layers.index(layer)
             logits = self.logits[:, index].index_select(0, staying)
-            gate = criteria.decide(
-                logits, speeds.get(layer, 0.0), criterion, staying, top_n,
-                record=record, layer=layer, certainty=self._certainty_of(index, staying),
-            )  # fmt: skip
-            if is_last:
+            certainty = self._certainty_of(index, staying)
+            gate = criteria.decide(logits, rule, layer=layer, record=record, row_ids=staying, certainty=certainty)
+            if layer == rule.last_layer:
                 record.write(staying, logits, gate.uncertainty, layer)
                 break
             staying = staying.index_select(0, gate.kept())
@@ -173,16 +170,17 @@ class ExitTrace:
         Raises:
             ValueError: as `fastkd.exits.criteria.decide`.
         """
-        criterion = criterion or self.default_criterion
+        # without thresholds no row leaves
+        rule = ExitRule(criterion or self.default_criterion, top_n, tuple(self.exit_layers), ())
         record = fk.ExitRecord.allocate(len(self), self.logits.shape[-1])
         rows = torch.arange(len(self), dtype=torch.int32)
-        seen = [
-            criteria.decide(
-                self.logits[:, index], 0.0, criterion, rows, top_n,
-                record=record, layer=layer, certainty=self._certainty_of(index, rows),
-            ).uncertainty
-            for index, layer in enumerate(self.exit_layers)
-        ]  # fmt: skip
+        seen = []
+        for index, layer in enumerate(self.exit_layers):
+            certainty = self._certainty_of(index, rows)
+            gate = criteria.decide(
+                self.logits[:, index], rule, layer=layer, record=record, row_ids=rows, certainty=certainty
+            )
+            seen.append(gate.uncertainty)
         return torch.stack(seen, dim=1)
 
     def _certainty_of(self, head: int, rows: Tensor) -> Tensor | None:

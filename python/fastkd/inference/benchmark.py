@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fastkd.data.batches import LengthSortedBatches, tokenize
 from fastkd.data.rows import Rows
+from fastkd.encoders.layout import TokenLayout
 from fastkd.exits.flops import CONVENTIONS, flops
 from fastkd.exits.trace import correlation, predictions
 from fastkd.inference.measurements import Benchmark, BenchmarkRow
@@ -252,7 +253,7 @@ def transformers_pass(model: EarlyExitForSequenceClassification, batches: Sequen
     for batch in batches:
         hidden_states = model.backbone(**batch).last_hidden_state
         mask = batch.get("attention_mask")
-        logits = model.teacher_head(hidden_states, None if mask is None else mask.bool())
+        logits = model.last_head(hidden_states, TokenLayout(None if mask is None else mask.bool()))
         answers.append(predictions(logits))
     return Pass(torch.cat(answers).cpu())
 

@@ -134,7 +134,7 @@ def _predict(
         noted = _note_lines(rows, unanswered)
         stream = model.stream(noted, tokenizer, max_length=max_length, look_ahead=window, **exits)
         return _predict_stream(stream, unanswered)
-    model.exit_options(**exits)
+    model.exit_rule(**exits)
     return _predict_batches(
         model, tokenizer, rows, batch_size, max_length or length_limit(model, tokenizer), window, exits
     )

@@ -283,7 +283,7 @@ def student_of(teacher: EarlyExitForSequenceClassification, layers: int) -> Earl
     teacher_layers = encoder_layers(teacher)
     for number, layer in enumerate(encoder_layers(student)):
         layer.load_state_dict(teacher_layers[number * teacher.num_layers // layers].state_dict())
-    student.teacher_head.load_state_dict(teacher.teacher_head.state_dict())
+    student.last_head.load_state_dict(teacher.last_head.state_dict())
     return student.eval()
 
 

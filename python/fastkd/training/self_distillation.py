@@ -83,7 +83,7 @@ def distill(
     Raises:
         ValueError: also for a model whose only head is the last one.
     """
-    if not model.student_heads:
+    if not model.early_heads:
         raise ValueError(
             f"model: it has heads after the layers {model.exit_layers} only, so there is none to distil into; "
             "load it with exit_layers=None for a head after every layer"
@@ -98,9 +98,9 @@ def distill(
         name="distill",
         model=model,
         objective=_SelfDistillation(model, options, scale),
-        trained=[*model.student_heads, *learned],
+        trained=[*model.early_heads, *learned],
         scale=scale,
-        scaled=model.student_heads,
+        scaled=model.early_heads,
         head_learning_rate=options.learning_rate,
         metrics=_ExitMetrics(model.exit_layers, FlopsShape.of(model.config), options.max_length),
         best_metric="loss",
@@ -183,7 +183,7 @@ class _SelfDistillation(nn.Module):
     def train(self, mode: bool = True) -> _SelfDistillation:
         super().train(mode and self.options.frozen_dropout)
         self.training = mode
-        for head in self.model.student_heads:
+        for head in self.model.early_heads:
             head.train(mode)
         return self
 

@@ -1,4 +1,4 @@
-"""The engine `rebatch`: every batch is answered as the batch engine answers it alone, in the order of the input."""
+"""Engine `stream_batches`: every batch is answered as the batch engine answers it alone, in the order of the input."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from torch import Tensor
 
 import fastkd
 import fastkd_kernels as fk
-from fastkd.engines import packed
+from fastkd.engines import packed_layers
 from fastkd.engines.graphs import CudaGraphs
-from fastkd.engines.stream_batches import BatchStream, token_bucket
+from fastkd.engines.stream_batches import BatchStream, size_of_run
 from fastkd_kernels import _triton
 from fastkd_kernels.ops import exit_gate, student_head
 
@@ -43,7 +43,9 @@ def _recorder(plain: Plain | None = None) -> Plain | None:
 
 
 def stream(model: Model, batches: Any, speed: Any, plain: Plain | None = None, **options: Any) -> BatchStream:
-    return BatchStream(model, batches, speed=speed, recorder=_recorder(plain), **options)
+    """`options` are those of `stream_batches`."""
+    exits = {name: options.pop(name) for name in ("criterion", "top_n", "exit_layers") if name in options}
+    return BatchStream(model, batches, rule=model.exit_rule(speed, **exits), recorder=_recorder(plain), **options)
 
 
 def assert_answers(model: Model, batches: list[Batch], outputs: list[Any], speed: Any, **options: Any) -> None:
@@ -160,7 +162,7 @@ def test_any_pattern_of_exits_in_any_batches(
     class Imposed(BatchStream):
         given = 0
 
-        def _limits_of(self, rows: int) -> Tensor:
+        def _thresholds_of(self, rows: int) -> Tensor:
             pattern = torch.cat(patterns)[self.given : self.given + rows]
             self.given += rows
             return (pattern[None, :] <= torch.arange(1, LAYERS + 1)[:, None]).float().to(DEVICE)
@@ -168,7 +170,7 @@ def test_any_pattern_of_exits_in_any_batches(
     answers = Imposed(
         model,
         batches,
-        speed=0.5,
+        rule=model.exit_rule(0.5),
         tokens_per_run=tokens_per_run,
         max_rows_waiting=max_rows_waiting,
         recorder=_recorder(),
@@ -292,7 +294,7 @@ def test_a_run_is_few_launches_and_asks_the_device_nothing(monkeypatch: pytest.M
             return attention(*arguments)
 
     monkeypatch.setattr(fk, "varlen_attention", not_interpreted)
-    monkeypatch.setattr(packed, "_linear_on", lambda device: packed.JoinedLinear)
+    monkeypatch.setattr(packed_layers, "linear_on", lambda device: packed_layers.JoinedLinear)
     # values are looked at on a CPU only
     monkeypatch.setattr(student_head, "_check_values", lambda *_: None)
     monkeypatch.setattr(exit_gate, "_values_are_free", lambda *_: False)
@@ -306,7 +308,7 @@ def test_a_run_is_few_launches_and_asks_the_device_nothing(monkeypatch: pytest.M
         runs.append(run)
         return run
 
-    list(BatchStream(model, batches[:1], speed=1e-6, tokens_per_run=4096, recorder=recorder))
+    list(BatchStream(model, batches[:1], rule=model.exit_rule(1e-6), tokens_per_run=4096, recorder=recorder))
     assert len(runs) == LAYERS
     with fk.backend("cuda"), torch.no_grad():
         first, later, *_, last = [count_launches(run, monkeypatch) for run in runs]
@@ -326,8 +328,8 @@ def test_a_run_is_few_launches_and_asks_the_device_nothing(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(1, 64), (64, 64), (65, 128), (512, 512), (513, 640), (4096, 4096)])
-def test_token_bucket(tokens: int, expected: int) -> None:
-    assert token_bucket(tokens) == expected
+def test_sizes_of_runs(tokens: int, expected: int) -> None:
+    assert size_of_run(tokens) == expected
 
 
 def half_of_a_gpu() -> Model:
@@ -341,7 +343,8 @@ def test_graphs_answer_as_plain_calls() -> None:
     for tokens_per_run in (40, 4096):
         captured = model.stream_batches(batches, speed=0.6, tokens_per_run=tokens_per_run)
         assert isinstance(captured._memory.recorder, CudaGraphs)
-        plain = BatchStream(model, batches, speed=0.6, tokens_per_run=tokens_per_run, recorder=lambda run: run)
+        rule = model.exit_rule(0.6)
+        plain = BatchStream(model, batches, rule=rule, tokens_per_run=tokens_per_run, recorder=lambda run: run)
         pairs = list(zip(captured, plain, strict=True))
         layers, expected_layers = (torch.cat([pair[side].exit_layer for pair in pairs]) for side in (0, 1))
         logits, expected = (torch.cat([pair[side].logits for pair in pairs]) for side in (0, 1))

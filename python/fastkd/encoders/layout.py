@@ -1,0 +1,32 @@
+"""`TokenLayout`: where the tokens of each sequence lie in a tensor of hidden states."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class TokenLayout(NamedTuple):
+    """Padded sequences [B, T, H], or packed ones [N, H], one behind the other; the default is padded without a mask.
+
+    Hidden states are packed where there are `cu_seqlens`.
+    """
+
+    attention_mask: Tensor | None = None
+    """[B, T] bool, True where a token counts; None where nothing is padded."""
+    layer_mask: Any = None
+    """The same in the form that the layers take."""
+    cu_seqlens: Tensor | None = None
+    """[B + 1] int32, sequence b is tokens cu_seqlens[b] to cu_seqlens[b + 1]."""
+    max_seqlen: int = 0
+    """Tokens of the longest packed sequence, or more."""
+
+    def first_tokens(self, hidden_states: Tensor) -> Tensor:
+        """The hidden state of the first token of each sequence, [B, H]."""
+        if self.cu_seqlens is None:
+            return hidden_states[:, 0]
+        return hidden_states.index_select(0, self.cu_seqlens[:-1])
+
+
+NO_PADDING = TokenLayout()

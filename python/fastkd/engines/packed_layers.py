@@ -1,0 +1,237 @@
+"""The layers of an encoder on packed tokens, or on padded ones where it is known that no gradient is wanted.
+
+The modules of transformers stay the owners of the weights. Layers without hooks, adapters or patches are run from their
+parts:
+
+* queries, keys and values are one product; the joined copy of their weights is made again when a parameter changes;
+* sums and normalisations are one pass (`fastkd_kernels.add_layer_norm`);
+* on a CPU, weights are rearranged once for oneDNN, and the activation is inside its product.
+
+Any other layer runs its own `forward`, with the attention that this file registers with transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+import fastkd_kernels as fk
+from fastkd.encoders import families
+from fastkd.encoders.layout import TokenLayout
+
+ATTENTION = "fastkd_packed"
+"""The name under which the packed attention is registered with transformers."""
+
+
+class JoinedLinear:
+    """One or several linear layers of the same input as one product; the weights of a single one are not copied."""
+
+    def __init__(self, modules: Sequence[nn.Linear]) -> None:
+        self._modules = modules
+        self._weight: Any = None
+        self._bias: Tensor | None = None
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [p for module in self._modules for p in (module.weight, module.bias) if p is not None]
+
+    def prepare(self) -> None:
+        """Take the weights as they are now; needed before the first call, and when they have changed."""
+        with torch.no_grad():
+            weights: list[Tensor] = [module.weight for module in self._modules]
+            biases: list[Tensor] = [module.bias for module in self._modules if module.bias is not None]
+            self._weight = self._prepared((torch.cat(weights) if len(weights) > 1 else weights[0]).detach())
+            self._bias = (torch.cat(biases) if len(biases) > 1 else biases[0]).detach() if biases else None
+
+    def _prepared(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return F.linear(rows, self._weight, self._bias)
+
+
+class PackedLinear(JoinedLinear):
+    """The same with a copy of the weights that is rearranged for oneDNN, and an activation inside the product."""
+
+    def __init__(self, modules: Sequence[nn.Linear], activation: tuple[str, str] = ("none", "")) -> None:
+        super().__init__(modules)
+        self._activation = activation
+
+    def _prepared(self, weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        attribute, algorithm = self._activation
+        return torch.ops.mkldnn._linear_pointwise.default(rows, self._weight, self._bias, attribute, [], algorithm)
+
+
+def linear_on(device: torch.device) -> type[JoinedLinear]:
+    """The kind of linear layer that is fastest there."""
+    return PackedLinear if device.type == "cpu" else JoinedLinear
+
+
+_FUSED_ACTIVATIONS = {"gelu": ("gelu", "none"), "tanh gelu": ("gelu", "tanh"), "relu": ("relu", "")}
+
+
+def _fused_activation(activation: Callable[[Tensor], Tensor]) -> tuple[str, str] | None:
+    """How oneDNN calls an activation, found out by what it does; None where it has no such one."""
+    probe = torch.linspace(-4, 4, 65)
+    for name, exact in (
+        ("gelu", F.gelu(probe)),
+        ("tanh gelu", F.gelu(probe, approximate="tanh")),
+        ("relu", probe.relu()),
+    ):
+        if torch.allclose(activation(probe), exact, rtol=0, atol=1e-6):
+            return _FUSED_ACTIVATIONS[name]
+    return None
+
+
+class LayerFromParts:
+    """One encoder layer, run from its parts."""
+
+    def __init__(self, parts: families.LayerParts, heads: int, linear: type[JoinedLinear]) -> None:
+        self._parts = parts
+        self._device = parts.query.weight.device
+        self._heads = heads
+        self._stamp: fk.ParameterStamp | None = None
+        self._activation: Callable[[Tensor], Tensor] | None = parts.activation
+        self._project = linear([parts.query, parts.key, parts.value])
+        self._output = linear([parts.output])
+        self._expand = linear([parts.expand])
+        self._contract = linear([parts.contract])
+        fused = _fused_activation(parts.activation) if linear is PackedLinear else None
+        if fused is not None:
+            self._expand, self._activation = PackedLinear([parts.expand], fused), None
+
+    def runs(self, parts: families.LayerParts) -> bool:
+        """Whether it was made for these modules where they are now."""
+        return self._parts == parts and self._device == parts.query.weight.device
+
+    def refresh(self) -> None:
+        """Prepare the weights again if they changed since the last time."""
+        products = (self._project, self._output, self._expand, self._contract)
+        parameters = [parameter for linear in products for parameter in linear.parameters]
+        if self._stamp is not None and self._stamp.is_current(parameters):
+            return
+        stamp = fk.ParameterStamp(parameters)
+        for linear in products:
+            linear.prepare()
+        self._stamp = stamp
+
+    def __call__(self, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
+        """The layer's output, packed [R, H], where rows behind the last sequence stay finite, or padded [B, T, H]."""
+        if layout.cu_seqlens is None:
+            return self._padded(hidden_states, layout.layer_mask)
+        query, key, value = self._queries_keys_values(hidden_states)
+        attended = fk.varlen_attention(query, key, value, layout.cu_seqlens, layout.max_seqlen)
+        return self._after_attention(attended.flatten(1), hidden_states)
+
+    def _padded(self, hidden_states: Tensor, layer_mask: Tensor | None) -> Tensor:
+        """`layer_mask` bool [B, 1, T, T] or None."""
+        rows = hidden_states.flatten(0, 1)
+        query, key, value = (
+            tensor.unflatten(0, hidden_states.shape[:2]).transpose(1, 2) for tensor in self._queries_keys_values(rows)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=layer_mask)
+        return self._after_attention(attended.transpose(1, 2).reshape(rows.shape), rows).view_as(hidden_states)
+
+    def _queries_keys_values(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Each [R, heads, head size]."""
+        return self._project(rows).view(rows.shape[0], 3, self._heads, -1).unbind(1)
+
+    def _after_attention(self, attended: Tensor, rows: Tensor) -> Tensor:
+        middle = _add_norm(self._output(attended), rows, self._parts.attention_norm)
+        expanded = self._expand(middle)
+        if self._activation is not None:
+            expanded = self._activation(expanded)
+        return _add_norm(self._contract(expanded), middle, self._parts.feed_forward_norm)
+
+
+def _add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """The normalised sum, written over x."""
+    return fk.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, out=x)
+
+
+def _is_plain(layer: nn.Module, parts: families.LayerParts) -> bool:
+    """Whether running the parts is all that running the layer does: no adapters, quantised weights, hooks, patches."""
+    linear = (parts.query, parts.key, parts.value, parts.output, parts.expand, parts.contract)
+    norms = (parts.attention_norm, parts.feed_forward_norm)
+    return (
+        all(type(module) is nn.Linear for module in linear)
+        and all(type(module) is nn.LayerNorm and module.bias is not None for module in norms)
+        and all(_is_untouched(module) for module in layer.modules())
+    )
+
+
+def _is_untouched(module: nn.Module) -> bool:
+    """Whether calling the module runs its class's `forward` and nothing else."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+class ModuleLayer:
+    """One encoder layer, run by transformers; on packed rows with the attention registered here."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+
+    def __call__(self, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
+        return families.run_layer(self._layer, hidden_states, layout)
+
+
+Layer = LayerFromParts | ModuleLayer
+
+
+def current_layers(
+    modules: Sequence[nn.Module], before: Sequence[Layer], family: families.Family, heads: int, *, from_parts: bool
+) -> list[Layer]:
+    """What runs these modules as they are now.
+
+    Args:
+        modules: the layers of an encoder.
+        before: what this returned for them the last time; nothing the first time.
+        family: of the encoder.
+        heads: attention heads of a layer.
+        from_parts: whether layers that are plain run from their parts.
+    """
+    previous: Sequence[Layer | None] = before or [None] * len(modules)
+    return [
+        _current_layer(module, old, family.parts(module) if from_parts else None, heads)
+        for module, old in zip(modules, previous, strict=True)
+    ]
+
+
+def _current_layer(module: nn.Module, old: Layer | None, parts: families.LayerParts | None, heads: int) -> Layer:
+    if parts is None or not _is_plain(module, parts):
+        return old if isinstance(old, ModuleLayer) else ModuleLayer(module)
+    if not isinstance(old, LayerFromParts) or not old.runs(parts):
+        old = LayerFromParts(parts, heads, linear_on(parts.query.weight.device))
+    old.refresh()
+    return old
+
+
+def packed_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface on packed tokens: query, key, value [1, heads, N, head_size]."""
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return fk.varlen_attention(query, key, value, cu_seqlens, max_seqlen, scaling)[None], None
+
+
+AttentionInterface.register(ATTENTION, packed_attention_forward)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

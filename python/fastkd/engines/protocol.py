@@ -1,0 +1,97 @@
+"""`ExitModel`: all that an engine may ask of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import fastkd_kernels as fk
+from fastkd.encoders.configuration import EarlyExitConfig
+from fastkd.encoders.layout import TokenLayout
+from fastkd.exits.rule import ExitRule
+
+
+class ExitModel(Protocol):
+    """An encoder with a head after some of its layers. Layers are numbered from 1."""
+
+    training: bool
+
+    @property
+    def config(self) -> EarlyExitConfig: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The encoder of transformers."""
+        ...
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The encoder's layers, for what runs them from their parts."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def check_input(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+        """The mask as [B, T] bool, None where nothing is padded; ValueError for what the model cannot take."""
+        ...
+
+    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """Hidden states [B, T, H] before the first layer."""
+        ...
+
+    def layout(self, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenLayout:
+        """The layout of padded hidden states [B, T, H] with a mask [B, T] bool or None."""
+        ...
+
+    def run_layers(self, numbers: range, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
+        """Hidden states after these layers, [B, T, H]; the layers are called as they are."""
+        ...
+
+    def decide(
+        self,
+        layer: int,
+        hidden_states: Tensor,
+        layout: TokenLayout,
+        rule: ExitRule,
+        *,
+        record: fk.ExitRecord,
+        row_ids: Tensor | None = None,
+        thresholds: Tensor | None = None,
+    ) -> fk.ExitGateOutput:
+        """What the head after `layer` says of each row, and which rows leave there.
+
+        Args:
+            layer: one of `rule.layers`, not the last one.
+            hidden_states: after `layer`, [B, T, H], or packed [N, H].
+            layout: of the hidden states.
+            rule: which rows leave.
+            record: where the answers of the rows that leave are written.
+            row_ids: [B] int32, where in the record each row belongs; default 0..B-1.
+            thresholds: [B] float32, one a row, in the place of the rule's; 0 keeps a row.
+        """
+        ...
+
+    def answer(
+        self,
+        hidden_states: Tensor,
+        layout: TokenLayout,
+        rule: ExitRule,
+        *,
+        record: fk.ExitRecord,
+        row_ids: Tensor,
+    ) -> Tensor:
+        """Write what the last head says of every row into the record; the uncertainties [B] float32.
+
+        A regression knows no uncertainty: 0, or NaN where the answer is NaN.
+        """
+        ...

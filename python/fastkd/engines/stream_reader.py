@@ -1,0 +1,204 @@
+"""`StreamReader`: the rows of a stream's input, encoded, and what is wrong with those that cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from fastkd.data.columns import PAIR_COLUMNS, TEXT_COLUMNS
+from fastkd.data.input_format import encode
+from fastkd.encoders.configuration import EarlyExitConfig
+from fastkd.encoders.families import longest_input
+
+
+class EncodedRow(NamedTuple):
+    """One row on its way: `position` counts the rows of the input from 0, `since` says when it was read."""
+
+    position: int
+    line: int
+    tokens: int
+    input_ids: Sequence[int]
+    token_type_ids: Sequence[int] | None
+    since: float
+
+
+class RowProblem(NamedTuple):
+    """Why a row cannot be used."""
+
+    position: int
+    line: int
+    text: str
+
+
+def longest_row(config: EarlyExitConfig, tokenizer: PreTrainedTokenizerBase | None, max_length: int | None) -> int:
+    """Tokens that a row may have, for a model of this configuration.
+
+    Raises:
+        ValueError: a `max_length` outside 1 to the positions of the encoder.
+    """
+    limit = longest_input(config.backbone)
+    if max_length is not None:
+        if not 1 <= max_length <= limit:
+            raise ValueError(f"max_length: got {max_length}, expected 1 to {limit}, the positions of this encoder")
+        return max_length
+    return limit if tokenizer is None else min(limit, tokenizer.model_max_length)
+
+
+Text = tuple[str, str | None]
+
+
+class StreamReader:
+    """Pulls rows from the input and encodes them."""
+
+    def __init__(
+        self, rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase | None, limit: int, truncate: bool
+    ) -> None:
+        self._rows = iter(rows)
+        self._tokenizer = tokenizer
+        self._limit = limit
+        self._truncate = truncate
+        self._position = 0
+        self._pulled: list[tuple[int, Any]] = []
+        self._error: Exception | None = None
+        self.ended = False
+
+    def raise_error(self) -> None:
+        """Raise what the input raised, once everything before it was answered."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def read(self, count: int, now: float) -> tuple[list[EncodedRow], list[RowProblem]]:
+        """Up to `count` more rows, and those that cannot be used.
+
+        There are fewer where the input ends or has nothing right now (gives None).
+
+        The same rows are read again until `forget` is called: what breaks this off in between loses none.
+        """
+        self._pull(count)
+        texts: list[tuple[int, int, Text]] = []
+        encoded: list[EncodedRow] = []
+        problems: list[RowProblem] = []
+        for position, row in self._pulled:
+            line = getattr(row, "line", position + 1)
+            try:
+                if isinstance(row, Mapping) and "input_ids" in row:
+                    encoded.append(self._checked(position, line, row["input_ids"], row.get("token_type_ids"), now))
+                else:
+                    texts.append((position, line, _texts(row)))
+            except ValueError as error:
+                problems.append(RowProblem(position, line, str(error)))
+        self._encode(texts, encoded, problems, now)
+        return encoded, problems
+
+    def forget(self) -> None:
+        """The rows of the last `read` are taken care of."""
+        self._pulled = []
+
+    def _pull(self, count: int) -> None:
+        while len(self._pulled) < count and not self.ended:
+            try:
+                row = next(self._rows)
+            except StopIteration:
+                self.ended = True
+                return
+            except Exception as error:
+                self.ended, self._error = True, error
+                return
+            if row is None:
+                return
+            self._pulled.append((self._position, row))
+            self._position += 1
+
+    def _encode(
+        self,
+        texts: list[tuple[int, int, Text]],
+        encoded: list[EncodedRow],
+        problems: list[RowProblem],
+        now: float,
+    ) -> None:
+        for is_pair in (False, True):
+            group = [text for text in texts if (text[2][1] is not None) == is_pair]
+            if not group:
+                continue
+            for (position, line, text), columns in zip(
+                group, self._columns([g[2] for g in group], is_pair), strict=True
+            ):
+                try:
+                    ids, segments = columns if columns is not None else self._single(text)
+                    encoded.append(self._checked(position, line, ids, segments, now))
+                except Exception as error:  # a tokenizer may raise anything for one strange text
+                    problems.append(RowProblem(position, line, str(error) or type(error).__name__))
+
+    def _columns(self, texts: list[Text], is_pair: bool) -> list[Any]:
+        """(input_ids, token_type_ids or None) of each text; None for each where the tokenizer fails for one of them."""
+        if self._tokenizer is None:
+            raise ValueError("tokenizer: got None, but the rows are texts; pass tokenizer=, or rows with input_ids")
+        second = [text[1] for text in texts] if is_pair else None
+        try:
+            batch = self._tokenize([text[0] for text in texts], second)
+        except Exception:
+            return [None] * len(texts)
+        ids = batch["input_ids"]
+        # single texts have one segment, which is what a missing column means
+        segments = batch.get("token_type_ids") if is_pair else None
+        return list(zip(ids, segments or [None] * len(ids), strict=True))
+
+    def _single(self, text: Text) -> Any:
+        batch = self._tokenize([text[0]], None if text[1] is None else [text[1]])
+        segments = batch.get("token_type_ids") if text[1] is not None else None
+        return batch["input_ids"][0], segments[0] if segments else None
+
+    def _tokenize(self, first: list[str], second: list[str | None] | None) -> Any:
+        assert self._tokenizer is not None
+        return encode(
+            self._tokenizer, first, second, self._limit, truncate=self._truncate, return_attention_mask=False,
+            verbose=False,
+        )  # fmt: skip
+
+    def _checked(
+        self, position: int, line: int, ids: Sequence[int], segments: Sequence[int] | None, now: float
+    ) -> EncodedRow:
+        if not 1 <= len(ids) <= self._limit:
+            raise ValueError(f"{len(ids)} tokens, expected 1 to {self._limit}")
+        # segment 0 throughout is what no segments mean
+        return EncodedRow(position, line, len(ids), ids, segments if segments and any(segments) else None, now)
+
+
+def _texts(row: Any) -> Text:
+    """The one or two texts of a row.
+
+    Raises:
+        ValueError: the problem that the row itself reports, or no text in it.
+    """
+    problem = getattr(row, "problem", None)
+    if problem is not None:
+        raise ValueError(problem)
+    first: Any
+    second: Any
+    if isinstance(row, str):
+        first, second = row, None
+    elif isinstance(row, tuple) and len(row) == 2:
+        first, second = row
+    elif isinstance(row, Mapping):
+        first, second = _texts_of(row)
+    else:
+        first, second = getattr(row, "text_a", None), getattr(row, "text_b", None)
+    for text in (first,) if second is None else (first, second):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"no text: got {text!r}, expected a sentence")
+        # what cannot be encoded as UTF-8 was never decoded properly
+        text.encode()
+    return first, second
+
+
+def _texts_of(row: Mapping[str, Any]) -> tuple[Any, Any]:
+    for first, second in PAIR_COLUMNS:
+        if row.get(first) is not None and row.get(second) is not None:
+            return row[first], row[second]
+    for name in TEXT_COLUMNS:
+        if name in row:
+            return row[name], None
+    raise ValueError(f"no text column among {', '.join(map(str, row))}; expected one of {', '.join(TEXT_COLUMNS)}")

@@ -1,0 +1,169 @@
+"""What `from_pretrained` asks before it loads: which configuration results, and whether checkpoint and wishes agree."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedConfig
+
+from fastkd.encoders.configuration import EarlyExitConfig
+
+_CONFIG_OPTIONS = (
+    "head_width",
+    "head_attention_heads",
+    "head_dropout",
+    "exits_trained",
+    "speed",
+    "criterion",
+    "top_n",
+    "input_format",
+    "label2id",
+    "problem_type",
+)
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
+
+
+def saved_config(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> PreTrainedConfig:
+    """The configuration beside the weights, of an encoder or of an early-exit model."""
+    folder = Path(path) / kwargs.get("subfolder", "")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"pretrained_model_name_or_path: no config.json in {folder}; expected a folder that save_pretrained wrote"
+        )
+    return AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs})
+
+
+def config_to_load(
+    saved: PreTrainedConfig | None,
+    path: str | os.PathLike[str] | None,
+    config: EarlyExitConfig | None,
+    wanted: Mapping[str, Any],
+    kwargs: dict[str, Any],
+) -> EarlyExitConfig:
+    """The configuration of the model that `from_pretrained` gives.
+
+    Args:
+        saved: the configuration beside the weights; None where there is no path.
+        path: of the checkpoint, for messages.
+        config: used as it is; nothing else may then be asked for.
+        wanted: head, exit layers and labels; None where nothing was said.
+        kwargs: of `from_pretrained`; those that belong to the configuration are taken out.
+
+    Raises:
+        TypeError: a configuration of another model.
+        ValueError: what was asked for contradicts `config` or the heads of a saved early-exit model.
+    """
+    added = {name: value for name, value in wanted.items() if value is not None}
+    options = {name: kwargs.pop(name) for name in _CONFIG_OPTIONS if name in kwargs}
+    if config is None:
+        return _config_of(saved, path, added, options)
+    if not isinstance(config, EarlyExitConfig):
+        raise TypeError(f"config: got {type(config).__name__}, expected an EarlyExitConfig")
+    if added or options:
+        given = ", ".join([*added, *options])
+        raise ValueError(f"{given}: both this and config were given; put it into the EarlyExitConfig instead")
+    if isinstance(saved, EarlyExitConfig):
+        _check_same_heads(saved, path, {"num_labels": config.num_labels, "head": config.head})
+    return config
+
+
+@contextmanager
+def damage_explained(path: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Turn what reading a damaged weights file raises into a ValueError that says so."""
+    try:
+        yield
+    except (SafetensorError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
+        if type(error) is RuntimeError and "PytorchStreamReader" not in str(error):
+            raise
+        raise ValueError(
+            f"pretrained_model_name_or_path: the weights in {path} are damaged or were cut off ({error}); copy or "
+            "download the checkpoint again"
+        ) from error
+
+
+def check_complete(path: str | os.PathLike[str] | None, info: Mapping[str, Any]) -> None:
+    """Raise ValueError where a checkpoint lacks tensors of the model or has them in other shapes."""
+    remedy = "the checkpoint is incomplete or belongs to another config.json"
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        name, found, expected = mismatched[0]
+        raise ValueError(
+            f"pretrained_model_name_or_path: {name} in {path} has shape {tuple(found)}, but the configuration asks for "
+            f"{tuple(expected)}; {remedy}"
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"pretrained_model_name_or_path: the weights in {path} lack {len(missing)} tensors of this model, among "
+            f"them {missing[0]}; {remedy}"
+        )
+
+
+def _config_of(
+    saved: PreTrainedConfig | None,
+    path: str | os.PathLike[str] | None,
+    added: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> EarlyExitConfig:
+    """The configuration of the model to load: that of a saved early-exit model, or a new one around `saved`."""
+    if saved is None:
+        raise ValueError("pretrained_model_name_or_path: got None without a config; pass a folder or a config")
+    if isinstance(saved, EarlyExitConfig):
+        _check_same_heads(saved, path, added)
+        for name, value in options.items():
+            setattr(saved, name, value)
+        if "id2label" in added:
+            saved.id2label = dict(added["id2label"])
+            saved.label2id = {label: index for index, label in added["id2label"].items()}
+        return saved
+    labels = dict(_labels_of(saved, added))
+    return EarlyExitConfig(
+        backbone=saved, head=added.get("head", "fastbert"), exit_layers=added.get("exit_layers"), **labels, **options
+    )
+
+
+def _labels_of(saved: PreTrainedConfig, added: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    names = added.get("id2label")
+    count = added.get("num_labels")
+    if names is None:
+        names = saved.id2label if count in (None, saved.num_labels) else None
+    elif count is not None and len(names) != count:
+        raise ValueError(f"num_labels: got {count}, but id2label names {len(names)} classes; leave one of them out")
+    if names is None:
+        return [("num_labels", count)]
+    if sorted(names) != list(range(len(names))):
+        raise ValueError(
+            f"id2label: got the class numbers {sorted(names)}, expected 0 to {len(names) - 1} without gaps"
+        )
+    return [("id2label", dict(names)), ("label2id", {label: index for index, label in names.items()})]
+
+
+def _check_same_heads(saved: EarlyExitConfig, path: str | os.PathLike[str] | None, wanted: Mapping[str, Any]) -> None:
+    """Raise where the heads of a saved model are not the ones asked for."""
+    remedy = "leave the argument out, or start from the plain checkpoint to get new heads"
+    if "id2label" in wanted:
+        names = {int(index): name for index, name in wanted["id2label"].items()}
+        generic = {index: f"LABEL_{index}" for index in range(saved.num_labels or 0)}
+        if names.keys() != generic.keys() or (saved.id2label != generic and names != saved.id2label):
+            raise ValueError(
+                f"id2label: got {list(names.values())}, but the model in {path} was trained with the labels "
+                f"{list((saved.id2label or {}).values())}; {remedy}"
+            )
+    if wanted.get("num_labels", saved.num_labels) != saved.num_labels:
+        raise ValueError(
+            f"num_labels: got {wanted['num_labels']}, but the model in {path} was trained with {saved.num_labels} "
+            f"classes; {remedy}"
+        )
+    if wanted.get("head", saved.head) != saved.head:
+        raise ValueError(f"head: got {wanted['head']!r}, but the model in {path} has {saved.head} heads; {remedy}")
+    if "exit_layers" in wanted and sorted({*wanted["exit_layers"], saved.num_hidden_layers}) != saved.exit_layers:
+        raise ValueError(
+            f"exit_layers: got {wanted['exit_layers']}, but the model in {path} has heads after {saved.exit_layers}; "
+            f"{remedy}"
+        )
