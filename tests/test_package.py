@@ -144,7 +144,7 @@ ROOMS: dict[str, list[str]] = {
     "engines": ["data", "encoders", "exits"],
     "model": ["data", "encoders", "engines", "exits"],
     "training": ["data", "encoders", "exits", "losses", "model"],
-    "inference": ["data", "engines", "exits", "model"],
+    "inference": ["data", "encoders", "engines", "exits", "model"],
     "kd": ["data", "encoders", "losses", "training"],
     "report": ["data", "exits", "inference", "training"],
     "tables": ["data", "encoders", "exits", "inference", "kd", "model", "training"],
