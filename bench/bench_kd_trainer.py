@@ -24,9 +24,9 @@ from fastkd.data.batches import padding_collator, tokenize
 from fastkd.data.rows import Rows
 from fastkd.kd.cache import TeacherCache, example_ids
 from fastkd.kd.methods import Shapes, method_of
+from fastkd.kd.stage_run import AnswerCollator, StudentObjective
 from fastkd.kd.students import student_from_teacher
 from fastkd.kd.teacher import PseudoClassifierOptions, Teacher
-from fastkd.kd.trainer import AnswerCollator, StudentObjective
 from fastkd.training.harness import bf16_is_fast
 
 LAYERS, STUDENT_LAYERS, WIDTH, ROWS, TOKENS = 6, 3, 384, 32, 64
