@@ -23,8 +23,8 @@ class EarlyExitConfig(PreTrainedConfig):
     Args:
         backbone: configuration of the Hugging Face encoder, as an object or a dictionary with its `model_type`.
         head: "fastbert" (the mini-classifier of FastBERT, section 3.2) or "linear" (one linear layer on [CLS]).
-        exit_layers: 1-based numbers of the layers that have a head; the last layer, whose head is the teacher, is
-            always added. Default: every layer.
+        exit_layers: 1-based numbers of the layers that have a head; the last layer is always
+            added. Default: every layer.
         head_width: width D of a fastbert head; a multiple of `head_attention_heads`.
         head_attention_heads: attention heads inside a fastbert head.
         head_dropout: dropout inside the heads during training; default: the backbone's hidden dropout.
