@@ -26,13 +26,25 @@ from transformers import (
 )
 
 import fastkd
-from fastkd.encoders import families
+from fastkd.encoders import catalogue, families
 
+ROOT = Path(__file__).parents[1]
 FAMILIES = sorted(CONFIGS)
 
 
 def test_the_tests_cover_every_supported_family() -> None:
     assert set(CONFIGS) == set(families.FAMILIES)
+
+
+def test_the_catalogue_names_every_supported_family() -> None:
+    assert set(catalogue.FAMILIES) == set(families.FAMILIES)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md"])
+def test_the_docs_name_every_supported_family(page: str) -> None:
+    *titles, last = [family.title for family in catalogue.FAMILIES.values()]
+    text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+    assert f"{', '.join(titles)} and {last}" in text
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -50,7 +50,7 @@ def uncertainty_of(model: Any, batch: dict[str, Tensor], criterion: str, top_n: 
 def mixed_speed(model: Any, batch: dict[str, Tensor], criterion: str = "entropy", top_n: int | None = None) -> float:
     """A speed at which some rows leave early and some do not, with a margin to every decision."""
     if criterion == "patience":
-        return 0.6  # whoever repeats a label leaves: 1/2 then, 1 before
+        return 0.6  # rows that repeat a label leave: 1/2 then, 1 before
     uncertainty = uncertainty_of(model, batch, criterion, top_n)
     return clear_speed(uncertainty[:, :-1], share=0.35)
 
@@ -167,13 +167,13 @@ def test_rows_that_never_leave_get_the_last_layer(device: torch.device, head: st
     stayed = output.exit_layer == LAYERS
     assert 0 < int(stayed.sum()) < 13
     torch.testing.assert_close(output.logits[stayed], full.logits[stayed], **TOLERANCE)
-    nobody = infer(model, batch, 1e-9)
-    assert nobody.exit_layer.tolist() == [LAYERS] * 13
-    torch.testing.assert_close(nobody.logits, full.logits, **TOLERANCE)
+    no_exit = infer(model, batch, 1e-9)
+    assert no_exit.exit_layer.tolist() == [LAYERS] * 13
+    torch.testing.assert_close(no_exit.logits, full.logits, **TOLERANCE)
 
 
 @pytest.mark.parametrize("head", ["fastbert", "linear"])
-def test_speed_1_answers_everybody_at_the_first_head(device: torch.device, head: str) -> None:
+def test_speed_1_answers_every_row_at_the_first_head(device: torch.device, head: str) -> None:
     model = early_exit_model(head=head, exit_layers=[2, 3]).to(device)
     batch = batch_on(device)
     ran = []

@@ -145,7 +145,7 @@ def row_of(batch: dict[str, Tensor], row: int) -> dict[str, Tensor]:
 def clear_speed(uncertainty: Tensor, share: float = 0.5) -> float:
     """A speed near the quantile `share` of [n, K] uncertainties with the widest margin to all of them.
 
-    Rounding may then move every uncertainty a little without moving anybody's exit.
+    Rounding may then move every uncertainty a little without moving the exit of any row.
     """
     values = torch.cat([uncertainty.double().flatten().cpu(), torch.tensor([0.0, 1.0])]).unique()
     middles = (values[1:] + values[:-1]) / 2

@@ -118,7 +118,7 @@ def exit_gate() -> Drawing:
     for number, row in enumerate(row for row, value in enumerate(values) if value > 0.5):
         drawing.box(490 + 46 * number, 92, 40, 34, "bluebox", str(row))
     drawing.text(640, 114, "count = 3")
-    drawing.text(490, 146, "on the device: nobody waits", "small soft")
+    drawing.text(490, 146, "on the device: no wait", "small soft")
     drawing.text(490, 186, "leave: into the record, at row_ids", "orange bold")
     for number, row in enumerate(row for row, value in enumerate(values) if value <= 0.5):
         drawing.box(490 + 46 * number, 204, 40, 34, "orangebox", str(row))
@@ -224,6 +224,35 @@ def stream() -> Drawing:
     return drawing
 
 
+def stream_batches() -> Drawing:
+    """The host settles a run and launches another one while the device is busy."""
+    drawing = Drawing(760, 210, "While the device is busy with run 2, the host settles run 1 and launches run 3")
+    left, unit = 84, 60
+    host = (
+        (0, "launch 1"), (1, "launch 2"), (3, "settle 1"), (4, "launch 3"),
+        (6, "settle 2"), (7, "launch 4"), (9, "settle 3"), (10, "launch 5"),
+    )  # fmt: skip
+    runs = ((1, 2), (3, 3), (6, 3), (9, 2))
+    drawing.text(left - 14, 64, "host", "end bold")
+    drawing.text(left - 14, 140, "device", "end bold")
+    for at, label in host:
+        style = "orangebox" if label.startswith("settle") else "box"
+        drawing.box(left + at * unit, 42, unit - 2, 36, style)
+        drawing.text(left + at * unit + unit / 2 - 1, 64, label, "middle small")
+    for at in (2, 5, 8):
+        drawing.box(left + at * unit, 42, unit - 2, 36, "gone")
+        drawing.text(left + at * unit + unit / 2 - 1, 64, "waits", "middle small soft")
+    for number, (at, length) in enumerate(runs, start=1):
+        drawing.box(left + at * unit, 118, length * unit - 2, 36, "bluebox", f"run {number}")
+    for launched, begins in ((0, 1), (1, 3), (4, 6), (7, 9)):
+        drawing.path([(left + launched * unit + unit / 2, 78), (left + begins * unit + 8, 116)])
+    drawing.text(left, 24, "settle: read which rows stay, and queue them", "small soft")
+    drawing.text(
+        left, 184, "The device never waits to be told what stays; rows that stay in run 1 go on in run 3.", "small"
+    )
+    return drawing
+
+
 def measured() -> Drawing:
     """Speed-up in FLOPs against seconds, AG News on two CPU cores, from the table in the README."""
     drawing = Drawing(760, 360, "AG News on two CPU cores: speed-up promised by FLOPs and measured in seconds")
@@ -307,6 +336,7 @@ FIGURES: dict[str, Callable[[], Drawing]] = {
     "compact": compact,
     "packed": packed,
     "stream": stream,
+    "stream_batches": stream_batches,
     "measured": measured,
     "architecture": architecture,
 }

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastkd.data.input_format import with_input_format
     from fastkd.data.rows import load_folder, load_rows
     from fastkd.encoders.configuration import EarlyExitConfig
+    from fastkd.engines.output import EarlyExitOutput
     from fastkd.exits.calibration import calibrate
     from fastkd.exits.certificate import Certificate
     from fastkd.exits.comparison import compare
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
         UniversalKDMixtureLoss,
         VanillaKDLoss,
     )
-    from fastkd.model.modeling import EarlyExitForSequenceClassification, EarlyExitOutput
+    from fastkd.model.modeling import EarlyExitForSequenceClassification
     from fastkd.training.finetune import FinetuneOptions, finetune
     from fastkd.training.self_distillation import DistillOptions, distill
 
@@ -58,7 +59,7 @@ _HOME = dict.fromkeys(LOSSES, "fastkd.losses") | {
     "DistillOptions": "fastkd.training.self_distillation",
     "EarlyExitConfig": "fastkd.encoders.configuration",
     "EarlyExitForSequenceClassification": "fastkd.model.modeling",
-    "EarlyExitOutput": "fastkd.model.modeling",
+    "EarlyExitOutput": "fastkd.engines.output",
     "ExitTrace": "fastkd.exits.trace",
     "FinetuneOptions": "fastkd.training.finetune",
     "GatedCNNForSequenceClassification": "fastkd.kd.students",

@@ -23,8 +23,8 @@ class EarlyExitConfig(PreTrainedConfig):
     Args:
         backbone: configuration of the Hugging Face encoder, as an object or a dictionary with its `model_type`.
         head: "fastbert" (the mini-classifier of FastBERT, section 3.2) or "linear" (one linear layer on [CLS]).
-        exit_layers: 1-based numbers of the layers that have a head; the last layer, whose head is the teacher, is
-            always added. Default: every layer.
+        exit_layers: 1-based numbers of the layers that have a head; the last layer is always added. Default: every
+            layer.
         head_width: width D of a fastbert head; a multiple of `head_attention_heads`.
         head_attention_heads: attention heads inside a fastbert head.
         head_dropout: dropout inside the heads during training; default: the backbone's hidden dropout.
@@ -150,7 +150,7 @@ def _backbone_config(backbone: PreTrainedConfig | dict[str, Any] | None) -> PreT
         own = copy.deepcopy(backbone)
     if getattr(own, "is_decoder", False):
         raise ValueError("backbone: got a decoder (is_decoder=True), expected an encoder that sees the whole sentence")
-    own.name_or_path = ""  # where the plain checkpoint lay on this machine is nobody's business
+    own.name_or_path = ""  # where the plain checkpoint lay on this machine is private
     return own
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
+from fastkd.encoders.catalogue import check_family
 from fastkd.encoders.layout import NO_PADDING, TokenLayout
 
 
@@ -122,6 +123,7 @@ class Family:
 _BERT = Family()
 _ROBERTA = Family(pads_positions=True)
 
+# one for each name in `fastkd.encoders.catalogue.FAMILIES`
 FAMILIES: dict[str, Family] = {
     "bert": _BERT,
     "roberta": _ROBERTA,
@@ -140,15 +142,10 @@ def family_of(model_type: str) -> Family:
     """The family of a Hugging Face `model_type`.
 
     Raises:
-        ValueError: a family that is not in `FAMILIES`.
+        ValueError: a family that is not in `fastkd.encoders.catalogue.FAMILIES`.
     """
-    family = FAMILIES.get(model_type)
-    if family is None:
-        raise ValueError(
-            f"backbone: got a checkpoint of family {model_type!r}, supported are {', '.join(sorted(FAMILIES))}; "
-            "use an encoder of one of these families"
-        )
-    return family
+    check_family(model_type)
+    return FAMILIES[model_type]
 
 
 def first_position(config: PreTrainedConfig) -> int:

@@ -73,7 +73,10 @@ def runs_from_parts(model: ExitModel) -> bool:
     device = parameter.device.type
     if device not in ("cpu", "cuda") or torch.is_autocast_enabled(device):
         return False
-    takes_dtype = _onednn_multiplies(parameter.dtype) if device == "cpu" else parameter.dtype == torch.bfloat16
+    if device == "cpu":
+        takes_dtype = fk.onednn_multiplies(parameter.dtype) and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    else:
+        takes_dtype = parameter.dtype == torch.bfloat16
     return takes_dtype and fk.missing_kernels(("varlen_attention", "layer_norm", "packed"), device) is None
 
 
@@ -87,16 +90,6 @@ def is_capturable(model: ExitModel) -> bool:
         and head_size % 8 == 0
         and fk.missing_kernels(("varlen_attention", "packed", "student_head", "exit_gate"), "cuda") is None
     )
-
-
-def _onednn_multiplies(dtype: torch.dtype) -> bool:
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return False
-    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-        return False
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32
 
 
 class PackedEncoder:

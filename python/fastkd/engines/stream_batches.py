@@ -3,16 +3,15 @@
 As in the engine `stream`, survivors of many batches wait at their layer, packed, until enough tokens have gathered for
 a run that is as efficient as the first layer's. But a GPU answers a row in a few microseconds, less than the host needs
 to look at it. Therefore a run is the layers up to the next head, that head with its gate, and the compaction of what
-stays; on a GPU it is one CUDA graph, captured once for each size and replayed from then on. And the host settles a run
-(learns what stays, and queues it) while the device is busy with the next one:
+stays; on a GPU it is one CUDA graph, captured once for each size and replayed from then on. And while the device is
+busy with run k, the host settles run k - 1 (reads which rows stay, and queues them) and launches run k + 1:
 
-    host     | launch 1 | launch 2 | settle 1 | launch 3 | settle 2 | launch 4 | settle 3 | ...
-    device   .          |--- run 1 ----|------- run 2 -------|------- run 3 -------|--- run 4 ---
-                                       ^
-                                       run 2 starts at once: it was launched before run 1 was settled
+    host    | launch 1 | launch 2 |  waits   | settle 1 | launch 3 |  waits   | settle 2 | launch 4 | ...
+    device             |------- run 1 -------|------------- run 2 ------------|----------- run 3 -------
 
-Two runs are on their way at most, so two lanes of memory take turns. What stays of run 1 can be in run 3 at the
-earliest. Answers lie in a record on the device and are handed out batch by batch, in the order of the input.
+Run 2 begins when run 1 ends, because it was launched before run 1 was settled. So rows that stay in run 1 go on in
+run 3 at the earliest, and two lanes of memory take turns. Answers lie in a record on the device and are handed out
+batch by batch, in the order of the input.
 
 A run is rounded up with sequences of one token, which answer into a row of the record that nothing reads.
 """

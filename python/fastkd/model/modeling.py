@@ -139,7 +139,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             return_dict: False for a plain tuple.
 
         Returns:
-            EarlyExitOutput. With a speed above 0 nothing in it has a gradient.
+            EarlyExitOutput. Where rows may leave early, nothing in it has a gradient.
 
         Raises:
             ValueError: a speed outside [0, 1], or another number of them than heads below the last; a speed above 0 for
