@@ -576,7 +576,7 @@ def test_killed_predict_leaves_no_half_written_file(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     arguments = ["predict", str(tmp_path / "model"), "-o", str(tmp_path / "out.tsv"), "--window", "8"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastkd.commands.app", *arguments],
+        [sys.executable, "-m", "fastkd", *arguments],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment,
