@@ -10,7 +10,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,15 @@ from tiny_models import WORDS, early_exit_model, one_thread, save_plain_checkpoi
 from typer.testing import CliRunner
 
 from fastkd.commands import app, demo_story
+from fastkd.commands.calibrate import Guarantee, Method
 from fastkd.commands.options import Criterion, Dtype, parse_speeds
+from fastkd.commands.report import PictureFormat
 from fastkd.commands.screen import wants_traceback
 from fastkd.exits.catalogue import CRITERIA
+from fastkd.exits.guarantees import GUARANTEES, METHODS
 from fastkd.exits.trace import ExitTrace
 from fastkd.model import loading
+from fastkd.report.pictures import FORMATS
 from fastkd.training import early_exit
 
 POSITIVE, NEGATIVE = ("good", "great", "fun", "warm"), ("bad", "dull", "boring", "cold")
@@ -157,16 +162,22 @@ def test_help_names_every_criterion_and_what_it_measures(command: str) -> None:
         assert f"{name}: {criterion.summary}" in text
 
 
-def test_criteria_on_the_command_line_are_those_of_the_catalogue() -> None:
-    assert [item.value for item in Criterion] == list(CRITERIA)
-
-
 def test_no_other_command_has_a_criterion() -> None:
     assert sorted(criterion_options()) == ["bench", "calibrate", "predict", "report", "sweep"]
 
 
-def test_dtypes_are_those_that_models_are_loaded_in() -> None:
-    assert [dtype.value for dtype in Dtype] == list(loading.DTYPES)
+@pytest.mark.parametrize(
+    ("choices", "names"),
+    [
+        (Criterion, CRITERIA),
+        (Dtype, loading.DTYPES),
+        (Guarantee, GUARANTEES),
+        (Method, METHODS),
+        (PictureFormat, FORMATS),
+    ],
+)
+def test_choices_on_the_command_line_are_those_of_the_library(choices: type[Enum], names: Iterable[str]) -> None:
+    assert [choice.value for choice in choices] == list(names)
 
 
 def test_every_command_has_a_file_and_a_function_of_its_name() -> None:
@@ -576,7 +587,7 @@ def test_killed_predict_leaves_no_half_written_file(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     arguments = ["predict", str(tmp_path / "model"), "-o", str(tmp_path / "out.tsv"), "--window", "8"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "fastkd.commands.app", *arguments],
+        [sys.executable, "-m", "fastkd", *arguments],
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment,

@@ -105,7 +105,3 @@ def main() -> None:
     """Entry point of the `fastkd` command."""
     keep_freed_memory()
     app()
-
-
-if __name__ == "__main__":
-    main()
