@@ -40,7 +40,9 @@ def distill(
     batch_size: BatchSize = 32,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the heads.")] = 1e-3,
     temperature: Annotated[float, typer.Option(help="Softens the answers of both sides.")] = 1.0,
-    direction: Annotated[str, typer.Option(help="forward: KL(last head || exit head); reverse: the other.")] = "forward",
+    direction: Annotated[
+        str, typer.Option(help="forward: KL(last head || exit head); reverse: the other.")
+    ] = "forward",
     learned_exit: Annotated[
         bool, typer.Option("--learned-exit", help="Also learn when to leave: gives the criterion learned.")
     ] = False,
