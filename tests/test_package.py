@@ -239,6 +239,29 @@ def test_ops_use_each_other_by_their_public_names(tmp_path: Path) -> None:
     assert private_names_of_other_ops(seen) == {"_x", "_z"}
 
 
+def test_contributing_says_which_test_covers_which_file() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.split("| test | covers |\n|---|---|\n")[1].split("\n\n")[0]
+    tests = {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    sources = [path for folder in (FASTKD, ROOT / "fastkd_kernels") for path in folder.rglob("*.py")]
+    covered: set[Path] = set()
+    for row in table.splitlines():
+        named, files = row.strip("|").split("|")
+        assert set(re.findall(r"`(\w+\.py)`", named)) <= tests, row
+        room = ""
+        for name in re.findall(r"`([\w/.]+)`", files):
+            room = name.rpartition("/")[0] or room
+            pattern = f"*/{room}/{name.rpartition('/')[2] or '*.py'}" if room else f"fastkd_kernels/{name}"
+            found = {path for path in sources if path.match(pattern)}
+            assert found, f"CONTRIBUTING.md names {name}, which is not there"
+            covered |= found
+    for path in sources:
+        has_own_test = f"test_{path.name.lstrip('_')}" in tests
+        assert path.name.startswith("__") or has_own_test or path in covered, (
+            f"{path.relative_to(ROOT)}: say in CONTRIBUTING.md which test covers it"
+        )
+
+
 STABLE_HEADERS = re.compile(r"torch/(csrc/stable|headeronly)/|torch/csrc/inductor/aoti_torch/c/shim\.h")
 
 
