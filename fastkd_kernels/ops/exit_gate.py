@@ -123,13 +123,11 @@ class GateCall(NamedTuple):
     record: ExitRecord | None = None
     layer: int | None = None
 
-    def one_speed(self) -> float:
-        """The speed of all rows; 0 where every row has its own."""
-        return 0.0 if isinstance(self.speed, Tensor) else float(self.speed)
-
-    def speeds(self) -> Tensor | None:
-        """[B] float32, contiguous, where every row has its own."""
-        return self.speed.to(torch.float32).contiguous() if isinstance(self.speed, Tensor) else None
+    def split_speed(self) -> tuple[float, Tensor | None]:
+        """The speed of all rows and None; or 0 and the speed of each row, [B] float32, contiguous."""
+        if isinstance(self.speed, Tensor):
+            return 0.0, self.speed.to(torch.float32).contiguous()
+        return float(self.speed), None
 
     def contiguous_row_ids(self) -> Tensor | None:
         return None if self.row_ids is None else self.row_ids.contiguous()
@@ -696,6 +694,7 @@ def _exit_gate_triton(logits: Tensor, call: GateCall) -> tuple[Tensor, Tensor, T
     if rows == 0:
         return uncertainty, survivors, torch.zeros(1, dtype=torch.int32, device=logits.device)
     count = torch.empty(1, dtype=torch.int32, device=logits.device)
+    speed, speeds = call.split_speed()
     config = ExitGateConfig.choose(rows, columns)
     scan = None
     if config.programs > 1:
@@ -703,7 +702,7 @@ def _exit_gate_triton(logits: Tensor, call: GateCall) -> tuple[Tensor, Tensor, T
     _launch_exit_gate(
         (config.programs,),
         logits,
-        call.speeds(),
+        speeds,
         call.contiguous_row_ids(),
         uncertainty,
         survivors,
@@ -715,7 +714,7 @@ def _exit_gate_triton(logits: Tensor, call: GateCall) -> tuple[Tensor, Tensor, T
         *logits.stride(),
         rows if call.record is None else call.record.exit_layer.shape[0],
         call.layer or 0,
-        call.one_speed(),
+        speed,
         uncertainty_scale(call.criterion, columns, call.top_n),
         call.top_n or 0,
         CRITERION=call.criterion,
@@ -812,11 +811,13 @@ def _is_unwatched() -> bool:
 
 def _run(name: str, logits: Tensor, call: GateCall) -> ExitGateOutput:
     """`exit_gate` on the kernel of the backend `name`."""
-    logits = logits.detach()
+    if logits.requires_grad:  # otherwise detaching would cost a small gate for nothing
+        logits = logits.detach()
     if name == "cuda" and not torch.compiler.is_compiling():
         # the dispatcher costs more than the kernel
         return ExitGateOutput(*_exit_gate_triton(logits, call))
-    arguments = (logits, call.one_speed(), _CODES[call.criterion], call.top_n or 0, call.speeds())
+    speed, speeds = call.split_speed()
+    arguments = (logits, speed, _CODES[call.criterion], call.top_n or 0, speeds)
     if call.record is None:
         return ExitGateOutput(*torch.ops.fastkd_kernels.exit_gate(*arguments))
     return ExitGateOutput(
@@ -872,6 +873,7 @@ def exit_gate(
     if (
         _eager_cpu is not None
         and type(logits) is Tensor
+        and logits.is_cpu
         and type(speed) is float
         and row_ids is None
         and record is None

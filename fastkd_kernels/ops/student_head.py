@@ -653,8 +653,8 @@ def _launch(
     hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout, logits: Tensor, gate: _GateArguments
 ) -> None:
     folded = fold_cache.get(head)
-    config = _config(hidden_states, folded, layout)
     batch, tokens = layout.batch_and_tokens(hidden_states)
+    config = _config(hidden_states, folded, batch, tokens)
     hidden, width, num_labels = folded.sizes
     heads = folded.num_attention_heads
     counted = batch if config.splits > 1 else 0
@@ -696,9 +696,8 @@ def _launch(
     )
 
 
-def _config(hidden_states: Tensor, folded: FoldedStudentHead, layout: TokenLayout) -> StudentHeadConfig:
-    batch, tokens = layout.batch_and_tokens(hidden_states)
-    if layout.cu_seqlens is not None:
+def _config(hidden_states: Tensor, folded: FoldedStudentHead, batch: int, tokens: int) -> StudentHeadConfig:
+    if hidden_states.dim() == 2:
         tokens = hidden_states.shape[0] // batch  # on average; asking for the longest would wait for the device
     limits = GpuLimits.of(hidden_states.device)
     return StudentHeadConfig.choose(hidden_states.dtype, *folded.sizes, batch, tokens, limits)
@@ -715,17 +714,18 @@ def _student_head_exit_cuda(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fills `logits`; returns uncertainty, survivors and count."""
     batch, num_labels = logits.shape
+    speed, speeds = call.split_speed()
     uncertainty, survivors, count = decision = _new_decision(logits)
     stays = survivors.new_empty(batch, dtype=torch.int8)
     gate = _GateArguments(
         criterion=call.criterion,
-        tensors=(call.speeds(), call.contiguous_row_ids(), uncertainty, stays, survivors, count),
+        tensors=(speeds, call.contiguous_row_ids(), uncertainty, stays, survivors, count),
         record=call.record_tensors(),
         numbers=(
             batch,
             batch if call.record is None else call.record.exit_layer.shape[0],
             call.layer or 0,
-            call.one_speed(),
+            speed,
             uncertainty_scale(call.criterion, num_labels, call.top_n),
             call.top_n or 0,
         ),
@@ -997,7 +997,7 @@ def student_head_exit(
     _check(hidden_states, head, layout)
     logits = _new_logits(hidden_states, head, layout)
     check_gate_call(call, logits)
-    if not _one_launch(hidden_states, head, layout):
+    if not _one_launch(hidden_states, head, logits.shape[0]):
         logits = student_head(hidden_states, head, *layout)
         decided = exit_gate(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
         return decided._replace(logits=logits)
@@ -1007,8 +1007,7 @@ def student_head_exit(
             parameters_of(head),
             head.num_attention_heads,
             *layout,
-            call.one_speed(),
-            call.speeds(),
+            *call.split_speed(),
             criterion,
             row_ids,
             top_n,
@@ -1021,12 +1020,8 @@ def student_head_exit(
     return ExitGateOutput(uncertainty, survivors, count, logits)
 
 
-def _one_launch(hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout) -> bool:
-    return (
-        not _needs_unfolded(hidden_states, head)
-        and _resolve(hidden_states, head) == "cuda"
-        and layout.batch_and_tokens(hidden_states)[0] > 0
-    )
+def _one_launch(hidden_states: Tensor, head: StudentHeadWeights, batch: int) -> bool:
+    return not _needs_unfolded(hidden_states, head) and _resolve(hidden_states, head) == "cuda" and batch > 0
 
 
 def _needs_unfolded(hidden_states: Tensor, head: StudentHeadWeights) -> bool:
@@ -1039,8 +1034,7 @@ def _check(hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout)
     weight = head.narrow[0]
     matrix_shape("narrow", weight)
     lengths, attention_mask, cu_seqlens = layout
-    masks = dict(zip(TokenLayout._fields, layout, strict=True))
-    given = [name for name, mask in masks.items() if mask is not None]
+    given = {name: mask for name, mask in zip(TokenLayout._fields, layout, strict=True) if mask is not None}
     if len(given) > 1:
         raise ValueError(
             f"{' and '.join(given)}: got both, expected at most one of lengths, attention_mask, cu_seqlens"
@@ -1061,9 +1055,9 @@ def _check(hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout)
             f"hidden_states: got dtype {hidden_states.dtype}, expected that of the weights, {weight.dtype}; "
             "convert one of them, or run under torch.autocast"
         )
-    for name, tensor in {"head": weight, **masks}.items():
-        if tensor is not None:
-            check_same_device(name, tensor, "hidden_states", hidden_states)
+    check_same_device("head", weight, "hidden_states", hidden_states)
+    for name, mask in given.items():
+        check_same_device(name, mask, "hidden_states", hidden_states)
     if lengths is not None:
         _check_integers("lengths", lengths, hidden_states.shape[0])
     if cu_seqlens is not None:
