@@ -205,6 +205,13 @@ def test_rooms_import_what_the_table_allows() -> None:
     assert {room: sorted(others) for room, others in imports_of_rooms().items()} == ROOMS
 
 
+@pytest.mark.parametrize("path", sorted(FASTKD.rglob("catalogue.py")), ids=lambda path: path.parent.name)
+def test_a_catalogue_needs_no_torch(path: Path) -> None:
+    module = ".".join(path.relative_to(FASTKD.parent).with_suffix("").parts)
+    # the command's --help does not wait for torch
+    python(f"sys.argv = ['fastkd']\nimport {module}", "torch", "transformers")
+
+
 @pytest.mark.parametrize("package", [FASTKD, ROOT / "fastkd_kernels"], ids=["fastkd", "fastkd_kernels"])
 def test_no_files_import_each_other_in_a_circle(package: Path) -> None:
     faces = {package / "__init__.py", *package.glob("*/__init__.py")}

@@ -88,5 +88,5 @@ def warn_about_nan(checksums: list[Tensor]) -> None:
             "a head returned NaN logits: the sequences concerned were not answered early. The weights or the inputs "
             "overflowed; check the checkpoint for NaN, or use bfloat16 or float32 instead of float16",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )

@@ -153,29 +153,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         rows = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]  # type: ignore[union-attr]
         if labels is not None and labels.numel() != rows:
             raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected [{rows}], one a row")
-        leaves_early = rule.leaves_early and not self.training
-        encoder = self._packed_encoder(engine, input_ids, position_ids, mask, leaves_early)
-        if engine == "graphs":
-            if not leaves_early or input_ids is None or position_ids is not None or rows == 0:
-                raise ValueError(
-                    "engine: got 'graphs', which needs a speed above 0, evaluation mode, at least one row of input_ids "
-                    "and no position_ids; use engine='batch'"
-                )
-            if rule.criterion not in fk.CRITERIA:
-                raise ValueError(
-                    f"engine: got 'graphs', which has no criterion {rule.criterion!r}; use engine='batch', or one of "
-                    f"{', '.join(fk.CRITERIA)}"
-                )
-            answers = fields_of(graphs.engine_of(self).run(input_ids, mask, rule, token_type_ids=token_type_ids))
-        elif encoder is not None:
-            assert input_ids is not None
-            answers = fields_of(packed.run(self, encoder, input_ids, mask, token_type_ids, rule))
-        else:
-            hidden_states = self.embed(input_ids, token_type_ids, position_ids, inputs_embeds)
-            if leaves_early:
-                answers = fields_of(batch.run(self, hidden_states, mask, rule))
-            else:
-                answers = self._full(hidden_states, mask, rule)
+        answers = self._run(engine, rule, mask, input_ids, token_type_ids, position_ids, inputs_embeds)
         loss = None if labels is None else self._loss(answers["logits"], labels)
         output = EarlyExitOutput(loss=loss, **answers)
         as_tuple = not (self.config.return_dict if return_dict is None else return_dict)
@@ -402,6 +380,39 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             tokens_per_run=tokens_per_run,
             max_rows_waiting=max_rows_waiting,
         )
+
+    def _run(
+        self,
+        engine: str | None,
+        rule: ExitRule,
+        mask: Tensor | None,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+    ) -> dict[str, Any]:
+        """What the engine that was asked for, or is fastest, answers; as fields of EarlyExitOutput."""
+        leaves_early = rule.leaves_early and not self.training
+        encoder = self._packed_encoder(engine, input_ids, position_ids, mask, leaves_early)
+        if engine == "graphs":
+            if not leaves_early or input_ids is None or position_ids is not None or input_ids.shape[0] == 0:
+                raise ValueError(
+                    "engine: got 'graphs', which needs a speed above 0, evaluation mode, at least one row of input_ids "
+                    "and no position_ids; use engine='batch'"
+                )
+            if rule.criterion not in fk.CRITERIA:
+                raise ValueError(
+                    f"engine: got 'graphs', which has no criterion {rule.criterion!r}; use engine='batch', or one of "
+                    f"{', '.join(fk.CRITERIA)}"
+                )
+            return fields_of(graphs.engine_of(self).run(input_ids, mask, rule, token_type_ids=token_type_ids))
+        if encoder is not None:
+            assert input_ids is not None
+            return fields_of(packed.run(self, encoder, input_ids, mask, token_type_ids, rule))
+        hidden_states = self.embed(input_ids, token_type_ids, position_ids, inputs_embeds)
+        if leaves_early:
+            return fields_of(batch.run(self, hidden_states, mask, rule))
+        return self._full(hidden_states, mask, rule)
 
     def _packed_encoder(
         self,
