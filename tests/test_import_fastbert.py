@@ -287,22 +287,9 @@ def test_what_the_file_does_not_say_is_told(tmp_path: Path) -> None:
     said: dict[str, Any] = {"pooling": "first", "num_attention_heads": 6, "max_length": 100}
     done = import_fastbert(checkpoint, tmp_path / "said", vocab=vocab, **said)
     assert done.assumed == {}
-    shown = CliRunner().invoke(
-        app.app,
-        [
-            "import-fastbert",
-            str(checkpoint),
-            "-o",
-            str(tmp_path / "shown"),
-            "--vocab",
-            str(vocab),
-            "--max-length",
-            "64",
-        ],
-    )
-    sentence = (
-        "the file does not say how it was trained; assumed: --pooling first, --attention-heads 6, and --tokenizer"
-    )
+    arguments = ["import-fastbert", str(checkpoint), "-o", str(tmp_path / "shown"), "--vocab", str(vocab)]
+    shown = CliRunner().invoke(app.app, [*arguments, "--max-length", "64"])
+    sentence = "the file does not record all of its training; assumed: --pooling first, --attention-heads 6, and UER's"
     assert sentence in " ".join(shown.output.split())
 
 

@@ -633,7 +633,9 @@ def test_damaged_pickled_weights_of_the_old_format(tmp_path: Path) -> None:
     # within the weights, the names, the pickle of the names and the first of its five pickles
     for kept in (len(content) // 2, 3000, 300, 20):
         weights.write_bytes(content[:kept])
-        with pytest.raises(ValueError, match=r"pytorch_model\.bin is cut short or damaged .* copy or download it again"):
+        with pytest.raises(
+            ValueError, match=r"pytorch_model\.bin is cut short or damaged .* copy or download it again"
+        ):
             fastkd.EarlyExitForSequenceClassification.from_pretrained(tmp_path)
 
 

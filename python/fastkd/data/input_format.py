@@ -53,7 +53,7 @@ def with_input_format(tokenizer: PreTrainedTokenizerBase, input_format: str) -> 
         return tokenizer
     if input_format == "standard":
         raise ValueError(f"input_format: this tokenizer writes {own!r}; load the one of the checkpoint for 'standard'")
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     normalizer = getattr(backend, "normalizer", None)
     named = (tokenizer.cls_token, tokenizer.sep_token) == ("[CLS]", "[SEP]")
     if not named or not isinstance(normalizer, BertNormalizer):
