@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,17 @@ pytest.importorskip("datasets", reason="datasets is not installed: pip install d
 
 import datasets
 import torch
-from official_fastbert import Official, Size, random_checkpoint, random_rows, read_row, vocabulary
+from official_fastbert import (
+    Official,
+    Size,
+    counters_of_thop,
+    random_checkpoint,
+    random_rows,
+    read_row,
+    vocabulary,
+)
 from tiny_models import one_thread, save_plain_checkpoint, tokenizer_of  # noqa: F401  # a fixture
+from tokenizers.normalizers import NFKC
 from transformers import AutoTokenizer, BertTokenizer
 from typer.testing import CliRunner
 
@@ -26,7 +36,9 @@ from fastkd.data.rows import Rows
 from fastkd.inference.predict import predict
 from fastkd.inference.row_reader import InputRow
 from fastkd.model import loading
-from fastkd.model.import_fastbert import convert, import_fastbert, read_checkpoint
+from fastkd.model.import_fastbert import POOLINGS, convert, import_fastbert, read_checkpoint
+
+OFFICIAL_ANSWERS = json.loads(Path(__file__).with_name("official_fastbert.json").read_text(encoding="utf-8"))
 
 # the promise; what is measured stays below 2e-5
 LOGITS_WITHIN = 1e-4
@@ -99,6 +111,24 @@ def test_same_logits_and_exit_layers_as_the_official_model(tmp_path: Path, name:
         assert (given - torch.stack([answer for answer, _ in answers])).abs().max() < LOGITS_WITHIN
         if speed == 0.5:
             assert len(set(layers)) > 1
+
+
+def test_the_statement_and_the_converted_model_answer_as_the_official_code_did() -> None:
+    answers = OFFICIAL_ANSWERS
+    state = random_checkpoint(TINY)
+    model, official = convert(state, num_attention_heads=4), Official(state, TINY)
+    for number, (text, pair) in enumerate(answers["rows"]):
+        row = read_row(TINY, text, pair, answers["seq_length"])
+        expected = torch.tensor(answers["logits"][number])
+        torch.testing.assert_close(official.all_logits(*row), expected, atol=1e-5, rtol=0)
+        length = int((row[1] > 0).sum())
+        tokens, segments = (part[None, :length] for part in row)
+        with torch.no_grad():
+            logits = model.all_exit_logits(input_ids=tokens, token_type_ids=segments - 1)
+        assert (logits[0] - expected).abs().max() < LOGITS_WITHIN
+        for speed, layers in answers["exits"].items():
+            output = model(input_ids=tokens, token_type_ids=segments - 1, speed=float(speed))
+            assert output.exit_layer.tolist() == [layers[number]]
 
 
 def test_the_official_statement_masks_padding_and_sees_the_segments() -> None:
@@ -199,6 +229,89 @@ def test_vocabulary_lines_are_read_as_uer_reads_them(tmp_path: Path) -> None:
     assert (len(tokenizer), tokenizer.convert_tokens_to_ids(["w3", "w55"])) == (TINY.words, [7, 59])
 
 
+# What trainings leave in the file
+
+
+def assert_same_model(state: dict[str, Any], folder: Path, size: Size = TINY) -> None:
+    """`state`, saved, becomes the model that the plain official checkpoint of that size becomes."""
+    folder.mkdir(exist_ok=True)
+    torch.save(state, folder / "trained.bin")
+    plain = convert(random_checkpoint(size), num_attention_heads=size.heads)
+    read = convert(read_checkpoint(folder / "trained.bin"), num_attention_heads=size.heads)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(read.state_dict()[name], value), name
+
+
+def test_counters_of_thop_are_ignored(tmp_path: Path) -> None:
+    """The file that run_fastbert.py writes beside today's thop, which leaves 240 counters in 12 layers."""
+    size = Size(layers=12, hidden=64, heads=1, feed_forward=8, positions=16)
+    counters = counters_of_thop(size.layers)
+    assert len(counters) == 240
+    assert {"total_ops", "total_params", "encoder.transformer.11.total_ops"} < set(counters)
+    assert_same_model({**random_checkpoint(size), **counters}, tmp_path, size)
+    assert_same_model(
+        {f"module.{name}": value for name, value in {**random_checkpoint(TINY), **counters_of_thop(3)}.items()},
+        tmp_path,
+    )
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "_fsdp_wrapped_module."])
+@pytest.mark.parametrize("kernel", ["", "kernel."])
+def test_prefixes_of_wrappers_are_taken_off(tmp_path: Path, prefix: str, kernel: str) -> None:
+    state = random_checkpoint(TINY, prefix=kernel)
+    assert_same_model({prefix + name: value for name, value in state.items()}, tmp_path)
+
+
+def test_wrapped_parts_are_unwrapped(tmp_path: Path) -> None:
+    """torch.compile of single layers, which names them inside."""
+    state = random_checkpoint(TINY)
+    assert_same_model(
+        {name.replace(".self_at", "._orig_mod.self_at"): value for name, value in state.items()}, tmp_path
+    )
+
+
+@pytest.mark.parametrize("name", ["model", "state_dict", "model_state_dict", "module"])
+def test_the_state_is_found_beside_the_optimizer(tmp_path: Path, name: str) -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]).state_dict()
+    assert_same_model({name: random_checkpoint(TINY), "optimizer": optimizer, "epoch": 3}, tmp_path)
+
+
+# What the file does not say
+
+
+def test_what_the_file_does_not_say_is_told(tmp_path: Path) -> None:
+    size = SIZES["UER tiny, PyPI"]
+    checkpoint, vocab = save(tmp_path, size)
+    done = import_fastbert(checkpoint, tmp_path / "assumed", vocab=vocab)
+    assert done.assumed == {"pooling": "first", "num_attention_heads": 6, "max_length": 128}
+    said: dict[str, Any] = {"pooling": "first", "num_attention_heads": 6, "max_length": 100}
+    done = import_fastbert(checkpoint, tmp_path / "said", vocab=vocab, **said)
+    assert done.assumed == {}
+    arguments = ["import-fastbert", str(checkpoint), "-o", str(tmp_path / "shown"), "--vocab", str(vocab)]
+    shown = CliRunner().invoke(app.app, [*arguments, "--max-length", "64"])
+    sentence = "the file does not record all of its training; assumed: --pooling first, --attention-heads 6, and UER's"
+    assert sentence in " ".join(shown.output.split())
+
+
+@pytest.mark.parametrize("pooling", POOLINGS[1:])
+def test_other_poolings_are_refused_before_any_work(tmp_path: Path, pooling: str) -> None:
+    """They read padded positions, and `mean` averages over features: no head here can give their answers."""
+    with pytest.raises(
+        ValueError, match=f"pooling: with '{pooling}' .* cannot give its answers. Train it with 'first'"
+    ):
+        import_fastbert(tmp_path / "absent.bin", tmp_path / "model", pooling=pooling)
+    refused = CliRunner().invoke(
+        app.app, ["import-fastbert", "absent.bin", "-o", str(tmp_path / "model"), "--pooling", pooling]
+    )
+    assert refused.exit_code == 2
+    assert "cannot give its answers" in " ".join(refused.output.split())
+
+
+def test_an_unknown_pooling_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pooling: got 'cls', expected one of first, last, max, mean"):
+        import_fastbert(tmp_path / "absent.bin", tmp_path / "model", pooling="cls")
+
+
 # Refusals
 
 
@@ -214,14 +327,35 @@ def test_vocabulary_lines_are_read_as_uer_reads_them(tmp_path: Path) -> None:
         ),
         ({"embedding.segment_embedding.weight": torch.ones(2, 64)}, r"\(2, 64\), expected one width and 3 segments"),
         ({"embedding.word_embedding.weight": torch.ones(60)}, r"word_embedding.weight has shape \(60,\)"),
+        ({"classifiers.0.output_layer_2.weight": torch.tensor(1.0)}, r"output_layer_2.weight has shape \(\), expected"),
+        ({"classifiers.0.output_layer_2.weight": torch.ones(1, 128)}, "its classifiers have one class"),
+        ({"classifiers.0.output_layer_0.weight": torch.ones(127, 64)}, "head_width: got 127"),
+        ({"classifiers.123456789.output_layer_0.weight": torch.ones(2)}, "unexpected classifiers.123456789"),
+        ({"classifiers.2.output_layer_2.bias": torch.ones(3).int()}, "output_layer_2.bias is torch.int32"),
+        ({"classifiers.2.output_layer_2.bias": torch.ones(0)}, r"output_layer_2.bias of shape \(0,\) has no values"),
+        (
+            {"classifiers.2.output_layer_2.bias": torch.ones(3).to_sparse()},
+            "output_layer_2.bias is .* torch.sparse_coo",
+        ),
+        (
+            {"encoder.transformer.0.layer_norm_2.beta": torch.full((64,), math.nan)},
+            "64 of 64 values of encoder.transformer.0.layer_norm_2.beta are NaN",
+        ),
+        ({"module.encoder.transformer.0.layer_norm_2.beta": torch.ones(64)}, "layer_norm_2.beta is there twice"),
+        # whatever the embeddings ask for, no such model is built
+        (
+            {f"embedding.{name}_embedding.weight": torch.zeros(3, 1 << 18) for name in ("word", "position", "segment")},
+            r"tensors belong to models of different sizes",
+        ),
     ],
 )
 def test_bad_checkpoints_are_refused_by_the_names_of_their_keys(
     tmp_path: Path, changes: dict[str, Any], named: str
 ) -> None:
     checkpoint, _ = save(tmp_path, TINY, **changes)
-    with pytest.raises(ValueError, match=named):
+    with pytest.raises(ValueError, match=named) as refused:
         import_fastbert(checkpoint, tmp_path / "model", num_attention_heads=4)
+    assert "\n" not in str(refused.value)
     assert not (tmp_path / "model").exists()
 
 
@@ -233,21 +367,86 @@ def test_a_pretrained_uer_checkpoint_has_no_classifiers(tmp_path: Path) -> None:
         convert(state, num_attention_heads=4)
     # a plain Hugging Face checkpoint is something else altogether
     plain = save_plain_checkpoint(tmp_path / "plain", "bert") / "config.json"
-    with pytest.raises(ValueError, match="no readable PyTorch file"):
+    with pytest.raises(ValueError, match=r"is no PyTorch file, it begins with b'\{"):
         read_checkpoint(plain)
 
 
-def test_broken_files_are_refused(tmp_path: Path) -> None:
-    checkpoint, _ = save(tmp_path, TINY)
-    whole = checkpoint.read_bytes()
-    checkpoint.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="no readable PyTorch file"):
-        read_checkpoint(checkpoint)
-    torch.save({"model": random_checkpoint(TINY), "epoch": 3}, checkpoint)
-    with pytest.raises(ValueError, match="expected a dictionary of tensors"):
-        read_checkpoint(checkpoint)
-    with pytest.raises(FileNotFoundError, match="there is no file"):
+class WholeModel(torch.nn.Linear):
+    """What torch.save(model) pickles besides tensors."""
+
+
+MALFORMED: dict[str, tuple[Any, str]] = {
+    "empty": (b"", "is no PyTorch file, it is empty"),
+    "text": (b"version https://git-lfs.github.com/spec/v1\n", "is no PyTorch file, it begins with b'version"),
+    "a lone pickle": (b"\x80\x02}q\x00.", r"is cut short or damaged .*; copy or download it again"),
+    "a lone zip": (b"PK\x03\x04" + b"\x00" * 40, r"is cut short or damaged .*; copy or download it again"),
+    "whole model": (WholeModel(2, 2), "holds an object of .*WholeModel besides tensors.* torch.save"),
+    "one tensor": (torch.ones(3), "holds one Tensor, expected a dictionary"),
+    "a list": ([torch.ones(3)], "holds one list, expected a dictionary"),
+    "nothing": ({}, "holds an empty dictionary, expected"),
+    "optimizer": ({"state": {}, "param_groups": []}, "holds other things than tensors: state, param_groups"),
+    "numbered": ({0: torch.ones(3)}, "holds other things than tensors: 0"),
+    "two models": ({"model": {"a": torch.ones(1)}, "module": {}}, "holds several models, model, module"),
+    "numbers in the state": ({"model": {"a": torch.ones(1), "epoch": 3}}, "holds other things than tensors: epoch"),
+    "of another model": ({"bert.pooler.dense.bias": torch.ones(4)}, "missing .* unexpected bert.pooler.dense.bias"),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_files_get_one_sentence(tmp_path: Path, name: str) -> None:
+    content, named = MALFORMED[name]
+    path = tmp_path / "fastbert.bin"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=named) as refused:
+        import_fastbert(path, tmp_path / "model")
+    assert "\n" not in str(refused.value)
+    assert name == "of another model" or str(path) in str(refused.value)
+    shown = CliRunner().invoke(app.app, ["import-fastbert", str(path), "-o", str(tmp_path / "model")])
+    assert (shown.exit_code, shown.exception.__class__) == (2, SystemExit)
+
+
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"absent\.bin does not exist"):
         read_checkpoint(tmp_path / "absent.bin")
+    with pytest.raises(FileNotFoundError, match=r"is a folder; expected the \.bin file"):
+        read_checkpoint(tmp_path)
+
+
+def damaged(whole: bytes, how: str, generator: random.Random) -> bytes:
+    """`whole` cut, with flipped bits, with a hole of zeros or with bytes that are there twice."""
+    place = generator.randrange(len(whole))
+    if how == "cut":
+        return whole[:place]
+    if how == "flipped":
+        return whole[:place] + bytes([whole[place] ^ 1 << generator.randrange(8)]) + whole[place + 1 :]
+    if how == "zeros":
+        return whole[:place] + bytes(len(whole[place : place + 64])) + whole[place + 64 :]
+    return whole[:place] + whole[place : place + 40] + whole[place:]
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "zeros", "doubled"])
+@pytest.mark.parametrize("is_legacy", [False, True], ids=["zip", "legacy"])
+def test_damaged_files_get_one_sentence_with_their_name(tmp_path: Path, how: str, is_legacy: bool) -> None:
+    """An archive has checksums, so no damage to its tensors goes unnoticed; the format before torch 1.6 has none."""
+    path = tmp_path / "fastbert.bin"
+    state = {f"encoder.transformer.{layer}.layer_norm_1.gamma": torch.randn(8) for layer in range(6)}
+    torch.save(state, path, _use_new_zipfile_serialization=not is_legacy)
+    whole = path.read_bytes()
+    generator = random.Random(0)
+    refusals = []
+    for _ in range(100):
+        path.write_bytes(damaged(whole, how, generator))
+        try:
+            read = read_checkpoint(path)
+        except ValueError as error:
+            refusals.append(str(error))
+        else:
+            assert is_legacy or all(torch.equal(read[name], value) for name, value in state.items())
+    assert len(refusals) == 100 if how == "cut" else len(refusals) > 20
+    assert all(str(path) in refusal and "\n" not in refusal for refusal in refusals)
 
 
 def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
@@ -264,6 +463,12 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
         import_fastbert(checkpoint, tmp_path / "model", vocab=vocab)
     vocab.write_text("\n".join(f"w{number}" for number in range(60)), encoding="utf-8")
     with pytest.raises(ValueError, match=r"lacks \[PAD\], \[UNK\], \[CLS\], \[SEP\]"):
+        import_fastbert(checkpoint, tmp_path / "model", vocab=vocab)
+    vocab.write_text("\n".join([*vocabulary(TINY)[:-1], "w3"]), encoding="utf-8")
+    with pytest.raises(ValueError, match="has w3 on the lines 8 and 60"):
+        import_fastbert(checkpoint, tmp_path / "model", vocab=vocab)
+    vocab.write_bytes(b"\xff\xfe[\x00P\x00")
+    with pytest.raises(ValueError, match="is no text in UTF-8"):
         import_fastbert(checkpoint, tmp_path / "model", vocab=vocab)
     (tmp_path / "model").mkdir()
     with pytest.raises(FileExistsError, match="overwrite=True"):
@@ -292,6 +497,50 @@ def test_uer_input_format(tmp_path: Path) -> None:
         assert encode(plain, ["the film was good"], ["dull plot"], 6)["input_ids"] == [[2, 5, 7, 3, 16, 3]]
 
 
+def test_special_tokens_in_a_text_are_those_of_the_official_tokenizer(tmp_path: Path) -> None:
+    """`foo[SEP]bar` has none, and no damage of case, blanks or private characters makes one."""
+    vocab = {token: number for number, token in enumerate(OFFICIAL_ANSWERS["vocabulary"])}
+    plain = BertTokenizer(vocab=vocab)
+    uer = with_input_format(plain, "uer")
+    uer.save_pretrained(tmp_path / "once")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "once")
+    loaded.save_pretrained(tmp_path / "twice")
+    for tokenizer in (uer, loaded, AutoTokenizer.from_pretrained(tmp_path / "twice")):
+        for text, expected in OFFICIAL_ANSWERS["tokens"].items():
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert tokenizer.convert_ids_to_tokens(ids) == expected, text
+    # the tokenizer that it was made from still finds them anywhere
+    assert plain.convert_ids_to_tokens(plain("foo[SEP]bar")["input_ids"])[1:-1] == ["foo", "[SEP]", "bar"]
+
+
+def test_a_token_that_the_vocabulary_lacks_is_unknown() -> None:
+    tokens = [token for token in OFFICIAL_ANSWERS["vocabulary"] if token != "[MASK]"]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    tokenizer = with_input_format(BertTokenizer(vocab=vocab, mask_token=None), "uer")
+    assert tokenizer.convert_ids_to_tokens(tokenizer("foo [MASK] bar")["input_ids"]) == ["[CLS]", "foo", "[UNK]", "bar"]
+
+
+def test_a_cased_tokenizer_stays_cased() -> None:
+    vocab = {token: number for number, token in enumerate([*OFFICIAL_ANSWERS["vocabulary"], "Foo"])}
+    tokenizer = with_input_format(BertTokenizer(vocab=vocab, do_lower_case=False), "uer")
+    assert tokenizer.convert_ids_to_tokens(tokenizer("Foo [SEP] foo")["input_ids"]) == ["[CLS]", "Foo", "[SEP]", "foo"]
+
+
+def test_a_vocabulary_with_its_special_tokens_elsewhere(tmp_path: Path) -> None:
+    """run_fastbert.py writes 100, 101 and 102 whatever the vocabulary; the package looks the numbers up."""
+    size = Size(layers=1, hidden=64, heads=1, feed_forward=8, words=120)
+    checkpoint, vocab = save(tmp_path, size)
+    with pytest.raises(ValueError, match=r"has \[UNK\], \[CLS\], \[SEP\] on other lines than run_fastbert.py"):
+        import_fastbert(checkpoint, tmp_path / "model", vocab=vocab)
+    checkpoint, _ = save(tmp_path, size, prefix="kernel.")
+    assert import_fastbert(checkpoint, tmp_path / "package", vocab=vocab).has_tokenizer
+    lines = [f"w{number}" for number in range(size.words)]
+    lines[0], lines[100:103] = "[PAD]", ["[UNK]", "[CLS]", "[SEP]"]
+    vocab.write_text("\n".join(lines), encoding="utf-8")
+    checkpoint, _ = save(tmp_path / "script", size)
+    assert import_fastbert(checkpoint, tmp_path / "model", vocab=vocab).has_tokenizer
+
+
 def test_input_formats_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match="input_format: got 'byte'"):
         with_input_format(tokenizer_of("bert"), "byte")
@@ -299,6 +548,10 @@ def test_input_formats_that_cannot_be_are_refused() -> None:
         fastkd.EarlyExitConfig(input_format="byte")
     with pytest.raises(ValueError, match="'uer' is written by BERT's tokenizers"):
         with_input_format(tokenizer_of("roberta"), "uer")
+    other: Any = tokenizer_of("bert")
+    other.backend_tokenizer.normalizer = NFKC()
+    with pytest.raises(ValueError, match=r"got BertTokenizer\w* with NFKC; use the format 'standard'"):
+        with_input_format(other, "uer")
     with pytest.raises(ValueError, match="this tokenizer writes 'uer'"):
         with_input_format(with_input_format(tokenizer_of("bert"), "uer"), "standard")
 
@@ -327,6 +580,7 @@ def test_command(tmp_path: Path) -> None:
     assert json.loads(done.stdout) == {
         "model": str(tmp_path / "model"), "num_hidden_layers": 3, "hidden_size": 384, "num_labels": 2,
         "input_format": "uer", "has_tokenizer": True,
+        "assumed": {"pooling": "first", "num_attention_heads": 6, "max_length": 128},
     }  # fmt: skip
     (tmp_path / "rows.txt").write_text("w1 w2\nw3\n", encoding="utf-8")
     answered = CliRunner().invoke(app.app, ["predict", str(tmp_path / "model"), str(tmp_path / "rows.txt")])

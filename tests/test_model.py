@@ -620,7 +620,22 @@ def test_truncated_pickled_weights(tmp_path: Path) -> None:
     content = weights.read_bytes()
     for kept in (len(content) // 2, 10, 0):
         weights.write_bytes(content[:kept])
-        with pytest.raises(ValueError, match=r"weights in .* are damaged or were cut off"):
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin is (cut short or damaged|no PyTorch file)"):
+            fastkd.EarlyExitForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_damaged_pickled_weights_of_the_old_format(tmp_path: Path) -> None:
+    save_plain_checkpoint(tmp_path, "bert")
+    (tmp_path / "model.safetensors").unlink()
+    weights = tmp_path / "pytorch_model.bin"
+    torch.save(early_exit_model().backbone.state_dict(), weights, _use_new_zipfile_serialization=False)
+    content = weights.read_bytes()
+    # within the weights, the names, the pickle of the names and the first of its five pickles
+    for kept in (len(content) // 2, 3000, 300, 20):
+        weights.write_bytes(content[:kept])
+        with pytest.raises(
+            ValueError, match=r"pytorch_model\.bin is cut short or damaged .* copy or download it again"
+        ):
             fastkd.EarlyExitForSequenceClassification.from_pretrained(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,18 @@ import typer
 
 from fastkd.commands.options import Json, Overwrite, words
 from fastkd.commands.screen import screen_for
+
+
+class Pooling(str, Enum):
+    """Which positions the official heads read, see `fastkd.model.import_fastbert`."""
+
+    first = "first"
+    last = "last"
+    max = "max"
+    mean = "mean"
+
+
+_FLAGS = {"pooling": "--pooling", "num_attention_heads": "--attention-heads", "max_length": "--max-length"}
 
 
 def import_fastbert(
@@ -24,7 +37,12 @@ def import_fastbert(
     attention_heads: Annotated[
         int | None, typer.Option(min=1, help="heads_num of its configuration; default: hidden size / 64.")
     ] = None,
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens after which a text is cut.")] = 128,
+    pooling: Annotated[
+        Pooling | None, typer.Option(help="--pooling of its training; default: first, the one that can be converted.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="--seq_length of its training, after which a text is cut; default: 128.")
+    ] = None,
     lower_case: Annotated[
         bool, typer.Option("--lower-case/--cased", help="Whether the tokenizer lowers case; the official one does.")
     ] = True,
@@ -48,13 +66,17 @@ def import_fastbert(
 
         done = official.import_fastbert(
             checkpoint, output, vocab=vocab, label_names=None if labels is None else words(labels),
-            num_attention_heads=attention_heads, max_length=max_length, lower_case=lower_case, overwrite=overwrite,
+            num_attention_heads=attention_heads, pooling=None if pooling is None else pooling.value,
+            max_length=max_length, lower_case=lower_case, overwrite=overwrite,
         )  # fmt: skip
         config = done.config
         screen.out.print(
             f"{config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_classes} classes, a head after "
             f"every layer: [bold]{done.folder}[/]"
         )
+        if done.assumed:
+            taken = ", ".join(f"{_FLAGS[name]} {value}" for name, value in done.assumed.items())
+            screen.say(f"the file does not record all of its training; assumed: {taken}, and UER's bert tokenizer")
         if done.has_tokenizer:
             screen.next_step(f"fastkd predict {done.folder} INPUT --speed 0.5")
         else:
@@ -63,4 +85,5 @@ def import_fastbert(
             {"model": str(done.folder), "num_hidden_layers": config.num_hidden_layers}
             | {"hidden_size": config.hidden_size, "num_labels": config.num_classes}
             | {"input_format": config.input_format, "has_tokenizer": done.has_tokenizer}
+            | {"assumed": dict(done.assumed)}
         )

@@ -3,11 +3,15 @@
     embedding.*  encoder.*  classifiers.{i}.*                 written by run_fastbert.py
     kernel.embedding.*  kernel.encoder.*  classifiers.{i}.*   written by the package `fastbert` and by FastPLM
 
-Both are flat dictionaries of tensors in the names of UER-py. The arithmetic is BERT's but for the LayerNorm, which
-divides by the unbiased deviation s = sqrt(n / (n - 1)) sigma of its n values plus 1e-6, where BERT divides by
-sqrt(sigma^2 + eps). So gamma is multiplied by sqrt((n - 1) / n), and eps is chosen so that both agree exactly at the
-deviation of a typical embedding, the smallest that a LayerNorm of such a model meets. What is left is a relative error
-of at most 1e-6 / sigma in the output of each LayerNorm, for every sigma from half of that deviation up.
+Both are flat dictionaries of tensors in the names of UER-py. What trainings leave beside or around them is taken away:
+the counters of thop, which run_fastbert.py measures FLOPs with, the heads of the pretraining, and the names that
+DataParallel, torch.compile and trainers put before those of the model.
+
+The arithmetic is BERT's but for the LayerNorm, which divides by the unbiased deviation s = sqrt(n / (n - 1)) sigma of
+its n values plus 1e-6, where BERT divides by sqrt(sigma^2 + eps). So gamma is multiplied by sqrt((n - 1) / n), and eps
+is chosen so that both agree exactly at the deviation of a typical embedding, the smallest that a LayerNorm of such a
+model meets. What is left is a relative error of at most 1e-6 / sigma in the output of each LayerNorm, for every sigma
+from half of that deviation up.
 
 Source: https://github.com/autoliuweijie/FastBERT (run_fastbert.py, pypi/fastbert, uer/layers).
 """
@@ -16,10 +20,9 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +34,29 @@ from fastkd.data.files import atomic_folder
 from fastkd.data.input_format import with_input_format
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.model.modeling import EarlyExitForSequenceClassification
+from fastkd.model.torch_files import load_torch_file
 
 _UER_EPSILON = 1e-6
 _HEAD_ATTENTION_HEADS = 2
 _USUAL_HEAD_SIZE = 64
+_USUAL_LENGTH = 128
 _SHOWN_KEYS = 8
-_NUMBERED = re.compile(r"(?:encoder\.transformer|classifiers)\.(\d+)\.")
+# no more digits, or one damaged name would ask for a billion layers
+_NUMBERED = re.compile(r"(?:encoder\.transformer|classifiers)\.(\d{1,4})\.")
 _SEGMENTS = 3  # padding, first text, second text
+_RESERVED_NUMBERS = {100: "[UNK]", 101: "[CLS]", 102: "[SEP]"}  # constants in run_fastbert.py, whatever the vocabulary
+
+POOLINGS = ("first", "last", "max", "mean")
+_OTHER_POOLINGS = {
+    "last": "the last of seq_length positions, which is padding wherever a text is shorter",
+    "max": "the largest values over all seq_length positions, padding included",
+    "mean": "the mean over the features of every one of seq_length positions, padding included",
+}
+
+# what trainings keep a state_dict under, and what they put before or between the names in it
+_STATES = ("model", "state_dict", "model_state_dict", "module")
+_WRAPPERS = {"module", "model", "kernel", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_COUNTERS_OF_THOP = {"total_ops", "total_params"}
 
 _EMBEDDINGS = {
     "word_embedding.weight": "word_embeddings.weight",
@@ -64,6 +83,11 @@ _LINEAR_OF_HEAD = {
     "output_layer_1": "dense",
     "output_layer_2": "classifier",
 }
+_LINEAR_THAT_SIZE = (
+    "encoder.transformer.0.feed_forward.linear_1.weight",
+    "classifiers.0.output_layer_0.weight",
+    "classifiers.0.output_layer_2.weight",
+)
 
 
 @dataclass(frozen=True)
@@ -74,11 +98,13 @@ class ImportedModel:
         folder: the model folder.
         config: of the model.
         has_tokenizer: whether a vocabulary was given, and so a tokenizer lies in the folder.
+        assumed: what was not said, and which no checkpoint records: argument -> the value that was taken.
     """
 
     folder: Path
     config: EarlyExitConfig
     has_tokenizer: bool
+    assumed: Mapping[str, str | int] = field(default_factory=dict)
 
 
 def import_fastbert(
@@ -88,7 +114,8 @@ def import_fastbert(
     vocab: str | os.PathLike[str] | None = None,
     label_names: Sequence[str] | None = None,
     num_attention_heads: int | None = None,
-    max_length: int = 128,
+    pooling: str | None = None,
+    max_length: int | None = None,
     lower_case: bool = True,
     overwrite: bool = False,
 ) -> ImportedModel:
@@ -101,52 +128,83 @@ def import_fastbert(
         label_names: the classes in the order of their numbers.
         num_attention_heads: of the encoder; the file does not say. Default: one for every 64 of the hidden size, as in
             all official configurations.
-        max_length: tokens after which a text is cut; the official default is 128.
+        pooling: --pooling of its training, one of `POOLINGS`; the file does not say. Default: "first", the official
+            one and the only one that the heads here can compute.
+        max_length: --seq_length of its training; tokens after which a text is cut. Default: 128, the official one.
         lower_case: whether the tokenizer lowers case, as the official one always does.
         overwrite: replace `output_dir`.
 
     Raises:
         FileNotFoundError: no such checkpoint or vocabulary.
         FileExistsError: `output_dir` exists.
-        ValueError: what `convert` and `read_checkpoint` raise; a vocabulary of another size.
+        ValueError: what `convert` and `read_checkpoint` raise; a vocabulary of another size; another pooling.
     """
+    _check_pooling(pooling)
     target = Path(output_dir)
     if target.exists() and not overwrite:
         raise FileExistsError(f"output_dir: {target} already exists; choose another, or pass overwrite=True")
-    model = convert(read_checkpoint(checkpoint), label_names=label_names, num_attention_heads=num_attention_heads)
-    positions = model.config.backbone.max_position_embeddings
-    if not 1 < max_length <= positions:
-        raise ValueError(f"max_length: got {max_length}, expected 2 to the {positions} positions of the checkpoint")
-    tokenizer = None if vocab is None else _tokenizer(Path(vocab), model, max_length, lower_case)
+    state = read_checkpoint(checkpoint)
+    model = convert(state, label_names=label_names, num_attention_heads=num_attention_heads)
+    backbone = model.config.backbone
+    positions = backbone.max_position_embeddings
+    length = _USUAL_LENGTH if max_length is None else max_length
+    if not 1 < length <= positions:
+        raise ValueError(f"max_length: got {length}, expected 2 to the {positions} positions of the checkpoint")
+    is_of_script = not any("kernel" in name.split(".") for name in state)
+    tokenizer = (
+        None if vocab is None else _tokenizer(Path(vocab), backbone.vocab_size, length, lower_case, is_of_script)
+    )
+    said = {"pooling": pooling, "num_attention_heads": num_attention_heads, "max_length": max_length}
+    taken = {"pooling": POOLINGS[0], "num_attention_heads": backbone.num_attention_heads, "max_length": length}
     with atomic_folder(target) as folder:
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    return ImportedModel(target, model.config, tokenizer is not None)
+    assumed = {name: value for name, value in taken.items() if said[name] is None}
+    return ImportedModel(target, model.config, tokenizer is not None, assumed)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file by name, on the CPU.
+    """The tensors of a checkpoint file by name, on the CPU; those of its model, where a trainer saved more.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: no PyTorch file, a damaged one, or one that holds something else than named tensors.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"checkpoint: there is no file {path}; expected the .bin file of the official code")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"checkpoint: {path} {what}; expected the .bin file of the official code")
+    state = _state_of_model(load_torch_file(path, "checkpoint"), path)
+    if not isinstance(state, Mapping) or not state or _others(state):
         raise ValueError(
-            f"checkpoint: {path} is no readable PyTorch file of tensors ({str(error).splitlines()[0]}); copy it again"
-        ) from error
-    is_flat = isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values())
-    if not is_flat or not state:
-        raise ValueError(
-            f"checkpoint: {path} holds {type(state).__name__}, expected a dictionary of tensors, as torch.save of a "
+            f"checkpoint: {path} holds {_described(state)}, expected a dictionary of named tensors, as torch.save of a "
             "state_dict writes"
         )
     return dict(state)
+
+
+def _state_of_model(loaded: Any, path: Path) -> Any:
+    """The state_dict in what a training saved: `loaded` itself, or its entry of a usual name."""
+    if not isinstance(loaded, Mapping):
+        return loaded
+    states = [name for name in _STATES if isinstance(loaded.get(name), Mapping)]
+    if len(states) > 1:
+        raise ValueError(
+            f"checkpoint: {path} holds several models, {_listed(states)}; save the one that is meant alone"
+        )
+    return loaded[states[0]] if states else loaded
+
+
+def _described(state: Any) -> str:
+    if not isinstance(state, Mapping):
+        return f"one {type(state).__name__}"
+    return f"other things than tensors: {_listed(_others(state))}" if state else "an empty dictionary"
+
+
+def _others(state: Mapping[Any, Any]) -> list[str]:
+    """The entries that are no named tensors."""
+    return [str(name) for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
 
 
 def convert(
@@ -159,13 +217,14 @@ def convert(
         label_names, num_attention_heads: as in `import_fastbert`.
 
     Raises:
-        ValueError: missing or unexpected keys, a tensor of another shape, or a number of labels or attention heads
-            that does not fit.
+        ValueError: missing or unexpected keys, a tensor of another shape or dtype or with values that are not finite,
+            or a number of labels or attention heads that does not fit.
     """
-    state = _without_prefix(state)
+    state = _of_model(state)
     layers = _number_of_layers(state)
     names = _names(layers)
     _check_keys(state, names)
+    _check_tensors(state)
     _check_embeddings(state)
     words, positions, classes = (
         state[name].shape[0]
@@ -175,6 +234,10 @@ def convert(
             "classifiers.0.output_layer_2.weight",
         )
     )
+    if classes < 2:
+        raise ValueError(
+            "checkpoint: its classifiers have one class, and nothing to decide; train on two labels or more"
+        )
     hidden_size = state["embedding.word_embedding.weight"].shape[-1]
     backbone = BertConfig(
         vocab_size=words,
@@ -194,18 +257,32 @@ def convert(
         input_format="uer",
         **_labels(label_names, classes),
     )
-    model = EarlyExitForSequenceClassification(config)
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
     converted = {names[name]: _converted(name, value) for name, value in state.items()}
+    with torch.device("meta"):
+        # sizes that do not fit together may ask for more memory than there is
+        shapes = {name: value.shape for name, value in EarlyExitForSequenceClassification(config).state_dict().items()}
     _check_shapes(converted, shapes, names)
+    model = EarlyExitForSequenceClassification(config)
     model.load_state_dict(converted)
     return model.eval()
 
 
-def _without_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names as run_fastbert.py writes them, without the heads of the pretraining, which both codes leave unused."""
-    plain = {name.removeprefix("kernel."): value for name, value in state.items()}
-    return {name: value for name, value in plain.items() if not name.startswith("target.")}
+def _of_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that answer, by the names of run_fastbert.py.
+
+    Left out are thop's counters, which may hang on every module, and the heads of the pretraining, which both codes
+    leave unused.
+    """
+    named: dict[str, Tensor] = {}
+    for name, value in state.items():
+        parts = [part for part in name.split(".") if part not in _WRAPPERS]
+        if not parts or parts[0] == "target" or parts[-1] in _COUNTERS_OF_THOP:
+            continue
+        plain = ".".join(parts)
+        if plain in named:
+            raise ValueError(f"checkpoint: {plain} is there twice, once as {name}; save the model that is meant alone")
+        named[plain] = value
+    return named
 
 
 def _number_of_layers(state: Iterable[str]) -> int:
@@ -272,6 +349,18 @@ def _labels(names: Sequence[str] | None, classes: int) -> dict[str, Any]:
 # Checks
 
 
+def _check_pooling(pooling: str | None) -> None:
+    if pooling is None or pooling == POOLINGS[0]:
+        return
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling: got {pooling!r}, expected one of {', '.join(POOLINGS)}")
+    raise ValueError(
+        f"pooling: with {pooling!r} the official heads read {_OTHER_POOLINGS[pooling]}; those here read [CLS] and "
+        "never see padding, so they cannot give its answers. Train it with 'first', or convert it as 'first' for the "
+        "sake of its encoder and train its heads anew with finetune and distill"
+    )
+
+
 def _check_keys(state: Iterable[str], names: Iterable[str]) -> None:
     expected, found = set(names), set(state)
     missing, unexpected = sorted(expected - found), sorted(found - expected)
@@ -286,8 +375,29 @@ def _check_keys(state: Iterable[str], names: Iterable[str]) -> None:
     raise ValueError(f"checkpoint: {'; '.join(complaints)}; {remedy}")
 
 
+def _check_tensors(state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for what no trained weight is: empty, of whole numbers or complex, sparse, NaN or infinite."""
+    for name, value in state.items():
+        if not value.is_floating_point() or value.layout is not torch.strided or value.is_quantized:
+            raise ValueError(
+                f"checkpoint: {name} is {value.dtype} and {value.layout}, expected dense floating-point weights; save "
+                "the model before it is quantised or converted"
+            )
+        if value.device.type == "meta" or not value.numel():
+            raise ValueError(f"checkpoint: {name} of shape {tuple(value.shape)} has no values; save the whole model")
+        wrong = int((~value.isfinite()).sum())
+        if wrong:
+            raise ValueError(
+                f"checkpoint: {wrong} of {value.numel()} values of {name} are NaN or infinite; the training diverged "
+                "or the file is damaged: take another checkpoint"
+            )
+
+
 def _check_embeddings(state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where the sizes of the model cannot be read off its embeddings."""
+    """Raise ValueError where the sizes of the model cannot be read off its embeddings and first linear layers."""
+    for name in _LINEAR_THAT_SIZE:
+        if state[name].dim() != 2:
+            raise ValueError(f"checkpoint: {name} has shape {tuple(state[name].shape)}, expected [outputs, inputs]")
     tables = {name: state[name] for name in (f"embedding.{kind}_embedding.weight" for kind in ("word", "position"))}
     for name, table in tables.items():
         if table.dim() != 2:
@@ -319,17 +429,23 @@ def _listed(items: Sequence[str]) -> str:
 
 
 def _tokenizer(
-    vocab: Path, model: EarlyExitForSequenceClassification, max_length: int, lower_case: bool
+    vocab: Path, embedded: int, max_length: int, lower_case: bool, is_of_script: bool
 ) -> PreTrainedTokenizerBase:
+    """The official tokenizer for `embedded` tokens; `is_of_script`: of run_fastbert.py, not of the package."""
     if not vocab.is_file():
         raise FileNotFoundError(f"vocab: there is no file {vocab}; expected the vocab.txt of the checkpoint")
     tokens = _read_vocabulary(vocab)
-    expected = model.config.backbone.vocab_size
-    if len(tokens) != expected:
-        raise ValueError(f"vocab: {vocab} has {len(tokens)} tokens, the checkpoint embeds {expected}; pass its own one")
+    if len(tokens) != embedded:
+        raise ValueError(f"vocab: {vocab} has {len(tokens)} tokens, the checkpoint embeds {embedded}; pass its own one")
     absent = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if token not in tokens]
     if absent:
         raise ValueError(f"vocab: {vocab} lacks {', '.join(absent)}; expected the vocab.txt of a BERT")
+    moved = [token for number, token in _RESERVED_NUMBERS.items() if tokens[token] != number]
+    if is_of_script and moved and embedded > max(_RESERVED_NUMBERS):
+        raise ValueError(
+            f"vocab: {vocab} has {', '.join(moved)} on other lines than run_fastbert.py, which writes the numbers 100, "
+            "101 and 102 for [UNK], [CLS] and [SEP] whatever the vocabulary; pass the one that it was trained with"
+        )
     # a mask token that the vocabulary lacks would be added to it
     mask: dict[str, Any] = {} if "[MASK]" in tokens else {"mask_token": None}
     tokenizer = BertTokenizer(vocab=tokens, do_lower_case=lower_case, model_max_length=max_length, **mask)
@@ -338,9 +454,16 @@ def _tokenizer(
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
     """Token -> number; as in UER a line counts up to its first blank, and one without a token keeps its number."""
-    tokens = {}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"vocab: {path} is no text in UTF-8 ({error}); expected one token a line") from None
+    tokens: dict[str, int] = {}
     # splitlines() would also break at the rarer line ends that are tokens of BERT's vocabularies
-    for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n")):
+    for number, line in enumerate(text.removesuffix("\n").split("\n")):
         words = line.split()
-        tokens[words[0] if words else f"???{number}"] = number
+        token = words[0] if words else f"???{number}"
+        if token in tokens:
+            raise ValueError(f"vocab: {path} has {token} on the lines {tokens[token] + 1} and {number + 1}")
+        tokens[token] = number
     return tokens

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
 
 from fastkd.encoders.configuration import EarlyExitConfig
+from fastkd.model.torch_files import load_torch_file
 
 _CONFIG_OPTIONS = (
     "head_width",
@@ -78,13 +78,16 @@ def damage_explained(path: str | os.PathLike[str] | None) -> Iterator[None]:
     """Turn what reading a damaged weights file raises into a ValueError that says so."""
     try:
         yield
-    except (SafetensorError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
-        if type(error) is RuntimeError and "PytorchStreamReader" not in str(error):
-            raise
+    except SafetensorError as error:
         raise ValueError(
             f"pretrained_model_name_or_path: the weights in {path} are damaged or were cut off ({error}); copy or "
             "download the checkpoint again"
         ) from error
+    except Exception:
+        # a damaged pickle may raise anything, so the file is asked
+        for file in () if path is None else sorted(Path(path).glob("pytorch_model*.bin")):
+            load_torch_file(file, "pretrained_model_name_or_path")
+        raise
 
 
 def check_complete(path: str | os.PathLike[str] | None, info: Mapping[str, Any]) -> None:
