@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import itertools
 import json
@@ -335,6 +336,14 @@ def test_page_on_speed_has_a_row_for_every_criterion() -> None:
     start = lines.index("| criterion | uncertainty | when |") + 2
     rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
     assert [row.split("`")[1] for row in rows] == list(CRITERIA)
+
+
+def test_architecture_says_of_every_room_what_the_room_says_of_itself() -> None:
+    rooms = sorted((ROOT / "python" / "fastkd").glob("*/__init__.py"))
+    said = {path.parent.name: ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in rooms}
+    page = PAGES["docs/architecture.md"].read_text(encoding="utf-8")
+    table = dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", page, re.MULTILINE))
+    assert table == {room: " ".join(text.split("\n\n")[0].split()) for room, text in said.items()}
 
 
 def test_api_reference_names_what_the_packages_offer() -> None:

@@ -27,7 +27,7 @@ CRITERIA: dict[str, Criterion] = {
 
 
 def default_criterion(num_labels: int) -> str:
-    """The criterion of a model with so many labels, where nobody chose one."""
+    """The criterion of a model with so many labels, where none was chosen."""
     return "agreement" if num_labels == 1 else "entropy"
 
 

@@ -210,7 +210,7 @@
     return [data, layout(axis("layer", { dtick: 1, showgrid: false }), percentAxis("", { range: [0, 1.1], tickvals: [0, 0.25, 0.5, 0.75, 1] }), { bargap: 0.25 })];
   }
 
-  /** Figure 6: mirrored distributions, cut at the speed into those who leave and those who stay. */
+  /** Figure 6: mirrored distributions, cut at the speed into rows that leave and rows that stay. */
   function arrivals() {
     const shown = curve();
     const data = [];
@@ -416,7 +416,7 @@
     const certificate = curve().certificate;
     if (!certificate) {
       $("certificate").replaceChildren(
-        element("p", {}, "Not calibrated: nobody vouches for this speed yet."),
+        element("p", {}, "Not calibrated: this speed has no guarantee yet."),
         element("p", {}, element("code", {}, "fastkd calibrate MODEL DATA")),
       );
       return;
