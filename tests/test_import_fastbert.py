@@ -307,6 +307,21 @@ def test_other_poolings_are_refused_before_any_work(tmp_path: Path, pooling: str
     assert "cannot give its answers" in " ".join(refused.output.split())
 
 
+def test_an_imported_model_is_trained_further_in_its_own_format(tmp_path: Path) -> None:
+    """What the refusal of a pooling advises."""
+    checkpoint, vocab = save(tmp_path, Size(layers=2, hidden=64, heads=1, feed_forward=8))
+    import_fastbert(checkpoint, tmp_path / "imported", vocab=vocab, pooling="first")
+    train = tmp_path / "train.tsv"
+    train.write_text("label\ttext_a\n" + "".join(f"{row % 2}\tw{row}\n" for row in range(12)), encoding="utf-8")
+    for command, source, output in (("finetune", "imported", "tuned"), ("distill", "tuned", "distilled")):
+        arguments = [command, str(tmp_path / source), "--train", str(train), "-o", str(tmp_path / output)]
+        done = CliRunner().invoke(app.app, [*arguments, "--max-steps", "1"])
+        assert done.exit_code == 0, done.output
+        model, tokenizer = loading.load_model(str(tmp_path / output), "cpu")
+        assert (model.config.input_format, input_format_of(tokenizer)) == ("uer", "uer")
+        assert tokenizer("w0")["input_ids"] == [2, 4]
+
+
 def test_an_unknown_pooling_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pooling: got 'cls', expected one of first, last, max, mean"):
         import_fastbert(tmp_path / "absent.bin", tmp_path / "model", pooling="cls")

@@ -59,7 +59,8 @@ def finetune(
     patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many evaluations without a gain.")] = None,
     parity: Parity = None,
     input_format: Annotated[
-        str | None, typer.Option(help="standard, or uer (no [SEP] after a single text); default: standard.")
+        str | None,
+        typer.Option(help="standard, or uer (no [SEP] after a single text); default: what the checkpoint has."),
     ] = None,
     bf16: Bf16 = None,
     seed: Seed = 42,
@@ -83,6 +84,7 @@ def finetune(
         quieten()
 
         from fastkd.commands.inputs import load_splits
+        from fastkd.data.input_format import input_format_of
         from fastkd.model.loading import load_plain
         from fastkd.model.tokenizers import set_input_format, set_length
         from fastkd.training import finetune as training
@@ -90,7 +92,9 @@ def finetune(
 
         folder = load_splits(data, train, dev, num_labels=num_labels)
         model, tokenizer = load_plain(checkpoint, folder, head, layer_numbers(exit_layers), seed)
-        tokenizer = set_input_format(model, tokenizer, input_format or ("uer" if parity else "standard"))
+        tokenizer = set_input_format(
+            model, tokenizer, input_format or ("uer" if parity else input_format_of(tokenizer))
+        )
         limit = set_length(model, tokenizer, max_length, default=128)
         chosen = {
             "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate,
