@@ -78,16 +78,16 @@ def test_format_of_a_pipe_is_guessed_from_its_first_line(data: bytes, form: str)
 @pytest.mark.parametrize(
     ("data", "form", "line", "problem"),
     [
-        (b"text_a\tlabel\ngood\t1\nbad\n", "tsv", 3, "1 columns, expected 2 (text_a, label)"),
-        (b"text_a\n \n", "tsv", 2, "text_a is empty"),
-        (b"text_a\tb\ngo\xffod\tx\n", "tsv", 2, "byte 0xff is not UTF-8"),
-        (b'{"text_a": ""}\n', "jsonl", 1, "text_a is empty"),
-        (b'{"text_a": 3}\n', "jsonl", 1, "text_a is a JSON int, expected a string"),
+        (b"text_a\tlabel\ngood\t1\nbad\n", "tsv", 3, "1 field; expected 2 (text_a, label); complete"),
+        (b"text_a\n \n", "tsv", 2, "empty text in column 'text_a'; expected text; fill it in"),
+        (b"text_a\tb\ngo\xffod\tx\n", "tsv", 2, "byte 0xff at byte 3 of the line; expected UTF-8"),
+        (b'{"text_a": ""}\n', "jsonl", 1, "empty text in column 'text_a'"),
+        (b'{"text_a": 3}\n', "jsonl", 1, "3 (int) in column 'text_a'; expected text"),
         (b'{"label": 3}\n', "jsonl", 1, "no text"),
-        (b"[1]\n", "jsonl", 1, "no text"),
-        (b"{broken\n", "jsonl", 1, "not JSON"),
-        (b"[" * 100_000, "jsonl", 1, "not JSON"),
-        (b"good\n\nbad\n", "text", 2, "empty line"),
+        (b"[1]\n", "jsonl", 1, "a JSON list; expected one JSON object"),
+        (b"{broken\n", "jsonl", 1, "invalid JSON (Expecting property name"),
+        (b"[" * 100_000, "jsonl", 1, "invalid JSON (brackets are nested too deep)"),
+        (b"good\n\nbad\n", "text", 2, "empty text in column 'text'"),
         (b"x" * (1 << 20) + b"yy\n", "text", 1, "longer than 1048576 bytes"),
     ],
 )
@@ -210,11 +210,12 @@ def test_file_to_file_keeps_bad_rows_in_place(
     header, *lines = [line.split("\t") for line in target.read_text(encoding="utf-8").splitlines()]
     assert header == ["label", "probability", "exit_layer", "error"]
     assert [bool(line[3]) for line in lines] == [False, True, False, True]
-    assert lines[1] == ["", "", "", "text_a is empty"]
+    assert lines[1][:3] == ["", "", ""]
+    assert lines[1][3].startswith("empty text in column 'text_a'")
     assert lines[0][2] == "1"
     assert 1 / 3 <= float(lines[0][1]) <= 1
     assert (summary.rows, summary.bad_rows, summary.exits) == (4, 2, {1: 2})
-    assert summary.problems == ["line 3: text_a is empty", "line 5: 1 columns, expected 2 (text_a, label)"]
+    assert [problem.split(";")[0] for problem in summary.problems] == ["line 3: empty text in column 'text_a'", "line 5: 1 field"]
     assert summary.average_layers == 1.0
 
 
@@ -227,7 +228,7 @@ def test_jsonl_to_jsonl(
     answered, bad = map(json.loads, target.read_text(encoding="utf-8").splitlines())
     assert set(answered) == {"label", "probability", "exit_layer"}
     assert bad["label"] is None
-    assert bad["error"].startswith("not JSON")
+    assert bad["error"].startswith("invalid JSON")
 
 
 def test_stopping_at_a_bad_row_leaves_nothing(
@@ -235,7 +236,7 @@ def test_stopping_at_a_bad_row_leaves_nothing(
 ) -> None:
     source, target = tmp_path / "in.txt", tmp_path / "out.tsv"
     source.write_text("good\n" * 50 + "\ngood\n", encoding="utf-8")
-    with pytest.raises(BadRowError, match=r"in\.txt, line 51: empty line; .*--bad-rows mark"):
+    with pytest.raises(BadRowError, match=r"in\.txt, line 51: empty text in column 'text'; .*--bad-rows mark"):
         predict.predict_file(model, tokenizer, str(source), str(target), bad_rows="stop", window=8)
     assert [path.name for path in tmp_path.iterdir()] == ["in.txt"]
 
@@ -314,8 +315,8 @@ def test_empty_input_leaves_nothing(
     ("arguments", "message"),
     [
         ({"source": "absent.tsv"}, "no file absent.tsv"),
-        ({"source": "in.xml"}, "cannot tell the format of 'in.xml'"),
-        ({"source": "in.txt", "destination": "out.png"}, "cannot tell the format of 'out.png'"),
+        ({"source": "in.xml"}, "in.xml: unknown file type '.xml'.*--format tsv"),
+        ({"source": "in.txt", "destination": "out.png"}, "out.png: unknown file type '.png'"),
         ({"source": "in.txt", "destination": "out.txt"}, "predictions are written as"),
         ({"source": "in.txt", "destination": "folder"}, "folder"),
         ({"source": "in.txt", "input_format": "xml"}, "format: got 'xml'"),

@@ -1,12 +1,25 @@
-"""`DataError`, and the list of bad rows from which its message is made."""
+"""`DataError`, the problem of one row, and the list of bad rows from which the error's message is made."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 _SHOWN_BAD_ROWS = 5
 
 
 class DataError(ValueError):
     """Data that cannot be used: the message names the place, what came, what was expected, and the remedy."""
+
+
+class Problem(NamedTuple):
+    """What is wrong with one row, in the words that training, prediction and the stream share."""
+
+    got: str
+    expected: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.got}; expected {self.expected}; {self.remedy}"
 
 
 class BadRows:
@@ -18,10 +31,10 @@ class BadRows:
         self.count = 0
         self.shown: list[str] = []
 
-    def add(self, position: int, got: str, expected: str, remedy: str) -> None:
+    def add(self, position: int, problem: Problem) -> None:
         self.count += 1
         if len(self.shown) < _SHOWN_BAD_ROWS:
-            self.shown.append(f"{self.source}, {self.unit} {position}: {got}; expected {expected}; {remedy}")
+            self.shown.append(f"{self.source}, {self.unit} {position}: {problem}")
 
     def raise_if_any(self) -> None:
         if not self.count:

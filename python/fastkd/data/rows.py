@@ -1,13 +1,15 @@
 """Rows of text and their labels, read from files or the hub and checked one by one.
 
-A file is UTF-8 with a header (TSV, CSV), one object a line (JSONL), or Parquet. Columns are found by their usual names:
+A file is UTF-8 with a header (TSV, CSV), one object a line (JSONL), one text a line (.txt), or Parquet; its suffix,
+in any case, says which (`fastkd.data.records`). Columns are found by their usual names:
 
     text_a, text_b   text_a | text_b, sentence1 | sentence2, premise | hypothesis, question1 | question2,
                      text1 | text2, question | sentence; or one text: text, sentence, content
     label            label, labels, label_id, class, category
 
 or named explicitly. Labels are integers from 0, strings (numbered in sorted order, or in that of `label_names`), or,
-for regression (`num_labels=1`), floats.
+for regression (`num_labels=1`), floats. -1, an empty field, and what stands for no value elsewhere (nan, None, NULL...)
+mean that a row has no label.
 
 A bad file is found before training starts: `DataError` says in which line, what was expected and what to do, for the
 first bad rows.
@@ -17,20 +19,22 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import datasets
 
-from fastkd.data.columns import LABEL_COLUMNS, label_column, text_columns
+from fastkd.data.columns import Columns, label_column, text_columns
 from fastkd.data.errors import BadRows, DataError
-from fastkd.data.formats import READERS, Table, read_file
-from fastkd.data.labels import check_label_names, is_missing, resolve_labels
+from fastkd.data.labels import LABELS_ARE, LabelRule, check_label_names, resolve_labels
+from fastkd.data.records import SUFFIXES, Record, Records, format_of, open_records
+from fastkd.data.texts import text_problem
 
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test",)}
+# lines of text have no columns, and a folder may hold notes
+_SPLIT_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".txt")
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,14 @@ class Rows:
         label_names: the name of each class in order; None for unnamed integer labels, regression, unlabelled data.
         num_labels: the number of classes; 1 is regression; None is unlabelled.
         source: the file or hub name, for messages.
+        labels_are: whether the source had "names" or "indices", so that other splits are read alike; None: neither.
     """
 
     dataset: datasets.Dataset
     label_names: tuple[str, ...] | None
     num_labels: int | None
     source: str
+    labels_are: str | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -66,6 +72,22 @@ class Rows:
         if count >= len(self):
             return self
         return replace(self, dataset=self.dataset.shuffle(seed=seed).select(range(count)))
+
+    def in_order_of(self, label_names: Sequence[str]) -> Rows:
+        """The same rows with their classes numbered in the order of `label_names`.
+
+        Raises:
+            DataError: the rows have no names, or others.
+        """
+        if self.label_names is None or set(self.label_names) != set(label_names):
+            own = "no names" if self.label_names is None else f"the names {', '.join(self.label_names)}"
+            raise DataError(f"{self.source}: its labels have {own}, expected {', '.join(label_names)}")
+        if self.label_names == tuple(label_names):
+            return self
+        numbers = [list(label_names).index(name) for name in self.label_names]
+        labels = [numbers[label] for label in self.dataset["label"][:]]
+        dataset = self.dataset.remove_columns("label").add_column("label", labels, feature=datasets.Value("int64"))
+        return replace(self, dataset=dataset, label_names=tuple(label_names))
 
     def digest(self) -> str:
         """A fingerprint of the contents: equal for equal rows in equal order."""
@@ -100,6 +122,7 @@ def load_rows(
     split: str | None = None,
     label_names: Sequence[str] | None = None,
     num_labels: int | None = None,
+    labels_are: str | None = None,
     require_labels: bool = True,
     text_a: str | None = None,
     text_b: str | None = None,
@@ -109,44 +132,42 @@ def load_rows(
     """Read and check one file, one split of a folder, or one split of a dataset on the hub.
 
     Args:
-        path_or_hub_name: a .tsv, .csv, .jsonl or .parquet file; a folder (then `split` says which file); or a name
-            that `datasets.load_dataset` knows.
+        path_or_hub_name: a .tsv, .csv, .jsonl, .parquet or .txt file; a folder (then `split` says which file); or a
+            name that `datasets.load_dataset` knows.
         split: "train", "dev" or "test" of a folder, or any split of a hub dataset.
-        label_names: the classes in order. A label is one of these names, or an index.
-        num_labels: the number of classes, where the model fixes it; 1 means regression (float labels).
+        label_names: the classes in order. The labels of a source are these names, or all of them indices.
+        num_labels: the number of classes, where a model fixes it or the source lacks some; 1 means regression (float
+            labels).
+        labels_are: "names" or "indices", where numbers could be either.
         require_labels: False accepts data without a label column or with all labels empty.
         text_a, text_b, label: names of the columns; default: the usual ones.
         hub_config: the configuration of a hub dataset, such as "sst2" of "nyu-mll/glue".
 
     Raises:
         DataError: anything wrong with the data.
-        ValueError: `label_names` and `num_labels` contradict each other.
+        ValueError: `label_names` and `num_labels` contradict each other; an unknown `labels_are`.
     """
     if label_names is not None:
         check_label_names(label_names, num_labels)
         num_labels = len(label_names)
+    if labels_are is not None and labels_are not in LABELS_ARE:
+        raise ValueError(f"labels_are: got {labels_are!r}, expected one of {', '.join(LABELS_ARE)}")
     check = partial(
         _checked_rows,
-        chosen={"text_a": text_a, "text_b": text_b, "label": label},
-        num_labels=num_labels,
+        chosen=Columns(text_a, text_b, label),
+        rule=LabelRule(label_names, num_labels, labels_are),
         require_labels=require_labels,
     )
     path = Path(path_or_hub_name)
     if path.is_dir():
         path = _split_file(path, split)
     if path.is_file():
-        bad = BadRows(str(path), "row" if path.suffix == ".parquet" else "line")
-        return check(read_file(path, bad), bad, label_names=label_names)
-    if path.suffix in READERS or path.is_absolute() or str(path_or_hub_name).startswith("."):
+        with path.open("rb") as stream:
+            return check(open_records(stream, format_of(path), str(path)))
+    if path.suffix.lower() in SUFFIXES or path.is_absolute() or str(path_or_hub_name).startswith("."):
         raise DataError(f"{path}: no such file or folder")
-
     dataset = _load_from_hub(str(path_or_hub_name), hub_config, split)
-    names = label_names if label_names is not None else _class_label_names(dataset, label)
-    if num_labels is None and names is not None:
-        check = partial(check, num_labels=len(names))
-    bad = BadRows(f"{path_or_hub_name} ({split})", "row")
-    table = Table(dataset.column_names, range(1, len(dataset) + 1), lambda name: dataset[name][:])
-    return check(table, bad, label_names=names)
+    return check(_hub_records(dataset, f"{path_or_hub_name} ({split})"))
 
 
 def load_folder(
@@ -154,6 +175,7 @@ def load_folder(
     *,
     label_names: Sequence[str] | None = None,
     num_labels: int | None = None,
+    labels_are: str | None = None,
     require_labels: bool = True,
     text_a: str | None = None,
     text_b: str | None = None,
@@ -161,7 +183,8 @@ def load_folder(
 ) -> DataFolder:
     """Read `train`, and where they exist `dev` (or `validation`) and `test`, each .tsv, .csv, .jsonl or .parquet.
 
-    The training file fixes the classes: a label that only the others have is an error. Arguments as in `load_rows`.
+    The training file fixes the classes and how labels are read: a label that only the others have is an error.
+    Arguments as in `load_rows`.
 
     Raises:
         DataError: no training file, two files for one split, or anything wrong with the data.
@@ -170,11 +193,11 @@ def load_folder(
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected one with train.tsv (or .csv, .jsonl, .parquet)")
     read = partial(load_rows, require_labels=require_labels, text_a=text_a, text_b=text_b, label=label)
-    train = read(folder, split="train", label_names=label_names, num_labels=num_labels)
+    train = read(folder, split="train", label_names=label_names, num_labels=num_labels, labels_are=labels_are)
     if train.num_labels is not None:
-        label_names, num_labels = train.label_names, train.num_labels
+        label_names, num_labels, labels_are = train.label_names, train.num_labels, train.labels_are
     others = {
-        split: read(folder, split=split, label_names=label_names, num_labels=num_labels)
+        split: read(folder, split=split, label_names=label_names, num_labels=num_labels, labels_are=labels_are)
         for split in ("dev", "test")
         if _split_candidates(folder, split)
     }
@@ -187,7 +210,7 @@ def _split_file(folder: Path, split: str | None) -> Path:
     found = _split_candidates(folder, split)
     names = " or ".join(SPLIT_NAMES.get(split, (split,)))
     if not found:
-        raise DataError(f"{folder}: no file for split '{split}'; expected {names} with one of {', '.join(READERS)}")
+        raise DataError(f"{folder}: no file for split '{split}'; expected {names} with one of {', '.join(_SPLIT_SUFFIXES)}")
     if len(found) > 1:
         files = ", ".join(path.name for path in found)
         raise DataError(f"{folder}: {len(found)} files for split '{split}' ({files}); expected one; remove the others")
@@ -196,7 +219,11 @@ def _split_file(folder: Path, split: str | None) -> Path:
 
 def _split_candidates(folder: Path, split: str) -> list[Path]:
     names = SPLIT_NAMES.get(split, (split,))
-    return [path for name in names for suffix in READERS if (path := folder / f"{name}{suffix}").is_file()]
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.stem in names and path.suffix.lower() in _SPLIT_SUFFIXES and path.is_file()
+    )
 
 
 def _load_from_hub(name: str, config: str | None, split: str | None) -> datasets.Dataset:
@@ -210,57 +237,60 @@ def _load_from_hub(name: str, config: str | None, split: str | None) -> datasets
     return loaded
 
 
-def _class_label_names(dataset: datasets.Dataset, label: str | None) -> list[str] | None:
-    for name in [label] if label else LABEL_COLUMNS:
-        feature = dataset.features.get(name)
-        if isinstance(feature, datasets.ClassLabel):
-            return list(feature.names)
-    return None
+def _hub_records(dataset: datasets.Dataset, source: str) -> Records:
+    def read(columns: Sequence[str] | None) -> Iterator[Record]:
+        wanted = dataset if columns is None else dataset.select_columns(list(columns))
+        return (Record(number, row) for number, row in enumerate(wanted, 1))
+
+    class_names = {
+        name: list(feature.names)
+        for name, feature in dataset.features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+    return Records(source, "row", dataset.column_names, read, class_names)
 
 
-def _checked_rows(
-    table: Table,
-    bad: BadRows,
-    *,
-    chosen: dict[str, str | None],
-    label_names: Sequence[str] | None,
-    num_labels: int | None,
-    require_labels: bool,
-) -> Rows:
-    text_a, text_b = text_columns(table.columns, chosen["text_a"], chosen["text_b"], bad.source)
-    label = label_column(table.columns, chosen["label"], require_labels, bad.source)
-    columns = {"text_a": table.column(text_a)} | ({"text_b": table.column(text_b)} if text_b else {})
-    for name, values in columns.items():
-        _check_texts(values, text_a if name == "text_a" else text_b or "", table.positions, bad)
-    raw_labels = table.column(label) if label else None
-    if raw_labels is not None:
-        raw_labels = [None if is_missing(value, regression=num_labels == 1) else value for value in raw_labels]
-        if not require_labels and all(value is None for value in raw_labels):
-            raw_labels = None
-    names: tuple[str, ...] | None = None
-    numbers: list[int] | list[float] | None = None
-    if raw_labels is not None and len(raw_labels):
-        numbers, names, num_labels = resolve_labels(raw_labels, table.positions, label_names, num_labels, bad)
+def _checked_rows(records: Records, *, chosen: Columns, rule: LabelRule, require_labels: bool) -> Rows:
+    bad = BadRows(records.source, records.unit)
+    read = list(records.read(None)) if records.columns is None else None
+    columns = records.columns or list(dict.fromkeys(name for record in read or () for name in record.values))
+    if not columns:
+        _note_problems(read or (), bad)
+        bad.raise_if_any()
+    text_a, text_b = text_columns(columns, chosen, records.source)
+    label = label_column(columns, chosen.label, require_labels, records.source)
+    used = [name for name in dict.fromkeys((text_a, text_b, label)) if name is not None]
+    read = list(records.read(used)) if read is None else read
+    _note_problems(read, bad)
+    good = [record for record in read if record.problem is None]
+    texts = {"text_a": text_a} | ({"text_b": text_b} if text_b else {})
+    values = {name: [record.values.get(column) for record in good] for name, column in texts.items()}
+    for name, column in texts.items():
+        for record, value in zip(good, values[name], strict=True):
+            if problem := text_problem(value, column):
+                bad.add(record.position, problem)
+    labels = None
+    if label is not None and good:
+        labels = resolve_labels(
+            [record.values.get(label) for record in good],
+            [record.position for record in good],
+            replace(rule, class_names=records.class_names.get(label)),
+            bad,
+            require_labels,
+        )
     bad.raise_if_any()
-    if not len(table.positions):
-        raise DataError(f"{bad.source}: no rows after the header; expected at least one")
-    features = {name: datasets.Value("string") for name in columns}
-    if numbers is None:
-        dataset = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
-        return Rows(dataset, None, None, bad.source)
-    features["label"] = datasets.Value("float32" if num_labels == 1 else "int64")
-    dataset = datasets.Dataset.from_dict({**columns, "label": numbers}, features=datasets.Features(features))
-    return Rows(dataset, names, num_labels, bad.source)
+    if not good:
+        raise DataError(f"{records.source}: no rows after the header; expected at least one")
+    features = {name: datasets.Value("string") for name in values}
+    if labels is None:
+        dataset = datasets.Dataset.from_dict(values, features=datasets.Features(features))
+        return Rows(dataset, None, None, records.source)
+    features["label"] = datasets.Value("float32" if labels.num_labels == 1 else "int64")
+    dataset = datasets.Dataset.from_dict({**values, "label": labels.numbers}, features=datasets.Features(features))
+    return Rows(dataset, labels.label_names, labels.num_labels, records.source, labels.labels_are)
 
 
-def _check_texts(values: Sequence[Any], column: str, positions: Sequence[int], bad: BadRows) -> None:
-    for position, value in zip(positions, values, strict=True):
-        if isinstance(value, str) and value.strip():
-            continue
-        if value is None:
-            got = f"no value in column '{column}'"
-        elif isinstance(value, str):
-            got = f"empty text in column '{column}'"
-        else:
-            got = f"{value!r} ({type(value).__name__}) in column '{column}'"
-        bad.add(position, got, "text", "fill it in or delete the row")
+def _note_problems(records: Iterable[Record], bad: BadRows) -> None:
+    for record in records:
+        if record.problem is not None:
+            bad.add(record.position, record.problem)

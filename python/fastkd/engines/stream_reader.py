@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from fastkd.data.columns import PAIR_COLUMNS, TEXT_COLUMNS
+from fastkd.data.columns import texts_of
+from fastkd.data.errors import Problem
 from fastkd.data.input_format import encode
+from fastkd.data.texts import text_problem
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.encoders.families import longest_input
 
@@ -176,29 +178,20 @@ def _texts(row: Any) -> Text:
     problem = getattr(row, "problem", None)
     if problem is not None:
         raise ValueError(problem)
+    if isinstance(row, Mapping):
+        found = texts_of(row)
+        if isinstance(found, Problem):
+            raise ValueError(str(found))
+        return found
     first: Any
     second: Any
     if isinstance(row, str):
         first, second = row, None
     elif isinstance(row, tuple) and len(row) == 2:
         first, second = row
-    elif isinstance(row, Mapping):
-        first, second = _texts_of(row)
     else:
         first, second = getattr(row, "text_a", None), getattr(row, "text_b", None)
     for text in (first,) if second is None else (first, second):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"no text: got {text!r}, expected a sentence")
-        # what cannot be encoded as UTF-8 was never decoded properly
-        text.encode()
+        if wrong := text_problem(text):
+            raise ValueError(str(wrong))
     return first, second
-
-
-def _texts_of(row: Mapping[str, Any]) -> tuple[Any, Any]:
-    for first, second in PAIR_COLUMNS:
-        if row.get(first) is not None and row.get(second) is not None:
-            return row[first], row[second]
-    for name in TEXT_COLUMNS:
-        if name in row:
-            return row[name], None
-    raise ValueError(f"no text column among {', '.join(map(str, row))}; expected one of {', '.join(TEXT_COLUMNS)}")

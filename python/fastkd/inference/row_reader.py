@@ -1,26 +1,22 @@
-"""Read rows from a file or pipe, one by one: TSV, JSON lines or text. A row that cannot be read says why."""
+"""Rows to be answered, one by one, from a file or pipe of any format of `fastkd.data.records`."""
 
 from __future__ import annotations
 
-import codecs
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from fastkd.data.columns import PAIR_COLUMNS, TEXT_COLUMNS
+from fastkd.data import records
+from fastkd.data.columns import Columns, text_columns, texts_of
+from fastkd.data.errors import DataError, Problem
+from fastkd.data.records import FORMATS, Record, open_records
 
-FORMATS = ("tsv", "jsonl", "text")
 STANDARD_STREAM = "-"
-
-_SUFFIXES = {".tsv": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "text"}
-_LONGEST_LINE = 1 << 20  # bytes; a longer line is no sentence and would break the promise of bounded memory
 
 
 @dataclass(frozen=True)
 class InputRow:
-    """One row as read: its line number from 1, and either its texts or the problem with it."""
+    """One row as read: its line or row number from 1, and either its texts or the problem with it."""
 
     line: int
     text_a: str = ""
@@ -40,123 +36,49 @@ def format_of(path: str, stated: str | None = None) -> str | None:
         return stated
     if path == STANDARD_STREAM:
         return None
-    suffix = Path(path).suffix.lower()
-    if suffix not in _SUFFIXES:
-        raise ValueError(
-            f"format: cannot tell the format of {path!r} from its suffix {suffix!r}; name the file "
-            f"{', '.join(_SUFFIXES)} or pass --format {'|'.join(FORMATS)}"
-        )
-    return _SUFFIXES[suffix]
+    try:
+        return records.format_of(path)
+    except DataError as error:
+        raise ValueError(f"format: {error}, or pass --format {'|'.join(FORMATS)}") from None
 
 
-def read_rows(stream: BinaryIO, form: str | None = None, name: str = "input") -> Iterator[InputRow]:
+def read_rows(
+    stream: BinaryIO,
+    form: str | None = None,
+    name: str = "input",
+    *,
+    text_a: str | None = None,
+    text_b: str | None = None,
+) -> Iterator[InputRow]:
     """Read rows one by one.
 
     Args:
-        stream: UTF-8 bytes. TSV has a header that names the text columns as in `fastkd.data.columns` (text_a and
-            perhaps text_b; no quoting; other columns are ignored), JSONL one object a line with these keys, text one
-            sentence a line.
+        stream: of any format of `fastkd.data.records`. Tables name their text columns as in `fastkd.data.columns`;
+            JSON lines may mix pairs with single texts, whose second text is absent or null.
         form: one of `FORMATS`; None looks at the first line.
         name: of the file, for messages.
+        text_a, text_b: names of the columns; default: the usual ones.
 
     Raises:
-        ValueError: nothing in the stream, or a TSV header without a text column.
+        DataError: nothing in the stream, a table without a text column, or another encoding than UTF-8.
     """
-    lines = _lines(stream)
-    first = next(lines, None)
-    if first is None:
-        raise ValueError(f"{name} is empty; expected at least one sentence")
-    form = form or _guess(first)
-    if form == "tsv":
-        yield from _tsv_rows(first, lines, name)
-        return
-    parse = _json_row if form == "jsonl" else _text_row
-    yield parse(1, first)
-    for number, line in enumerate(lines, start=2):
-        yield parse(number, line)
-
-
-def _lines(stream: BinaryIO) -> Iterator[str | InputRow]:
-    """Decoded lines without their ending; an `InputRow` with the problem where a line cannot be had."""
-    number = 0
-    while raw := stream.readline(_LONGEST_LINE):
-        number += 1
-        if len(raw) == _LONGEST_LINE and not raw.endswith(b"\n"):
-            while (rest := stream.readline(_LONGEST_LINE)) and not rest.endswith(b"\n"):
-                pass
-            yield InputRow(number, problem=f"longer than {_LONGEST_LINE} bytes; a row is one sentence or pair")
-            continue
-        raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
-        try:
-            yield raw.decode("utf-8").removesuffix("\n").removesuffix("\r")
-        except UnicodeDecodeError as error:
-            yield InputRow(number, problem=f"byte 0x{raw[error.start]:02x} is not UTF-8; convert the file to UTF-8")
-
-
-def _guess(first: str | InputRow) -> str:
-    if isinstance(first, InputRow):
-        return "text"
-    if first.lstrip().startswith("{"):
-        return "jsonl"
-    return "tsv" if _text_columns(first.split("\t")) else "text"
-
-
-def _text_columns(columns: Sequence[str]) -> tuple[str, ...]:
-    """The one or two columns that hold the text, by the names in `fastkd.data.columns`; empty where there is none."""
-    known = {column.strip().lower(): column for column in columns}
-    for names in (*PAIR_COLUMNS, *((name,) for name in TEXT_COLUMNS)):
-        if all(name in known for name in names):
-            return tuple(known[name] for name in names)
-    return ()
-
-
-def _tsv_rows(header: str | InputRow, lines: Iterator[str | InputRow], name: str) -> Iterator[InputRow]:
-    columns = [] if isinstance(header, InputRow) else header.split("\t")
-    texts = _text_columns(columns)
-    if not texts:
-        raise ValueError(
-            f"{name}, line 1: the header has no text column; expected {TEXT_COLUMNS[0]} (and {PAIR_COLUMNS[0][1]} for "
-            "pairs), separated by tabs; for one sentence a line pass --format text"
-        )
-    indices = [columns.index(text) for text in texts]
+    chosen = Columns(text_a, text_b)
+    opened = open_records(stream, form, name)
+    wanted = None
+    if opened.columns is not None:
+        first, second = text_columns(opened.columns, chosen, name)
+        chosen = Columns(first, second)
+        wanted = [first] if second is None else [first, second]
     is_empty = True
-    for number, line in enumerate(lines, start=2):
+    for record in opened.read(wanted):
         is_empty = False
-        if isinstance(line, InputRow):
-            yield line
-            continue
-        fields = line.split("\t")
-        if len(fields) != len(columns):
-            yield InputRow(number, problem=f"{len(fields)} columns, expected {len(columns)} ({', '.join(columns)})")
-            continue
-        yield _row(number, [fields[index] for index in indices], texts)
+        yield _row(record, chosen)
     if is_empty:
-        raise ValueError(f"{name} has a header and no rows; expected at least one sentence")
+        raise DataError(f"{name} has a header and no rows; expected at least one text")
 
 
-def _json_row(number: int, line: str | InputRow) -> InputRow:
-    if isinstance(line, InputRow):
-        return line
-    try:
-        value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        return InputRow(number, problem=f"not JSON ({error})")
-    # a null second text is how writers of mixed files mark a single one
-    given = {key: text for key, text in value.items() if text is not None} if isinstance(value, dict) else {}
-    texts = _text_columns(list(given))
-    if not texts:
-        return InputRow(number, problem=f'no text; expected an object such as {{"{TEXT_COLUMNS[0]}": "..."}}')
-    return _row(number, [given[name] for name in texts], texts)
-
-
-def _text_row(number: int, line: str | InputRow) -> InputRow:
-    return line if isinstance(line, InputRow) else _row(number, [line], ("text",))
-
-
-def _row(number: int, texts: Sequence[Any], names: Sequence[str]) -> InputRow:
-    for name, text in zip(names, texts, strict=True):
-        if not isinstance(text, str):
-            return InputRow(number, problem=f"{name} is a JSON {type(text).__name__}, expected a string")
-        if not text.strip():
-            return InputRow(number, problem=f"{name} is empty" if len(names) > 1 or name != "text" else "empty line")
-    return InputRow(number, *texts)
+def _row(record: Record, chosen: Columns) -> InputRow:
+    texts = record.problem or texts_of(record.values, chosen)
+    if isinstance(texts, Problem):
+        return InputRow(record.position, problem=str(texts))
+    return InputRow(record.position, *texts)
