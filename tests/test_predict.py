@@ -215,7 +215,10 @@ def test_file_to_file_keeps_bad_rows_in_place(
     assert lines[0][2] == "1"
     assert 1 / 3 <= float(lines[0][1]) <= 1
     assert (summary.rows, summary.bad_rows, summary.exits) == (4, 2, {1: 2})
-    assert [problem.split(";")[0] for problem in summary.problems] == ["line 3: empty text in column 'text_a'", "line 5: 1 field"]
+    assert [problem.split(";")[0] for problem in summary.problems] == [
+        "line 3: empty text in column 'text_a'",
+        "line 5: 1 field",
+    ]
     assert summary.average_layers == 1.0
 
 

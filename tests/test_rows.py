@@ -164,7 +164,10 @@ def test_line_ends_and_byte_order_mark(tmp_path: Path) -> None:
         ("label\ttext\n0\tok\n1\t  \n", "line 3: empty text in column 'text'; expected text; fill it in"),
         ("label\ttext\n0\tok\nx\tok\n1\tok\n", "line 3: label 'x'; expected an integer like the other labels"),
         ("label\ttext\na\tok\nb\tok\n7\tok\n", "line 4: label '7'; expected a name like the other labels"),
-        ("label\ttext\n0\tok\n-1\tok\n", "line 3: no label ('-1'); expected a label in every row; fill it in or delete the row; if -1 is a class, name"),
+        (
+            "label\ttext\n0\tok\n-1\tok\n",
+            "line 3: no label ('-1'); expected a label in every row; fill it in or delete the row; if -1",
+        ),
         ("label\ttext\n0\tok\n\tok\n", "line 3: no label; expected a label in every row"),
         (
             b"label\ttext\n0\tok\n1\tcaf\xe9\n",

@@ -9,7 +9,7 @@ answers at once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +19,7 @@ from fastkd.commands.compare import compare
 from fastkd.commands.demo import demo
 from fastkd.commands.distill import distill
 from fastkd.commands.finetune import finetune
+from fastkd.commands.flags import options_of_command
 from fastkd.commands.import_fastbert import import_fastbert
 from fastkd.commands.info import info
 from fastkd.commands.kd import kd
@@ -79,6 +80,7 @@ def _version(wanted: bool) -> None:
     epilog="[bold]Start here:[/] [cyan]fastkd demo[/] trains, distils and measures a small model in three minutes."
 )
 def options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
@@ -99,6 +101,9 @@ def options(
       8. [cyan]fastkd predict[/]   answers for files and pipes, at the speed you chose
     """
     wants_traceback.set(traceback)
+    group: Any = context.command
+    command = group.get_command(context, context.invoked_subcommand)
+    options_of_command.set([name for parameter in command.params for name in parameter.opts])
 
 
 def main() -> None:

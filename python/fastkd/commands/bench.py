@@ -12,11 +12,16 @@ from fastkd.commands.options import (
     Device,
     DrawSeed,
     Json,
+    LabelColumn,
+    LabelsAreOption,
     MaxLength,
     OneCriterion,
+    PairColumn,
     Split,
+    TextColumn,
     TopN,
     parse_speeds,
+    row_reading,
     whole_numbers,
     words,
 )
@@ -27,6 +32,10 @@ def bench(
     checkpoint: Checkpoint,
     data: Annotated[Path, typer.Argument(help="A .tsv, .csv, .jsonl or .parquet file, or a folder of splits.")],
     split: Split = "test",
+    text_column: TextColumn = None,
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = None,
+    labels_are: LabelsAreOption = None,
     speeds: Annotated[
         str, typer.Option(help="Numbers above 0; the full model is always measured.")
     ] = "0.1,0.3,0.5,0.8",
@@ -72,7 +81,8 @@ def bench(
         if threads is not None:
             torch.set_num_threads(threads)
         model, tokenizer = load_model(checkpoint, device)
-        table = load_data(data, split, model).sample(rows, seed)
+        reading = row_reading(text_column, pair_column, label_column, labels_are)
+        table = load_data(data, split, model, reading).sample(rows, seed)
         with counted(screen, "measuring", passes(chosen, sizes, kinds, repeats)) as on_progress:
             measured = benchmark_rows(
                 model, tokenizer, table, max_length=max_length, speeds=chosen, batch_sizes=sizes, dtypes=kinds,

@@ -16,13 +16,20 @@ from fastkd.commands.options import (
     Dtype,
     DtypeOption,
     Json,
+    LabelColumn,
+    LabelsAreOption,
     Limit,
     MaxLength,
+    PairColumn,
     Split,
+    TextColumn,
     TopN,
+    carried,
     criterion_option,
     parse_share,
+    row_reading,
 )
+from fastkd.commands.predict import predict
 from fastkd.commands.screen import Screen, quieten, screen_for, share
 
 if TYPE_CHECKING:
@@ -45,6 +52,7 @@ class Method(str, Enum):
 
 
 def calibrate(
+    context: typer.Context,
     source: Annotated[
         str, typer.Argument(help="A model folder together with --data, or a trace file.", show_default=False)
     ],
@@ -86,6 +94,10 @@ def calibrate(
     set_default: Annotated[
         bool, typer.Option("--set-default", help="The model runs at this speed where it is given none.")
     ] = False,
+    text_column: TextColumn = None,
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = None,
+    labels_are: LabelsAreOption = None,
     limit: Limit = None,
     max_length: MaxLength = None,
     batch_size: BatchSize = 32,
@@ -127,7 +139,10 @@ def calibrate(
             path = threshold_path(
                 ExitTrace.load(path_trace), chosen, top_n, guarantee=guarantee.value, tolerance=tolerance
             )
-        options = TraceOptions(split, limit, max_length, batch_size, seed, device, dtype.value)
+        options = TraceOptions(
+            split, limit, max_length, batch_size, seed, device, dtype.value,
+            row_reading(text_column, pair_column, label_column, labels_are),
+        )  # fmt: skip
         trace = load_or_make_trace(screen, source, data, options)
         with screen.warnings():
             certificate = calibration.calibrate(
@@ -142,10 +157,12 @@ def calibrate(
             certificate.save(folder, weights, set_default=set_default)
         if output is not None:
             write_json(output, certificate.to_dict())
-        _report(screen, certificate, folder, trace.num_layers, set_default)
+        _report(screen, certificate, folder, trace.num_layers, set_default, carried(context, predict))
 
 
-def _report(screen: Screen, certificate: Certificate, folder: Path | None, layers: int, set_default: bool) -> None:
+def _report(
+    screen: Screen, certificate: Certificate, folder: Path | None, layers: int, set_default: bool, again: str
+) -> None:
     print_certificate(screen, certificate, layers)
     if folder is None:
         screen.say("not saved: name the model with --model MODEL to write the certificate into its config.json")
@@ -153,7 +170,7 @@ def _report(screen: Screen, certificate: Certificate, folder: Path | None, layer
         screen.out.print(f"saved in [bold]{folder / 'config.json'}[/]", soft_wrap=True)
         is_number = isinstance(certificate.speed, float)
         speed = "" if set_default or not is_number else f" --speed {certificate.speed:g}"
-        screen.next_step(f"fastkd predict {folder} INPUT{speed} --monitor 1%")
+        screen.next_step(f"fastkd predict {folder} INPUT{speed}{again} --monitor 1%")
     screen.result(certificate.to_dict() | {"saved": None if folder is None else str(folder)})
 
 

@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from fastkd.commands.options import Device, Json, parse_speeds, whole_numbers, words
+from fastkd.commands.options import (
+    Device,
+    Json,
+    LabelColumn,
+    LabelsAreOption,
+    PairColumn,
+    TextColumn,
+    parse_speeds,
+    row_reading,
+    whole_numbers,
+    words,
+)
 from fastkd.commands.screen import quieten, screen_for
 
 
@@ -18,6 +29,10 @@ def demo(
     data: Annotated[
         Path | None, typer.Option(help="Folder with train, test and perhaps dev; default: a generated corpus.")
     ] = None,
+    text_column: TextColumn = None,
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = None,
+    labels_are: LabelsAreOption = None,
     checkpoint: Annotated[
         str, typer.Option(help="Start from this checkpoint instead of the packaged MiniLM.")
     ] = "minilm",
@@ -69,5 +84,6 @@ def demo(
             "dtypes": dtypes and tuple(words(dtypes)),
         }  # fmt: skip
         chosen = {name: value for name, value in given.items() if value is not None}
-        result = run_demo(screen, output, data, demo_options(data, chosen), start_over=start_over)
+        reading = row_reading(text_column, pair_column, label_column, labels_are).given()
+        result = run_demo(screen, output, data, demo_options(data, chosen), start_over=start_over, reading=reading)
         screen.result(result.to_dict())

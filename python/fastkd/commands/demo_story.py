@@ -146,7 +146,13 @@ class DemoResult:
 
 
 def run_demo(
-    screen: Screen, output: Path, data: Path | None, options: DemoOptions, *, start_over: bool = False
+    screen: Screen,
+    output: Path,
+    data: Path | None,
+    options: DemoOptions,
+    *,
+    start_over: bool = False,
+    reading: Mapping[str, str] | None = None,
 ) -> DemoResult:
     """Run every stage and write everything to `output`.
 
@@ -156,6 +162,7 @@ def run_demo(
         data: folder with train and test (and dev) files; None generates a corpus.
         options: see there.
         start_over: forget what an earlier run left in `output`.
+        reading: arguments of `fastkd.load_folder` about columns and labels of `data`.
 
     Raises:
         ModuleNotFoundError: the packaged checkpoint is asked for and not installed.
@@ -167,8 +174,8 @@ def run_demo(
     pick_device(options.device)
     timings = Timings()
     with timings.stage("data") as record:
-        _prepare(output, data, plan, start_over)
-        folder, test = _load(output, data, plan)
+        _prepare(output, data, plan, start_over, reading or {})
+        folder, test = _load(output, data, plan, reading or {})
         record["note"] = f"{len(folder.train)} training rows, {len(test)} test rows"
     screen.say(f"[bold]1[/] data: {record['note']}" + ("" if data else " of a generated corpus with graded difficulty"))
     with timings.stage("fine-tune") as record:
@@ -203,9 +210,11 @@ def run_demo(
     return result
 
 
-def _prepare(output: Path, data: Path | None, plan: TrainingPlan, start_over: bool) -> None:
+def _prepare(output: Path, data: Path | None, plan: TrainingPlan, start_over: bool, reading: Mapping[str, str]) -> None:
     """Take up an earlier run with the same settings, or make sure that there is none."""
-    settings = json.loads(json.dumps(asdict(plan) | {"data": str(data.resolve()) if data else None}))
+    # None where nothing was chosen, as in the settings of versions that had no choice
+    chosen = {"data": str(data.resolve()) if data else None, "reading": dict(reading) or None}
+    settings = json.loads(json.dumps(asdict(plan) | chosen))
     path = output / _SETTINGS
     if start_over:
         for name in ("corpus", FINETUNED, DISTILLED, f"{FINETUNED}.checkpoints", f"{DISTILLED}.checkpoints"):
@@ -224,12 +233,12 @@ def _prepare(output: Path, data: Path | None, plan: TrainingPlan, start_over: bo
     write_json(path, settings)
 
 
-def _load(output: Path, data: Path | None, plan: TrainingPlan) -> tuple[DataFolder, Rows]:
+def _load(output: Path, data: Path | None, plan: TrainingPlan, reading: Mapping[str, str]) -> tuple[DataFolder, Rows]:
     if data is None:
         if not (output / "corpus" / "difficulty.tsv").exists():
             corpus.write_corpus(output / "corpus", seed=plan.seed)
         data = output / "corpus"
-    folder = load_folder(data)
+    folder = load_folder(data, **dict[str, Any](reading))
     if folder.num_labels == 1:
         raise ValueError(
             f"data: {data} is a regression, and the demo is about classes; run fastkd finetune {plan.checkpoint} "

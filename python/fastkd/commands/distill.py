@@ -14,17 +14,24 @@ from fastkd.commands.options import (
     DevFile,
     Epochs,
     Json,
+    LabelColumn,
+    LabelsAreOption,
     MaxLength,
     MaxSteps,
     Overwrite,
+    PairColumn,
     Parity,
     Resume,
     Seed,
+    TextColumn,
     TrainFile,
     TrainRows,
+    carried,
+    row_reading,
     training_options,
 )
 from fastkd.commands.screen import quieten, screen_for, show_training
+from fastkd.commands.sweep import sweep
 
 
 def distill(
@@ -34,6 +41,10 @@ def distill(
     data: DataOption = None,
     train: TrainFile = None,
     dev: DevFile = None,
+    text_column: TextColumn = None,
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = None,
+    labels_are: LabelsAreOption = None,
     train_rows: TrainRows = None,
     epochs: Epochs = 3.0,
     max_steps: MaxSteps = None,
@@ -75,7 +86,9 @@ def distill(
         from fastkd.training.progress import training_progress
 
         model, tokenizer = load_model(checkpoint, "cpu")
-        folder = load_splits(data, train, dev, model=model)
+        folder = load_splits(
+            data, train, dev, row_reading(text_column, pair_column, label_column, labels_are), model=model
+        )
         limit = set_length(model, tokenizer, max_length)
         chosen = {
             "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate,
@@ -88,4 +101,4 @@ def distill(
             done = self_distillation.distill(model, rows, folder.dev, output, options, tokenizer, [callback])
         show_training(screen, done)
         target = f"{data} --split dev" if data and folder.dev is not None else (dev or data or train)
-        screen.next_step(f"fastkd sweep {output} --data {target}")
+        screen.next_step(f"fastkd sweep {output} --data {target}{carried(context, sweep, without=['data', 'seed'])}")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fastkd.commands.distill import distill
 from fastkd.commands.options import (
     BatchSize,
     Bf16,
@@ -14,16 +15,25 @@ from fastkd.commands.options import (
     DevFile,
     Epochs,
     Json,
+    LabelColumn,
+    LabelNames,
+    LabelsAreOption,
     MaxLength,
     MaxSteps,
+    NumLabels,
     Overwrite,
+    PairColumn,
     Parity,
     Resume,
     Seed,
+    TextColumn,
     TrainFile,
     TrainRows,
+    carried,
     layer_numbers,
+    row_reading,
     training_options,
+    words,
 )
 from fastkd.commands.screen import quieten, screen_for, show_training
 
@@ -42,10 +52,13 @@ def finetune(
     data: DataOption = None,
     train: TrainFile = None,
     dev: DevFile = None,
+    text_column: TextColumn = None,
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = None,
+    labels_are: LabelsAreOption = None,
     train_rows: TrainRows = None,
-    num_labels: Annotated[
-        int | None, typer.Option(min=1, help="Classes; default: those in the rows. 1 is regression.")
-    ] = None,
+    num_labels: NumLabels = None,
+    labels: LabelNames = None,
     head: Annotated[str, typer.Option(help="fastbert (two-head attention, 128 wide) or linear.")] = "fastbert",
     exit_layers: Annotated[
         str | None, typer.Option(help="Layers with a head, as in 1,3,6; default: every layer.")
@@ -90,7 +103,9 @@ def finetune(
         from fastkd.training import finetune as training
         from fastkd.training.progress import training_progress
 
-        folder = load_splits(data, train, dev, num_labels=num_labels)
+        reading = row_reading(text_column, pair_column, label_column, labels_are)
+        names = None if labels is None else words(labels)
+        folder = load_splits(data, train, dev, reading, num_labels=num_labels, label_names=names)
         model, tokenizer = load_plain(checkpoint, folder, head, layer_numbers(exit_layers), seed)
         tokenizer = set_input_format(
             model, tokenizer, input_format or ("uer" if parity else input_format_of(tokenizer))
@@ -106,10 +121,4 @@ def finetune(
         with training_progress(screen, "fine-tuning") as callback:
             done = training.finetune(model, rows, folder.dev, output, options, tokenizer, [callback])
         show_training(screen, done)
-        screen.next_step(f"fastkd distill {output} {_data_arguments(data, train, dev)} -o {output}-distilled")
-
-
-def _data_arguments(data: Path | None, train: Path | None, dev: Path | None) -> str:
-    if data is not None:
-        return f"--data {data}"
-    return f"--train {train}" + (f" --dev {dev}" if dev else "")
+        screen.next_step(f"fastkd distill {output}{carried(context, distill)} -o {output}-distilled")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from fastkd.commands.options import RowReading
 from fastkd.commands.screen import Screen
+from fastkd.data.labels import names_of_classes
 from fastkd.data.rows import DataFolder, Rows, load_folder, load_rows
 from fastkd.exits.trace import ExitTrace
 from fastkd.inference.trace_rows import trace_rows
@@ -19,8 +22,10 @@ def load_splits(
     data: Path | None,
     train: Path | None,
     dev: Path | None,
+    reading: RowReading,
     *,
     num_labels: int | None = None,
+    label_names: Sequence[str] | None = None,
     model: PreTrainedModel | None = None,
 ) -> DataFolder:
     """The rows to train on: a folder, or single files. With a model its labels count, and rows may have none.
@@ -33,22 +38,25 @@ def load_splits(
         raise ValueError("--data: give either --data FOLDER or --train FILE (and perhaps --dev FILE)")
     if data is not None and dev is not None:
         raise ValueError("--dev: goes with --train; with --data the dev rows come from the folder")
-    labels: dict[str, Any] = {"num_labels": num_labels} if model is None else _labels_of(model)
-    labels["require_labels"] = model is None
+    labels: dict[str, Any] = {"num_labels": num_labels, "label_names": label_names}
+    if model is not None:
+        labels = _labels_of(model)
+    options = {**reading.given(), **labels, "require_labels": model is None}
     if data is not None:
-        return load_folder(data, **labels)
+        return load_folder(data, **options)
     assert train is not None
-    rows = load_rows(train, **labels)
+    rows = load_rows(train, **options)
     if dev is None:
         return DataFolder(rows, None, None)
     if rows.num_labels is not None:
-        labels |= {"label_names": rows.label_names, "num_labels": rows.num_labels}
-    return DataFolder(rows, load_rows(dev, **labels), None)
+        options |= {"label_names": rows.label_names, "num_labels": rows.num_labels, "labels_are": rows.labels_are}
+    return DataFolder(rows, load_rows(dev, **options), None)
 
 
-def load_data(path: Path, split: str, model: PreTrainedModel) -> Rows:
+def load_data(path: Path, split: str, model: PreTrainedModel, reading: RowReading) -> Rows:
     """Rows of a file, or of one split of a folder; their labels, where they have some, are the model's."""
-    return load_rows(path, split=split if path.is_dir() else None, require_labels=False, **_labels_of(model))
+    options = {**reading.given(), **_labels_of(model)}
+    return load_rows(path, split=split if path.is_dir() else None, require_labels=False, **options)
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class TraceOptions:
         seed: of the draw.
         device: as for `fastkd.model.loading.pick_device`.
         dtype: of the weights, one of `fastkd.model.loading.DTYPES`.
+        reading: the columns of the rows.
     """
 
     split: str
@@ -72,12 +81,13 @@ class TraceOptions:
     seed: int
     device: str
     dtype: str = "fp32"
+    reading: RowReading = field(default_factory=RowReading)
 
 
 def make_trace(screen: Screen, checkpoint: str, data: Path, options: TraceOptions) -> ExitTrace:
     """The trace of a model folder on the rows of a file or of one split of a folder."""
     model, tokenizer = load_model(checkpoint, options.device, options.dtype)
-    rows = load_data(data, options.split, model)
+    rows = load_data(data, options.split, model, options.reading)
     with screen.progress("tracing", None) as update:
         return trace_rows(
             model, tokenizer, rows, limit=options.limit, seed=options.seed, max_length=options.max_length,
@@ -99,6 +109,5 @@ def load_or_make_trace(screen: Screen, source: str, data: Path | None, options: 
 
 
 def _labels_of(model: PreTrainedModel) -> dict[str, Any]:
-    names = list((model.config.id2label or {}).values())
-    is_named = len(names) > 1 and names != [f"LABEL_{index}" for index in range(len(names))]
-    return {"label_names": names} if is_named else {"num_labels": model.config.num_labels}
+    names = names_of_classes(model.config.id2label)
+    return {"num_labels": model.config.num_labels} if names is None else {"label_names": names}

@@ -13,13 +13,21 @@ from fastkd.commands.options import (
     DevFile,
     Epochs,
     Json,
+    LabelColumn,
+    LabelNames,
+    LabelsAreOption,
     MaxLength,
     MaxSteps,
+    NumLabels,
     Overwrite,
+    PairColumn,
     Resume,
     Seed,
+    TextColumn,
     TrainFile,
     TrainRows,
+    carried,
+    row_reading,
     words,
 )
 from fastkd.commands.screen import quieten, screen_for
@@ -27,6 +35,7 @@ from fastkd.kd.catalogue import CATALOGUE
 
 
 def kd(
+    context: typer.Context,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the finished student.")],
     teacher: Annotated[
         str | None,
@@ -54,7 +63,13 @@ def kd(
     data: DataOption = None,
     train: TrainFile = None,
     dev: DevFile = None,
+    text_column: TextColumn = None,
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = None,
+    labels_are: LabelsAreOption = None,
     train_rows: TrainRows = None,
+    num_labels: NumLabels = None,
+    labels: LabelNames = None,
     regression: Annotated[
         bool, typer.Option(help="Labels are numbers; known from a teacher, if there is one.")
     ] = False,
@@ -118,9 +133,11 @@ def kd(
 
         pool = pool or method_of(method).pool
         loaded = None if teacher is None else Teacher.load(checkpoint_path(teacher), pool)
-        num_labels = 1 if regression else None
+        if regression:
+            num_labels = 1
         folder = load_splits(
-            data, train, dev, num_labels=num_labels, model=None if loaded is None else loaded.model
+            data, train, dev, row_reading(text_column, pair_column, label_column, labels_are), num_labels=num_labels,
+            label_names=None if labels is None else words(labels), model=None if loaded is None else loaded.model,
         )  # fmt: skip
         name = student if is_made_of_teacher(student) else checkpoint_path(student)
         options: dict[str, Any] = {
@@ -144,7 +161,7 @@ def kd(
         screen.out.print(f"{done.steps} steps in {done.seconds:.0f} s; {shown or 'no dev rows, so nothing evaluated'}")
         screen.out.print(f"student: [bold]{done.output_dir}[/]")
         screen.next_step(
-            f"fastkd kd --teacher {output} --data {data or 'DATA'} -o smaller"
+            f"fastkd kd --teacher {output}{carried(context, kd)} -o smaller"
             if method == "none"
             else "fastkd kd-table GRID.yaml -o table"
         )

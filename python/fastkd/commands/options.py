@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +31,13 @@ class Dtype(str, Enum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
+
+
+class LabelsAre(str, Enum):
+    """How numbers in the label column are meant."""
+
+    names = "names"
+    indices = "indices"
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output, and nothing else.")]
@@ -58,6 +68,21 @@ TopN = Annotated[int | None, typer.Option(min=2, help="Classes that the top_n cr
 DataOption = Annotated[
     Path | None, typer.Option(help="Folder with train and perhaps dev and test (.tsv, .csv, .jsonl, .parquet).")
 ]
+TextColumn = Annotated[
+    str | None, typer.Option(help="Column of the text, or of the first of two; default: text_a, text, sentence...")
+]
+PairColumn = Annotated[str | None, typer.Option(help="Column of the second text; default: text_b, sentence2...")]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of the label; default: label, labels, class...")]
+LabelsAreOption = Annotated[
+    LabelsAre | None,
+    typer.Option("--labels-are", help="Numbers are names of classes or indices of them; default: whichever fits all."),
+]
+LabelNames = Annotated[
+    str | None, typer.Option("--labels", help="Names of the classes 0, 1, 2... as in negative,positive.")
+]
+NumLabels = Annotated[
+    int | None, typer.Option(min=1, help="Classes; default: those in the rows, without gaps. 1 is regression.")
+]
 TrainFile = Annotated[Path | None, typer.Option(help="Training rows, instead of --data.")]
 DevFile = Annotated[Path | None, typer.Option(help="Rows that choose the best weights, instead of --data.")]
 TrainRows = Annotated[int | None, typer.Option(min=1, help="Train on at most so many rows, drawn at random.")]
@@ -74,6 +99,56 @@ Parity = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a killed run of the same command.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier run.")]
+
+
+@dataclass(frozen=True)
+class RowReading:
+    """How rows are read, as `fastkd.load_rows` takes it."""
+
+    text_a: str | None = None
+    text_b: str | None = None
+    label: str | None = None
+    labels_are: str | None = None
+
+    def given(self) -> dict[str, str]:
+        """What a user named."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def row_reading(
+    text_column: str | None, pair_column: str | None, label_column: str | None, labels_are: LabelsAre | None
+) -> RowReading:
+    return RowReading(text_column, pair_column, label_column, labels_are and labels_are.value)
+
+
+_CARRIED = (
+    "data", "train", "dev", "train_rows", "text_column", "pair_column", "label_column", "labels_are", "max_length",
+    "parity", "bf16", "seed", "criterion", "top_n", "dtype", "device",
+)  # fmt: skip
+"""Options that say which rows, which decision and which arithmetic: what follows a command needs them again."""
+
+
+def carried(context: typer.Context, following: Callable[..., None], without: Sequence[str] = ()) -> str:
+    """The options that the user gave to this command and that the one which follows needs again.
+
+    They come with a leading space; those in `without` are left out.
+    """
+    accepted = inspect.signature(following).parameters
+    parts: list[str] = []
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        source = context.get_parameter_source(name)
+        if name not in _CARRIED or name not in accepted or name in without:
+            continue
+        if source is not None and source.name != "DEFAULT":
+            parts += _written(parameter, context.params[name])
+    return "".join(f" {part}" for part in parts)
+
+
+def _written(parameter: Any, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [parameter.opts[0] if value else parameter.secondary_opts[0]]
+    return [parameter.opts[0], shlex.quote(str(getattr(value, "value", value)))]
 
 
 def parse_speeds(text: str) -> list[float]:

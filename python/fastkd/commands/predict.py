@@ -15,6 +15,8 @@ from fastkd.commands.options import (
     Json,
     MaxLength,
     OneCriterion,
+    PairColumn,
+    TextColumn,
     TopN,
     layer_numbers,
     parse_share,
@@ -24,8 +26,12 @@ from fastkd.commands.screen import Screen, quieten, screen_for
 
 def predict(
     checkpoint: Checkpoint,
-    source: Annotated[str, typer.Argument(metavar="INPUT", help="A .tsv, .jsonl or .txt file; - reads a pipe.")] = "-",
+    source: Annotated[
+        str, typer.Argument(metavar="INPUT", help="A .tsv, .csv, .jsonl, .parquet or .txt file; - reads a pipe.")
+    ] = "-",
     output: Annotated[str, typer.Option("--output", "-o", help="A .tsv or .jsonl file; - writes to the screen.")] = "-",
+    text_column: TextColumn = None,
+    pair_column: PairColumn = None,
     speed: Annotated[
         float | None, typer.Option(help="0 (the full model) to 1 (leave at once); default: what the model says.")
     ] = None,
@@ -35,7 +41,8 @@ def predict(
         str | None, typer.Option(help="Decide after these layers only, as in 2,4; default: all that have a head.")
     ] = None,
     input_format: Annotated[
-        str | None, typer.Option("--format", help="tsv, jsonl or text; default: by suffix, or by the first line.")
+        str | None,
+        typer.Option("--format", help="tsv, csv, jsonl, parquet or text; default: by suffix, or by the first line."),
     ] = None,
     output_format: Annotated[str | None, typer.Option(help="tsv or jsonl; default: by suffix, else tsv.")] = None,
     bad_rows: Annotated[
@@ -56,8 +63,8 @@ def predict(
 ) -> None:
     """Answer every row of a file or pipe: label, probability, exit layer.
 
-    TSV needs a header with text_a (and text_b for pairs), JSONL the same keys,
-    text one sentence a line. Answers come in input order. Any size: memory is
+    Tables need a header with text_a (and text_b for pairs) or the columns that
+    you name, JSONL the same keys, text one sentence a line. Answers come in input order. Any size: memory is
     bounded, and rows that stay wait at their layer for company. A row that
     cannot be answered keeps its place, says why in the error column, and makes
     the exit code 1. Ctrl-C keeps the answers so far beside the output.
@@ -101,7 +108,8 @@ def predict(
         ):
             summary = predict_file(
                 model, tokenizer, source, output,
-                input_format=input_format, output_format=output_format or from_json, bad_rows=bad_rows,
+                input_format=input_format, text_a=text_column, text_b=pair_column,
+                output_format=output_format or from_json, bad_rows=bad_rows,
                 on_progress=lambda rows: update(rows, ""),
                 batch_size=batch_size, window=window, max_length=max_length,
                 **(exits if drift is None else {"monitor": drift}),

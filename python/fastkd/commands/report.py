@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from fastkd.commands.options import Criteria, Json, TopN, curve_name, source_names
+from fastkd.commands.options import (
+    Criteria,
+    Json,
+    LabelColumn,
+    LabelsAreOption,
+    PairColumn,
+    TextColumn,
+    TopN,
+    curve_name,
+    row_reading,
+    source_names,
+)
 from fastkd.commands.screen import screen_for
 
 
@@ -33,6 +44,10 @@ def report(
     examples: Annotated[
         Path | None, typer.Option(help="The file that was traced: its texts that left first and last are shown.")
     ] = None,
+    text_column: TextColumn = None,
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = None,
+    labels_are: LabelsAreOption = None,
     certificate: Annotated[
         Path | None, typer.Option(help="Calibrated model folder, or the certificate as JSON.")
     ] = None,
@@ -65,7 +80,10 @@ def report(
         from fastkd.report.sources import Extras
 
         check_speed(speed)
-        extras = Extras(bench, log or [], examples, certificate)
+        extras = Extras(
+            bench, log or [], examples, certificate,
+            row_reading(text_column, pair_column, label_column, labels_are).given(),
+        )  # fmt: skip
         if extras and len(sources) > 1:
             raise ValueError(
                 f"sources: got {len(sources)}, but --bench, --log, --examples and --certificate belong to one; name "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,8 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+from fastkd.commands.flags import as_flags
 
 if TYPE_CHECKING:
     from fastkd.exits.sweep import Sweep
@@ -110,7 +111,7 @@ def screen_for(as_json: bool) -> Iterator[Screen]:
     except Exception as error:
         if wants_traceback.get() or not _is_bad_input(error):
             raise
-        message = _as_flags(str(error).strip()) or type(error).__name__
+        message = as_flags(str(error).strip()) or type(error).__name__
         screen.err.print("error:", style="bold red", end=" ")
         screen.err.print(message, markup=False, soft_wrap=True)
         screen.result({"error": message})
@@ -125,17 +126,6 @@ def quieten() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-
-
-def _as_flags(message: str) -> str:
-    """Remedies that name a Python argument, in the words of the command line."""
-    for argument, flag in (
-        ("resume=True", "--resume"),
-        ("overwrite=True", "--overwrite"),
-        ("resume=False", "without it"),
-    ):
-        message = message.replace(argument, flag)
-    return re.sub(r"\bnum_labels=(\d+)", r"--num-labels \1", message)
 
 
 def _is_bad_input(error: Exception) -> bool:

@@ -13,12 +13,17 @@ from fastkd.commands.options import (
     Device,
     DrawSeed,
     Json,
+    LabelColumn,
+    LabelsAreOption,
     Limit,
     MaxLength,
+    PairColumn,
     Split,
+    TextColumn,
     TopN,
     curve_name,
     parse_speeds,
+    row_reading,
     source_names,
 )
 from fastkd.commands.screen import quieten, screen_for, show_written, sweep_table
@@ -42,6 +47,10 @@ def sweep(
         int | None, typer.Option(min=1, help="Length for which FLOPs are counted; default: the longest row traced.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for CSV and pictures.")] = Path("sweep"),
+    text_column: TextColumn = None,
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = None,
+    labels_are: LabelsAreOption = None,
     limit: Limit = None,
     max_length: MaxLength = None,
     batch_size: BatchSize = 32,
@@ -69,7 +78,10 @@ def sweep(
 
         chosen = parse_speeds(speeds)
         criteria = [item.value for item in criterion or ()]
-        options = TraceOptions(split, limit, max_length, batch_size, seed, device)
+        options = TraceOptions(
+            split, limit, max_length, batch_size, seed, device,
+            reading=row_reading(text_column, pair_column, label_column, labels_are),
+        )  # fmt: skip
         traces = {
             name: load_or_make_trace(screen, source, data, options)
             for name, source in zip(source_names(sources), sources, strict=True)

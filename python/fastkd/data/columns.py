@@ -96,8 +96,8 @@ def texts_of(row: Mapping[str, Any], chosen: Columns = USUAL) -> tuple[str, str 
             return Problem(f"no column '{name}' among {_listed(row)}", "it in every row", "add it or delete the row")
     found = find_text_columns([name for name, value in row.items() if value is not None or name in chosen], chosen)
     if found is None:
-        remedy = "add it, or say which column holds the text with text_a="
-        return Problem(f"no text among {_listed(row) or 'no columns'}", f"one of {_usual_texts()}", remedy)
+        got = f"no text column among {_listed(row) or 'no columns'}"
+        return Problem(got, f"one of {_usual_texts()}", "give the text one of these names or delete the row")
     first, second = found
     if second is not None and row[second] is None:
         second = None

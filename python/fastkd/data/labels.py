@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import reprlib
@@ -16,6 +17,7 @@ LABELS_ARE = ("names", "indices")
 
 _INTEGER = re.compile(r"[+-]?\d{1,4000}")  # Python reads no longer one
 _INT64 = 2**63
+_MOST_CLASSES = 10_000  # more are numbers of another kind
 _FLOAT32_MAX = 3.4028234663852886e38
 _UNLABELLED = -1
 """How hub datasets mark rows whose class is kept secret."""
@@ -67,7 +69,9 @@ _Labelled = list[tuple[int, Any]]
 """Position and raw label of each row."""
 
 
-def resolve_labels(raw: Sequence[Any], positions: Sequence[int], rule: LabelRule, bad: BadRows, required: bool) -> Labels | None:
+def resolve_labels(
+    raw: Sequence[Any], positions: Sequence[int], rule: LabelRule, bad: BadRows, required: bool
+) -> Labels | None:
     """Turn raw labels into numbers; None where no row needs one and none has one.
 
     Rows without a label that should have one, and labels that do not fit, are added to `bad`.
@@ -143,7 +147,9 @@ def _regression_labels(labelled: _Labelled, bad: BadRows) -> list[float]:
         if number is None:
             bad.add(position, Problem(_described(value), "a finite number (regression)", "correct the label"))
         elif abs(number) > _FLOAT32_MAX:
-            problem = Problem(_described(value), "a number that float32 can hold, up to 3.4e38", "correct or rescale it")
+            problem = Problem(
+                _described(value), "a number that float32 can hold, up to 3.4e38", "correct or rescale it"
+            )
             bad.add(position, problem)
         else:
             numbers.append(number)
@@ -163,8 +169,8 @@ def _numbered_names(labelled: _Labelled, rule: LabelRule, bad: BadRows) -> Label
     unknown = [name for name in own if name not in index]
     if rule.label_names is not None and len(unknown) == len(own):
         raise DataError(
-            f"{bad.source}: it names the classes {_shortened(own)}, expected {_shortened(wanted)}; rename them, or pass "
-            "labels_are='indices' if the numbers mean the same classes in the same order"
+            f"{bad.source}: it names the classes {_shortened(own)}, expected {_shortened(wanted)}; rename them, or "
+            "pass labels_are='indices' if the numbers mean the same classes in the same order"
         )
     numbers = []
     for position, value in labelled:
@@ -265,20 +271,21 @@ def _check_no_gaps(first: Mapping[int, int], bad: BadRows) -> None:
     top = classes[-1]
     if classes[0] > 0:
         bad.raise_if_any()
+        lacks = f", or pass num_labels={top + 1} if the file merely lacks a class" if top < _MOST_CLASSES else ""
         raise DataError(
             f"{bad.source}: integer labels start at {classes[0]} ({_shortened(classes)}); expected 0 to C-1; renumber "
-            "them, pass label_names= (for example ['1', '2']), or num_labels= if the file merely lacks a class"
+            f"them, name them (as in label_names=['1', '2']){lacks}"
         )
-    gaps = [(low + 1, high - 1) for low, high in zip(classes, classes[1:], strict=False) if high > low + 1]
+    gaps = [(low + 1, high - 1) for low, high in itertools.pairwise(classes) if high > low + 1]
     if not gaps:
         return
     bad.raise_if_any()
     absent = [f"{low}" if low == high else f"{low} to {high}" for low, high in gaps]
     label = gaps[0][1] + 1
-    remedy = f", or pass num_labels={top + 1} if there are so many classes" if top < 10_000 else ""
+    remedy = f", or pass num_labels={top + 1} if there are so many classes" if top < _MOST_CLASSES else ""
     raise DataError(
-        f"{bad.source}, {bad.unit} {first[label]}: label {_short(label)}, but no row has {_shortened(absent, 3)}; expected "
-        f"every class from 0 to C-1; correct the label, say which column holds the labels with label={remedy}"
+        f"{bad.source}, {bad.unit} {first[label]}: label {_short(label)}, but no row has {_shortened(absent, 3)}; "
+        f"expected every class from 0 to C-1; correct the label, say which column holds the labels with label={remedy}"
     )
 
 

@@ -210,7 +210,9 @@ def _split_file(folder: Path, split: str | None) -> Path:
     found = _split_candidates(folder, split)
     names = " or ".join(SPLIT_NAMES.get(split, (split,)))
     if not found:
-        raise DataError(f"{folder}: no file for split '{split}'; expected {names} with one of {', '.join(_SPLIT_SUFFIXES)}")
+        raise DataError(
+            f"{folder}: no file for split '{split}'; expected {names} with one of {', '.join(_SPLIT_SUFFIXES)}"
+        )
     if len(found) > 1:
         files = ", ".join(path.name for path in found)
         raise DataError(f"{folder}: {len(found)} files for split '{split}' ({files}); expected one; remove the others")

@@ -243,6 +243,8 @@ def predict_file(
     destination: str,
     *,
     input_format: str | None = None,
+    text_a: str | None = None,
+    text_b: str | None = None,
     output_format: str | None = None,
     bad_rows: str = "mark",
     on_progress: Callable[[int], None] = lambda rows: None,
@@ -262,6 +264,7 @@ def predict_file(
         destination: path or "-".
         input_format: one of `fastkd.inference.row_reader.FORMATS`; default by suffix, or by the first line of
             standard input.
+        text_a, text_b: names of the columns of the texts; default: the usual ones.
         output_format: "tsv" or "jsonl"; default by suffix, TSV on standard output.
         bad_rows: "mark" leaves a row without answer and says why; "stop" raises at the first.
         on_progress: called with the number of rows done so far.
@@ -278,7 +281,7 @@ def predict_file(
     summary, started = PredictSummary(), time.perf_counter()
     with ExitStack() as stack:
         name = "standard input" if source == STANDARD_STREAM else source
-        rows = read_rows(stack.enter_context(_opened(source)), form, name)
+        rows = read_rows(stack.enter_context(_opened(source)), form, name, text_a=text_a, text_b=text_b)
         # an output is opened only now that a first row is read and the options are checked: bad input leaves nothing
         checked = _checked(chain([next(rows)], rows), bad_rows, name)
         answers = predict(model, tokenizer, checked, **options)

@@ -51,6 +51,8 @@ class Extras:
     logs: Sequence[Path] = field(default_factory=list)
     examples: Path | None = None
     certificate: Path | None = None
+    reading: Mapping[str, str] = field(default_factory=dict)
+    """Arguments of `fastkd.load_rows` about the columns and labels of `examples`."""
 
     def __bool__(self) -> bool:
         return bool(self.bench or self.logs or self.examples or self.certificate)
@@ -73,7 +75,7 @@ def read_source(path: Path, name: str, extras: Extras | None = None) -> Source:
     model = None if beside is None else beside / "model"
     config = _read_config(model)
     labels = _label_names(config)
-    examples = _examples(extras.examples or _generated_corpus(beside, trace), labels, trace)
+    examples = _examples(extras.examples or _generated_corpus(beside, trace), labels, trace, extras.reading)
     certificate = config.get("certificate") if extras.certificate is None else read_certificate(extras.certificate)
     return Source(
         name=name,
@@ -169,11 +171,15 @@ def _generated_corpus(beside: Path | None, trace: ExitTrace) -> Path | None:
     return beside / "corpus" / "test.tsv"
 
 
-def _examples(path: Path | None, label_names: Sequence[str] | None, trace: ExitTrace) -> Rows | None:
+def _examples(
+    path: Path | None, label_names: Sequence[str] | None, trace: ExitTrace, reading: Mapping[str, str]
+) -> Rows | None:
     if path is None:
         return None
     labels: dict[str, Any] = {"num_labels": 1} if trace.is_regression else {"label_names": label_names}
-    return load_rows(path, require_labels=False, **labels)
+    if not trace.is_regression and label_names is None:
+        labels = {"num_labels": trace.logits.shape[-1]}
+    return load_rows(path, require_labels=False, **labels, **dict[str, Any](reading))
 
 
 def _check_examples(trace: ExitTrace, examples: Rows) -> None:

@@ -33,6 +33,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ from typing import Any, cast
 
 import yaml
 
+from fastkd.data.errors import DataError
 from fastkd.data.files import write_json, write_text
 from fastkd.data.rows import DataFolder, Rows, load_folder
 from fastkd.kd.methods import Method, method_of
@@ -68,6 +70,7 @@ class Task:
         data: folder with train and the split that is evaluated.
         metric: the number in the table; several are averaged.
         num_labels: 1 for a regression.
+        text_column, pair_column, label_column, labels_are: of its rows, as for `fastkd.load_rows`.
         teacher: folder of a fine-tuned classifier; None: the grid's checkpoint is fine-tuned.
         teacher_rows: training rows of the teacher, instead of as many as the grid says.
         teacher_train: options of the teacher's training; they win over all others.
@@ -77,6 +80,10 @@ class Task:
     data: str
     metric: tuple[str, ...]
     num_labels: int | None = None
+    text_column: str | None = None
+    pair_column: str | None = None
+    label_column: str | None = None
+    labels_are: str | None = None
     teacher: str | None = None
     teacher_rows: int | None = None
     teacher_train: Mapping[str, Any] = field(default_factory=dict)
@@ -368,7 +375,7 @@ class _Runner:
     def _rows(self, task: str) -> tuple[DataFolder, Rows]:
         if task not in self._data:
             plan = self.grid.tasks[task]
-            folder = load_folder(Path(self.grid.data) / plan.data, num_labels=plan.num_labels)
+            folder = _load_task(task, Path(self.grid.data) / plan.data, plan)
             rows = folder.test if self.grid.eval_split == "test" else folder.dev
             if rows is None:
                 raise GridError(f"tasks.{task}: {plan.data} has no {self.grid.eval_split} rows, which eval_split wants")
@@ -391,7 +398,9 @@ class _Runner:
         target = self.output / "teachers" / _slug(task) if plan.teacher is None else Path(plan.teacher)
         record = self.output / "teachers" / f"{_slug(task)}.json"
         options = _teacher_options(self.grid, task)
-        settings = _digest({"grid": asdict(self.grid.teacher), "task": asdict(plan), "options": asdict(options)})
+        settings = _digest(
+            {"grid": asdict(self.grid.teacher), "task": _task_settings(plan), "options": asdict(options)}
+        )
         found = _read(record)
         if found is not None:
             if found["settings"] != settings:
@@ -421,11 +430,30 @@ class _Runner:
             "options": asdict(options),
             "student": cell.block.student,
             "method": cell.method,
-            "task": asdict(grid.tasks[cell.task]),
+            "task": _task_settings(grid.tasks[cell.task]),
             "teacher": asdict(grid.teacher),
             "rows": [grid.train_rows, grid.eval_rows, grid.eval_split, grid.rows_seed],
         }
         return _digest(parts)
+
+
+def _load_task(name: str, folder: Path, plan: Task) -> DataFolder:
+    try:
+        return load_folder(
+            folder, num_labels=plan.num_labels, labels_are=plan.labels_are,
+            **{argument: getattr(plan, key) for argument, key in _COLUMN_KEYS.items()},
+        )  # fmt: skip
+    except DataError as error:
+        message = str(error)
+        for argument, key in _COLUMN_KEYS.items():
+            message = re.sub(rf"\b{argument}=", f"{key}: in the grid", message)
+        raise DataError(f"tasks.{name}: {message}") from error
+
+
+def _task_settings(plan: Task) -> dict[str, Any]:
+    """All that a result depends on; what was added later counts where it is given, so that older results stay."""
+    later = {*_COLUMN_KEYS.values(), "labels_are"}
+    return {name: value for name, value in asdict(plan).items() if value is not None or name not in later}
 
 
 def _digest(value: Any) -> str:
@@ -438,6 +466,7 @@ def _bf16(options: KDOptions) -> bool:
 
 # Settings
 
+_COLUMN_KEYS = {"text_a": "text_column", "text_b": "pair_column", "label": "label_column"}
 _FLOATS = {item.name for item in fields(KDOptions) if item.type in ("float", float)}
 _BY_CELL = {"seed": "seeds", "arguments": "the arguments of a block"}
 # without dev rows nothing is chosen, so that no checkpoint would ever be read

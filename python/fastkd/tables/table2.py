@@ -174,7 +174,13 @@ def _parts(cell: Cell | None) -> tuple[str, str, str]:
 
 
 def run_table2(
-    shown: Progress, data: Mapping[str, Path], output: Path, options: Table2Options, *, start_over: bool = False
+    shown: Progress,
+    data: Mapping[str, Path],
+    output: Path,
+    options: Table2Options,
+    *,
+    start_over: bool = False,
+    reading: Mapping[str, str] | None = None,
 ) -> Table2:
     """Train what is missing, measure, and write `table2.md` and `table2.csv` to `output` after every data set.
 
@@ -184,6 +190,7 @@ def run_table2(
         output: folder; each data set has a folder of its name in it.
         options: see there.
         start_over: train the students again, and measure again.
+        reading: arguments of `fastkd.load_folder` about columns and labels, for all data sets.
 
     Raises:
         DataError: anything wrong with the data.
@@ -194,8 +201,8 @@ def run_table2(
     table = None
     for name, folder in data.items():
         place = output / name
-        result = _kept_result(place, options, start_over) or _run_dataset(
-            shown, name, folder, place, options, start_over
+        result = _kept_result(place, options, start_over, reading or {}) or _run_dataset(
+            shown, name, folder, place, options, start_over, reading or {}
         )
         cells += [Cell(**cell) for cell in result["cells"]]
         facts[name] = result["facts"]
@@ -207,7 +214,9 @@ def run_table2(
     return table
 
 
-def _kept_result(place: Path, options: Table2Options, start_over: bool) -> dict[str, Any] | None:
+def _kept_result(
+    place: Path, options: Table2Options, start_over: bool, reading: Mapping[str, str]
+) -> dict[str, Any] | None:
     """What an earlier run with the same options measured."""
     path = place / _RESULT
     if start_over or not path.is_file():
@@ -221,10 +230,16 @@ def _as_json(options: Any) -> dict[str, Any]:
 
 
 def _run_dataset(
-    shown: Progress, name: str, data: Path, place: Path, options: Table2Options, start_over: bool
+    shown: Progress,
+    name: str,
+    data: Path,
+    place: Path,
+    options: Table2Options,
+    start_over: bool,
+    reading: Mapping[str, str],
 ) -> dict[str, Any]:
     training = options.early_exit
-    folder = load_folder(data)
+    folder = load_folder(data, **dict[str, Any](reading))
     test = folder.test or folder.dev
     if test is None:
         raise ValueError(f"data: {data} has neither test nor dev rows; the table needs some that it did not train on")
