@@ -327,10 +327,10 @@ def test_predict_names_bad_rows_and_answers_the_others(model: Path, tmp_path: Pa
     source.write_text("text_a\ngood film\n\nbad plot\n", encoding="utf-8")
     result = fastkd("predict", model, source, "-o", tmp_path / "out.tsv")
     assert result.exit_code == 1
-    assert "line 3: text_a is empty" in result.stderr
+    assert "line 3: empty text in column 'text_a'" in result.stderr
     assert len((tmp_path / "out.tsv").read_text(encoding="utf-8").splitlines()) == 4
     message = refused("predict", model, source, "-o", tmp_path / "stopped.tsv", "--bad-rows", "stop")
-    assert "line 3: text_a is empty" in message
+    assert "line 3: empty text in column 'text_a'" in message
     assert not (tmp_path / "stopped.tsv").exists()
 
 

@@ -372,9 +372,7 @@ def _prediction(
 def _checked(rows: Iterable[InputRow], bad_rows: str, name: str) -> Iterator[InputRow]:
     for row in rows:
         if row.problem is not None and bad_rows == "stop":
-            raise BadRowError(
-                f"{name}, line {row.line}: {row.problem}; correct the row, or pass --bad-rows mark to answer all others"
-            )
+            raise BadRowError(f"{name}, line {row.line}: {row.problem}, or pass --bad-rows mark to answer all others")
         yield row
 
 

@@ -7,19 +7,23 @@ al., EMNLP 2021, leaves it open). As each is a linear model on fixed vectors, on
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from fastkd.data.labels import names_of_classes
 from fastkd.kd.probe import LayerProbe, PseudoClassifiers
 from fastkd.losses import label_loss
+from fastkd.model.pretrained import damage_explained, saved_config
+from fastkd.model.tokenizers import load_tokenizer
 from fastkd.training.checks import require
 
 KINDS = ("logits", "layer_logits", "hidden_states", "sequence_output")
@@ -81,12 +85,34 @@ class Teacher:
         self._probe = LayerProbe(model, pool, keep_sequence=True)
         self.pool = pool or getattr(model.config, "pool", "cls")
         self.fingerprint = {"teacher": weights_fingerprint(model), "tokenizer": tokenizer_fingerprint(tokenizer)}
+        self._order: list[int] | None = None  # of the model's classes; None: its own
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], pool: str | None = None) -> Teacher:
         """The classifier and tokenizer in `folder`, or of that name on the hub, in float32."""
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-        return cls(model, AutoTokenizer.from_pretrained(folder), pool)
+        # the configuration is read first, so that what is wrong with it is said of it
+        config = saved_config(folder, {})
+        with damage_explained(folder):
+            model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+        return cls(model, load_tokenizer(folder), pool)
+
+    def in_order_of(self, label_names: Sequence[str]) -> Teacher:
+        """This teacher with its answers in the order of `label_names`; `self` where they are, or it has no names.
+
+        Raises:
+            ValueError: other names than those of its classes.
+        """
+        own = names_of_classes(self.model.config.id2label)
+        if own is None or own == tuple(label_names):
+            return self
+        if sorted(own) != sorted(label_names):
+            raise ValueError(f"label_names: got {', '.join(label_names)}, expected the teacher's, {', '.join(own)}")
+        other = copy.copy(self)
+        other._order = [own.index(name) for name in label_names]
+        other.fingerprint = {**self.fingerprint, "label order": ", ".join(label_names)}
+        # those of this teacher were trained on labels in its own order
+        other.pseudo_classifiers = None
+        return other
 
     @property
     def num_layers(self) -> int:
@@ -115,6 +141,8 @@ class Teacher:
         """
         output = self._probe(**batch)
         logits, hidden_states = output.logits.float(), output.hidden_states.float()
+        if self._order is not None:
+            logits = logits[:, self._order]
         return Signals(
             logits=logits,
             layer_logits=self.layer_logits(hidden_states, logits) if "layer_logits" in kinds else None,

@@ -26,23 +26,25 @@ from accelerate import PartialState
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
 
 from fastkd.data.batches import LengthSortedBatches, tokenize
+from fastkd.data.labels import names_of_classes
 from fastkd.data.rows import Rows
 from fastkd.encoders.families import FAMILIES, longest_input
 from fastkd.kd.cache import CACHED_KINDS, TeacherCache
+from fastkd.kd.label_order import common_order
 from fastkd.kd.methods import Method, method_of
 from fastkd.kd.options import KDOptions
 from fastkd.kd.stage_run import BEST_METRIC, StageRun, default_metric, num_labels_of
 from fastkd.kd.students import is_made_of_teacher, student_from_teacher
 from fastkd.kd.teacher import Teacher, tokenizer_fingerprint
+from fastkd.model.tokenizers import load_tokenizer
 from fastkd.training import metrics
-from fastkd.training.checks import check_dtypes, check_evaluation, check_labels, check_tokenizer
+from fastkd.training.checks import check_dtypes, check_evaluation, check_tokenizer
 from fastkd.training.harness import Run, TrainResult, asking_for_gradients, take_labels
 
 
@@ -147,10 +149,7 @@ class KDTrainer:
         options, output_dir = self.options, Path(output_dir)
         transformers.set_seed(options.seed)
         student = self._make_student(train)
-        for argument, rows in (("train", train), ("dev", dev)):
-            check_labels(student, rows, argument, required=True)
-            if self.teacher is not None:
-                check_labels(self.teacher.model, rows, argument, required=True)
+        first_teacher, train, dev = common_order(student, self.teacher, train, dev)
         take_labels(student, train)
         metrics.check_names(options.metric or default_metric(student), num_labels_of(student))
         check_evaluation(options.early_stopping_patience, dev)
@@ -159,8 +158,12 @@ class KDTrainer:
         for model in [student] if self.teacher is None else [student, self.teacher.model]:
             _check_length(model, options.max_length)
 
-        run = Run.begin("kd", train, dev, output_dir, options, best_metric=BEST_METRIC, given=self._given())
-        teacher = self._last_assistant(train, dev, run.checkpoints) if self._chain else self.teacher
+        run = Run.begin(
+            "kd", train, dev, output_dir, options, best_metric=BEST_METRIC, given=self._given(first_teacher)
+        )
+        teacher = self._last_assistant(train, dev, run.checkpoints) if self._chain else first_teacher
+        if teacher is not None and teacher is not first_teacher:
+            teacher, _, _ = common_order(student, teacher, train, dev)
         answers = self._answers(teacher, train, run, on_teacher)
         frozen = student.get_input_embeddings().parameters() if options.freeze_embeddings else ()
         with asking_for_gradients(dict.fromkeys(frozen, False)):
@@ -177,7 +180,7 @@ class KDTrainer:
     def _default_tokenizer(self) -> PreTrainedTokenizerBase:
         is_folder = isinstance(self.student, str | os.PathLike) and not is_made_of_teacher(str(self.student))
         if is_folder:
-            return AutoTokenizer.from_pretrained(cast(Any, self.student))
+            return load_tokenizer(cast(Any, self.student))
         if self.teacher is None:
             raise ValueError("tokenizer: pass one, because neither teacher nor student comes from a folder")
         return self.teacher.tokenizer
@@ -198,10 +201,10 @@ class KDTrainer:
             student = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, **labels)
         return student
 
-    def _given(self) -> dict[str, Any]:
+    def _given(self, teacher: Teacher | None) -> dict[str, Any]:
         """What a continuation must agree with beside rows and options."""
         student = "a model" if isinstance(self.student, PreTrainedModel) else str(self.student)
-        fingerprint = {} if self.teacher is None else self.teacher.fingerprint
+        fingerprint = {} if teacher is None else teacher.fingerprint
         return {"method": self.method_name, "student": student, **fingerprint}
 
     # The teacher's side
@@ -256,7 +259,7 @@ class KDTrainer:
         if teacher is None or not kinds:
             return None
         teacher.to(run.arguments.device)
-        is_own = isinstance(self.cache, bool) or teacher is not self.teacher
+        is_own = isinstance(self.cache, bool) or bool(self._chain)
         folder = run.checkpoints / "teacher" if is_own else Path(cast(Any, self.cache))
         if not self._is_cached and "layer_logits" not in kinds:
             return None
@@ -286,7 +289,14 @@ def evaluate(
     batch_size: int = 64,
     bf16: bool = False,
 ) -> dict[str, float]:
-    """Every fitting metric of `fastkd.training.metrics` of a classifier on labelled rows."""
+    """Every fitting metric of `fastkd.training.metrics` of a classifier on labelled rows.
+
+    Raises:
+        DataError: the names of the rows' classes are not the model's.
+    """
+    names = names_of_classes(model.config.id2label)
+    if names is not None and rows.label_names is not None:
+        rows = rows.in_order_of(names)
     batches = LengthSortedBatches(tokenize(rows, tokenizer, max_length), tokenizer, batch_size)
     device = model.device
     was_training = model.training

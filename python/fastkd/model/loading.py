@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from fastkd.data.input_format import with_input_format
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.model.checkpoints import checkpoint_path
 from fastkd.model.modeling import EarlyExitForSequenceClassification
+from fastkd.model.pretrained import config_explained
+from fastkd.model.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from fastkd.data.rows import DataFolder
@@ -39,7 +41,7 @@ def load_plain(
     model = EarlyExitForSequenceClassification.from_pretrained(
         path, head=head, exit_layers=exit_layers, dtype=torch.float32, **labels
     )
-    return model, AutoTokenizer.from_pretrained(path)
+    return model, load_tokenizer(path)
 
 
 def load_model(
@@ -57,7 +59,7 @@ def load_model(
     config = load_config(checkpoint)
     options: dict[str, Any] = {} if dtype is None else {"dtype": DTYPES.get(dtype, dtype)}
     model = EarlyExitForSequenceClassification.from_pretrained(checkpoint, **options)
-    tokenizer = with_input_format(AutoTokenizer.from_pretrained(checkpoint), config.input_format)
+    tokenizer = with_input_format(load_tokenizer(checkpoint), config.input_format)
     return model.to(target).eval(), tokenizer  # type: ignore[arg-type]
 
 
@@ -68,7 +70,8 @@ def load_config(checkpoint: str) -> EarlyExitConfig:
         ValueError: not a model of this project.
         OSError: nothing to load.
     """
-    config = AutoConfig.from_pretrained(checkpoint)
+    with config_explained(checkpoint):
+        config = AutoConfig.from_pretrained(checkpoint)
     if not isinstance(config, EarlyExitConfig):
         raise ValueError(
             f"checkpoint: {checkpoint} is a plain {config.model_type} checkpoint without early exits; train them "

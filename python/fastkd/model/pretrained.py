@@ -23,7 +23,6 @@ _CONFIG_OPTIONS = (
     "criterion",
     "top_n",
     "input_format",
-    "label2id",
     "problem_type",
 )
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
@@ -36,7 +35,26 @@ def saved_config(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Pre
         raise FileNotFoundError(
             f"pretrained_model_name_or_path: no config.json in {folder}; expected a folder that save_pretrained wrote"
         )
-    return AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs})
+    with config_explained(path):
+        return AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs})
+
+
+@contextmanager
+def config_explained(path: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Turn whatever reading a configuration of another form raises into a ValueError that names the file."""
+    try:
+        yield
+    except OSError:
+        raise  # it names the file, or the network
+    except Exception as error:  # transformers and its checks raise a dozen unrelated types
+        place = (
+            f"{Path(path) / 'config.json'}" if path is not None and Path(path).is_dir() else f"config.json of {path}"
+        )
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{place} is no configuration of a model that can be loaded ({reason}); correct it, or save or download "
+            "the model again"
+        ) from error
 
 
 def config_to_load(
@@ -61,6 +79,7 @@ def config_to_load(
     """
     added = {name: value for name, value in wanted.items() if value is not None}
     options = {name: kwargs.pop(name) for name in _CONFIG_OPTIONS if name in kwargs}
+    added |= _named_classes(added.get("id2label"), kwargs.pop("label2id", None))
     if config is None:
         return _config_of(saved, path, added, options)
     if not isinstance(config, EarlyExitConfig):
@@ -123,7 +142,7 @@ def _config_of(
             setattr(saved, name, value)
         if "id2label" in added:
             saved.id2label = dict(added["id2label"])
-            saved.label2id = {label: index for index, label in added["id2label"].items()}
+            saved.label2id = _numbers_of(saved.id2label)
         return saved
     labels = dict(_labels_of(saved, added))
     return EarlyExitConfig(
@@ -140,18 +159,43 @@ def _labels_of(saved: PreTrainedConfig, added: Mapping[str, Any]) -> Iterable[tu
         raise ValueError(f"num_labels: got {count}, but id2label names {len(names)} classes; leave one of them out")
     if names is None:
         return [("num_labels", count)]
+    return [("id2label", dict(names)), ("label2id", _numbers_of(names))]
+
+
+def _named_classes(id2label: Mapping[Any, str] | None, label2id: Mapping[str, Any] | None) -> dict[str, dict[int, str]]:
+    """The names of the classes by number, where any are given; keys may be texts, as JSON makes them.
+
+    Raises:
+        ValueError: numbers with gaps, a name that is given twice, or two tables that say different things.
+    """
+    if id2label is None and label2id is None:
+        return {}
+    name = "label2id" if id2label is None else "id2label"
+    given = {number: label for label, number in (label2id or {}).items()} if id2label is None else id2label
+    try:
+        names = {int(number): str(label) for number, label in given.items()}
+    except (TypeError, ValueError):
+        raise ValueError(f"{name}: got the class numbers {list(given)}, expected 0 to {len(given) - 1}") from None
     if sorted(names) != list(range(len(names))):
+        raise ValueError(f"{name}: got the class numbers {sorted(names)}, expected 0 to {len(names) - 1} without gaps")
+    if len(_numbers_of(names)) < len(names):
+        raise ValueError(f"{name}: got the labels {list(names.values())}, expected a different one for each class")
+    if label2id is not None and {str(label): int(number) for label, number in label2id.items()} != _numbers_of(names):
         raise ValueError(
-            f"id2label: got the class numbers {sorted(names)}, expected 0 to {len(names) - 1} without gaps"
+            f"label2id: got {dict(label2id)}, but id2label says {_numbers_of(names)}; give one of them, or both alike"
         )
-    return [("id2label", dict(names)), ("label2id", {label: index for index, label in names.items()})]
+    return {"id2label": dict(sorted(names.items()))}
+
+
+def _numbers_of(names: Mapping[Any, str]) -> dict[str, int]:
+    return {label: number for number, label in names.items()}
 
 
 def _check_same_heads(saved: EarlyExitConfig, path: str | os.PathLike[str] | None, wanted: Mapping[str, Any]) -> None:
     """Raise where the heads of a saved model are not the ones asked for."""
     remedy = "leave the argument out, or start from the plain checkpoint to get new heads"
     if "id2label" in wanted:
-        names = {int(index): name for index, name in wanted["id2label"].items()}
+        names = wanted["id2label"]
         generic = {index: f"LABEL_{index}" for index in range(saved.num_labels or 0)}
         if names.keys() != generic.keys() or (saved.id2label != generic and names != saved.id2label):
             raise ValueError(

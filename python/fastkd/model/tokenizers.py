@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerBase
+import os
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastkd.data.input_format import with_input_format
 from fastkd.encoders.families import longest_input
 from fastkd.model.modeling import EarlyExitForSequenceClassification
+
+
+def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        OSError: nothing to load.
+        ValueError: its files are damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except OSError:
+        raise  # it names the file, or the network
+    except Exception as error:  # the library tokenizers raises nothing more special
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"tokenizer: tokenizer.json or tokenizer_config.json of {path} is damaged ({reason}); copy or download it "
+            "again"
+        ) from error
 
 
 def length_limit(model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.data.errors import DataError
 from fastkd.data.files import write_json
+from fastkd.data.labels import names_of_classes
 from fastkd.data.rows import Rows
 
 _RUN_FILE = "run.json"
@@ -36,20 +37,20 @@ def check_labels(model: PreTrainedModel, rows: Rows | None, argument: str, *, re
         if required:
             raise DataError(f"{argument}: {rows.source} has no labels; fine-tuning needs them (distill does not)")
         return
-    model_names = tuple((model.config.id2label or {}).values())
+    classes = int(model.config.num_labels or 2)
     # unnamed integer labels may lack the last classes; everything else must agree in number
-    may_lack_classes = rows.label_names is None and 1 < rows.num_labels < len(model_names)
-    if rows.num_labels != len(model_names) and not may_lack_classes:
+    may_lack_classes = rows.label_names is None and 1 < rows.num_labels < classes
+    if rows.num_labels != classes and not may_lack_classes:
         raise DataError(
             f"{argument}: {rows.source} has {_described(rows.num_labels)}, the model has "
-            f"{_described(len(model_names))}; load the model with num_labels={rows.num_labels}, or the rows with "
-            f"num_labels={len(model_names)}"
+            f"{_described(classes)}; load the model with num_labels={rows.num_labels}, or the rows with "
+            f"num_labels={classes}"
         )
-    generic = tuple(f"LABEL_{index}" for index in range(len(model_names)))
-    if rows.label_names is not None and model_names not in (generic, rows.label_names):
+    model_names = names_of_classes(model.config.id2label)
+    if rows.label_names is not None and model_names not in (None, rows.label_names):
         raise DataError(
             f"{argument}: {rows.source} has the labels {', '.join(rows.label_names)}, the model has "
-            f"{', '.join(model_names)}; load the rows with label_names={list(model_names)}"
+            f"{', '.join(model_names or ())}; load the rows with label_names={list(model_names or ())}"
         )
 
 
