@@ -145,7 +145,7 @@ ROOMS: dict[str, list[str]] = {
     "model": ["data", "encoders", "engines", "exits"],
     "training": ["data", "encoders", "exits", "losses", "model"],
     "inference": ["data", "encoders", "engines", "exits", "model"],
-    "kd": ["data", "encoders", "losses", "training"],
+    "kd": ["data", "encoders", "losses", "model", "training"],
     "report": ["data", "exits", "inference", "training"],
     "tables": ["data", "encoders", "exits", "inference", "kd", "model", "training"],
     "commands": ["data", "encoders", "engines", "exits", "inference", "kd", "model", "report", "tables", "training"],
