@@ -37,6 +37,7 @@ from fastkd.report.pictures import FORMATS
 from fastkd.training import early_exit
 
 POSITIVE, NEGATIVE = ("good", "great", "fun", "warm"), ("bad", "dull", "boring", "cold")
+COMMANDS = tuple(typer.main.get_command(app.app).commands)  # type: ignore[attr-defined]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -119,26 +120,11 @@ def test_help_answers_without_heavy_imports() -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(app.__file__).parents[2]), "COLUMNS": "80"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    for command in (
-        "finetune",
-        "distill",
-        "trace",
-        "sweep",
-        "compare",
-        "calibrate",
-        "info",
-        "predict",
-        "bench",
-        "report",
-        "demo",
-    ):
+    for command in COMMANDS:
         assert command in done.stdout
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["finetune", "distill", "trace", "sweep", "compare", "calibrate", "info", "predict", "bench", "report", "demo"],
-)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_each_command_has_examples_and_the_next_step(command: str) -> None:
     output = succeeded(command, "--help").stdout
     assert "Examples" in output

@@ -18,11 +18,14 @@ from tiny_models import (
 from typer.testing import CliRunner
 
 import fastkd
+import fastkd_kernels as fk
 from fastkd.commands import app
 from fastkd.exits.comparison import patient_answers
 from fastkd.exits.flops import FlopsShape
 
-ALL = ["entropy", "max_prob", "margin", "top_n", "patience", "pcee_bert", "performance"]
+FUSED = list(fk.CRITERIA)
+RULES = ["pcee_bert", "performance"]
+ALL = FUSED + RULES
 
 
 def made_up_trace(rows: int = 400, num_labels: int = 3, seed: int = 0) -> fastkd.ExitTrace:
@@ -69,7 +72,7 @@ def test_each_criterion_is_what_it_is_alone() -> None:
         assert len(sweep) > (2 if name == "patience" else 10)
         averages = [row.average_layers for row in sweep]
         assert averages == sorted(averages, reverse=True), f"{name}: a higher speed leaves no later"
-    for name in ALL[:5]:
+    for name in FUSED:
         row = swept[name][2]
         assert trace.sweep([row.speed], name, 2 if name == "top_n" else None, seq_len=40)[0] == row
     row = swept["performance"][7]
@@ -91,7 +94,7 @@ def test_without_other_rows_half_of_them_teach() -> None:
 
 def test_learned_exits_and_regression_take_their_place() -> None:
     learned = early_exit_model(learned_exit=True).trace([random_batch(rows=60)])
-    assert list(fastkd.compare(learned, points=5)) == [*ALL[:5], "learned", *ALL[5:]]
+    assert list(fastkd.compare(learned, points=5)) == [*FUSED, "learned", *RULES]
     regression = early_exit_model(num_labels=1).trace([{**random_batch(rows=60), "labels": torch.randn(60)}])
     swept = fastkd.compare(regression, points=5)
     assert list(swept) == ["agreement"]

@@ -172,6 +172,15 @@ def test_defaults_and_refusals() -> None:
         )
 
 
+def test_a_name_that_is_new_has_no_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(criteria.CRITERIA, "new", criteria.CRITERIA["learned"])
+    record = fk.ExitRecord.allocate(5, 3)
+    with pytest.raises(NotImplementedError, match="criterion: 'new' is in the catalogue; give it a formula"):
+        criteria.decide(
+            torch.randn(5, 3), ExitRule("new", None, (1, 2), (0.5,)), layer=1, record=record, certainty=torch.rand(5)
+        )
+
+
 def test_learned_exits_are_saved_and_cost_a_little(tmp_path: Any) -> None:
     model = model_with("learned")
     model.save_pretrained(tmp_path)

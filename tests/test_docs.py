@@ -346,6 +346,11 @@ def test_architecture_says_of_every_room_what_the_room_says_of_itself() -> None:
     assert table == {room: " ".join(text.split("\n\n")[0].split()) for room, text in said.items()}
 
 
+def test_readme_names_every_criterion() -> None:
+    sentence = (ROOT / "README.md").read_text(encoding="utf-8").split("Criteria: ")[1].split(";")[0]
+    assert [name for name in CRITERIA if not re.search(rf"\b{name}\b", sentence)] == []
+
+
 def test_api_reference_names_what_the_packages_offer() -> None:
     """Every public name has a place in the reference."""
     text = "\n".join(

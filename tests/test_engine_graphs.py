@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from test_model import CRITERIA, TOLERANCE, infer, mixed_speed
-from tiny_models import LAYERS, early_exit_model, one_thread, random_batch  # noqa: F401  # one is a fixture
+from tiny_models import LAYERS, MAIN_FAMILIES, early_exit_model, one_thread, random_batch  # noqa: F401  # a fixture
 from torch import Tensor
 
 import fastkd
@@ -88,7 +88,7 @@ def test_it_answers_as_the_batch_engine_does(head: str, criterion: str, top_n: i
 
 
 @pytest.mark.parametrize("layers", ["from parts", "from parts, as on a GPU", "modules"])
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra"])
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
 def test_every_family(family: str, layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if layers == "modules":
         monkeypatch.setattr(packed_encoder, "runs_from_parts", lambda model: False)

@@ -148,6 +148,28 @@ def test_the_reference_is_differentiable(criterion: str) -> None:
     assert torch.autograd.gradcheck(lambda z: uncertainty_reference(z, criterion, top_n), (logits,))
 
 
+P = (5 / 8, 2 / 8, 1 / 8)
+EXACT = {
+    "entropy": -sum(p * math.log(p) for p in P) / math.log(3),
+    "max_prob": (1 - P[0]) / (1 - 1 / 3),
+    "margin": 1 - (P[0] - P[1]),
+    "top_n": -(5 / 7 * math.log(5 / 7) + 2 / 7 * math.log(2 / 7)) / math.log(2),  # of the two largest
+    "patience": 1.0,  # in the first layer
+}
+
+
+@pytest.mark.parametrize("criterion", fk.CRITERIA)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_exact_values(backend: str, criterion: str) -> None:
+    """Every criterion has a value here that no formula of another one gives."""
+    assert len(set(EXACT.values())) == len(EXACT)
+    logits = torch.tensor([P, P[::-1], (P[1], P[0], P[2])]).log()
+    with running_on(backend) as device:
+        record = fk.ExitRecord.allocate(3, 3, device)
+        out = fk.exit_gate(logits.to(device), 0.5, criterion, top_n=2, record=record, layer=1)
+    assert out.uncertainty.tolist() == pytest.approx([EXACT[criterion]] * 3, abs=8 * EPS)
+
+
 # ---- edge cases
 
 
@@ -557,6 +579,18 @@ def test_the_references_refuse_an_unknown_criterion() -> None:
             uncertainty_reference(logits, unknown)
     with pytest.raises(ValueError, match="criterion: got 'energy', expected one of entropy"):
         exit_gate_reference(logits, 0.5, "energy")
+
+
+def test_the_reference_has_no_formula_for_a_name_that_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_OF_ONE_LAYER", (*module._OF_ONE_LAYER, "new"))
+    with pytest.raises(NotImplementedError, match="criterion: 'new' is in CRITERIA; give it a formula"):
+        uncertainty_reference(make_logits(4, 3), "new")
+
+
+@pytest.mark.parametrize("name", fk.CRITERIA)
+def test_the_docstrings_name_every_criterion(name: str) -> None:
+    assert f"\n    {name} " in (module.__doc__ or "")
+    assert f'"{name}"' in (fk.exit_gate.__doc__ or "")
 
 
 @needs_extension

@@ -324,6 +324,18 @@ def assert_readable(result: subprocess.CompletedProcess[str], *expected: str) ->
         assert text in result.stderr
 
 
+@pytest.mark.parametrize("file", ["__init__.py", "losses/__init__.py"])
+def test_type_checkers_see_what_is_imported_late(file: str) -> None:
+    """A name that is missing there would be of type Any, and no checker would say so."""
+    tree = ast.parse((FASTKD / file).read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    imported = [alias.name for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    (public,) = (
+        node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    )
+    assert sorted(imported) == sorted(ast.literal_eval(public.value))
+
+
 def test_the_model_needs_no_datasets() -> None:
     """A GPU machine for measuring has torch and transformers and often nothing more of ours."""
     python("from fastkd.model.modeling import EarlyExitForSequenceClassification", "datasets", "typer", "matplotlib")

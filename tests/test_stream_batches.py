@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from launches import count_launches
 from test_engine_graphs import Plain
 from test_model import CRITERIA, TOLERANCE, infer, mixed_speed
-from tiny_models import LAYERS, early_exit_model, one_thread, random_batch  # noqa: F401  # one is a fixture
+from tiny_models import LAYERS, MAIN_FAMILIES, early_exit_model, one_thread, random_batch  # noqa: F401  # a fixture
 from torch import Tensor
 
 import fastkd
@@ -71,7 +71,7 @@ def test_every_batch_is_answered_as_if_it_were_alone(criterion: str, top_n: int 
     assert_answers(model, batches, outputs, speed, **options)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra"])
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
 @pytest.mark.parametrize("head", ["fastbert", "linear"])
 def test_every_family_and_head(family: str, head: str) -> None:
     model, batches = early_exit_model(family, head=head).to(DEVICE), some_batches(family)

@@ -159,9 +159,10 @@ def uncertainty_reference(logits: Tensor, criterion: str = "entropy", top_n: int
     probabilities = logits.softmax(dim=-1)
     if criterion == "max_prob":
         return ((1 - probabilities.amax(dim=-1)) / (1 - 1 / num_labels)).clamp(0, 1)
-    # "margin"
-    first, second = probabilities.topk(2, dim=-1).values.unbind(-1)
-    return (1 - (first - second)).clamp(0, 1)
+    if criterion == "margin":
+        first, second = probabilities.topk(2, dim=-1).values.unbind(-1)
+        return (1 - (first - second)).clamp(0, 1)
+    raise NotImplementedError(f"criterion: {criterion!r} is in CRITERIA; give it a formula in uncertainty_reference")
 
 
 _OF_ONE_LAYER = tuple(name for name in CRITERIA if name != "patience")

@@ -72,6 +72,10 @@ def _uncertainty(
         raise ValueError(f"criterion: got {criterion!r}, expected one of {', '.join(CRITERIA)}")
     if criterion == "agreement":
         return _moved(logits, record, _row_numbers(logits, row_ids)).float()
+    if criterion != "learned":
+        raise NotImplementedError(
+            f"criterion: {criterion!r} is in the catalogue; give it a formula in exits/criteria.py"
+        )
     if certainty is None:
         raise ValueError("criterion: got 'learned', but there is no learned exit; distil with one (--learned-exit)")
     return (1 - certainty).float()
