@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import CONFIGS, clear_speed, early_exit_model, one_thread, random_batch, row_of
+from tiny_models import CONFIGS, MAIN_FAMILIES, clear_speed, early_exit_model, one_thread, random_batch, row_of
 from torch import Tensor, nn
 
 import fastkd
@@ -231,12 +233,71 @@ def test_activations(activation: str) -> None:
     torch.testing.assert_close(result.logits, expected.logits, rtol=1e-4, atol=1e-4)
 
 
-def test_the_attention_implementation_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_encoder, "supports", lambda model: False)
+def reading(model: Any, seen: set[str]) -> None:
+    """Have the last layer note what attention the shared configuration names while it runs."""
+    config = model.config.backbone
+    model.layers[3].register_forward_hook(lambda *_: seen.add(config._attn_implementation))
+
+
+def test_the_shared_configuration_never_changes() -> None:
     model, inputs = early_exit_model(), random_batch()
-    before = model.config.backbone._attn_implementation
+    before, seen = model.config.backbone._attn_implementation, set[str]()
+    reading(model, seen)
     packed_run(model, inputs, 0.0)
-    assert model.config.backbone._attn_implementation == before != packed_layers.ATTENTION
+    assert seen == {before} != {packed_layers.ATTENTION}
+
+
+@pytest.mark.parametrize("kind", ["hooked", "float16"])
+def test_one_thread_streams_while_others_call_forward(kind: str) -> None:
+    model, inputs = early_exit_model(), random_batch()
+    rows = [
+        {"input_ids": ids[: int(mask.sum())].tolist()}
+        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+    ]
+    batch = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    if kind == "hooked":
+        model.layers[1].register_forward_hook(lambda *_: time.sleep(0.001))  # so that the threads take turns
+    else:
+        model.half()
+
+    def work(number: int) -> list[int]:
+        with torch.no_grad():
+            if number % 2:
+                return [int(row.exit_layer) for row in model.stream(rows, speed=0.4, tokens_per_run=16)]
+            return model(**batch, speed=0.4).exit_layer.tolist()
+
+    expected = work(0)
+    assert len(set(expected)) > 1
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(work, range(24)))
+    assert [number for number, answer in enumerate(answers) if answer != expected] == []
+
+
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
+@pytest.mark.parametrize("patched", ["attention", "layer", "compiled"])
+def test_layers_whose_forward_was_replaced_run_as_they_are(family: str, patched: str) -> None:
+    model, inputs = early_exit_model(family), random_batch(family)
+    expected = padded(model, inputs, 0.0).logits
+    layer, calls = model.layers[1], []
+    reader = next(module for module in layer.modules() if packed_layers._reads_config(module))
+    if patched == "compiled":
+        layer.compile(backend="eager")
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    else:
+        module = reader if patched == "attention" else layer
+        own = module.forward
+        module.forward = lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs)
+    result = packed_run(model, inputs, 0.0)
+    assert calls
+    torch.testing.assert_close(result.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_hooked_embeddings_are_called() -> None:
+    model, inputs = early_exit_model(), random_batch()
+    model.get_input_embeddings().register_forward_hook(lambda _, __, output: output * 2)
+    torch.testing.assert_close(
+        packed_run(model, inputs, 0.0).logits, padded(model, inputs, 0.0).logits, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,13 @@ pytest.importorskip("datasets", reason="datasets is not installed: pip install d
 import kd_worker
 import torch
 from kd_worker import OPTIONS, save_teacher, train
-from tiny_models import early_exit_model, one_thread, save_plain_checkpoint, tokenizer_of  # noqa: F401  # a fixture
+from tiny_models import (
+    early_exit_model,
+    one_thread,  # noqa: F401  # a fixture
+    random_batch,
+    save_plain_checkpoint,
+    tokenizer_of,
+)
 from torch import Tensor
 from training_worker import rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
@@ -351,3 +357,29 @@ def test_a_length_beyond_the_model_is_refused(teacher: Path) -> None:
         trainer.set_length(65)
     trainer.set_length(24)
     assert (trainer.options.max_length, trainer.tokenizer.model_max_length) == (24, 24)
+
+
+@pytest.mark.parametrize("student", ["layers:2", "layers:0,2,3", "bilstm"])
+def test_an_early_exit_teacher_with_a_default_speed_runs_whole(tmp_path: Path, student: str) -> None:
+    model = early_exit_model("bert", num_labels=2, speed=0.9, exit_layers=[1, 3])
+    model.save_pretrained(tmp_path / "teacher")
+    tokenizer_of("bert").save_pretrained(tmp_path / "teacher")
+    trainer = KDTrainer(tmp_path / "teacher", student, "universal-ca", replace(OPTIONS, epochs=1))
+    trainer.train(rows(16), rows(8, 1), tmp_path / "student")
+    assert trainer.model is not None
+    if student == "bilstm":
+        return
+    config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student").config
+    assert (config.speed, config.exits_trained, config.certificate) == (0.0, False, None)
+    assert (config.num_hidden_layers, config.exit_layers) == {
+        "layers:2": (2, [2]),
+        "layers:0,2,3": (3, [1, 2, 3]),
+    }[student]
+
+
+def test_a_student_of_all_layers_of_an_early_exit_teacher_answers_as_it(tmp_path: Path) -> None:
+    teacher = early_exit_model("bert", num_labels=2, exit_layers=[1, 3])
+    student = student_from_teacher(teacher, "layers:4")
+    batch = random_batch()
+    with torch.no_grad():
+        assert torch.equal(student.all_exit_logits(**batch), teacher.all_exit_logits(**batch))  # type: ignore[operator]

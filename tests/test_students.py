@@ -343,7 +343,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="hidden_size: 'layers:2' takes no options"):
         student_from_teacher(teacher, "layers:2", hidden_size=4)
     with pytest.raises(ValueError, match="supported are"):
-        student_from_teacher(early_exit_model("bert"), "layers:2")
+        student_from_teacher(student_from_teacher(teacher, "bilstm"), "layers:1")
 
 
 def test_dtype_follows_the_teacher_and_frozen_weights_do_not() -> None:

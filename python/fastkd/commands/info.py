@@ -20,7 +20,8 @@ def info(
 ) -> None:
     """What a model is, the speed it runs at by default, and its certificate.
 
-    Reads the configuration only, so it answers at once.
+    Reads the configuration and a few bytes of the weights, so it answers at
+    once.
 
     [bold]Examples[/]
 
@@ -32,6 +33,7 @@ def info(
         quieten()
 
         from fastkd.exits.certificate import Certificate
+        from fastkd.exits.fingerprints import file_fingerprint
         from fastkd.model.loading import load_config
 
         config = load_config(checkpoint)
@@ -47,9 +49,21 @@ def info(
             screen.out.print("[bold]certificate[/]")
             print_certificate(screen, certificate, config.num_hidden_layers)
         mismatches = [] if certificate is None else certificate.mismatches(config, config.dtype or "unknown")
+        fingerprint = file_fingerprint(checkpoint)
+        is_described = None
+        if None not in (fingerprint, config.weights_fingerprint):
+            is_described = fingerprint == config.weights_fingerprint
+        if is_described is False:
+            screen.out.print(
+                "[bold yellow]void:[/] the weights were changed since: all that is said here about training, speed and "
+                f"certificate is for others; distil and calibrate again: fastkd distill {checkpoint} --data DATA",
+                soft_wrap=True,
+            )
         for sentence in mismatches:
             screen.out.print(f"[bold yellow]not the default:[/] {sentence}", soft_wrap=True)
-        screen.result(facts | {"certificate": config.certificate, "mismatches": mismatches})
+        screen.result(
+            facts | {"certificate": config.certificate, "mismatches": mismatches, "weights_as_described": is_described}
+        )
 
 
 def _facts(config: EarlyExitConfig) -> dict[str, Any]:

@@ -43,6 +43,8 @@ class EarlyExitConfig(PreTrainedConfig):
             `fastkd.encoders.label_scale`; None: not fine-tuned, or no regression.
         training_data: fingerprints (`Rows.digest`) of the rows that the weights have seen, by their part in training
             ("finetune train", "finetune dev", "distill train"...).
+        weights_fingerprint: of the weights that `exits_trained`, `certificate`, `label_scale` and `training_data`
+            describe (`fastkd.exits.fingerprints.WeightsSketch`); `save_pretrained` writes it.
         kwargs: what every Hugging Face configuration takes (`num_labels`, `id2label`, `problem_type`...).
 
     Raises:
@@ -70,6 +72,7 @@ class EarlyExitConfig(PreTrainedConfig):
         certificate: Mapping[str, Any] | None = None,
         label_scale: Sequence[float] | None = None,
         training_data: Mapping[str, str] | None = None,
+        weights_fingerprint: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.backbone = _backbone_config(backbone)
@@ -95,6 +98,7 @@ class EarlyExitConfig(PreTrainedConfig):
         self.certificate = None if certificate is None else dict(certificate)
         self.label_scale = None if label_scale is None else _checked_label_scale(label_scale)
         self.training_data = dict(training_data or {})
+        self.weights_fingerprint = weights_fingerprint
         super().__init__(**kwargs)
         self.criterion = criterion or default_criterion(self.num_classes)
         check_criterion(self.criterion, top_n, self.num_classes)
@@ -103,6 +107,13 @@ class EarlyExitConfig(PreTrainedConfig):
                 "problem_type: got 'multi_label_classification'; early exit needs one answer a sentence: use "
                 "'single_label_classification', or 'regression' with num_labels=1"
             )
+
+    def last_head_was_trained(self) -> None:
+        """Take back what is no longer true once the last head learned anew: the heads below it say what it said."""
+        self.exits_trained = False
+        self.certificate = None
+        # a model that leaves early where a call names no speed would refuse every such call
+        self.speed = 0.0
 
     @property
     def num_hidden_layers(self) -> int:

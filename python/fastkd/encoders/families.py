@@ -17,6 +17,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from fastkd.encoders.catalogue import check_family
 from fastkd.encoders.layout import NO_PADDING, TokenLayout
+from fastkd.encoders.untouched import is_untouched
 
 
 def _bert_embed(
@@ -159,7 +160,12 @@ def longest_input(config: PreTrainedConfig) -> int:
 
 
 def embedding_tables(embeddings: nn.Module) -> tuple[nn.Embedding, ...] | None:
-    """The tables of words, positions and perhaps segments whose sum is normalised; None for other embeddings."""
+    """The tables of words, positions and perhaps segments whose sum is normalised; None for other embeddings.
+
+    Also None where something is hooked to them or wraps them.
+    """
+    if not all(map(is_untouched, embeddings.modules())):
+        return None
     tables = {name for name, child in embeddings.named_children() if isinstance(child, nn.Embedding)}
     for names in (_TABLES, _TABLES[:2]):
         if tables == set(names) and isinstance(getattr(embeddings, "LayerNorm", None), nn.LayerNorm):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fastkd_kernels as fk
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.encoders.layout import NO_PADDING, TokenLayout
+from fastkd.encoders.untouched import is_plain_linear, is_untouched
 from fastkd.exits import criteria
 from fastkd.exits.rule import ExitRule
 
@@ -15,7 +17,9 @@ from fastkd.exits.rule import ExitRule
 class FastBertHead(nn.Module):
     """FastBERT's head (ACL 2020, section 3.2): narrow, two-head self-attention read at [CLS], dense, classifier.
 
-    Inference runs the op `fastkd_kernels.student_head` folded, training unfolded, with dropout on the attention.
+    Inference runs the op `fastkd_kernels.student_head` folded, training unfolded, with dropout on the attention. Where
+    a linear layer is not torch's own, or something is hooked to it (adapters, offloading, quantisation), all of them
+    are called.
     """
 
     def __init__(self, config: EarlyExitConfig) -> None:
@@ -46,6 +50,8 @@ class FastBertHead(nn.Module):
 
     def forward(self, hidden_states: Tensor, layout: TokenLayout = NO_PADDING) -> Tensor:
         """Logits [B, C] in float32 of hidden states [B, T, H], or packed [N, H]."""
+        if not self._is_plain():
+            return self._called(hidden_states, layout)
         return fk.student_head(
             hidden_states,
             self.weights(),
@@ -53,6 +59,31 @@ class FastBertHead(nn.Module):
             cu_seqlens=layout.cu_seqlens,
             dropout_p=self.dropout if self.training else 0.0,
         )
+
+    def _is_plain(self) -> bool:
+        """Whether running the parameters is all that calling the linear layers does."""
+        return all(map(is_plain_linear, self._modules.values()))  # type: ignore[arg-type]
+
+    def _called(self, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
+        """What `fastkd_kernels.student_head_reference` computes, by calling the linear layers."""
+        hidden_states, mask = layout.padded(hidden_states)
+        if mask is not None:
+            # 0 * NaN is NaN, so what stands in padding must not reach a product
+            hidden_states = hidden_states.masked_fill(~mask[..., None], 0)
+        narrow = self.narrow(hidden_states).tanh()
+
+        def split(projected: Tensor) -> Tensor:
+            return projected.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+
+        attended = F.scaled_dot_product_attention(
+            split(self.query(narrow[:, :1])),
+            split(self.key(narrow)),
+            split(self.value(narrow)),
+            attn_mask=None if mask is None else mask[:, None, None, :],
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        pooled = self.output(attended.transpose(1, 2).flatten(1))
+        return _at_least_float32(self.classifier(self.dense(pooled).tanh()))
 
     def decide(
         self,
@@ -72,6 +103,9 @@ class FastBertHead(nn.Module):
             rule: with a criterion in `fastkd_kernels.CRITERIA`.
             layout, layer, record, row_ids, thresholds: as in `fastkd.exits.criteria.decide`.
         """
+        if not (is_untouched(self) and self._is_plain()):
+            logits = self(hidden_states, layout)
+            return criteria.decide(logits, rule, layer=layer, record=record, row_ids=row_ids, thresholds=thresholds)
         return fk.student_head_exit(
             hidden_states,
             self.weights(),

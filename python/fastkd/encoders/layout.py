@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -27,6 +28,16 @@ class TokenLayout(NamedTuple):
         if self.cu_seqlens is None:
             return hidden_states[:, 0]
         return hidden_states.index_select(0, self.cu_seqlens[:-1])
+
+    def padded(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Hidden states [B, T, H] and their mask [B, T] bool; what stands in padding is arbitrary."""
+        if self.cu_seqlens is None:
+            return hidden_states, self.attention_mask
+        tokens = torch.arange(self.max_seqlen, device=hidden_states.device)
+        mask = tokens < self.cu_seqlens.diff()[:, None]
+        # as many columns as the host knows of, so that no device is waited for
+        places = (self.cu_seqlens[:-1, None] + tokens).clamp(max=hidden_states.shape[0] - 1)
+        return hidden_states[places], mask
 
 
 NO_PADDING = TokenLayout()

@@ -50,7 +50,7 @@ def run(
     stages, last = rule.stages, rule.last_layer
     left: set[int] = set()
     checksums = []
-    with encoder.running():
+    with torch.no_grad():
         hidden_states = encoder.embed(tokens)
         for stage, following in zip(stages, (*stages[1:], range(0)), strict=True):
             layer = stage[-1]

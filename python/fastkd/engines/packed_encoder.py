@@ -6,8 +6,7 @@ Row counts are rounded up to a few sizes, because on a CPU oneDNN prepares a pri
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +19,7 @@ import fastkd_kernels as fk
 from fastkd.encoders import families
 from fastkd.encoders.layout import TokenLayout
 from fastkd.engines.compaction_cost import CompactionCost, fit
-from fastkd.engines.packed_layers import ATTENTION, Layer, LayerFromParts, ModuleLayer, current_layers
+from fastkd.engines.packed_layers import Layer, LayerFromParts, current_layers
 from fastkd.engines.protocol import ExitModel
 
 _USUAL_LENGTH = 32  # tokens of the sequences on which costs are measured
@@ -64,12 +63,14 @@ def cumulative_lengths(lengths: Sequence[int], device: torch.device | str = "cpu
 
 def supports(model: ExitModel) -> bool:
     """Whether packed tokens beat padded batches: on a CPU, with layers that run from their parts."""
-    return model.device.type == "cpu" and runs_from_parts(model)
+    return runs_from_parts(model) and model.device.type == "cpu"
 
 
 def runs_from_parts(model: ExitModel) -> bool:
     """Whether our kernels, and on a CPU oneDNN, take the dtype of the model where it is."""
-    parameter = next(model.parameters())
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return False  # a replica of DataParallel, whose weights are no parameters
     device = parameter.device.type
     if device not in ("cpu", "cuda") or torch.is_autocast_enabled(device):
         return False
@@ -130,29 +131,13 @@ class PackedEncoder:
             every_row = torch.arange(tokens // _USUAL_LENGTH, dtype=torch.int32, device=device)
             compact_rows(*packed(tokens), every_row, tokens)
 
-        with self.running():
+        with torch.no_grad():
             return CompactionCost(layer=fit(run_layer, device), compaction=fit(compact, device))
 
     def refresh(self, from_parts: bool) -> None:
         """Take note of modules and parameters that changed; `from_parts` where `runs_from_parts` allows it."""
         self._tables = families.embedding_tables(self._backbone.embeddings)
-        self._layers = current_layers(
-            self._modules, self._layers, self._family, self._config.num_attention_heads, from_parts=from_parts
-        )
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Around the calls below: no gradients, and the registered attention where transformers' modules run."""
-        previous = self._config._attn_implementation
-        needs_attention = any(isinstance(layer, ModuleLayer) for layer in self._layers)
-        if needs_attention:
-            self._config._attn_implementation = ATTENTION
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            if needs_attention:
-                self._config._attn_implementation = previous
+        self._layers = current_layers(self._modules, self._layers, self._family, self._config, from_parts=from_parts)
 
     def embed(self, tokens: PackedTokens, out: Tensor | None = None) -> Tensor:
         """Hidden states before the first layer, [R, H]; R is N rounded up, and the rows added are finite.

@@ -12,18 +12,20 @@ Any other layer runs its own `forward`, with the attention that this file regist
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import sdpa_mask
 
 import fastkd_kernels as fk
 from fastkd.encoders import families
 from fastkd.encoders.layout import TokenLayout
+from fastkd.encoders.untouched import is_untouched
 
 ATTENTION = "fastkd_packed"
 """The name under which the packed attention is registered with transformers."""
@@ -165,30 +167,79 @@ def _is_plain(layer: nn.Module, parts: families.LayerParts) -> bool:
     return (
         all(type(module) is nn.Linear for module in linear)
         and all(type(module) is nn.LayerNorm and module.bias is not None for module in norms)
-        and all(_is_untouched(module) for module in layer.modules())
+        and all(is_untouched(module) for module in layer.modules())
     )
 
 
-def _is_untouched(module: nn.Module) -> bool:
-    """Whether calling the module runs its class's `forward` and nothing else."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-
-
 class ModuleLayer:
-    """One encoder layer, run by transformers; on packed rows with the attention registered here."""
+    """One encoder layer, run by transformers.
 
-    def __init__(self, layer: nn.Module) -> None:
+    On packed rows it is a copy of the layer that runs, whose configuration names the attention registered here; the
+    parameters, hooks and submodules are the layer's own. So nothing that other threads see changes. A layer whose
+    `forward` was replaced cannot be copied, and pads.
+    """
+
+    def __init__(self, layer: nn.Module, config: PreTrainedConfig) -> None:
         self._layer = layer
+        self._config = config
+        self._packed = _with_packed_attention(layer) if _can_be_copied(layer) else None
 
     def __call__(self, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
-        return families.run_layer(self._layer, hidden_states, layout)
+        if layout.cu_seqlens is None:
+            return families.run_layer(self._layer, hidden_states, layout)
+        if self._packed is not None:
+            return families.run_layer(self._packed, hidden_states, layout)
+        return self._padded(hidden_states, layout)
+
+    def _padded(self, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
+        """The output on packed rows [R, H], by way of padded ones; rows behind the last sequence become 0."""
+        padded, mask = layout.padded(hidden_states)
+        assert mask is not None
+        assert layout.cu_seqlens is not None
+        padded = padded.masked_fill(~mask[..., None], 0)
+        padded = families.run_layer(self._layer, padded, families.padded_layout(self._config, padded, mask))
+        packed = torch.zeros_like(hidden_states)
+        packed[: int(layout.cu_seqlens[-1])] = padded[mask]
+        return packed
+
+
+def _reads_config(module: nn.Module) -> bool:
+    return isinstance(module.__dict__.get("config"), PreTrainedConfig)
+
+
+def _can_be_copied(layer: nn.Module) -> bool:
+    """Whether no `forward` on the way to the attention was replaced, which would run the module it was taken from."""
+    return not any(
+        "forward" in module.__dict__ and any(map(_reads_config, module.modules())) for module in layer.modules()
+    )
+
+
+def _with_packed_attention(module: nn.Module) -> nn.Module:
+    """The module itself, or where it reads a configuration or has children that do, a copy around the same parts."""
+    children = {
+        name: child if child is None else _with_packed_attention(child) for name, child in module._modules.items()
+    }
+    if not _reads_config(module) and all(child is module._modules[name] for name, child in children.items()):
+        return module
+    twin: Any = object.__new__(type(module))
+    # a compiled call would run the module it was compiled from
+    twin.__dict__ = {**module.__dict__, "_modules": children, "_compiled_call_impl": None}
+    if _reads_config(module):
+        twin.__dict__["config"] = copy.copy(module.config)
+        twin.config._attn_implementation = ATTENTION
+    return twin
 
 
 Layer = LayerFromParts | ModuleLayer
 
 
 def current_layers(
-    modules: Sequence[nn.Module], before: Sequence[Layer], family: families.Family, heads: int, *, from_parts: bool
+    modules: Sequence[nn.Module],
+    before: Sequence[Layer],
+    family: families.Family,
+    config: PreTrainedConfig,
+    *,
+    from_parts: bool,
 ) -> list[Layer]:
     """What runs these modules as they are now.
 
@@ -196,21 +247,23 @@ def current_layers(
         modules: the layers of an encoder.
         before: what this returned for them the last time; nothing the first time.
         family: of the encoder.
-        heads: attention heads of a layer.
+        config: of the encoder.
         from_parts: whether layers that are plain run from their parts.
     """
     previous: Sequence[Layer | None] = before or [None] * len(modules)
     return [
-        _current_layer(module, old, family.parts(module) if from_parts else None, heads)
+        _current_layer(module, old, family.parts(module) if from_parts else None, config)
         for module, old in zip(modules, previous, strict=True)
     ]
 
 
-def _current_layer(module: nn.Module, old: Layer | None, parts: families.LayerParts | None, heads: int) -> Layer:
+def _current_layer(
+    module: nn.Module, old: Layer | None, parts: families.LayerParts | None, config: PreTrainedConfig
+) -> Layer:
     if parts is None or not _is_plain(module, parts):
-        return old if isinstance(old, ModuleLayer) else ModuleLayer(module)
+        return ModuleLayer(module, config)
     if not isinstance(old, LayerFromParts) or not old.runs(parts):
-        old = LayerFromParts(parts, heads, linear_on(parts.query.weight.device))
+        old = LayerFromParts(parts, config.num_attention_heads, linear_on(parts.query.weight.device))
     old.refresh()
     return old
 

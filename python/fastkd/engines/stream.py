@@ -245,7 +245,7 @@ class Stream(Iterator[StreamRow]):
         try:
             cu_seqlens = cumulative_lengths(lengths, self._device)
             layout = TokenLayout(cu_seqlens=cu_seqlens, max_seqlen=max(lengths))
-            with self._encoder.running():
+            with torch.no_grad():
                 hidden_states = self._before(stage, rows, lengths, cu_seqlens)
                 hidden_states = self._encoder.run_layers(self._stages[stage], hidden_states, layout)
                 used = hidden_states[:tokens]

@@ -468,7 +468,7 @@ class BatchStream(Iterator[EarlyExitOutput]):
         rows_at = _rows_at(sequences)
         cu_seqlens, row_ids = lane.plan[: sequences + 1], lane.plan[rows_at : rows_at + sequences]
         layout = TokenLayout(cu_seqlens=cu_seqlens, max_seqlen=longest)
-        with encoder.running():
+        with torch.no_grad():
             if stage == 0:
                 hidden_states = encoder.embed_rows(*memory.inputs[:, :tokens])
             else:

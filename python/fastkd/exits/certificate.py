@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fastkd.data.files import write_json
-from fastkd.exits.fingerprints import HasWeights, model_fingerprint
+from fastkd.exits.fingerprints import HasWeights, file_fingerprint, model_fingerprint
 from fastkd.exits.guarantees import binomial_upper_bound
 
 
@@ -52,6 +52,14 @@ class CertifiedModel(HasWeights, Protocol):
 
     @property
     def dtype(self) -> torch.dtype: ...
+
+    def confirm_weights(self) -> None:
+        """Say that the configuration describes the weights as they are now."""
+        ...
+
+    def changed_weights(self) -> str | None:
+        """How the weights differ from those that the configuration describes; None where they do not."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,11 @@ class Certificate:
             return 1 - self.max_drop
         return 1 - float(binomial_upper_bound(self.disagreements, self.n, self.confidence or 0.95))
 
+    @staticmethod
+    def is_needed(config: CertifiedConfig, speed: float | Sequence[float] | None = None) -> bool:
+        """Whether rows may leave early; the full model needs no certificate."""
+        return any(_as_list(config.speed if speed is None else speed))
+
     def mismatches(
         self,
         config: CertifiedConfig,
@@ -130,9 +143,9 @@ class Certificate:
             dtype: of its weights.
             speed, criterion, top_n, exit_layers: as given to `forward`; None takes what the model says.
         """
-        speeds = _as_list(config.speed if speed is None else speed)
-        if not any(speeds):
+        if not self.is_needed(config, speed):
             return []
+        speeds = _as_list(config.speed if speed is None else speed)
         layers = config.exit_layers if exit_layers is None else sorted({*exit_layers, config.num_hidden_layers})
         compared: dict[str, tuple[Sequence[object], Sequence[object]]] = {
             "dtype": ([self.dtype or "unknown"], [str(dtype).removeprefix("torch.")]),
@@ -198,6 +211,7 @@ class Certificate:
         self._check_model(model_fingerprint(model))
         for name, value in self._settings(set_default).items():
             setattr(model.config, name, value)
+        model.confirm_weights()
 
     def save(self, folder: str | os.PathLike[str], model: str, *, set_default: bool = False) -> None:
         """Write the certificate into the config.json of a saved model, and nothing else.
@@ -213,7 +227,8 @@ class Certificate:
         self._check_model(model)
         path = Path(folder) / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
-        write_json(path, {**config, **self._settings(set_default)})
+        fingerprint = file_fingerprint(folder) or config.get("weights_fingerprint")
+        write_json(path, {**config, **self._settings(set_default), "weights_fingerprint": fingerprint})
 
     def _settings(self, set_default: bool) -> dict[str, Any]:
         default = {"speed": self.speed, "criterion": self.criterion, "top_n": self.top_n} if set_default else {}
@@ -236,7 +251,12 @@ def warn_if_uncertified(model: CertifiedModel, **exits: Any) -> list[str]:
         CalibrationWarning: there are some.
     """
     certificate = Certificate.of(model.config)
-    mismatches = [] if certificate is None else certificate.mismatches(model.config, model.dtype, **exits)
+    if certificate is None or not certificate.is_needed(model.config, exits.get("speed")):
+        return []
+    mismatches = certificate.mismatches(model.config, model.dtype, **exits)
+    changed = model.changed_weights()
+    if changed is not None:
+        mismatches.append(f"it is for other weights: {changed}; calibrate again")
     if mismatches:
         warnings.warn(f"certificate: {'; '.join(mismatches)}; nothing is promised", CalibrationWarning, stacklevel=3)
     return mismatches

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastkd.encoders import families
+from fastkd.encoders.configuration import EarlyExitConfig
 
 Pool = Callable[[Tensor, "Tensor | None"], Tensor]
 """(hidden states [B, T, H], attention mask [B, T] or None) -> [B, H]."""
@@ -64,6 +65,12 @@ def encoder_layers(model: nn.Module) -> nn.ModuleList:
     return cast(nn.ModuleList, encoder.base_model.get_submodule(family.layers))
 
 
+def whole_model(model: nn.Module) -> dict[str, Any]:
+    """What `forward` has to be told so that every layer runs: an early-exit model may leave early by default."""
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    return {"speed": 0.0} if isinstance(getattr(inner, "config", None), EarlyExitConfig) else {}
+
+
 class ProbeOutput(NamedTuple):
     """What one forward pass showed.
 
@@ -106,6 +113,7 @@ class LayerProbe:
         if isinstance(pool, str) and pool not in POOLS:
             raise ValueError(f"pool: got {pool!r}, expected one of {', '.join(POOLS)}, or a function")
         self._pool: Pool = POOLS[pool] if isinstance(pool, str) else pool
+        self._whole = whole_model(inner)
         layers = encoder_layers(inner)
         self.num_layers = len(layers)
         self._listening = False
@@ -144,7 +152,7 @@ class LayerProbe:
         self._wants_gradient = torch.is_grad_enabled()
         self._listening = True
         try:
-            logits = self.model(**batch).logits
+            logits = self.model(**batch, **self._whole).logits
             missing = sorted(set(range(self.num_layers)) - set(self._pooled))
             if missing:
                 raise RuntimeError(f"layers {missing} (0-based) did not run, so that they have no hidden states")

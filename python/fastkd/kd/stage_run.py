@@ -35,7 +35,7 @@ from fastkd.data.rows import Rows
 from fastkd.kd.cache import CACHED_KINDS, TeacherCache, example_ids
 from fastkd.kd.methods import Method, Shapes, Stage, StageLoss
 from fastkd.kd.options import KDOptions
-from fastkd.kd.probe import LayerProbe, PseudoClassifiers, encoder_layers
+from fastkd.kd.probe import LayerProbe, PseudoClassifiers, encoder_layers, whole_model
 from fastkd.kd.teacher import Signals, Teacher
 from fastkd.losses import label_loss
 from fastkd.training import metrics
@@ -56,6 +56,7 @@ class StudentObjective(nn.Module):
         self.student = student
         self.loss = loss
         self.stage = stage
+        self._whole = whole_model(student)
         # no part of the module tree: the teacher is neither trained nor saved
         self._teacher = (teacher,)
         self._probe = LayerProbe(student, pool, keep_sequence="sequence_output" in stage.student)
@@ -67,7 +68,7 @@ class StudentObjective(nn.Module):
     def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:
         given = {name: batch.pop(f"teacher_{name}") for name in CACHED_KINDS if f"teacher_{name}" in batch}
         if not self.training:
-            logits = self.student(**batch).logits.float()
+            logits = self.student(**batch, **self._whole).logits.float()
             return {"loss": label_loss(logits, labels), "logits": logits}
         student = self._student_signals(batch)
         loss = self.loss(student, self._teacher_signals(batch, given), labels, batch.get("attention_mask"))
@@ -75,7 +76,7 @@ class StudentObjective(nn.Module):
 
     def _student_signals(self, batch: dict[str, Tensor]) -> Signals:
         if not self.stage.student:
-            return Signals(self.student(**batch).logits.float())
+            return Signals(self.student(**batch, **self._whole).logits.float())
         output = self._probe(**batch)
         logits, hidden_states = output.logits.float(), output.hidden_states.float()
         layer_logits = None

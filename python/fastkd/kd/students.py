@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastkd.encoders import families
+from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.kd.probe import POOLS, encoder_layers
 from fastkd.losses.labels import label_loss
 
@@ -327,9 +328,21 @@ def _explicit_layers(spec: str, layers: Sequence[int], teacher_layers: int) -> t
 
 
 def _with_layers(teacher: PreTrainedModel, layers: Sequence[int], copy_classifier: bool) -> PreTrainedModel:
-    family = families.family_of(teacher.config.model_type)
     config = copy.deepcopy(teacher.config)
-    config.num_hidden_layers = len(layers)
+    has_exits = isinstance(config, EarlyExitConfig)
+    heads: dict[int, int] = {}
+    if isinstance(config, EarlyExitConfig):
+        config.backbone.num_hidden_layers = len(layers)
+        # a layer that is kept keeps its head, and the last one answers with the teacher's last
+        heads = {place: layer for place, layer in enumerate(layers) if layer + 1 in config.exit_layers}
+        heads[len(layers) - 1] = teacher.config.num_hidden_layers - 1
+        config.exit_layers = sorted(place + 1 for place in heads)
+        config.last_head_was_trained()
+        config.label_scale, config.training_data, config.weights_fingerprint = None, {}, None
+    else:
+        config.num_hidden_layers = len(layers)
+    encoder_config = config.backbone if isinstance(config, EarlyExitConfig) else config
+    family = families.family_of(encoder_config.model_type)
     config.name_or_path = ""  # the student is no longer what lies there
     student = cast(PreTrainedModel, type(teacher)(cast(Any, config)))
     encoder = f"{teacher.base_model_prefix}."
@@ -343,7 +356,13 @@ def _with_layers(teacher: PreTrainedModel, layers: Sequence[int], copy_classifie
             number, _, rest = name.removeprefix(prefix).partition(".")
             for position in positions.get(int(number), []):
                 weights[f"{prefix}{position}.{rest}"] = weight
-        elif copy_classifier or name.startswith(encoder):
+        elif name.startswith(encoder):
+            weights[name] = weight
+        elif copy_classifier and has_exits and name.startswith("heads."):
+            number, _, rest = name.removeprefix("heads.").partition(".")
+            for place in (place for place, layer in heads.items() if layer == int(number)):
+                weights[f"heads.{place}.{rest}"] = weight
+        elif copy_classifier:
             weights[name] = weight
     student.load_state_dict(weights)
     return _like(student, teacher)

@@ -28,7 +28,14 @@ from fastkd.training.checks import require
 
 KINDS = ("logits", "layer_logits", "hidden_states", "sequence_output")
 # what a saved and reloaded teacher may write differently without computing differently
-_VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+_VOLATILE_CONFIG = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+    "weights_fingerprint",
+)
 
 
 @dataclass(frozen=True)

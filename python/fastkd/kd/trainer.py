@@ -35,6 +35,7 @@ from fastkd.data.batches import LengthSortedBatches, tokenize
 from fastkd.data.labels import names_of_classes
 from fastkd.data.rows import Rows
 from fastkd.encoders.families import FAMILIES, longest_input
+from fastkd.encoders.label_scale import LabelScale
 from fastkd.kd.cache import CACHED_KINDS, TeacherCache
 from fastkd.kd.label_order import common_order
 from fastkd.kd.methods import Method, method_of
@@ -42,6 +43,7 @@ from fastkd.kd.options import KDOptions
 from fastkd.kd.stage_run import BEST_METRIC, StageRun, default_metric, num_labels_of
 from fastkd.kd.students import is_made_of_teacher, student_from_teacher
 from fastkd.kd.teacher import Teacher, tokenizer_fingerprint
+from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.model.tokenizers import load_tokenizer
 from fastkd.training import metrics
 from fastkd.training.checks import check_dtypes, check_evaluation, check_tokenizer
@@ -175,6 +177,8 @@ class KDTrainer:
             ]
         student.zero_grad(set_to_none=True)
         self.model = student.eval()
+        if isinstance(student, EarlyExitForSequenceClassification):
+            _describe(student, train, run)
         return run.finish(student, self.tokenizer, _joined(results))
 
     def _default_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -323,6 +327,17 @@ def _joined(results: Sequence[TrainResult]) -> TrainResult:
             {"stage": number, **entry} for number, result in enumerate(results, start=1) for entry in result.log_history
         ],
     )
+
+
+def _describe(student: EarlyExitForSequenceClassification, train: Rows, run: Run) -> None:
+    """Make the configuration of an early-exit student say what its last head, and only that, has just learned."""
+    config = student.config
+    config.last_head_was_trained()
+    if config.num_labels == 1:
+        scale = LabelScale.of(train)
+        config.label_scale = [scale.mean, scale.std]
+    config.training_data |= run.digests
+    student.confirm_weights()
 
 
 # Checks before the work

@@ -19,8 +19,10 @@ from fastkd.encoders.layout import TokenLayout
 from fastkd.engines import batch, graphs, packed, packed_encoder, stream, stream_batches
 from fastkd.engines.output import EarlyExitOutput, fields_of
 from fastkd.exits import criteria
+from fastkd.exits.fingerprints import WeightsSketch, file_fingerprint
 from fastkd.exits.rule import ExitRule, stages_of
 from fastkd.exits.trace import ExitTrace
+from fastkd.model.claims import WeightsClaims, asks_about_weights
 from fastkd.model.inputs import check_tokens, checked_mask
 from fastkd.model.pretrained import check_complete, config_to_load, damage_explained, saved_config
 from fastkd.model.tracing import record_trace
@@ -56,6 +58,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
     def __init__(self, config: EarlyExitConfig, *, heads_are_new: bool = False) -> None:
         """Random weights for `config`; `heads_are_new` keeps transformers from reporting them as missing."""
         super().__init__(config)
+        self._claims = WeightsClaims()
         self._family = families.family_of(config.backbone.model_type)
         backbone = families.build(config.backbone)
         # transformers maps the keys of plain checkpoints by this prefix
@@ -198,6 +201,36 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         self.config.learned_exit = True
         self.learned_exit = LearnedExit(self.config).to(self.device, self.dtype)
         self.learned_exit.start()
+
+    def confirm_weights(self) -> None:
+        """Say that the configuration (`exits_trained`, `certificate`...) describes the weights as they are now.
+
+        Loading, saving a model that was just built, and the trainings of fastkd say so by themselves. Whoever changes
+        the weights otherwise and answers for what the configuration says calls this; all others are warned.
+        """
+        self._claims.confirm(self)
+
+    def changed_weights(self) -> str | None:
+        """How the weights differ from those that the configuration describes; None where they do not.
+
+        A few values of each tensor are compared; other dtypes and devices make no difference.
+        """
+        return self._claims.problem(self)
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As `PreTrainedModel.save_pretrained`, with the fingerprint of the weights in the configuration."""
+        if self.changed_weights() is None:
+            if self._claims.is_open:
+                self.confirm_weights()
+            sketch = WeightsSketch.of(self.state_dict() if state_dict is None else state_dict)
+            self.config.weights_fingerprint = sketch.fingerprint
+        super().save_pretrained(save_directory, is_main_process, cast(Any, state_dict), **kwargs)
 
     # What engines ask, see `fastkd.engines.protocol.ExitModel`
 
@@ -509,6 +542,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
                 "speed: got a value above 0, but the heads below the last layer were never trained, so early answers "
                 "would be random; distil them first (`fastkd distill`, or fastkd.distill), or use speed=0"
             )
+        if asks_about_weights():
+            self._claims.warn_if_changed(self)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         if self.config.num_labels == 1:
@@ -549,7 +584,12 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         saved = None if path is None else saved_config(path, kwargs)
         config = config_to_load(saved, path, config, added, kwargs)
         heads_are_new = saved is not None and not isinstance(saved, EarlyExitConfig)
-        return cls._load(path, *model_args, config=config, heads_are_new=heads_are_new, **kwargs)
+        loaded = cls._load(path, *model_args, config=config, heads_are_new=heads_are_new, **kwargs)
+        if not heads_are_new and path is not None:
+            model = loaded[0] if isinstance(loaded, tuple) else loaded
+            folder = os.path.join(path, kwargs.get("subfolder", ""))
+            model._claims.loaded(model, file_fingerprint(folder, kwargs.get("variant")))
+        return loaded
 
     @classmethod
     def _load(cls, path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any) -> Any:

@@ -61,7 +61,7 @@ def finetune(
     """Train the backbone and the last head on labels; keep the weights of the best evaluation where `dev` is given.
 
     The model is trained in place, and takes the rows' label names. Its other heads are left as they are, and marked as
-    untrained (`config.exits_trained`).
+    untrained (`config.exits_trained`); a default speed above 0 goes, because they cannot answer.
 
     Args:
         model: with float32 weights; its number of labels must be that of the rows.
@@ -80,7 +80,7 @@ def finetune(
     check_labels(model, dev, "dev", required=True)
     config = model.config
     take_labels(model, train)
-    config.exits_trained = False
+    config.last_head_was_trained()
     if options.redraw_heads:
         _redraw(model.heads, options.seed)
     scale = LabelScale()

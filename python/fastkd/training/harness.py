@@ -286,6 +286,15 @@ class Run:
         PartialState().wait_for_everyone()
         return cls(output_dir, checkpoints, record, arguments)
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """Fingerprints of the rows by their part in this training, as `config.training_data` holds them."""
+        return {
+            f"{self.record['stage']} {part}": self.record[part]["digest"]
+            for part in ("train", "dev")
+            if self.record[part] is not None
+        }
+
     def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, result: TrainResult) -> TrainResult:
         """Leave a whole model folder with its log, and no checkpoints; the result names that folder."""
         if self.arguments.process_index == 0:

@@ -86,13 +86,10 @@ def train_part(
     model.eval()
     config = model.config
     config.certificate = None  # it was for the weights of before
-    config.training_data |= {
-        f"{training.name} {part}": run.record[part]["digest"]
-        for part in ("train", "dev")
-        if run.record[part] is not None
-    }
+    config.training_data |= run.digests
     if training.trains_exits:
         config.exits_trained = True
+    model.confirm_weights()
     return run.finish(model, tokenizer, done)
 
 

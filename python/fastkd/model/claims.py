@@ -1,0 +1,100 @@
+"""What a configuration says about weights, and whether the weights are still those.
+
+`exits_trained`, `certificate`, `label_scale` and `training_data` describe the weights of a moment. A model keeps a
+`WeightsSketch` of that moment beside them, and `save_pretrained` writes its fingerprint into the configuration.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import Any, Protocol
+
+import torch
+
+import fastkd_kernels as fk
+from fastkd.encoders.configuration import EarlyExitConfig
+from fastkd.encoders.heads import ExitHead
+from fastkd.exits.fingerprints import HasWeights, WeightsSketch
+
+
+class DescribedModel(HasWeights, Protocol):
+    """An early-exit model."""
+
+    config: EarlyExitConfig
+
+    @property
+    def last_head(self) -> ExitHead: ...
+
+
+class ChangedWeightsWarning(UserWarning):
+    """The configuration describes other weights than the model has."""
+
+
+OTHER_FILE = "the weights in the file are not those that its config.json describes"
+
+
+class WeightsClaims:
+    """Which weights the configuration of one model describes; nothing is known of a model that was just built."""
+
+    def __init__(self) -> None:
+        self._sketch: WeightsSketch | None = None
+        self._problem: str | None = None
+
+    def confirm(self, model: DescribedModel) -> None:
+        """The configuration describes the weights as they are now."""
+        self._sketch, self._problem = WeightsSketch.of(model.state_dict()), None
+        _stamps.pop(model, None)
+
+    def loaded(self, model: DescribedModel, fingerprint: str | None) -> None:
+        """Hold what was just loaded from a file with this fingerprint (None: unknown) against the configuration."""
+        self.confirm(model)
+        described = model.config.weights_fingerprint
+        if described is None:
+            # of an older version: whoever changes the weights from now on is noticed
+            model.config.weights_fingerprint = fingerprint
+        elif fingerprint is not None and fingerprint != described:
+            self._problem = OTHER_FILE
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing is known yet."""
+        return self._sketch is None
+
+    def problem(self, model: DescribedModel) -> str | None:
+        """How the weights differ from those described; None where they do not, or where nothing is known."""
+        if self._problem is not None or self._sketch is None:
+            return self._problem
+        changed = self._sketch.changed(WeightsSketch.of(model.state_dict()))
+        if not changed:
+            return None
+        return f"{len(changed)} tensors changed since, among them {changed[0]}"
+
+    def warn_if_changed(self, model: DescribedModel) -> None:
+        """Tell, once for each change of the last head, that early heads were trained for other weights."""
+        # a replica of DataParallel has no parameters, and the model that it was made of was asked
+        if (self._problem is None and self._sketch is None) or getattr(model, "_is_replica", False):
+            return
+        watched = list(model.last_head.parameters())
+        stamp = _stamps.get(model)
+        if stamp is not None and stamp.is_current(watched):
+            return
+        _stamps[model] = fk.ParameterStamp(watched)
+        problem = self.problem(model)
+        if problem is not None:
+            warnings.warn(
+                f"config.exits_trained: the heads below the last were distilled for other weights ({problem}), so "
+                "early answers may be wrong; distil them again (fastkd.distill), or call model.confirm_weights() if "
+                "they were trained along",
+                ChangedWeightsWarning,
+                stacklevel=4,
+            )
+
+
+# beside the models and not in them, so that these can be copied and pickled
+_stamps: weakref.WeakKeyDictionary[Any, fk.ParameterStamp] = weakref.WeakKeyDictionary()
+
+
+def asks_about_weights() -> bool:
+    """Whether weights can be looked at: a graph that is being traced has none."""
+    return not torch.compiler.is_compiling()

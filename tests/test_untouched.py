@@ -1,0 +1,175 @@
+"""Modules that others have put something around are called, in heads and layers: adapters, hooks, offloading..."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from tiny_models import (
+    early_exit_model,
+    one_thread,  # noqa: F401  # a fixture
+    random_batch,
+)
+from torch import Tensor, nn
+
+import fastkd
+from fastkd.encoders.untouched import is_plain_linear, is_untouched
+
+Model = fastkd.EarlyExitForSequenceClassification
+
+
+class Adapter(nn.Module):
+    """A linear layer with a low-rank addition, as peft wraps it: the weight stays reachable under its name."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.down = nn.Linear(base_layer.in_features, 2, bias=False)
+        self.up = nn.Linear(2, base_layer.out_features, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor:
+        return self.base_layer.bias
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.base_layer(rows) + self.up(self.down(rows))
+
+    def merged(self) -> nn.Linear:
+        merged = copy.deepcopy(self.base_layer)
+        with torch.no_grad():
+            merged.weight += self.up.weight @ self.down.weight
+        return merged
+
+
+def wrap(model: Model, wrapping: Callable[[nn.Linear], nn.Module], names: tuple[str, ...]) -> None:
+    for head in model.heads.values():
+        for name in names:
+            setattr(head, name, wrapping(getattr(head, name)))
+
+
+def answers(model: Model, speed: float, engine: str | None = None) -> Any:
+    with torch.no_grad():
+        return model(**random_batch(), speed=speed, engine=engine)
+
+
+def assert_same(first: Any, second: Any) -> None:
+    assert torch.equal(first.exit_layer, second.exit_layer)
+    torch.testing.assert_close(first.logits, second.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("engine", ["batch", "packed"])
+@pytest.mark.parametrize("speed", [0.0, 0.4])
+@pytest.mark.parametrize("head", ["fastbert", "linear"])
+def test_adapters_in_heads_act_before_they_are_merged(head: str, speed: float, engine: str) -> None:
+    model = early_exit_model(head=head)
+    plain = answers(model, speed, engine)
+    names = ("query", "value", "narrow") if head == "fastbert" else ("classifier",)
+    wrap(model, Adapter, names)
+    adapted = answers(model, speed, engine)
+    assert not torch.allclose(plain.logits, adapted.logits, atol=1e-2)
+    wrap(model, lambda adapter: adapter.merged(), names)  # type: ignore[attr-defined]
+    assert_same(adapted, answers(model, speed, engine))
+
+
+def test_adapters_in_heads_learn() -> None:
+    model = early_exit_model().requires_grad_(False)
+    wrap(model, Adapter, ("query", "narrow"))
+    model.train()
+    model.all_exit_logits(**random_batch()).square().sum().backward()
+    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+    assert len(adapters) == 8
+    assert all(adapter.up.weight.grad.abs().sum() > 0 for adapter in adapters)
+
+
+@pytest.mark.parametrize("engine", [None, "batch", "packed"])
+@pytest.mark.parametrize("speed", [0.0, 0.4])
+def test_an_offloaded_model_answers_the_same(speed: float, engine: str | None) -> None:
+    model = early_exit_model()
+    expected = answers(model, speed)
+    cpu_offload(model, execution_device="cpu")
+    assert_same(expected, answers(model, speed, engine))
+
+
+@pytest.mark.parametrize("engine", [None, "batch", "packed"])
+@pytest.mark.parametrize("speed", [0.0, 0.4])
+def test_a_quantised_model_answers_about_the_same(speed: float, engine: str | None) -> None:
+    model = early_exit_model()
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    expected, got = answers(model, speed), answers(quantised, speed, engine)
+    assert (expected.logits.argmax(1) == got.logits.argmax(1)).float().mean() > 0.7
+    assert not torch.equal(expected.logits, got.logits)
+
+
+@pytest.mark.parametrize("place", ["head", "narrow", "classifier"])
+def test_hooks_in_heads_fire(place: str) -> None:
+    model, seen = early_exit_model(), []
+    expected = answers(model, 0.4)
+    for name, head in model.heads.items():
+        module = head if place == "head" else getattr(head, place)
+        module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    assert_same(expected, answers(model, 0.4))
+    assert {"0", "1"} <= set(seen)
+
+
+def test_what_untouched_means() -> None:
+    linear = nn.Linear(2, 2)
+    assert is_plain_linear(linear)
+    for change in (
+        lambda module: module.register_forward_hook(lambda *_: None),
+        lambda module: module.register_forward_pre_hook(lambda *_: None),
+        lambda module: module.register_full_backward_hook(lambda *_: None),
+        lambda module: module.register_full_backward_pre_hook(lambda *_: None),
+        lambda module: setattr(module, "forward", lambda rows: rows),
+    ):
+        changed = nn.Linear(2, 2)
+        change(changed)
+        assert not is_untouched(changed)
+        assert not is_plain_linear(changed)
+    assert not is_plain_linear(nn.Linear(2, 2, bias=False))
+    assert not is_plain_linear(nn.Identity())
+
+
+def replica_of(network: nn.Module) -> Any:
+    """What DataParallel calls: a copy whose parameters are plain attributes."""
+    modules = list(network.modules())
+    copies = {module: module._replicate_for_data_parallel() for module in modules}
+    for module, twin in copies.items():
+        for name, child in module._modules.items():
+            if child is not None:
+                twin._modules[name] = copies[child]
+                setattr(twin, name, copies[child])
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                setattr(twin, name, parameter.clone())
+    return copies[network]
+
+
+@pytest.mark.parametrize("head", ["fastbert", "linear"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("speed", [0.0, 0.6])
+def test_replicas_of_data_parallel_answer(training: bool, speed: float, head: str, tmp_path: Any) -> None:
+    early_exit_model(head=head, head_dropout=0.0, learned_exit=True).save_pretrained(tmp_path)
+    model = Model.from_pretrained(tmp_path).train(training)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0
+    replica, batch = replica_of(model), random_batch()
+    expected, got = model(**batch, speed=speed), replica(**batch, speed=speed)
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    if not training:
+        assert torch.equal(got.exit_layer, expected.exit_layer)
+    assert got.logits.requires_grad == expected.logits.requires_grad
+    logits = replica.all_exit_logits(**batch)
+    torch.testing.assert_close(logits, model.all_exit_logits(**batch), rtol=1e-4, atol=1e-4)
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.heads.parameters())
