@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterator
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,9 @@ from tiny_models import WORDS, clear_speed, early_exit_model, one_thread, random
 from torch import nn
 
 import fastkd
+import fastkd_kernels as fk
+from fastkd.engines import stream_reader
+from fastkd.engines.packed_encoder import encoder_of
 from fastkd.engines.stream import StreamRow
 
 __all__ = ["one_thread"]
@@ -221,32 +226,172 @@ def test_an_error_of_the_input_comes_after_all_that_was_read() -> None:
     assert answers_of(answered) == one_by_one(model, rows, speed=0.5)
 
 
-@pytest.mark.parametrize("at_call", [1, 4, 9, 14])
-@pytest.mark.parametrize("criterion", ["entropy", "patience"])
-def test_ctrl_c_loses_nothing(at_call: int, criterion: str) -> None:
-    """Interrupted in the middle of a run: iterating on gives every answer."""
-    model, rows = early_exit_model(), encoded_rows()
-    speed = speed_of(model, rows) if criterion == "entropy" else 0.5
-    stream = model.stream(rows, speed=speed, criterion=criterion, tokens_per_run=60, look_ahead=8)
-    layer, calls = stream._encoder.layer, 0
+class Interrupts:
+    """Ctrl-C at the chosen places, counted from 0, among all where Python runs a signal handler inside of a stream.
 
-    def interrupted(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        output = layer(*arguments)
-        if calls == at_call:
+    Those are the beginning of a Python function, the end of a C function, and each line, for loops. The lines that give
+    an answer away make no call, so no handler runs between them.
+    """
+
+    FILES = ("stream.py", "stream_reader.py", "schedule.py")
+    GIVING = ("__next__", "finished")
+
+    def __init__(self, *at: int) -> None:
+        self.at = set(at)
+        self.places: list[tuple[str, int, str]] = []
+
+    def once_each(self) -> list[int]:
+        """A time when each place was passed, the first and the last in turn."""
+        first = {place: number for number, place in reversed(list(enumerate(self.places)))}
+        last = {place: number for number, place in enumerate(self.places)}
+        return [(first, last)[turn % 2][place] for turn, place in enumerate(first)]
+
+    def _place(self, frame: FrameType, event: str) -> None:
+        self.places.append((frame.f_code.co_qualname, frame.f_lineno, event))
+        if len(self.places) - 1 in self.at:
             raise KeyboardInterrupt
-        return output
 
-    stream._encoder.layer = interrupted  # type: ignore[method-assign]
+    def _in_stream(self, frame: FrameType) -> bool:
+        return frame.f_code.co_filename.endswith(tuple(f"engines/{name}" for name in self.FILES))
+
+    def _profile(self, frame: FrameType, event: str, argument: Any) -> None:
+        if not self._in_stream(frame):
+            return
+        if event == "call" or (event == "c_return" and frame.f_code.co_name not in self.GIVING):
+            self._place(frame, event)
+
+    def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if not self._in_stream(frame) or frame.f_code.co_name in self.GIVING:
+            return None
+        if event == "line":
+            self._place(frame, event)
+        return self._trace
+
+    def __call__(self, work: Callable[[], StreamRow | None]) -> StreamRow | None:
+        if self.at and len(self.places) > max(self.at):
+            return work()
+        sys.setprofile(self._profile)
+        sys.settrace(self._trace)
+        try:
+            return work()
+        finally:
+            sys.settrace(None)
+            sys.setprofile(None)
+
+
+def answered_through(stream: Any, interrupts: Interrupts) -> list[StreamRow]:
+    """The answers of a stream that is iterated on after every interrupt."""
     answered: list[StreamRow] = []
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            answered.extend(stream)
+    while True:
+        try:
+            row = interrupts(partial(next, stream, None))
+        except KeyboardInterrupt:
+            continue
+        if row is None:
+            return answered
+        answered.append(row)
+
+
+def small_stream(model: fastkd.EarlyExitForSequenceClassification, rows: Any, **options: Any) -> Any:
+    return model.stream(rows, tokenizer_of("bert"), speed=0.05, tokens_per_run=16, look_ahead=3, **options)
+
+
+@pytest.fixture(scope="module")
+def mixed_input() -> list[Any]:
+    return [*sentences(4), "", ("the film", "was fun"), *sentences(2)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_at_every_place_loses_and_repeats_no_row(mixed_input: list[Any]) -> None:
+    model = early_exit_model()
+    counting = Interrupts()
+    expected = answered_through(small_stream(model, mixed_input), counting)
+    assert [row.line for row in expected] == list(range(1, len(mixed_input) + 1))
+    places = counting.once_each()
+    assert len(places) > 150
+    for number, at in enumerate(places):
+        burst = 12 if number % 6 == 0 else 1
+        given = answered_through(small_stream(model, mixed_input), Interrupts(*range(at, at + burst)))
+        assert [row[:2] for row in given] == [row[:2] for row in expected], (at, burst)
+        assert [row.exit_layer for row in given] == [row.exit_layer for row in expected], (at, burst)
+
+
+@pytest.mark.parametrize("where", ["tokenizer", "embed", "layer", "decide", "compact_packed", "answer"])
+@pytest.mark.parametrize("burst", [1, 12])
+def test_ctrl_c_in_every_call_to_the_outside_loses_no_row(
+    where: str, burst: int, mixed_input: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls, at = early_exit_model(), 0, 10**9
+
+    def interrupted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            result = call(*arguments, **options)
+            calls += 1
+            if at <= calls - 1 < at + burst:
+                raise KeyboardInterrupt
+            return result
+
+        return counted
+
+    owner = {"compact_packed": fk, "tokenizer": stream_reader}.get(where, model)
+    encoder = encoder_of(model)
+    if where in ("embed", "layer"):
+        owner = encoder
+    name = "encode" if where == "tokenizer" else where
+    monkeypatch.setattr(owner, name, interrupted(getattr(owner, name)))
+    expected = list(small_stream(model, mixed_input))
+    total = calls
+    assert total > 0
+    for start in range(total):
+        calls, at = 0, start
+        given = answered_through(small_stream(model, mixed_input), Interrupts())
+        assert [row[:2] for row in given] == [row[:2] for row in expected], start
+
+
+def test_ctrl_c_inside_of_a_generator_is_told_and_inside_of_an_iterator_loses_nothing(
+    mixed_input: list[Any],
+) -> None:
+    """Python ends a generator that raises, so what it had not given is gone: never as if the input had ended there."""
+    model = early_exit_model()
+
+    def generator() -> Iterator[Any]:
+        yield from mixed_input[:5]
+        raise KeyboardInterrupt
+
+    class Reader(Iterator[Any]):
+        def __init__(self) -> None:
+            self.rows, self.calls = iter(mixed_input), 0
+
+        def __next__(self) -> Any:
+            self.calls += 1
+            if self.calls == 6:
+                raise KeyboardInterrupt
+            return next(self.rows)
+
+    stream = small_stream(model, generator())
+    answered: list[StreamRow] = []
+    with pytest.raises(KeyboardInterrupt):
         answered.extend(stream)
-    finally:
-        del stream._encoder.layer
-    assert answers_of(answered) == one_by_one(model, rows, speed=speed, criterion=criterion)
+    with pytest.raises(RuntimeError, match="rows: the input ended when it was interrupted"):
+        answered.extend(stream)
+    assert [row.line for row in answered] == [1, 2, 3, 4, 5]
+    given = answered_through(small_stream(model, Reader()), Interrupts())
+    assert [row.line for row in given] == list(range(1, len(mixed_input) + 1))
+
+
+def test_finished_after_ctrl_c_and_going_on_give_every_row_once(mixed_input: list[Any]) -> None:
+    model, rows = early_exit_model(), mixed_input
+    for at in range(0, 1500, 83):
+        stream, interrupts = small_stream(model, rows), Interrupts(at)
+        given: list[StreamRow] = []
+        try:
+            while (row := interrupts(partial(next, stream, None))) is not None:
+                given.append(row)
+        except KeyboardInterrupt:
+            given += stream.finished()
+        given += list(stream)
+        assert sorted(row.line for row in given) == list(range(1, len(rows) + 1)), at
 
 
 def test_finished_gives_what_is_ready_behind_a_row_that_waits() -> None:

@@ -114,6 +114,9 @@ class _Slots:
     def give_back(self, slots: Iterable[int]) -> None:
         self._free.extend(slots)
 
+    def give_all_back(self) -> None:
+        self._free = list(reversed(range(self.record.exit_layer.shape[0])))
+
     def _grow(self, missing: int) -> None:
         old = self.record
         size = old.exit_layer.shape[0]
@@ -130,6 +133,11 @@ class Stream(Iterator[StreamRow]):
 
     An error of the input is raised after everything read before it was answered. Ctrl-C, and an error of the model,
     are raised at once and lose nothing: iterating again goes on, and `finished()` gives what was already answered.
+    Where Ctrl-C comes inside the input, and so ends it (Python ends a generator that raises), iterating again answers
+    what was read and then raises RuntimeError.
+
+    What is true is in the reader, `_unanswered`, `_answers`, `_given_early` and `_next`, and each of them changes in
+    one step that no interrupt can split. All else is derived: after a step that was broken off it is made anew.
     """
 
     def __init__(
@@ -167,9 +175,11 @@ class Stream(Iterator[StreamRow]):
         self._queues = [_Queue() for _ in self._stages]
         self._device = model.device
         self._slots = _Slots(config.num_classes, self._device)
+        self._unanswered: dict[int, EncodedRow] = {}
         self._answers: dict[int, StreamRow] = {}
         self._given_early: set[int] = set()
         self._next = 0
+        self._is_whole = True
         self._encoder = encoder_of(model)
         self._names = dict(config.id2label or {})
         stages = len(self._stages)
@@ -179,37 +189,72 @@ class Stream(Iterator[StreamRow]):
         return self
 
     def __next__(self) -> StreamRow:
-        while self._next not in self._answers:
-            if self._next in self._given_early:
-                self._given_early.remove(self._next)
-                self._next += 1
-            elif not self._advance():
-                self._reader.raise_error()
-                raise StopIteration
-        answer = self._answers.pop(self._next)
+        if not self._has_next():
+            self._reader.raise_error()
+            raise StopIteration
+        # without a call from here on, so that no interrupt comes between the answer's leaving and its arrival
+        answer = self._answers[self._next]
+        del self._answers[self._next]
         self._next += 1
         return answer
 
+    def _has_next(self) -> bool:
+        """Work until the next answer is ready; False where there is none any more."""
+        self._mend()
+        while self._next not in self._answers:
+            if self._next in self._given_early:
+                # in this order: a number that stays in the set is harmless, one that is missed would be waited for
+                self._next += 1
+                self._given_early.discard(self._next - 1)
+            elif not self._advance():
+                return False
+        return True
+
     def finished(self) -> list[StreamRow]:
         """The answers that are ready but were not yet given, in input order; rows before them may still wait."""
+        self._mend()
         ready = [self._answers[position] for position in sorted(self._answers)]
-        self._given_early.update(self._answers)
-        self._answers.clear()
+        given_early = self._given_early.union(self._answers)
+        self._given_early, self._answers = given_early, {}
         return ready
 
     def _is_answered(self, position: int) -> bool:
         return position < self._next or position in self._answers or position in self._given_early
 
+    def _mend(self) -> None:
+        """After a step that was broken off: rows without an answer wait before the first layer again.
+
+        Their hidden states may be lost. What the reader has not let go of it gives once more.
+        """
+        if self._is_whole:
+            return
+        first_unread = self._reader.position
+        self._answers = {position: row for position, row in self._answers.items() if position < first_unread}
+        self._unanswered = {
+            position: row
+            for position, row in self._unanswered.items()
+            if position < first_unread and not self._is_answered(position)
+        }
+        self._slots.give_all_back()
+        self._queues = [_Queue() for _ in self._stages]
+        self._enqueue(sorted(self._unanswered.values(), key=attrgetter("tokens")))
+        self._is_whole = True
+
+    def _enqueue(self, rows: Sequence[EncodedRow]) -> None:
+        self._queues[0].push(rows, self._slots.take(len(rows)), sum(row.tokens for row in rows))
+
     def _advance(self) -> bool:
         """Run one queue or read some input; False where neither is left."""
         tokens = [queue.tokens for queue in self._queues]
         queue = self._schedule.next_queue(tokens, input_ended=self._reader.ended, overdue=self._overdue())
-        if queue is not None:
-            self._run(queue)
-            return True
-        if self._reader.ended:
+        if queue is None and self._reader.ended:
             return False
-        self._read()
+        self._is_whole = False
+        if queue is None:
+            self._read()
+        else:
+            self._run(queue)
+        self._is_whole = True
         return True
 
     def _overdue(self) -> int | None:
@@ -224,15 +269,15 @@ class Stream(Iterator[StreamRow]):
 
     def _read(self) -> None:
         encoded, problems = self._reader.read(self._look_ahead, self._clock())
-        self._answers.update({problem.position: StreamRow(problem.line, problem=problem.text) for problem in problems})
         # nothing is padded, but what attention does for one run may depend on the longest sequence in it
         encoded.sort(key=attrgetter("tokens"))
-        tokens = sum(row.tokens for row in encoded)
-        self._queues[0].push(encoded, self._slots.take(len(encoded)), tokens)
+        self._unanswered.update({row.position: row for row in encoded})
+        self._answers.update({problem.position: StreamRow(problem.line, problem=problem.text) for problem in problems})
         self._reader.forget()
+        self._enqueue(encoded)
         statistics = self.statistics
-        statistics.rows_read += len(encoded) + len(problems)
-        statistics.tokens_read += tokens
+        statistics.rows_read = self._reader.position
+        statistics.tokens_read += sum(row.tokens for row in encoded)
         in_flight = sum(queue.tokens for queue in self._queues)
         statistics.max_tokens_in_flight = max(statistics.max_tokens_in_flight, in_flight)
 
@@ -242,35 +287,17 @@ class Stream(Iterator[StreamRow]):
         rows, slots = queue.rows[:count], queue.slots[:count]
         lengths = [row.tokens for row in rows]
         tokens = sum(lengths)
-        try:
-            cu_seqlens = cumulative_lengths(lengths, self._device)
-            layout = TokenLayout(cu_seqlens=cu_seqlens, max_seqlen=max(lengths))
-            with torch.no_grad():
-                hidden_states = self._before(stage, rows, lengths, cu_seqlens)
-                hidden_states = self._encoder.run_layers(self._stages[stage], hidden_states, layout)
-                used = hidden_states[:tokens]
-                survivors = self._decide(stage, used, layout, rows, slots)
-            self._move_on(stage, used, cu_seqlens, rows, slots, survivors)
-        except BaseException:
-            self._start_again(stage)
-            raise
+        cu_seqlens = cumulative_lengths(lengths, self._device)
+        layout = TokenLayout(cu_seqlens=cu_seqlens, max_seqlen=max(lengths))
+        with torch.no_grad():
+            hidden_states = self._before(stage, rows, lengths, cu_seqlens)
+            hidden_states = self._encoder.run_layers(self._stages[stage], hidden_states, layout)
+            used = hidden_states[:tokens]
+            survivors = self._decide(stage, used, layout, rows, slots)
+        self._move_on(stage, used, cu_seqlens, rows, slots, survivors)
         queue.drop(count, tokens)
         self.statistics.runs[stage] += 1
         self.statistics.tokens[stage] += tokens
-
-    def _start_again(self, stage: int) -> None:
-        """After a run that was broken off: its rows wait before the first layer, as their hidden states are lost."""
-        queue = self._queues[stage]
-        elsewhere = {row.position for other in self._queues[stage + 1 :] for row in other.rows}
-        waiting = [
-            (row, slot)
-            for row, slot in zip(queue.rows, queue.slots, strict=True)
-            if not self._is_answered(row.position) and row.position not in elsewhere
-        ]
-        queue.drop(len(queue.rows), queue.tokens)
-        slots = [slot for _, slot in waiting]
-        self._slots.record.forget(slots)
-        self._queues[0].push([row for row, _ in waiting], slots, sum(row.tokens for row, _ in waiting))
 
     def _before(self, stage: int, rows: Sequence[EncodedRow], lengths: Sequence[int], cu_seqlens: Tensor) -> Tensor:
         """Packed hidden states before the first layer of a stage, with the rows that `round_up_tokens` adds."""
@@ -336,6 +363,8 @@ class Stream(Iterator[StreamRow]):
             fk.compact_packed([hidden_states], cu_seqlens, survivors, out=[room])
             following.push([rows[index] for index in kept], [slots[index] for index in kept], tokens)
         self._answers.update(answers)
+        for position in answers:
+            del self._unanswered[position]
         self._slots.give_back(slots[index] for index in leaving)
         self.statistics.rows_answered += len(leaving)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +15,11 @@ from fastkd.data.input_format import encode
 from fastkd.data.texts import text_problem
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.encoders.families import longest_input
+
+_BROKEN_OFF = (
+    "rows: the input ended when it was interrupted, as a Python generator does, and what it had not given is missing; "
+    "to go on after an interrupt pass an iterator with a __next__ of its own"
+)
 
 
 class EncodedRow(NamedTuple):
@@ -61,10 +68,25 @@ class StreamReader:
         self._tokenizer = tokenizer
         self._limit = limit
         self._truncate = truncate
-        self._position = 0
-        self._pulled: list[tuple[int, Any]] = []
+        # in one attribute, which changes in one step: where the pulled rows begin, and those rows
+        self._pulled: tuple[int, list[Any]] = 0, []
         self._error: Exception | None = None
-        self.ended = False
+        self._input_ended = False
+        self._is_pulling = False
+        # these go on after an interrupt; a generator, and what may hold one, ends there
+        self._goes_on = isinstance(rows, (list, tuple)) or isinstance(
+            getattr(type(self._rows), "__next__", None), FunctionType
+        )
+
+    @property
+    def position(self) -> int:
+        """How many rows were read and taken care of."""
+        return self._pulled[0]
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more will come."""
+        return self._input_ended and not self._pulled[1]
 
     def raise_error(self) -> None:
         """Raise what the input raised, once everything before it was answered."""
@@ -80,10 +102,11 @@ class StreamReader:
         The same rows are read again until `forget` is called: what breaks this off in between loses none.
         """
         self._pull(count)
+        first, rows = self._pulled
         texts: list[tuple[int, int, Text]] = []
         encoded: list[EncodedRow] = []
         problems: list[RowProblem] = []
-        for position, row in self._pulled:
+        for position, row in enumerate(rows, start=first):
             line = getattr(row, "line", position + 1)
             try:
                 if isinstance(row, Mapping) and "input_ids" in row:
@@ -97,22 +120,31 @@ class StreamReader:
 
     def forget(self) -> None:
         """The rows of the last `read` are taken care of."""
-        self._pulled = []
+        first, rows = self._pulled
+        self._pulled = first + len(rows), []
 
     def _pull(self, count: int) -> None:
-        while len(self._pulled) < count and not self.ended:
+        _, pulled = self._pulled
+        while not self._input_ended:
+            if pulled and pulled[-1] is None:
+                pulled.pop()
+                return
+            if len(pulled) == count:
+                return
+            before = len(pulled)
+            was_broken_off, self._is_pulling = self._is_pulling, True
             try:
-                row = next(self._rows)
-            except StopIteration:
-                self.ended = True
-                return
+                # a row goes from the input into the list without a step in between, where an interrupt would lose it
+                pulled.extend(islice(self._rows, 1))
             except Exception as error:
-                self.ended, self._error = True, error
+                self._error, self._input_ended = error, True
                 return
-            if row is None:
+            if len(pulled) == before:
+                if was_broken_off and not self._goes_on:
+                    self._error = RuntimeError(_BROKEN_OFF)
+                self._input_ended = True
                 return
-            self._pulled.append((self._position, row))
-            self._position += 1
+            self._is_pulling = False
 
     def _encode(
         self,
