@@ -7,6 +7,7 @@ processes; each takes a batch, because importing torch and Triton costs more tha
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -56,6 +57,28 @@ class Cubin:
         """How often each instruction occurs, e.g. {"LDG.E.128": 4}; takes a third of a second."""
         listing = _tool("cuobjdump", "-sass", self.path)
         return Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", listing, re.MULTILINE))
+
+    def polled_words(self) -> list[tuple[int, int]]:
+        """Of each load of words that other programs change: how many words, and how many copies threads hold of each.
+
+        Raises:
+            AssertionError: the assembler was given more such loads than the compiler has, so that a thread might use
+                two of them for one.
+        """
+        ttgir, ptx = (Path(self.path).with_suffix(suffix).read_text() for suffix in (".ttgir", ".ptx"))
+        layouts = dict(re.findall(r"^(#\w+) = #ttg\.blocked<(\{.*?\})>", ttgir, re.MULTILINE))
+        words, held = [], 0
+        for size, layout in re.findall(r"tt\.load .*isVolatile = true.*: tensor<(\d+)x[^,]*, (#\w+)>", ttgir):
+            sizes = [
+                int(re.findall(rf"{name} = \[(\d+)\]", layouts[layout])[0])
+                for name in ("sizePerThread", "threadsPerWarp", "warpsPerCTA")
+            ]
+            copies = -(-math.prod(sizes) // int(size))
+            words.append((int(size), copies))
+            held += max(int(size) * copies // math.prod(sizes[1:]), 1)
+        assert len(words) == ttgir.count("isVolatile = true"), "a volatile load in a layout that is not understood"
+        assert ptx.count("ld.volatile.global.b32") == held, (ptx.count("ld.volatile.global.b32"), held)
+        return words
 
     def assert_no_spills(self) -> None:
         """Spilled registers live in local memory, on the stack; without either there are none."""

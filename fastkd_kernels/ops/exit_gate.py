@@ -537,16 +537,18 @@ def _survivors_before(
     scan,  # one word a block: 0, or 4 * survivors + 1 of the block alone, + 2 of it and all before
     block,
     total,  # survivors of this block
-    WINDOW: tl.constexpr,
+    WINDOW: tl.constexpr,  # words a poll looks at: one a thread, because copies of a changing word may differ
 ):
     """Survivors of all earlier blocks, by a decoupled look-back over what those have published so far."""
     before = tl.zeros((), tl.int32)
     if block > 0:
-        tl.atomic_xchg(scan + block, 4 * total + 1)
+        # relaxed: a word carries all that is to be known of its block
+        tl.atomic_xchg(scan + block, 4 * total + 1, sem="relaxed")
     end = block  # blocks from here on are counted
     while end > 0:
         distance = tl.arange(0, WINDOW)
         index = end - 1 - distance
+        # loaded once, so that the reductions below are of one moment
         words = tl.load(scan + index, mask=index >= 0, other=2, volatile=True)
         complete = tl.min(tl.where(words & 3 == 2, distance, WINDOW), 0)
         missing = tl.min(tl.where(words & 3 == 0, distance, WINDOW), 0)
@@ -556,7 +558,7 @@ def _survivors_before(
         elif missing == WINDOW:
             before += tl.sum(words >> 2, 0)
             end -= WINDOW
-    tl.atomic_xchg(scan + block, 4 * (before + total) + 2)
+    tl.atomic_xchg(scan + block, 4 * (before + total) + 2, sem="relaxed")
     return before
 
 
@@ -594,7 +596,7 @@ def _exit_gate_kernel(
     kept = tl.zeros((), tl.int32)
     if scan is not None:
         # numbered in the order of their start, so that a block only ever waits for running ones
-        block = tl.atomic_add(scan, 1)
+        block = tl.atomic_add(scan, 1, sem="relaxed")
         blocks = 1
     for step in range(0, blocks):
         first_row = (block + step) * BLOCK_ROWS
@@ -675,7 +677,7 @@ class ExitGateConfig(LaunchConfig):
             "RESIDENT": self.resident,
             "BLOCK_ROWS": self.block_rows,
             "BLOCK_COLUMNS": self.block_columns,
-            "WINDOW": 64,
+            "WINDOW": 32 * self.num_warps,
         }
 
 
