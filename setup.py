@@ -145,6 +145,12 @@ def choose_architectures(torch: ModuleType, cuda_home: Path) -> str:
     return ";".join(names) + "+PTX"
 
 
+def without_build_paths(torch: ModuleType) -> list[str]:
+    """Flags that keep this machine's folders out of the binary, and so out of its error messages."""
+    torch_headers = Path(torch.__file__).parent / "include"
+    return [f"-ffile-prefix-map={torch_headers}/=", f"-ffile-prefix-map={ROOT.resolve()}/="]
+
+
 def define_string(name: str, value: str) -> tuple[str, str]:
     return name, f'"{value}"'
 
@@ -178,7 +184,10 @@ def build_settings() -> dict[str, Any]:
             define_string("FASTKD_CUDA_ARCHITECTURES", architectures),
             define_string("FASTKD_CUDA_TOOLKIT", toolkit),
         ],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        extra_compile_args={
+            "cxx": CXX_FLAGS + without_build_paths(torch),
+            "nvcc": NVCC_FLAGS + [f"-Xcompiler={flag}" for flag in without_build_paths(torch)],
+        },
     )
     # CppExtension adds torch_python and c10, whose C++ symbols would tie the binary to one torch
     extension.libraries = libraries

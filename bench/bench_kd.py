@@ -78,7 +78,7 @@ def our_mixture(student: Tensor, layers: Tensor, teacher: Tensor, teachers: Tens
 
 def our_fused(student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, labels: Tensor) -> Tensor:
     return fk.fused_linear_kd_loss(
-        student, weight, teacher, teacher_weight, labels, temperature=TEMPERATURE, alpha=0.5, beta=0.5
+        student, weight, teacher, teacher_weight, labels, temperature=TEMPERATURE, label_weight=0.5, kd_weight=0.5
     )
 
 

@@ -6,7 +6,7 @@
 #include <optional>
 #include <vector>
 
-#include "stable_compat.h"
+#include "memory.h"
 
 namespace fastkd::compact {
 
@@ -28,22 +28,6 @@ inline bool has_dense_rows(const Tensor& tensor) {
     expected *= tensor.size(d);
   }
   return true;
-}
-
-// Bytes from the first element to the end of the last one; 0 for an empty tensor.
-inline int64_t extent_in_bytes(const Tensor& tensor) {
-  int64_t last = 0;
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) == 0) return 0;
-    last += (tensor.size(d) - 1) * tensor.stride(d);
-  }
-  return (last + 1) * static_cast<int64_t>(tensor.element_size());
-}
-
-inline bool overlap(const Tensor& one, const Tensor& other) {
-  const auto* first = static_cast<const char*>(one.const_data_ptr());
-  const auto* second = static_cast<const char*>(other.const_data_ptr());
-  return first < second + extent_in_bytes(other) && second < first + extent_in_bytes(one);
 }
 
 // How many rows the outputs have room for.
@@ -80,7 +64,10 @@ inline void check(
     for (int64_t d = 1; d < source.dim(); ++d) {
       STD_TORCH_CHECK(target.size(d) == source.size(d), "out: trailing shapes differ");
     }
-    for (const Tensor& other : tensors) STD_TORCH_CHECK(!overlap(target, other), "out: overlaps an input");
+  }
+  check_no_overlap(tensors, out);
+  for (const Tensor& target : out) {
+    STD_TORCH_CHECK(!overlap(target, survivors) && !(count && overlap(target, *count)), "out: overlaps an input");
   }
 }
 

@@ -33,9 +33,14 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // The codes of the schema, in the order of the tuples in fastkd_kernels/_distillation.py.
-enum Divergence : int64_t { kForward, kReverse, kJsd, kSquared };
+enum DivergenceKind : int64_t { kForward, kReverse, kJsd, kSquared };
 enum Mix : int64_t { kMixLogits, kMixProbs, kMixLoss };
 enum Space : int64_t { kLogits, kLogProbs, kProbs };
+
+struct Divergence {
+  DivergenceKind kind;
+  double beta;  // the teacher's share of the mixture in kJsd, between 0 and 1
+};
 
 constexpr int kPackLanes = 16;
 typedef float Pack __attribute__((vector_size(4 * kPackLanes)));
@@ -287,7 +292,7 @@ struct Distribution {
 template <typename V>
 FASTKD_INLINE void distribution(
     const V* logits, Scalar<V> inverse_temperature, int64_t size, Divergence divergence, const Distribution<V>& out) {
-  if (divergence != kSquared) return log_softmax(logits, inverse_temperature, size, out.log_probs, out.probs);
+  if (divergence.kind != kSquared) return log_softmax(logits, inverse_temperature, size, out.log_probs, out.probs);
   for (int64_t c = 0; c < size; ++c) out.probs[c] = out.log_probs[c] = inverse_temperature * logits[c];
 }
 
@@ -307,13 +312,13 @@ FASTKD_INLINE V softmax_gradient(const V* terms, const V* probs, int64_t size, V
   return total;
 }
 
-// log((p + q) / 2)
+// log(exp(log_p) + exp(log_q))
 template <typename V>
-FASTKD_INLINE V log_middle(V log_p, V log_q) {
+FASTKD_INLINE V log_sum(V log_p, V log_q) {
   const V high = larger(log_p, log_q), low = smaller(log_p, log_q);
-  const V none = splat<V>(0), log_2 = splat<V>(static_cast<Scalar<V>>(M_LN2));
+  const V none = splat<V>(0);
   const V gap = low == minus_infinity<V>() ? minus_infinity<V>() : low - high;
-  return high + (gap == minus_infinity<V>() ? none : logarithm_of_1_plus(exponential(gap))) - log_2;
+  return high + (gap == minus_infinity<V>() ? none : logarithm_of_1_plus(exponential(gap)));
 }
 
 // D(p, q) and its gradients with respect to the tempered logits. p_terms is dD/dp * p, which mixing probabilities
@@ -322,7 +327,7 @@ template <typename V>
 FASTKD_INLINE V divergence_of(
     const Distribution<V>& p, const Distribution<V>& q, int64_t size, Divergence divergence, V* p_gradient,
     V* q_gradient, V* p_terms) {
-  switch (divergence) {
+  switch (divergence.kind) {
     case kForward: {
 #pragma omp simd
       for (int64_t c = 0; c < size; ++c) {
@@ -341,11 +346,14 @@ FASTKD_INLINE V divergence_of(
       return softmax_gradient(q_gradient, q.probs, size, q_gradient);
     }
     case kJsd: {
-      const V half = splat<V>(0.5);
+      const V p_share = splat<V>(static_cast<Scalar<V>>(divergence.beta));
+      const V q_share = splat<V>(static_cast<Scalar<V>>(1 - divergence.beta));
+      const V log_p_share = splat<V>(static_cast<Scalar<V>>(std::log(divergence.beta)));
+      const V log_q_share = splat<V>(static_cast<Scalar<V>>(std::log1p(-divergence.beta)));
       for (int64_t c = 0; c < size; ++c) {
-        const V middle = log_middle(p.log_probs[c], q.log_probs[c]);
-        p_terms[c] = half * expected_log_ratio(p.probs[c], p.log_probs[c], middle);
-        q_gradient[c] = half * expected_log_ratio(q.probs[c], q.log_probs[c], middle);
+        const V mixture = log_sum(p.log_probs[c] + log_p_share, q.log_probs[c] + log_q_share);
+        p_terms[c] = p_share * expected_log_ratio(p.probs[c], p.log_probs[c], mixture);
+        q_gradient[c] = q_share * expected_log_ratio(q.probs[c], q.log_probs[c], mixture);
       }
       const V p_total = softmax_gradient(p_terms, p.probs, size, p_gradient);
       return p_total + softmax_gradient(q_gradient, q.probs, size, q_gradient);
@@ -378,9 +386,9 @@ inline Tensor gradient_like(const Tensor& input, bool wanted) {
 inline void check_floating(const Tensor& tensor, const char* name) {
   const ScalarType type = tensor.scalar_type();
   STD_TORCH_CHECK(
-      type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
-          type == ScalarType::Half,
-      name, ": expected float32, float64, bfloat16 or float16");
+      tensor.is_cpu() && (type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
+                          type == ScalarType::Half),
+      name, ": expected float32, float64, bfloat16 or float16 on CPU");
 }
 
 // Whether scratch of `values` a sample still fits into a core's own cache for 16 samples at once.

@@ -102,7 +102,7 @@ Tensor losses_of(const DistillationCall& call, const Tensor& losses, double fact
 
 void check_labels(const Tensor& labels, int64_t batch, int64_t classes) {
   STD_TORCH_CHECK(
-      labels.dim() == 1 && labels.size(0) == batch && labels.scalar_type() == ScalarType::Long &&
+      labels.is_cpu() && labels.dim() == 1 && labels.size(0) == batch && labels.scalar_type() == ScalarType::Long &&
           labels.is_contiguous(),
       "labels: expected a contiguous [B] int64");
   const auto* values = static_cast<const int64_t*>(labels.const_data_ptr());
@@ -115,8 +115,8 @@ void check_labels(const Tensor& labels, int64_t batch, int64_t classes) {
 std::tuple<Tensor, Tensor, Tensor> distillation_loss_forward(
     const Tensor& student, const Tensor& student_layers, const Tensor& teacher, const Tensor& teacher_layers,
     const std::optional<Tensor>& labels, double ce_scale, double kd_scale, double universal_scale, double temperature,
-    double universal_temperature, double attn_scale, int64_t divergence, int64_t mix, int64_t attn_space,
-    bool distance, bool attention_grad, double factor, bool reduce, bool student_gradient, bool layers_gradient) {
+    double universal_temperature, double attn_scale, int64_t divergence, double beta, int64_t mix,
+    int64_t attn_space, bool distance, bool attention_grad, double factor, bool reduce, bool student_gradient, bool layers_gradient) {
   check_layers(student_layers, teacher_layers);
   const int64_t layers = student_layers.size(0), teachers = teacher_layers.size(0);
   const int64_t batch = student_layers.size(1), classes = student_layers.size(2);
@@ -128,9 +128,11 @@ std::tuple<Tensor, Tensor, Tensor> distillation_loss_forward(
   check_floating(teacher, "teacher");
   const bool regression = divergence == kSquared;
   if (labels && !regression) check_labels(*labels, batch, classes);
-  if (labels && regression)
+  if (labels && regression) {
+    check_floating(*labels, "labels");
     STD_TORCH_CHECK(
         labels->dim() == 2 && labels->size(0) == batch && labels->size(1) == classes, "labels: expected [B, C]");
+  }
 
   const Tensor student_result = gradient_like(student, student_gradient);
   const Tensor layers_result = gradient_like(student_layers, layers_gradient);
@@ -154,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor> distillation_loss_forward(
                     universal_temperature,
                     universal_scale,
                     attn_scale,
-                    static_cast<Divergence>(divergence),
+                    Divergence{static_cast<DivergenceKind>(divergence), beta},
                     static_cast<Mix>(mix),
                     static_cast<Space>(attn_space),
                     distance,

@@ -59,7 +59,7 @@ Tensor losses_of(const KDCall& call, const Tensor& losses, double factor, bool r
 
 std::tuple<Tensor, Tensor, Tensor> kd_loss_forward(
     const Tensor& student, const Tensor& teacher, double temperature, double loss_scale, int64_t divergence,
-    double factor, bool reduce, bool student_gradient, bool teacher_gradient) {
+    double beta, double factor, bool reduce, bool student_gradient, bool teacher_gradient) {
   check_floating(student, "student");
   check_floating(teacher, "teacher");
   STD_TORCH_CHECK(
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_forward(
                     classes,
                     temperature,
                     loss_scale,
-                    static_cast<Divergence>(divergence),
+                    Divergence{static_cast<DivergenceKind>(divergence), beta},
                     Gradient(student_result),
                     Gradient(teacher_result)};
   const auto compute = worth_packing(kScratchRows * classes, accumulate) ? losses_of<Pack>

@@ -8,6 +8,8 @@ void bind_triton_launch(pybind11::module_& module);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of fastkd_kernels; importing this registers them with torch.ops.";
+  // raised together with INTERFACE in fastkd_kernels/_extension.py whenever a schema or a binding changes
+  m.attr("interface") = 2;
   m.attr("built_with_torch") = FASTKD_BUILT_WITH_TORCH;
   m.attr("compiler") = __VERSION__;
   // both empty where the CUDA kernels were not built

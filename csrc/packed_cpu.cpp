@@ -1,11 +1,9 @@
 // pack, unpack and compact_packed on CPU: each moves whole sequences, which are contiguous ranges of rows on both sides.
-#include "stable_compat.h"
+#include "memory.h"
 
 #include <algorithm>
-#include <cstdint>
 #include <cstring>
 #include <optional>
-#include <vector>
 
 namespace fastkd::packed {
 namespace {
@@ -32,7 +30,8 @@ const int32_t* read_vector(const Tensor& tensor, const char* name) {
 const int32_t* read_bounds(const Tensor& cu_seqlens, int64_t rows) {
   const int32_t* bounds = read_vector(cu_seqlens, "cu_seqlens");
   const int64_t sequences = cu_seqlens.numel() - 1;
-  STD_TORCH_CHECK(sequences >= 0 && bounds[0] == 0, "cu_seqlens: expected 0 first");
+  STD_TORCH_CHECK(sequences >= 0, "cu_seqlens: got no values, expected [B + 1]");
+  STD_TORCH_CHECK(bounds[0] == 0, "cu_seqlens: expected 0 first");
   for (int64_t b = 0; b < sequences; ++b) {
     STD_TORCH_CHECK(bounds[b] <= bounds[b + 1], "cu_seqlens[", b + 1, "]: got less than the value before it");
   }
@@ -52,6 +51,7 @@ void move_all(
     int64_t target_dims,
     const std::vector<Move>& moves) {
   STD_TORCH_CHECK(tensors.size() == out.size(), "out: got ", out.size(), " tensors for ", tensors.size());
+  check_no_overlap(tensors, out);
   int64_t moved_rows = 0;
   for (const Move& move : moves) moved_rows += move.rows + move.zeros;
   for (size_t t = 0; t < tensors.size(); ++t) {
@@ -67,6 +67,10 @@ void move_all(
     int64_t target_bytes = item;
     for (int64_t d = target_dims; d < target.dim(); ++d) target_bytes *= target.size(d);
     STD_TORCH_CHECK(row_bytes == target_bytes, "out: trailing shapes differ");
+    // sequences lie the same number of rows apart in every tensor
+    STD_TORCH_CHECK(
+        (source_dims < 2 || source.size(1) == tensors[0].size(1)) && (target_dims < 2 || target.size(1) == out[0].size(1)),
+        "tensors, out: expected one T");
     const int64_t source_rows = row_count(source, source_dims), target_rows = row_count(target, target_dims);
     for (const Move& move : moves) {
       STD_TORCH_CHECK(
@@ -74,6 +78,8 @@ void move_all(
               move.target + move.rows + move.zeros <= target_rows,
           "out: the sequences have more rows than fit its ", target_rows);
     }
+    // a tensor without elements may have no memory, which memcpy must not be given
+    if (moved_rows * row_bytes == 0) continue;
     const auto* from = static_cast<const char*>(source.const_data_ptr());
     auto* to = static_cast<char*>(target.mutable_data_ptr());
     const int64_t sequences = static_cast<int64_t>(moves.size());
@@ -83,7 +89,7 @@ void move_all(
       for (int64_t b = begin; b < end; ++b) {
         const Move& move = moves[b];
         char* start = to + move.target * row_bytes;
-        std::memcpy(start, from + move.source * row_bytes, move.rows * row_bytes);
+        if (move.rows) std::memcpy(start, from + move.source * row_bytes, move.rows * row_bytes);
         std::memset(start + move.rows * row_bytes, 0, move.zeros * row_bytes);
       }
     });
@@ -109,6 +115,7 @@ void pack_cpu(std::vector<Tensor> tensors, Tensor lengths, std::vector<Tensor> o
 }
 
 void unpack_cpu(std::vector<Tensor> tensors, Tensor cu_seqlens, std::vector<Tensor> out) {
+  STD_TORCH_CHECK(!tensors.empty() && tensors[0].dim() >= 1, "tensors: expected at least one [N, ...]");
   STD_TORCH_CHECK(!out.empty() && out[0].dim() >= 2, "out: expected at least one [B, T, ...]");
   const int32_t* bounds = read_bounds(cu_seqlens, tensors[0].size(0));
   const int64_t sequences = cu_seqlens.numel() - 1, padded = out[0].size(1);
@@ -144,12 +151,15 @@ void compact_packed_cpu(
     std::optional<Tensor> count,
     std::vector<Tensor> out,
     Tensor new_cu_seqlens) {
-  STD_TORCH_CHECK(!tensors.empty(), "tensors: got none");
+  STD_TORCH_CHECK(!tensors.empty() && tensors[0].dim() >= 1, "tensors: expected at least one [N, ...]");
   const int32_t* bounds = read_bounds(cu_seqlens, tensors[0].size(0));
   const int64_t sequences = cu_seqlens.numel() - 1, capacity = survivors.numel();
   read_vector(new_cu_seqlens, "new_cu_seqlens");
   STD_TORCH_CHECK(new_cu_seqlens.numel() == capacity + 1, "new_cu_seqlens: expected [K + 1]");
-  STD_TORCH_CHECK(survivors.dim() == 1 && survivors.is_contiguous(), "survivors: expected a contiguous vector");
+  STD_TORCH_CHECK(
+      survivors.is_cpu() && survivors.dim() == 1 && survivors.is_contiguous(),
+      "survivors: expected a contiguous vector");
+  STD_TORCH_CHECK(!count || count->numel() == 1, "count: expected one value");
   int64_t live = capacity;
   if (count) live = std::clamp<int64_t>(*read_vector(*count, "count"), 0, capacity);
   auto* new_bounds = static_cast<int32_t*>(new_cu_seqlens.mutable_data_ptr());

@@ -80,22 +80,65 @@ const type* pointer_or_null(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? static_cast<const type*>(tensor->const_data_ptr()) : nullptr;
 }
 
-// Shapes, dtypes and contiguity are the Python caller's to check; here only what memory safety needs.
+// Checks that the kernel may read `tensor` as contiguous values of one dtype.
+void check_values(const Tensor& tensor, ScalarType type, const char* name) {
+  STD_TORCH_CHECK(
+      tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == type, name,
+      ": expected a contiguous CPU tensor of another dtype");
+}
+
+void check_sequences(
+    int64_t batch, int64_t padded, int64_t total, const std::optional<Tensor>& lengths,
+    const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens) {
+  STD_TORCH_CHECK(batch >= 0 && padded >= 0, "batch, padded: expected at least 0");
+  if (!cu_seqlens) STD_TORCH_CHECK(total >= batch * padded, "rows: fewer than B * T tokens");
+  if (mask) {
+    check_values(*mask, ScalarType::Bool, "mask");
+    STD_TORCH_CHECK(mask->numel() == batch * padded, "mask: expected [B, T]");
+  }
+  if (lengths) {
+    check_values(*lengths, ScalarType::Long, "lengths");
+    STD_TORCH_CHECK(lengths->numel() == batch, "lengths: expected [B]");
+    const auto* values = static_cast<const int64_t*>(lengths->const_data_ptr());
+    for (int64_t b = 0; b < batch; ++b) {
+      STD_TORCH_CHECK(values[b] >= 1 && values[b] <= padded, "lengths[", b, "]: got ", values[b], ", expected 1 to T");
+    }
+  }
+  if (cu_seqlens) {
+    check_values(*cu_seqlens, ScalarType::Long, "cu_seqlens");
+    STD_TORCH_CHECK(cu_seqlens->numel() == batch + 1, "cu_seqlens: expected [B + 1]");
+    const auto* values = static_cast<const int64_t*>(cu_seqlens->const_data_ptr());
+    STD_TORCH_CHECK(values[0] == 0 && values[batch] <= total, "cu_seqlens: expected 0 first and at most N last");
+    for (int64_t b = 0; b < batch; ++b) {
+      STD_TORCH_CHECK(values[b] < values[b + 1], "cu_seqlens: expected rising values");
+    }
+  }
+}
+
+// The Python caller words these errors for its users; here the checks keep memory safe.
 Tensor student_head_pool(
     const Tensor& rows, const std::optional<Tensor>& tail, int64_t batch, int64_t padded, int64_t heads,
     const Tensor& query_key, const Tensor& query_bias, const Tensor& mix, const Tensor& mix_bias,
     const Tensor& classifier, const Tensor& classifier_bias, const std::optional<Tensor>& lengths,
     const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens) {
+  const ScalarType type = rows.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "rows: expected float32 or bfloat16");
+  STD_TORCH_CHECK(rows.dim() == 2, "rows: expected [N, D]");
+  check_values(rows, type, "rows");
+  if (tail) check_values(*tail, type, "tail");
+  for (const Tensor* folded : {&query_key, &query_bias, &mix, &mix_bias, &classifier, &classifier_bias}) {
+    check_values(*folded, ScalarType::Float, "folded weights");
+  }
   const int64_t width = rows.size(1);
+  STD_TORCH_CHECK(heads > 0 && classifier.dim() == 2, "classifier: expected [C, D]");
+  STD_TORCH_CHECK(!tail || (tail->dim() == 2 && tail->size(1) == width), "tail: expected [N, D]");
   STD_TORCH_CHECK(query_key.numel() == heads * width * width, "query_key: expected [heads, D, D]");
   STD_TORCH_CHECK(mix.numel() == heads * width * width, "mix: expected [heads, D, D]");
   STD_TORCH_CHECK(query_bias.numel() == heads * width, "query_bias: expected [heads, D]");
   STD_TORCH_CHECK(mix_bias.numel() == width, "mix_bias: expected [D]");
   STD_TORCH_CHECK(classifier.numel() == classifier_bias.numel() * width, "classifier: expected [C, D]");
   const int64_t total = rows.size(0) + (tail.has_value() ? tail->size(0) : 0);
-  STD_TORCH_CHECK(cu_seqlens.has_value() || total >= batch * padded, "rows: fewer than B * T tokens");
-  const ScalarType type = rows.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "rows: expected float32 or bfloat16");
+  check_sequences(batch, padded, total, lengths, mask, cu_seqlens);
   const auto logits = torch::stable::new_empty(classifier, {batch, classifier.size(0)});
   if (batch == 0) return logits;
 

@@ -29,8 +29,8 @@ Tensor losses_of(const UniversalCall& call, const Tensor& losses, double factor,
 
 std::tuple<Tensor, Tensor, Tensor> universal_kd_loss_forward(
     const Tensor& student, const Tensor& teacher, double temperature, double loss_scale, double attn_scale,
-    int64_t divergence, int64_t mix, int64_t attn_space, bool distance, bool attention_grad, double factor,
-    bool reduce, bool student_gradient, bool teacher_gradient, bool per_layer) {
+    int64_t divergence, double beta, int64_t mix, int64_t attn_space, bool distance, bool attention_grad,
+    double factor, bool reduce, bool student_gradient, bool teacher_gradient, bool per_layer) {
   check_layers(student, teacher);
   const int64_t layers = student.size(0), teachers = teacher.size(0);
   const int64_t batch = student.size(1), classes = student.size(2);
@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor> universal_kd_loss_forward(
                            temperature,
                            loss_scale,
                            attn_scale,
-                           static_cast<Divergence>(divergence),
+                           Divergence{static_cast<DivergenceKind>(divergence), beta},
                            static_cast<Mix>(mix),
                            static_cast<Space>(attn_space),
                            distance,

@@ -1,6 +1,6 @@
 // Attention over packed sequences on CPU: one task is one head of one sequence, computed in float32 from keys and values
 // that fit the first caches. Sequences are as long as a classifier's inputs, so nothing is tiled over keys.
-#include "stable_compat.h"
+#include "memory.h"
 
 #include <algorithm>
 #include <cstdint>
@@ -61,7 +61,7 @@ void varlen_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor cu_seql
     STD_TORCH_CHECK(problem == nullptr, "query, key, value, out: one has ", problem);
   }
   STD_TORCH_CHECK(
-      cu_seqlens.dim() == 1 && cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.is_contiguous() &&
+      cu_seqlens.is_cpu() && cu_seqlens.dim() == 1 && cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.is_contiguous() &&
           cu_seqlens.numel() >= 1,
       "cu_seqlens: expected contiguous int32 [B + 1]");
   const auto* bounds = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
@@ -79,9 +79,13 @@ void varlen_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor cu_seql
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "query: expected float32 or bfloat16");
 
   STD_TORCH_CHECK(out.is_contiguous(), "out: expected a contiguous tensor");
+  check_no_overlap({query, key, value, cu_seqlens}, {out});
   const int64_t used = bounds[sequences];
   const auto row_bytes = static_cast<int64_t>(out.element_size()) * heads * query.size(2);
-  std::memset(static_cast<char*>(out.mutable_data_ptr()) + used * row_bytes, 0, (rows - used) * row_bytes);
+  // a tensor without elements may have no memory, which memset must not be given
+  if (rows > used && row_bytes) {
+    std::memset(static_cast<char*>(out.mutable_data_ptr()) + used * row_bytes, 0, (rows - used) * row_bytes);
+  }
   if (costs.back() == 0 || heads == 0) return;
   const Attention call{
       query.const_data_ptr(), key.const_data_ptr(), value.const_data_ptr(), out.mutable_data_ptr(),

@@ -9,12 +9,13 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastkd_kernels import _triton
+from fastkd_kernels import _derivatives, _triton
 from fastkd_kernels._checks import check_choice
 
 BACKENDS = ("cuda", "cpu", "reference")
@@ -93,9 +94,11 @@ def resolve(op: str, device: torch.device) -> str:
         BackendUnavailableError: the forced backend cannot run on this device or in this installation.
     """
     forced = _forced.name
+    automatic = device.type if device.type in ("cuda", "cpu") else "reference"
+    if _derivatives.transforming() and forced != "reference":
+        return fall_back(op, forced or automatic, _derivatives.TRANSFORM_REASON)
     if forced is not None:
         return _resolve_forced(op, forced, device)
-    automatic = device.type if device.type in ("cuda", "cpu") else "reference"
     reason = _ops[op].reason(automatic)
     if reason is None:
         return automatic
@@ -118,6 +121,16 @@ def _resolve_forced(op: str, forced: str, device: torch.device) -> str:
     if reason is not None:
         raise BackendUnavailableError(f"{op}: backend {forced!r} was asked for, but {reason}")
     return forced
+
+
+def attention_of_reference() -> AbstractContextManager[object]:
+    """In which references call `scaled_dot_product_attention`, so that it has every derivative where one is wanted.
+
+    PyTorch's fused attention has the first one in reverse mode only, and is left alone where that is enough.
+    """
+    if _forced.name == "reference" or _derivatives.transforming():
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def fall_back(op: str, name: str, reason: str) -> str:

@@ -4,14 +4,15 @@ For tempered distributions p = softmax(t / tau) of the teacher and q = softmax(s
 
     forward    KL(p || q) = sum_c p_c (ln p_c - ln q_c)          the classic distillation loss (Hinton et al., 2015)
     reverse    KL(q || p)
-    jsd        (KL(p || m) + KL(q || m)) / 2,  m = (p + q) / 2    Jensen-Shannon
+    jsd        beta KL(p || m) + (1 - beta) KL(q || m)             Jensen-Shannon, generalised (Agarwal et al., 2024)
+               with m = beta p + (1 - beta) q; beta = 0 is forward and beta = 1 reverse, as in TRL and Liger
     regression sum_c (t_c / tau - s_c / tau)^2                    for scores: a softmax over one class is constant
 
 and the gradients with respect to t / tau and s / tau, from a_c = dD/dp_c p_c and b_c = dD/dq_c q_c up to a constant:
 
     forward    a = p (ln p - ln q),      dD/ds = q - p
     reverse    b = q (ln q - ln p),      dD/dt = p - q
-    jsd        a = p (ln p - ln m) / 2,  b = q (ln q - ln m) / 2
+    jsd        a = beta p (ln p - ln m),  b = (1 - beta) q (ln q - ln m)
     otherwise  dD/dt = a - p sum(a),     dD/ds = b - q sum(b)
 
 A logit of -inf masks its class: probability 0, and 0 ln 0 = 0.
@@ -27,6 +28,8 @@ import torch
 from torch import Tensor
 
 from fastkd_kernels import _distillation_triton
+from fastkd_kernels._arguments import plain
+from fastkd_kernels._derivatives import differentiated_once, wants_gradient
 
 # the position in these tuples is the code that the kernels understand
 DIRECTIONS = ("forward", "reverse", "jsd")
@@ -70,8 +73,27 @@ def check_teacher_gradient(name: str, teacher: Tensor, detach_teacher: bool) -> 
         )
 
 
-def divergence_code(direction: str, task: str) -> int:
-    return SQUARED if task == "regression" else DIRECTIONS.index(direction)
+def check_beta(beta: float | None, direction: str) -> None:
+    if beta is None:
+        return
+    if direction != "jsd":
+        raise ValueError(
+            f'beta: got {beta} with direction="{direction}", but it is the interpolation of direction="jsd"; leave it '
+            "out (the weight of the term has a name of its own, where there is one)"
+        )
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta: got {beta}, expected a number from 0 (forward) to 1 (reverse)")
+
+
+def divergence_code(direction: str, task: str, beta: float | None = None) -> tuple[int, float]:
+    """The code of the kernels, and the teacher's share of the mixture where that is of "jsd"."""
+    if task == "regression":
+        return SQUARED, 0.5
+    share = 0.5 if beta is None else float(beta)
+    # at the ends, where the mixture is one of the two, the published definitions take the divergences it tends to
+    if direction == "jsd" and share in (0.0, 1.0):
+        direction = "reverse" if share else "forward"
+    return DIRECTIONS.index(direction), share
 
 
 def loss_scale(temperature: float, t2_scale: bool) -> float:
@@ -101,7 +123,7 @@ def log_distribution(logits: Tensor, temperature: float, divergence: int) -> Ten
     return scaled if divergence == SQUARED else scaled.log_softmax(-1)
 
 
-def divergence_reference(log_p: Tensor, log_q: Tensor, divergence: int) -> Tensor:
+def divergence_reference(log_p: Tensor, log_q: Tensor, divergence: int, beta: float = 0.5) -> Tensor:
     """D(p, q) over the last dimension, from `log_distribution` of teacher and student."""
     if divergence == SQUARED:
         return (log_p - log_q).square().sum(-1)
@@ -112,8 +134,9 @@ def divergence_reference(log_p: Tensor, log_q: Tensor, divergence: int) -> Tenso
         return _expected_log_ratio(log_q, log_p)
     # both masked: any finite value serves, its probability is 0
     masked = (log_p == -math.inf) & (log_q == -math.inf)
-    log_middle = torch.logaddexp(log_p.masked_fill(masked, 0), log_q.masked_fill(masked, 0)) - math.log(2)
-    return (_expected_log_ratio(log_p, log_middle) + _expected_log_ratio(log_q, log_middle)) / 2
+    shares = log_p.masked_fill(masked, 0) + math.log(beta), log_q.masked_fill(masked, 0) + math.log1p(-beta)
+    log_mixture = torch.logaddexp(*shares)
+    return beta * _expected_log_ratio(log_p, log_mixture) + (1 - beta) * _expected_log_ratio(log_q, log_mixture)
 
 
 def _expected_log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -123,6 +146,7 @@ def _expected_log_ratio(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def dense_rows(logits: Tensor) -> Tensor:
     """Logits whose neighbouring classes are neighbours in memory; copied only where they are not."""
+    logits = plain(logits)
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
@@ -161,21 +185,6 @@ def summed_over_layers(gradient: Tensor, grad_output: Tensor, factor: float) -> 
     return (gradient * (grad_output * factor)).sum(0)
 
 
-class _DifferentiatedOnce(torch.autograd.Function):
-    """Its input, whose own gradient does not exist: a penalty on it would otherwise silently count for nothing."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, anchor: Tensor) -> Tensor:
-        return gradient.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        raise RuntimeError(
-            "the gradient of a fused distillation loss cannot be differentiated again; compute the loss inside "
-            'fastkd_kernels.backend("reference") instead'
-        )
-
-
 class FusedLoss(torch.autograd.Function):
     """A loss whose forward pass also computes the gradients of the sum of its rows; backward scales them.
 
@@ -191,23 +200,30 @@ class FusedLoss(torch.autograd.Function):
         factor: float,
         options: tuple[Any, ...],
         *tensors: Any,
-    ) -> Tensor:
-        """compute(*tensors, *options) returns the loss and the gradients of the first tensors, in their order."""
+    ) -> tuple[Tensor, Tensor]:
+        """compute(*tensors, *options) returns the loss and the gradients of the first tensors, in their order.
+
+        The second result has no elements: it links what the backward pass makes to the inputs without keeping them.
+        """
         loss, *gradients = compute(*tensors, *options)
-        ctx.save_for_backward(*gradients)
+        link = loss.new_empty(0)
+        ctx.save_for_backward(link, *gradients)
+        ctx.set_materialize_grads(False)
         ctx.scale, ctx.factor = scale, factor
         differentiable = tensors[: len(gradients)]
         ctx.differentiable = [None if tensor is None else (tensor.dim(), tensor.dtype) for tensor in differentiable]
         ctx.inputs = len(tensors)
-        return loss
+        return loss, link
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_of_loss: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
         results: list[Tensor | None] = [None] * ctx.inputs
-        create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        grad_output = grad_output.detach()
+        if grad_of_loss is None:
+            return None, None, None, None, *results
+        link, *gradients = ctx.saved_tensors
+        grad_output = grad_of_loss.detach()
         whole = []
-        for position, gradient in enumerate(ctx.saved_tensors):
+        for position, gradient in enumerate(gradients):
             if not ctx.needs_input_grad[4 + position]:
                 continue
             dims, dtype = ctx.differentiable[position]
@@ -218,9 +234,8 @@ class FusedLoss(torch.autograd.Function):
         scaled = ctx.scale([gradient for _, gradient in whole], grad_output, ctx.factor)
         for (position, _), result in zip(whole, scaled, strict=True):
             results[position] = result
-        if create_graph:
-            anchor = torch.zeros((), requires_grad=True)
-            results = [None if result is None else _DifferentiatedOnce.apply(result, anchor) for result in results]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            results = differentiated_once(results, (link, grad_of_loss))
         return None, None, None, None, *results
 
 
@@ -243,6 +258,7 @@ def fused_loss(
     compute, scale = op, scaled_gradients
     if backend == "cuda" and not torch.compiler.is_compiling():
         compute, scale = launch, _distillation_triton.scaled_gradients
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
-        return FusedLoss.apply(compute, scale, factor, options, *tensors)
+    if wants_gradient(tensors):
+        loss, _ = FusedLoss.apply(compute, scale, factor, options, *tensors)
+        return loss
     return compute(*tensors, *options)[0]

@@ -67,16 +67,18 @@ def expected_log_ratio(p, log_p, log_q):
 
 
 @jit
-def log_middle(log_p, log_q):
-    """ln((p + q) / 2)"""
+def log_mixture(log_p, log_q, beta):
+    """ln(beta p + (1 - beta) q)"""
+    log_p += tl.log(beta)
+    log_q += tl.log(1.0 - beta)
     high = tl.maximum(log_p, log_q)
     low = tl.minimum(log_p, log_q)
     gap = tl.where(low == float("-inf"), float("-inf"), low - high)
-    return high + tl.log(1.0 + tl.exp(gap)) - 0.6931471805599453
+    return high + tl.log(1.0 + tl.exp(gap))
 
 
 @jit
-def divergence_terms(log_p, log_q, DIVERGENCE: tl.constexpr):
+def divergence_terms(log_p, log_q, beta, DIVERGENCE: tl.constexpr):
     """p, q and the two parts of D, class by class: those that p and those that q weighs.
 
     Of a squared error: its gradients, the error, and 0.
@@ -99,9 +101,9 @@ def divergence_terms(log_p, log_q, DIVERGENCE: tl.constexpr):
         elif DIVERGENCE == 1:
             q_terms = expected_log_ratio(q, log_q, log_p)
         else:
-            middle = log_middle(log_p, log_q)
-            p_terms = 0.5 * expected_log_ratio(p, log_p, middle)
-            q_terms = 0.5 * expected_log_ratio(q, log_q, middle)
+            mixture = log_mixture(log_p, log_q, beta)
+            p_terms = beta * expected_log_ratio(p, log_p, mixture)
+            q_terms = (1.0 - beta) * expected_log_ratio(q, log_q, mixture)
     return p, q, p_terms, q_terms
 
 
@@ -126,10 +128,11 @@ def divergence_gradients(p, q, p_terms, q_terms, p_total, q_total, DIVERGENCE: t
 def divergence_rows(
     log_p,  # [K, C]
     log_q,  # [K, C]
+    beta,
     DIVERGENCE: tl.constexpr,
 ):
     """D [K, 1], its two gradients [K, C], and dD/dp p [K, C], which mixing probabilities needs."""
-    p, q, p_terms, q_terms = divergence_terms(log_p, log_q, DIVERGENCE)
+    p, q, p_terms, q_terms = divergence_terms(log_p, log_q, beta, DIVERGENCE)
     p_total = tl.sum(p_terms, 1)[:, None]
     q_total = tl.sum(q_terms, 1)[:, None]
     p_gradient, q_gradient = divergence_gradients(p, q, p_terms, q_terms, p_total, q_total, DIVERGENCE)

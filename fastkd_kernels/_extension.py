@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import ModuleType
 
 import torch
@@ -9,17 +10,38 @@ import torch
 extension: ModuleType | None
 missing_reason: str | None
 
-try:
-    from fastkd_kernels import _C as extension  # type: ignore[attr-defined, no-redef]
+INTERFACE = 2
+"""Of schemas and bindings, raised together with csrc/module.cpp: another extension would read other arguments."""
 
-    missing_reason = None
-except ImportError as error:
-    extension = None
-    missing_reason = (
-        "the compiled extension fastkd_kernels._C could not be loaded "
-        f"({error}); rebuild it with: pip install --no-build-isolation ."
-    )
+_BINDINGS = (
+    "built_with_torch",
+    "compiler",
+    "cuda_architectures",
+    "cuda_toolkit",
+    "enable_eager_exit_gate",
+    "enable_triton_launch",
+    "exit_gate",
+    "launch_triton",
+    "new_triton_binaries",
+    "remember_triton",
+)
+_REBUILD = "rebuild it with: pip install --no-build-isolation ."
 
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        from fastkd_kernels import _C as loaded  # type: ignore[attr-defined]
+    except ImportError as error:
+        return None, f"the compiled extension fastkd_kernels._C could not be loaded ({error}); {_REBUILD}"
+    found = getattr(loaded, "interface", 1)
+    lacking = [name for name in _BINDINGS if not hasattr(loaded, name)]
+    if found == INTERFACE and not lacking:
+        return loaded, None
+    problem = f"has interface {found}, expected {INTERFACE}" if found != INTERFACE else f"lacks {', '.join(lacking)}"
+    return None, f"the compiled extension fastkd_kernels._C belongs to another version: it {problem}; {_REBUILD}"
+
+
+extension, missing_reason = _load()
 
 tensor_exchange = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 """With which the extension reads tensors without the dispatcher, where this torch offers it."""
@@ -42,3 +64,16 @@ def missing_kernel_reason(op: str, dispatch_key: str) -> str | None:
         f"the compiled extension has no {dispatch_key} kernel of {op}; rebuild it"
         f"{' where nvcc is found' if dispatch_key == 'CUDA' else ''} with: pip install --no-build-isolation ."
     )
+
+
+def as_typed_error(error: RuntimeError) -> Exception:
+    """What the extension meant by "function, file:line, message": it can only raise RuntimeError.
+
+    A row number out of range becomes IndexError, another complaint about an argument ValueError; anything else stays.
+    """
+    message = re.sub(r"^\w+, [^\n]*?:\d+, ", "", str(error)).split("\n")[0]
+    if message == str(error).split("\n")[0]:
+        return error
+    if re.match(r"(survivors|indices|row_ids)\[", message):
+        return IndexError(message)
+    return ValueError(message)

@@ -74,7 +74,8 @@ def losses() -> None:
     fk.universal_kd_loss(logits(2, 8, 3000), torch.randn(4, 8, 3000)).backward()
     labels = torch.zeros(8, dtype=torch.int64)
     layers = logits(2, 8, 3), torch.randn(4, 8, 3)
-    fk.distillation_loss(logits(8, 3), torch.randn(8, 3), labels, *layers, alpha=0.2, beta=0.3, gamma=0.5).backward()
+    weights = {"label_weight": 0.2, "kd_weight": 0.3, "intermediate_weight": 0.5}
+    fk.distillation_loss(logits(8, 3), torch.randn(8, 3), labels, *layers, **weights).backward()
 
 
 def packed_rows() -> None:

@@ -321,7 +321,7 @@ def test_bad_input_names_the_argument(what: str) -> None:
 @pytest.mark.parametrize("name", sorted({*backends()} - {"reference"}))
 def test_a_workspace_inside_an_input_is_refused(name: str) -> None:
     memory = torch.zeros(6, 2, device=DEVICE)
-    with fk.backend(name), pytest.raises(ValueError, match="out: overlaps an input"):
+    with fk.backend(name), pytest.raises(ValueError, match=r"out.*: overlaps"):
         fk.compact([memory[:4]], survivors_of([0, 1]), out=[memory[3:5]])
     with fk.backend(name):
         fk.compact([memory[:4]], survivors_of([0, 1]), out=[memory[4:]])

@@ -41,7 +41,7 @@ def logits(
 
 
 def loss_with(labels: torch.Tensor | None, **options: Any) -> Any:
-    weights = {"alpha": 0.7, "beta": 1.3, "gamma": 0.4}
+    weights = {"label_weight": 0.7, "kd_weight": 1.3, "intermediate_weight": 0.4}
 
     def loss(student: torch.Tensor, layers: torch.Tensor, teacher: torch.Tensor, teachers: torch.Tensor) -> Any:
         on_device = None if labels is None else labels.to(student.device)
@@ -192,7 +192,7 @@ def test_bad_input_raises(change: dict, error: type[Exception], message: str) ->
         **change,
     }
     with pytest.raises(error, match=message):
-        distillation_loss(**arguments, alpha=1.0, beta=1.0, gamma=1.0)
+        distillation_loss(**arguments, label_weight=1.0, kd_weight=1.0, intermediate_weight=1.0)
 
 
 @pytest.mark.parametrize("labelled", [False, True])

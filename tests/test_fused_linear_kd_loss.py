@@ -61,8 +61,8 @@ def loss_with(labels: torch.Tensor | None = None, **options: Any) -> Any:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_as_accurate_as_torch(backend: str, direction: str, teacher_classes: int, dtype: torch.dtype) -> None:
     inputs = tensors(teacher_classes=teacher_classes, dtype=dtype)
-    for labels, alpha in ((None, 0.0), (some_labels(9, 13), 0.6)):
-        loss = loss_with(labels, alpha=alpha, temperature=2.0, direction=direction, chunk_tokens=4)
+    for labels, label_weight in ((None, 0.0), (some_labels(9, 13), 0.6)):
+        loss = loss_with(labels, label_weight=label_weight, temperature=2.0, direction=direction, chunk_tokens=4)
         assert_as_accurate_as_torch(backend, loss, inputs, STUDENT, rounds_within=True)
 
 
@@ -76,22 +76,22 @@ def test_as_accurate_as_torch(backend: str, direction: str, teacher_classes: int
     t2_scale=st.booleans(),
     direction=st.sampled_from(DIRECTIONS),
     labelled=st.booleans(),
-    alpha=st.sampled_from([0.0, 0.4]),
-    beta=st.sampled_from([0.0, 0.7, 1.0]),
+    label_weight=st.sampled_from([0.0, 0.4]),
+    kd_weight=st.sampled_from([0.0, 0.7, 1.0]),
     ready_logits=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=60, deadline=None)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_option_means_the_same_to_kernel_and_reference(
-    backend, tokens, classes, teacher_classes, labelled, alpha, ready_logits, seed, **options
+    backend, tokens, classes, teacher_classes, labelled, label_weight, ready_logits, seed, **options
 ) -> None:
     torch.manual_seed(seed)
     *student, teacher_hidden, teacher_weight = tensors(
         tokens, classes, teacher_classes, torch.float64 if backend == "cpu" else torch.float32
     )
     labels = some_labels(tokens, classes) if labelled else None
-    options |= {"alpha": alpha if labelled else 0.0}
+    options |= {"label_weight": label_weight if labelled else 0.0}
     if not ready_logits:
         loss = loss_with(labels, **options)
         assert_parity(backend, loss, (*student, teacher_hidden, teacher_weight), STUDENT)
@@ -111,7 +111,7 @@ def test_reference_is_torchs_own_losses() -> None:
     divergence = F.kl_div((s / 3).log_softmax(-1), (t / 3).log_softmax(-1), reduction="batchmean", log_target=True)
     expected = 0.6 * 9 * divergence + 0.4 * F.cross_entropy(s, labels[keep])
     with fk.backend("reference"):
-        value = loss_with(labels, alpha=0.4, beta=0.6, temperature=3.0)(hidden, weight, bias, *teacher)
+        value = loss_with(labels, label_weight=0.4, kd_weight=0.6, temperature=3.0)(hidden, weight, bias, *teacher)
     torch.testing.assert_close(value, expected)
 
 
@@ -138,14 +138,14 @@ def test_classes_that_would_cost_infinity_are_left_out(
     assert not gradients[1][11:].any()
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5])
+@pytest.mark.parametrize("label_weight", [0.0, 0.5])
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
-def test_ignored_tokens_count_for_nothing_whatever_they_hold(backend: str, alpha: float) -> None:
+def test_ignored_tokens_count_for_nothing_whatever_they_hold(backend: str, label_weight: float) -> None:
     hidden, weight, bias, teacher, teacher_weight = tensors()
     labels = some_labels(9, 13)
     keep = labels != -100
     hidden[~keep], teacher[~keep] = torch.nan, torch.inf
-    options: dict[str, Any] = {"alpha": alpha, "temperature": 2.0, "chunk_tokens": 4}
+    options: dict[str, Any] = {"label_weight": label_weight, "temperature": 2.0, "chunk_tokens": 4}
     value, (for_hidden, for_weight, for_bias) = run(
         backend, loss_with(labels, **options), (hidden, weight, bias, teacher, teacher_weight), STUDENT
     )
@@ -162,7 +162,7 @@ def test_ignored_tokens_count_for_nothing_whatever_they_hold(backend: str, alpha
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_no_token_that_counts_has_the_loss_0(backend: str, tokens: int, reduction: str) -> None:
     labels = torch.full((tokens,), -1)
-    loss = loss_with(labels, alpha=0.5, reduction=reduction, ignore_index=-1)
+    loss = loss_with(labels, label_weight=0.5, reduction=reduction, ignore_index=-1)
     value, gradients = run(backend, loss, tensors(tokens), STUDENT)
     assert value == 0
     assert not any(gradient.any() for gradient in gradients)
@@ -174,14 +174,14 @@ def test_no_token_that_counts_has_the_loss_0(backend: str, tokens: int, reductio
 def test_gradcheck(backend: str, direction: str) -> None:
     *student, teacher, teacher_weight = tensors(5, 4, 5, torch.float64)
     inputs = [x.requires_grad_() for x in student]
-    loss = loss_with(some_labels(5, 4), alpha=0.3, temperature=1.7, direction=direction, chunk_tokens=2)
+    loss = loss_with(some_labels(5, 4), label_weight=0.3, temperature=1.7, direction=direction, chunk_tokens=2)
     with fk.backend(backend):
         assert torch.autograd.gradcheck(lambda *student: loss(*student, teacher, teacher_weight), inputs)
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_second_and_third_backward_are_equal(backend: str) -> None:
-    assert_equal_gradients_three_times(backend, loss_with(some_labels(9, 13), alpha=0.5), tensors())
+    assert_equal_gradients_three_times(backend, loss_with(some_labels(9, 13), label_weight=0.5), tensors())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -212,8 +212,8 @@ def test_chunks_change_nothing(backend: str) -> None:
 def test_leading_dimensions_are_tokens() -> None:
     hidden, weight, bias, *teacher = tensors(tokens=10)
     labels = some_labels(10, 13)
-    flat = loss_with(labels, alpha=0.5)(hidden, weight, bias, *teacher)
-    shaped = loss_with(labels.reshape(2, 5), alpha=0.5)(
+    flat = loss_with(labels, label_weight=0.5)(hidden, weight, bias, *teacher)
+    shaped = loss_with(labels.reshape(2, 5), label_weight=0.5)(
         hidden.reshape(2, 5, 6), weight, bias, teacher[0].reshape(2, 5, 8), teacher[1]
     )
     assert torch.equal(flat, shaped)
@@ -244,7 +244,7 @@ def test_logits_are_never_all_in_memory() -> None:
     labels = some_labels(tokens, classes)
 
     def step() -> None:
-        loss = fused_linear_kd_loss(hidden, weight, teacher, teacher_weight, labels, alpha=0.5, temperature=2.0)
+        loss = fused_linear_kd_loss(hidden, weight, teacher, teacher_weight, labels, label_weight=0.5, temperature=2.0)
         torch.autograd.grad(loss, (hidden, weight))
 
     logits = tokens * classes * 4
@@ -266,7 +266,7 @@ def test_a_label_that_no_class_has_never_passes_for_a_loss() -> None:
     labels = some_labels(9, 13)
     labels[1] = 13
     with pytest.raises(ValueError, match="labels: got values from"):
-        fused_linear_kd_loss(hidden, weight, *teacher, labels, alpha=0.5)
+        fused_linear_kd_loss(hidden, weight, *teacher, labels, label_weight=0.5)
     for labels[1] in (-1, 13):
         options = (1.0, 1.0, "forward", 0.5, 1.0, -100, True, 4, True, True, False)
         assert module._forward(hidden, weight, None, *teacher, None, None, labels, *options)[0].isnan()
@@ -293,7 +293,7 @@ def test_a_label_that_no_class_has_never_passes_for_a_loss() -> None:
         ({"student_weight": torch.zeros(13, 6, device="meta")}, ValueError, "student_weight: got device meta"),
         ({"labels": torch.zeros(4)}, TypeError, "labels: got dtype torch.float32"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, ValueError, r"labels: got shape \(3,\), expected \[4\]"),
-        ({"alpha": 0.5}, ValueError, "alpha: got 0.5 without labels"),
+        ({"label_weight": 0.5}, ValueError, "label_weight: got 0.5 without labels"),
         ({"temperature": 0.0}, ValueError, "temperature: got 0.0"),
         ({"reduction": "none"}, ValueError, "reduction: got 'none', expected one of batchmean, sum"),
         ({"direction": "up"}, ValueError, "direction: got 'up'"),
@@ -330,5 +330,5 @@ def test_opcheck(backend: str, labelled: bool) -> None:
 
 def test_compiles_into_one_graph() -> None:
     inputs = tuple(x.requires_grad_(want) for x, want in zip(tensors(), STUDENT, strict=True))
-    loss = loss_with(some_labels(9, 13), alpha=0.5, chunk_tokens=4)
+    loss = loss_with(some_labels(9, 13), label_weight=0.5, chunk_tokens=4)
     assert_compiles_into_one_graph(loss, inputs)

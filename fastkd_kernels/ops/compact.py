@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,9 @@ import torch
 from torch import Tensor
 
 from fastkd_kernels import _extension, _triton
+from fastkd_kernels._arguments import check_written, dense, mark_written, plain, refuse_gradient, values_are_free
 from fastkd_kernels._backend import register_backends, resolve
+from fastkd_kernels._derivatives import transforming, wants_gradient
 from fastkd_kernels._launch import Launcher, next_power_of_2
 from fastkd_kernels._library import library
 from fastkd_kernels._triton import jit, tl, triton
@@ -155,10 +156,8 @@ def _compact_out_triton(
 ) -> None:
     """`compact_out` by one Triton launch a tensor; how it is launched follows from the width of the rows."""
     _check(tensors, survivors, count, out)
-    if any(_overlap(target, tensor) for target in out for tensor in tensors):
-        raise ValueError("out: overlaps an input")
     capacity = survivors.shape[0]
-    survivors = survivors.contiguous()
+    survivors, count = dense(survivors), None if count is None else plain(count)
     for tensor, target in zip(tensors, out, strict=True):
         if target.numel() == 0 or capacity == 0 or tensor.shape[0] == 0:
             continue
@@ -179,25 +178,12 @@ def _compact_out_triton(
         )
 
 
-def _overlap(one: Tensor, other: Tensor) -> bool:
-    (start, stop), (other_start, other_stop) = _memory(one), _memory(other)
-    return start < other_stop and other_start < stop
-
-
-def _memory(tensor: Tensor) -> tuple[int, int]:
-    """Addresses of the first byte and behind the last one."""
-    if tensor.numel() == 0:
-        return tensor.data_ptr(), tensor.data_ptr()
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
-
-
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
 def _as_words(tensor: Tensor) -> Tensor:
     """The same memory as [rows, words] integers, so that one kernel serves every dtype; copies rows that have gaps."""
-    tensor = tensor.resolve_conj().resolve_neg()
+    tensor = plain(tensor)
     rows = tensor.flatten(1) if tensor.dim() > 1 else tensor[:, None]
     if rows.shape[1] > 1 and rows.stride(1) != 1:
         rows = rows.contiguous()
@@ -242,7 +228,7 @@ def _gather(
     interpreted = backend == "cuda" and not survivors.is_cuda
     if backend == "reference" or interpreted or _DEBUG:
         _check(tensors, survivors, count, out)
-        if (_DEBUG or survivors.device.type == "cpu") and not torch.compiler.is_compiling():
+        if values_are_free(survivors) or (_DEBUG and not torch.compiler.is_compiling()):
             _check_rows(survivors, count, tensors[0].shape[0])
     if backend == "reference":
         return compact_reference(tensors, survivors, count, out)
@@ -253,15 +239,9 @@ def _gather(
         (_compact_out_triton if interpreted else _compact_out_op)(tensors, survivors, count, out, *launch)
     except RuntimeError as error:
         raise _explain(error, tensors, survivors, count, out) from None
-    _note_change(out)
+    mark_written(out)
     capacity = survivors.shape[0]
     return [target if target.shape[0] == capacity else target[:capacity] for target in out]
-
-
-def _note_change(out: Sequence[Tensor]) -> None:
-    """Tell autograd that `out` is written, so that a graph which saved it refuses to use it."""
-    if not torch.compiler.is_compiling() and not torch.is_inference_mode_enabled():
-        torch.autograd.graph.increment_version(out)
 
 
 def _explain(
@@ -271,12 +251,9 @@ def _explain(
     count: Tensor | None,
     out: Sequence[Tensor] | None,
 ) -> Exception:
-    """The extension can only raise RuntimeError("function, file:line, message"): what it should have been."""
+    """What is wrong with the arguments, in the words of Python's own checks where those find it."""
     _check(tensors, survivors, count, out)
-    message = re.sub(r"^\w+, .*?:\d+, ", "", str(error))
-    if message.startswith("survivors["):
-        return IndexError(message)
-    return ValueError(message) if message.startswith("out: overlaps") else error
+    return _extension.as_typed_error(error)
 
 
 class _Compact(torch.autograd.Function):
@@ -346,9 +323,9 @@ def compact(
     """
     if not tensors:
         return []
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        if out is not None:
-            raise ValueError("out: cannot be written where a gradient is wanted; leave it out or use torch.no_grad()")
+    if out is not None:
+        refuse_gradient("out", [*out, *tensors])
+    elif wants_gradient(tensors) and not transforming():
         return list(_Compact.apply(survivors, count, config, *tensors))
     return _gather(tensors, survivors, count, out, config)
 
@@ -372,6 +349,14 @@ def _check(tensors: Sequence[Tensor], survivors: Tensor, count: Tensor | None, o
             )
     if out is not None:
         _check_out(tensors, survivors.shape[0], out)
+        check_written(
+            {f"out[{number}]": target for number, target in enumerate(out)},
+            {
+                **{f"tensors[{number}]": tensor for number, tensor in enumerate(tensors)},
+                "survivors": survivors,
+                "count": count,
+            },
+        )
 
 
 def _check_count(count: Tensor, device: torch.device) -> None:

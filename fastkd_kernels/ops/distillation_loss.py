@@ -1,8 +1,9 @@
 """The whole loss of a Universal-KD training step in one launch: labels, last layer, inner layers.
 
-    L = alpha CE(y, s) + beta KD(t, s) + gamma Univ(f_1..N, s_1..M)                       (Wu et al., EMNLP 2021)
+    L = a CE(y, s) + b KD(t, s) + c Univ(f_1..N, s_1..M)                                (Wu et al., EMNLP 2021)
 
-with the logits of the last layers s and t [B, C], KD as in `kd_loss` and Univ as in `universal_kd_loss`. For a
+with the logits of the last layers s and t [B, C], KD as in `kd_loss` and Univ as in `universal_kd_loss`. (The paper
+calls the weights alpha, beta and gamma; here `beta` is the interpolation of the Jensen-Shannon divergence.) For a
 regression the first two are squared errors too. The forward pass also computes the gradients for s and for s_1..M; the
 backward pass scales them.
 
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from fastkd_kernels import _backend, _distillation, _extension, _triton
 from fastkd_kernels import _distillation_triton as kernels
+from fastkd_kernels._arguments import dense, values_are_free
 from fastkd_kernels._checks import check_same_device
 from fastkd_kernels._launch import Launcher
 from fastkd_kernels._library import library
@@ -40,9 +42,9 @@ def distillation_loss_reference(
     labels: Tensor | None,
     student_layer_logits: Tensor,
     teacher_layer_logits: Tensor,
-    alpha: float,
-    beta: float,
-    gamma: float,
+    label_weight: float,
+    kd_weight: float,
+    intermediate_weight: float,
     *,
     temperature: float = 1.0,
     universal_temperature: float = 1.0,
@@ -51,10 +53,11 @@ def distillation_loss_reference(
     t2_scale: bool = True,
     direction: str = "forward",
     task: str = "classification",
+    beta: float | None = None,
     **universal_options: Any,
 ) -> Tensor:
     """`distillation_loss` in plain PyTorch: the oracle of the tests and the fallback."""
-    kd = kd_loss_reference(student_logits, teacher_logits, temperature, reduction, t2_scale, direction, task)
+    kd = kd_loss_reference(student_logits, teacher_logits, temperature, reduction, t2_scale, direction, task, beta=beta)
     univ = universal_kd_loss_reference(
         student_layer_logits,
         teacher_layer_logits,
@@ -64,9 +67,11 @@ def distillation_loss_reference(
         direction=direction,
         task=task,
         t2_scale=t2_scale,
+        beta=beta,
         **universal_options,
     )
-    return _weighted_sum(student_logits, labels, kd, univ, (alpha, beta, gamma), reduction, layer_reduction, task)
+    weights = (label_weight, kd_weight, intermediate_weight)
+    return _weighted_sum(student_logits, labels, kd, univ, weights, reduction, layer_reduction, task)
 
 
 def _weighted_sum(
@@ -79,13 +84,13 @@ def _weighted_sum(
     layer_reduction: str,
     task: str,
 ) -> Tensor:
-    alpha, beta, gamma = weights
+    label_weight, kd_weight, intermediate_weight = weights
     if reduction == "none":
         univ = univ.sum(0) / (max(univ.shape[0], 1) if layer_reduction == "mean" else 1)
-    total = beta * kd + gamma * univ
+    total = kd_weight * kd + intermediate_weight * univ
     if labels is None:
         return total
-    return total + alpha * _label_loss_reference(student, labels, reduction, task)
+    return total + label_weight * _label_loss_reference(student, labels, reduction, task)
 
 
 def _label_loss_reference(student: Tensor, labels: Tensor, reduction: str, task: str) -> Tensor:
@@ -157,6 +162,7 @@ def _distillation_kernel(
     attn_scale,
     inverse_temperature,
     inverse_universal_temperature,
+    beta,
     factor,
     DIVERGENCE: tl.constexpr,
     MIX: tl.constexpr,
@@ -182,7 +188,7 @@ def _distillation_kernel(
         log_p = kernels.log_distribution(t, inverse_temperature, DIVERGENCE)
         log_q = kernels.log_distribution(s, inverse_temperature, DIVERGENCE)
         # no name may have another shape in the other branch
-        value, _t_gradient, gradient, _t_terms = kernels.divergence_rows(log_p, log_q, DIVERGENCE)
+        value, _t_gradient, gradient, _t_terms = kernels.divergence_rows(log_p, log_q, beta, DIVERGENCE)
         value = value * kd_scale
         gradient = gradient * kd_gradient_scale
         if HAS_LABELS:
@@ -206,6 +212,7 @@ def _distillation_kernel(
             inverse_universal_temperature,
             universal_scale,
             universal_gradient_scale,
+            beta,
             DIVERGENCE,
             MIX,
             SPACE,
@@ -225,8 +232,8 @@ _launch_distillation = Launcher(_distillation_kernel)
 library.define(
     "distillation_loss_forward(Tensor student, Tensor student_layers, Tensor teacher, Tensor teacher_layers, "
     "Tensor? labels, float ce_scale, float kd_scale, float universal_scale, float temperature, "
-    "float universal_temperature, float attn_scale, int divergence, int mix, int attn_space, bool distance, "
-    "bool attention_grad, float factor, bool reduce, bool student_gradient, bool layers_gradient) "
+    "float universal_temperature, float attn_scale, int divergence, float beta, int mix, int attn_space, "
+    "bool distance, bool attention_grad, float factor, bool reduce, bool student_gradient, bool layers_gradient) "
     "-> (Tensor, Tensor, Tensor)"
 )
 
@@ -255,6 +262,7 @@ def _fake(
     universal_temperature: float,
     attn_scale: float,
     divergence: int,
+    beta: float,
     mix: int,
     attn_space: int,
     distance: bool,
@@ -285,6 +293,7 @@ def _launch(
     universal_temperature: float,
     attn_scale: float,
     divergence: int,
+    beta: float,
     mix: int,
     attn_space: int,
     distance: bool,
@@ -335,6 +344,7 @@ def _launch(
         attn_scale,
         1 / temperature,
         1 / universal_temperature,
+        beta,
         factor,
         DIVERGENCE=divergence,
         MIX=mix,
@@ -372,9 +382,9 @@ def distillation_loss(
     labels: Tensor | None,
     student_layer_logits: Tensor,
     teacher_layer_logits: Tensor,
-    alpha: float,
-    beta: float,
-    gamma: float,
+    label_weight: float,
+    kd_weight: float,
+    intermediate_weight: float,
     *,
     temperature: float = 1.0,
     universal_temperature: float = 1.0,
@@ -390,8 +400,9 @@ def distillation_loss(
     attn: str | None = None,
     attn_temperature: float = 1.0,
     detach_teacher: bool = True,
+    beta: float | None = None,
 ) -> Tensor:
-    """alpha CE + beta KD + gamma Univ, in one launch on a GPU; backward is one more.
+    """a CE + b KD + c Univ, in one launch on a GPU; backward is one more.
 
     Args:
         student_logits, teacher_logits: [B, C], of the last layers.
@@ -399,12 +410,12 @@ def distillation_loss(
             label outside 0..C-1 makes the loss NaN.
         student_layer_logits: [M, B, C], of the inner layers; M may be 0.
         teacher_layer_logits: [N, B, C].
-        alpha, beta, gamma: the weights of the three terms.
+        label_weight, kd_weight, intermediate_weight: a, b and c; alpha, beta and gamma in the paper.
         temperature: tau of the second term.
         universal_temperature: tau of the third.
         reduction: over samples, as in `kd_loss`; the cross entropy of "mean" divides by B only. "none" gives [B].
         task: "regression" takes squared errors in all three terms.
-        t2_scale, direction: of the second and third term, as in `kd_loss`.
+        t2_scale, direction, beta: of the second and third term, as in `kd_loss`.
         layer_reduction, mix, attn_space, attn_scale, detach_attention, attn, attn_temperature: as in
             `universal_kd_loss`.
         detach_teacher: False gives both teacher tensors their gradient too.
@@ -433,6 +444,7 @@ def distillation_loss(
         layer_reduction,
         direction,
         task,
+        beta=beta,
         **universal_options,
     )
     _check(student_logits, teacher_logits, labels, student_layer_logits, temperature, task)
@@ -446,9 +458,9 @@ def distillation_loss(
             labels,
             student_layer_logits,
             teacher_layer_logits,
-            alpha,
-            beta,
-            gamma,
+            label_weight,
+            kd_weight,
+            intermediate_weight,
             temperature=temperature,
             universal_temperature=universal_temperature,
             reduction=reduction,
@@ -456,6 +468,7 @@ def distillation_loss(
             t2_scale=t2_scale,
             direction=direction,
             task=task,
+            beta=beta,
             **universal_options,
         )
     gradients = torch.is_grad_enabled()
@@ -469,6 +482,7 @@ def distillation_loss(
             direction,
             task=task,
             detach_teacher=detach_teacher,
+            beta=beta,
         )
         univ = universal_kd_loss(
             student_layer_logits,
@@ -480,25 +494,27 @@ def distillation_loss(
             task=task,
             t2_scale=t2_scale,
             detach_teacher=detach_teacher,
+            beta=beta,
             **universal_options,
         )
-        return _weighted_sum(student_logits, labels, kd, univ, (alpha, beta, gamma), reduction, layer_reduction, task)
+        weights = (label_weight, kd_weight, intermediate_weight)
+        return _weighted_sum(student_logits, labels, kd, univ, weights, reduction, layer_reduction, task)
 
     layers, batch, classes = student_layer_logits.shape
     per_class = 1 / classes if reduction == "mean" else 1.0
     per_layer = 1 / max(layers, 1) if layer_reduction == "mean" else 1.0
     attention, scale = universal.attention_of(attn, attn_scale, attn_temperature, task, classes)
     factor = 1 / max(batch, 1) if reduction in ("batchmean", "mean") else 1.0
-    if labels is not None and task == "regression":
-        labels = labels.reshape(batch, classes).contiguous()
+    if labels is not None:
+        labels = dense(labels.reshape(batch, classes) if task == "regression" else labels)
     options = (
-        alpha * (per_class if task == "regression" else 1.0),
-        beta * per_class * _distillation.loss_scale(temperature, t2_scale),
-        gamma * per_class * per_layer * _distillation.loss_scale(universal_temperature, t2_scale),
+        label_weight * (per_class if task == "regression" else 1.0),
+        kd_weight * per_class * _distillation.loss_scale(temperature, t2_scale),
+        intermediate_weight * per_class * per_layer * _distillation.loss_scale(universal_temperature, t2_scale),
         temperature,
         universal_temperature,
         scale,
-        _distillation.divergence_code(direction, task),
+        *_distillation.divergence_code(direction, task, beta),
         _distillation.MIXES.index(mix),
         _distillation.ATTENTION_SPACES.index(attn_space),
         attention == "neg_sqdist",
@@ -548,8 +564,7 @@ def _check_labels(labels: Tensor, student: Tensor, task: str) -> None:
         raise TypeError(f"labels: got dtype {labels.dtype}, expected torch.int64")
     if labels.shape != (batch,):
         raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected [{batch}]")
-    # on a GPU this check would wait for the device
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
+    if values_are_free(labels) and batch:
         lowest, highest = (int(value) for value in labels.aminmax())
         if lowest < 0 or highest >= classes:
             raise ValueError(f"labels: got values from {lowest} to {highest}, expected 0 to {classes - 1}")

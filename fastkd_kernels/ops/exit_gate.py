@@ -21,13 +21,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd_kernels import _backend, _extension, _triton
+from fastkd_kernels._arguments import check_written, dense, mark_written, plain, values_are_free
 from fastkd_kernels._checks import check_choice, check_same_device
+from fastkd_kernels._derivatives import transforming
 from fastkd_kernels._launch import LaunchConfig, Launcher, next_power_of_2
 from fastkd_kernels._library import library
 from fastkd_kernels._triton import jit, tl
@@ -126,13 +128,13 @@ class GateCall(NamedTuple):
     def split_speed(self) -> tuple[float, Tensor | None]:
         """The speed of all rows and None; or 0 and the speed of each row, [B] float32, contiguous."""
         if isinstance(self.speed, Tensor):
-            return 0.0, self.speed.to(torch.float32).contiguous()
+            return 0.0, dense(self.speed.to(torch.float32))
         return float(self.speed), None
 
     def contiguous_row_ids(self) -> Tensor | None:
-        return None if self.row_ids is None else self.row_ids.contiguous()
+        return None if self.row_ids is None else dense(self.row_ids)
 
-    def record_tensors(self) -> tuple[Tensor, ...] | tuple[None, ...]:
+    def record_tensors(self) -> tuple[Any, ...]:
         """Logits, uncertainty, exit_layer and history of the record; four times None without one."""
         record = self.record
         if record is None:
@@ -205,7 +207,9 @@ def exit_gate_reference(
     if record is not None:
         assert layer is not None
         _record_leaving(record, ids, ~stays, logits, uncertainty, layer)
-    return ExitGateOutput(uncertainty.detach().float(), survivors.int(), stays.sum(dtype=torch.int32).reshape(1))
+    # a transform of torch.func is told of the derivative; autograd finds none, and says so
+    uncertainty = uncertainty if transforming() else uncertainty.detach()
+    return ExitGateOutput(uncertainty.float(), survivors.int(), stays.sum(dtype=torch.int32).reshape(1))
 
 
 def _patience(logits: Tensor, history: Tensor, ids: Tensor) -> Tensor:
@@ -807,6 +811,7 @@ def _is_unwatched() -> bool:
     return (
         _backend._forced.name is None
         and not torch.compiler.is_compiling()
+        and not transforming()
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._get_tracing_state() is None
     )
@@ -816,6 +821,7 @@ def _run(name: str, logits: Tensor, call: GateCall) -> ExitGateOutput:
     """`exit_gate` on the kernel of the backend `name`."""
     if logits.requires_grad:  # otherwise detaching would cost a small gate for nothing
         logits = logits.detach()
+    logits = plain(logits)
     if name == "cuda" and not torch.compiler.is_compiling():
         # the dispatcher costs more than the kernel
         return ExitGateOutput(*_exit_gate_triton(logits, call))
@@ -882,6 +888,7 @@ def exit_gate(
         and record is None
         and (top_n is None or type(top_n) is int)
         and _is_unwatched()
+        and not logits.is_neg()
     ):
         decided = _eager_cpu(logits, speed, _CODES.get(criterion, -1), top_n or 0)
         if decided is not None:
@@ -891,7 +898,10 @@ def exit_gate(
     name = _choose_backend(logits)
     if name == "reference":
         return exit_gate_reference(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
-    return _run(name, logits, call)
+    result = _run(name, logits, call)
+    if record is not None:
+        mark_written(call.record_tensors())
+    return result
 
 
 def check_gate_call(call: GateCall, logits: Tensor) -> None:
@@ -912,7 +922,7 @@ def check_gate_call(call: GateCall, logits: Tensor) -> None:
     if record is not None and layer is None:
         raise ValueError("layer: got None, a record needs the number of this layer (1 after the first)")
     if record is not None:
-        _check_record(record, logits)
+        _check_record(record, logits, speed, row_ids)
     if row_ids is not None:
         _check_row_ids(row_ids, logits, record)
     elif record is not None and record.exit_layer.shape[0] < logits.shape[0]:
@@ -935,14 +945,23 @@ def _check_speed(speed: float | Tensor, logits: Tensor) -> None:
     if speed.shape != logits.shape[:1]:
         raise ValueError(f"speed: got shape {tuple(speed.shape)}, expected a number or [{logits.shape[0]}]")
     check_same_device("speed", speed, "the logits", logits)
-    if _values_are_free(speed) and not bool(((speed >= 0) & (speed <= 1)).all()):
+    if values_are_free(speed) and not bool(((speed >= 0) & (speed <= 1)).all()):
         raise ValueError("speed: got a value that is NaN or outside [0, 1]")
 
 
-def _check_record(record: ExitRecord, logits: Tensor) -> None:
+def _check_record(record: ExitRecord, logits: Tensor, speed: float | Tensor, row_ids: Tensor | None) -> None:
     check_same_device("record", record.exit_layer, "the logits", logits)
     if record.logits.shape[1] != logits.shape[1]:
         raise ValueError(f"record: got C={record.logits.shape[1]} classes, the logits have {logits.shape[1]}")
+    written = {
+        "record.logits": record.logits,
+        "record.uncertainty": record.uncertainty,
+        "record.exit_layer": record.exit_layer,
+        "record.history": record.history,
+    }
+    check_written(
+        written, {"logits": logits, "speed": speed if isinstance(speed, Tensor) else None, "row_ids": row_ids}
+    )
 
 
 def _check_row_ids(row_ids: Tensor, logits: Tensor, record: ExitRecord | None) -> None:
@@ -951,7 +970,7 @@ def _check_row_ids(row_ids: Tensor, logits: Tensor, record: ExitRecord | None) -
     if row_ids.shape != logits.shape[:1]:
         raise ValueError(f"row_ids: got shape {tuple(row_ids.shape)}, expected [{logits.shape[0]}]")
     check_same_device("row_ids", row_ids, "the logits", logits)
-    if record is None or row_ids.shape[0] == 0 or not _values_are_free(row_ids):
+    if record is None or row_ids.shape[0] == 0 or not values_are_free(row_ids):
         return
     smallest, largest = (int(value) for value in row_ids.aminmax())
     if smallest < 0 or largest >= record.exit_layer.shape[0]:
@@ -959,8 +978,3 @@ def _check_row_ids(row_ids: Tensor, logits: Tensor, record: ExitRecord | None) -
             f"row_ids: got values from {smallest} to {largest}, expected 0 to {record.exit_layer.shape[0] - 1}, "
             "the rows of the record"
         )
-
-
-def _values_are_free(tensor: Tensor) -> bool:
-    """Whether looking at the values costs no waiting for a GPU and no graph break."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

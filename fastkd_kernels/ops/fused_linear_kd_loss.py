@@ -3,7 +3,7 @@
 For tokens t = 1..T with hidden states h_t and language-model heads W, b of student and teacher:
 
     s_t = W_s h_t + b_s,   f_t = W_f g_t + b_f
-    L = 1/n sum_t [ beta tau^2 D(softmax(f_t / tau), softmax(s_t / tau)) + alpha CE(y_t, softmax(s_t)) ]
+    L = 1/n sum_t [ b tau^2 D(softmax(f_t / tau), softmax(s_t / tau)) + a CE(y_t, softmax(s_t)) ]
 
 over the n tokens whose label is not `ignore_index` (Hinton et al., 2015; D as in `fastkd_kernels._distillation`). The
 forward pass goes through the tokens in chunks: two matrix products give the logits of a chunk, `kd_loss` turns them
@@ -11,7 +11,8 @@ into losses and dL/ds, and two more products take that to the hidden states and 
 
     dL/dh_t = W_s' dL/ds_t,   dL/dW_s = sum_t dL/ds_t h_t',   dL/db_s = sum_t dL/ds_t
 
-The backward pass scales these. Gradients of the head are summed in float32 whatever the dtype of the logits.
+The backward pass scales these. Logits are float32 whatever the dtype of their factors, and so are the sums of the
+head's gradients: near its teacher a student's dL/ds is the difference of two nearly equal distributions.
 
 Vocabularies of different sizes: the smaller one is padded with -inf, so its missing classes have probability 0. Classes
 that only one side has can cost an infinite divergence, whatever the other side does; they are left out where they
@@ -31,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd_kernels import _backend, _distillation, _extension, _triton
+from fastkd_kernels._arguments import values_are_free
 from fastkd_kernels._checks import check_choice, check_same_device
 from fastkd_kernels._library import library
 from fastkd_kernels.ops import kd_loss as kd
@@ -52,30 +54,39 @@ def fused_linear_kd_loss_reference(
     reduction: str = "batchmean",
     t2_scale: bool = True,
     direction: str = "forward",
-    alpha: float = 0.0,
-    beta: float = 1.0,
+    beta: float | None = None,
+    label_weight: float = 0.0,
+    kd_weight: float = 1.0,
     ignore_index: int = -100,
 ) -> Tensor:
     """`fused_linear_kd_loss` in plain PyTorch, with all logits in memory: the oracle of the tests and the fallback."""
     keep = None if labels is None else labels != ignore_index
-    student = F.linear(_kept(student_hidden_states, keep), student_weight, student_bias)
+    student = _wide_linear(_kept(student_hidden_states, keep), student_weight, student_bias)
     if teacher_logits is None:
         assert teacher_hidden_states is not None
         assert teacher_weight is not None
-        teacher = F.linear(_kept(teacher_hidden_states, keep), teacher_weight, teacher_bias)
+        teacher = _wide_linear(_kept(teacher_hidden_states, keep), teacher_weight, teacher_bias)
     else:
         teacher = _kept(teacher_logits, keep)
-    width = _divergence_width(direction, student.shape[-1], teacher.shape[-1])
-    rows = beta * kd.kd_loss_reference(
-        _resized(student, width), _resized(teacher, width), temperature, "none", t2_scale, direction
+    compared = _distillation.DIRECTIONS[_distillation.divergence_code(direction, "classification", beta)[0]]
+    width = _divergence_width(compared, student.shape[-1], teacher.shape[-1])
+    rows = kd_weight * kd.kd_loss_reference(
+        _resized(student, width), _resized(teacher, width), temperature, "none", t2_scale, direction, beta=beta
     )
     if labels is None or keep is None:
         return rows.sum() / (max(len(rows), 1) if reduction == "batchmean" else 1)
     (wide,) = _distillation.widen(student)
-    rows = rows.masked_fill(~keep, 0) + alpha * F.cross_entropy(
+    rows = rows.masked_fill(~keep, 0) + label_weight * F.cross_entropy(
         wide, labels, ignore_index=ignore_index, reduction="none"
     )
     return rows.sum() / (keep.sum().clamp(min=1) if reduction == "batchmean" else 1)
+
+
+def _wide_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In float32 at least, whatever autocast says."""
+    dtype = _distillation.accumulate_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
 
 def _kept(rows: Tensor, keep: Tensor | None) -> Tensor:
@@ -102,16 +113,22 @@ class FusedLinearConfig:
     chunk_tokens: int
 
     @classmethod
-    def choose(cls, tokens: int, vocabulary: int) -> FusedLinearConfig:
-        """An eighth of the tokens, at least 128 for the matrix products' sake, and at most 2^27 logits."""
-        at_most = max(2**27 // max(vocabulary, 1), 16)
-        return cls(max(min(max(tokens // 8, 128), at_most, tokens), 1))
+    def choose(cls, tokens: int, vocabulary: int, dtype: torch.dtype = torch.float32) -> FusedLinearConfig:
+        """An eighth of the tokens, at least 128 for the matrix products' sake, and at most 2^27 logits.
+
+        Half of that for a `dtype` of two bytes, whose logits take four: what a chunk may occupy is a share of what all
+        logits would.
+        """
+        halves = 1 if dtype.itemsize >= 4 else 2
+        at_most = max(2**27 // halves // max(vocabulary, 1), 16)
+        return cls(max(min(max(tokens // (8 * halves), 128), at_most, tokens), 1))
 
 
 library.define(
     "fused_linear_kd_loss_forward(Tensor hidden, Tensor weight, Tensor? bias, Tensor? teacher_hidden, "
     "Tensor? teacher_weight, Tensor? teacher_bias, Tensor? teacher_logits, Tensor? labels, float temperature, "
-    "float loss_scale, str direction, float alpha, float beta, int ignore_index, bool mean, int chunk_tokens, "
+    "float loss_scale, str direction, float? beta, float label_weight, float kd_weight, int ignore_index, bool mean, "
+    "int chunk_tokens, "
     "bool hidden_gradient, bool weight_gradient, bool bias_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -129,8 +146,9 @@ def _fake(
     temperature: float,
     loss_scale: float,
     direction: str,
-    alpha: float,
-    beta: float,
+    beta: float | None,
+    label_weight: float,
+    kd_weight: float,
     ignore_index: int,
     mean: bool,
     chunk_tokens: int,
@@ -151,11 +169,29 @@ class _HeadGradient:
     weight: Tensor | None
     bias: Tensor | None
 
-    def add(self, slope: Tensor, hidden: Tensor) -> None:
+    def add_bias(self, slope: Tensor) -> None:
+        if self.bias is not None:
+            self.bias += slope.sum(0)
+
+    def add_weight(self, slope: Tensor, hidden: Tensor) -> None:
         if self.weight is not None:
             _add_product(self.weight, slope.t(), hidden)
-        if self.bias is not None:
-            self.bias += slope.sum(0, dtype=self.bias.dtype)
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, summed and returned in float32 at least, whatever the dtype of the factors.
+
+    Two nearly equal distributions are subtracted later, so rounding their logits to bfloat16 would leave noise.
+    """
+    if left.dtype in (torch.float32, torch.float64):
+        return left @ right
+    if left.is_cuda:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    if not _has_fast_bfloat16(left):
+        return left.float() @ right.float()
+    # the product rounded, and what rounding took away: two fast products are faster than one of float32
+    rounded = left @ right
+    return rounded.float().add_(torch.addmm(rounded, left, right, beta=-1))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -165,7 +201,21 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     elif total.is_cuda:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
+        # `_product` is slower here: the tokens of a chunk are too few for oneDNN's bfloat16
         total.addmm_(left.to(total.dtype), right.to(total.dtype))
+
+
+# asked once, because it is the processor's
+_ONEDNN_BFLOAT16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _has_fast_bfloat16(tensor: Tensor) -> bool:
+    return bool(_ONEDNN_BFLOAT16 and tensor.dtype == torch.bfloat16 and torch.backends.mkldnn.enabled)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    logits = _product(hidden, weight.t())
+    return logits if bias is None else logits.add_(bias)
 
 
 def _compute(
@@ -181,8 +231,9 @@ def _compute(
     temperature: float,
     loss_scale: float,
     direction: str,
-    alpha: float,
-    beta: float,
+    beta: float | None,
+    label_weight: float,
+    kd_weight: float,
     ignore_index: int,
     mean: bool,
     chunk_tokens: int,
@@ -196,32 +247,34 @@ def _compute(
     losses = hidden.new_empty(tokens, dtype=accumulate)
     for_hidden = _distillation.gradient_like(hidden, hidden_gradient)
     head = _HeadGradient(
-        torch.zeros_like(weight, dtype=accumulate) if weight_gradient else None,
+        weight.new_zeros(weight.shape, dtype=accumulate) if weight_gradient else None,
         weight.new_zeros(classes, dtype=accumulate) if bias_gradient else None,
     )
-    divergence = _distillation.DIRECTIONS.index(direction)
+    divergence, share = _distillation.divergence_code(direction, "classification", beta)
+    compared = _distillation.DIRECTIONS[divergence]
     gradients = hidden_gradient or weight_gradient or bias_gradient
     keeps = None if labels is None else labels != ignore_index
     for rows in _chunks(tokens, chunk_tokens):
         keep = None if keeps is None else keeps[rows]
         h = _kept(hidden[rows], keep)
-        logits = F.linear(h, weight, bias)
+        logits = _logits(h, weight, bias)
         if teacher_logits is None:
             assert teacher_hidden is not None
             assert teacher_weight is not None
-            width = _divergence_width(direction, classes, len(teacher_weight))
+            width = _divergence_width(compared, classes, len(teacher_weight))
             # classes that are not compared need no logits
             cut_bias = None if teacher_bias is None else teacher_bias[:width]
-            teacher = F.linear(_kept(teacher_hidden[rows], keep), teacher_weight[:width], cut_bias)
+            teacher = _logits(_kept(teacher_hidden[rows], keep), teacher_weight[:width], cut_bias)
         else:
-            width = _divergence_width(direction, classes, teacher_logits.shape[1])
+            width = _divergence_width(compared, classes, teacher_logits.shape[1])
             teacher = _kept(teacher_logits[rows], keep)
         chunk_losses, slope, _ = kd_forward(
             _resized(logits, width),
             _resized(teacher, width),
             temperature,
-            beta * loss_scale,
+            kd_weight * loss_scale,
             divergence,
+            share,
             1.0,
             False,
             gradients,
@@ -230,17 +283,21 @@ def _compute(
         del teacher
         if gradients:
             slope = _resized(slope, classes, fill=0.0)
-        if labels is not None and alpha:
-            chunk_losses += alpha * _add_cross_entropy(logits, labels[rows], alpha, slope if gradients else None)
+        if labels is not None and label_weight:
+            chunk_losses += label_weight * _add_cross_entropy(
+                logits, labels[rows], label_weight, slope if gradients else None
+            )
         del logits
         losses[rows] = chunk_losses if keep is None else chunk_losses.masked_fill(~keep, 0)
         if not gradients:
             continue
         if keep is not None:
             slope.masked_fill_(~keep[:, None], 0)
+        head.add_bias(slope)
+        slope = slope.to(weight.dtype)
         if hidden_gradient:
             torch.mm(slope, weight, out=for_hidden[rows])
-        head.add(slope, h)
+        head.add_weight(slope, h)
 
     factor: float | Tensor = 1.0
     if mean:
@@ -259,15 +316,15 @@ def _chunks(tokens: int, chunk_tokens: int) -> Iterator[slice]:
         yield slice(start, min(start + chunk_tokens, tokens))
 
 
-def _add_cross_entropy(logits: Tensor, labels: Tensor, alpha: float, slope: Tensor | None) -> Tensor:
-    """[T] cross entropies, NaN for labels that no class has; adds alpha times their gradient to `slope`."""
+def _add_cross_entropy(logits: Tensor, labels: Tensor, weight: float, slope: Tensor | None) -> Tensor:
+    """[T] cross entropies, NaN for labels that no class has; adds `weight` times their gradient to `slope`."""
     log_probs = logits.log_softmax(-1, dtype=_distillation.accumulate_dtype(logits))
     targets = labels.clamp(0, logits.shape[1] - 1)[:, None]
     rows = -log_probs.gather(1, targets)[:, 0].masked_fill(labels != targets[:, 0], torch.nan)
     if slope is not None:
         gradient = log_probs.exp_()
         gradient.scatter_add_(1, targets, gradient.new_full(targets.shape, -1.0))
-        slope.add_(gradient, alpha=alpha)
+        slope.add_(gradient, alpha=weight)
     return rows
 
 
@@ -302,12 +359,13 @@ def fused_linear_kd_loss(
     reduction: str = "batchmean",
     t2_scale: bool = True,
     direction: str = "forward",
-    alpha: float = 0.0,
-    beta: float = 1.0,
+    beta: float | None = None,
+    label_weight: float = 0.0,
+    kd_weight: float = 1.0,
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """beta KD + alpha CE over the tokens of a language model, from hidden states; the logits are never all in memory.
+    """b KD + a CE over the tokens of a language model, from hidden states; the logits are never all in memory.
 
     Args:
         student_hidden_states: [..., H] float32, bfloat16, float16 or float64, before the language-model head.
@@ -319,8 +377,8 @@ def fused_linear_kd_loss(
         teacher_logits: [..., V'], in the place of the teacher's hidden states and head.
         temperature: tau of the divergence, above 0; the cross entropy has none.
         reduction: "batchmean" divides by the number of tokens that count (0 where none does), "sum" does not.
-        t2_scale, direction: as in `kd_loss`.
-        alpha, beta: weights of the cross entropy, which needs labels, and of the divergence.
+        t2_scale, direction, beta: as in `kd_loss`; `beta` is the interpolation of direction="jsd" and no weight.
+        label_weight, kd_weight: a, of the cross entropy, which needs labels, and b, of the divergence.
         chunk_tokens: how many tokens have their logits in memory at a time; None chooses.
 
     Returns:
@@ -328,8 +386,9 @@ def fused_linear_kd_loss(
         states, weight and bias, which the forward pass computes and the backward pass scales.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown option, alpha without labels, labels outside the vocabulary (on
-            CPU), a teacher that requires grad, or not exactly one of teacher_hidden_states and teacher_logits.
+        ValueError: shapes that do not fit, an unknown option, a label_weight without labels, labels outside the
+            vocabulary (on CPU), a teacher that requires grad, or not exactly one of teacher_hidden_states and
+            teacher_logits.
         TypeError: tensors that are not floating-point; a head and hidden states of different dtypes without autocast.
 
     The vocabularies V and V' may differ: see the module's docstring. On a GPU a label outside the vocabulary makes the
@@ -338,7 +397,7 @@ def fused_linear_kd_loss(
     student = (student_hidden_states, student_weight, student_bias)
     teacher = (teacher_hidden_states, teacher_weight, teacher_bias, teacher_logits)
     student, teacher = _autocast(student), _autocast(teacher)
-    _check(student, teacher, labels, temperature, reduction, direction, alpha, ignore_index, chunk_tokens)
+    _check(student, teacher, labels, temperature, reduction, direction, beta, label_weight, ignore_index, chunk_tokens)
     hidden, weight, bias = _flat(student[0]), student[1], student[2]
     assert hidden is not None
     assert weight is not None
@@ -359,8 +418,9 @@ def fused_linear_kd_loss(
             reduction=reduction,
             t2_scale=t2_scale,
             direction=direction,
-            alpha=alpha,
             beta=beta,
+            label_weight=label_weight,
+            kd_weight=kd_weight,
             ignore_index=ignore_index,
         )
     gradients = torch.is_grad_enabled()
@@ -368,11 +428,12 @@ def fused_linear_kd_loss(
         temperature,
         _distillation.loss_scale(temperature, t2_scale),
         direction,
-        alpha,
         beta,
+        label_weight,
+        kd_weight,
         ignore_index,
         reduction == "batchmean",
-        chunk_tokens or FusedLinearConfig.choose(len(hidden), len(weight)).chunk_tokens,
+        chunk_tokens or FusedLinearConfig.choose(len(hidden), len(weight), hidden.dtype).chunk_tokens,
         gradients and hidden.requires_grad,
         gradients and weight.requires_grad,
         gradients and bias is not None and bias.requires_grad,
@@ -386,7 +447,7 @@ Tensors = tuple[Tensor | None, ...]
 def _autocast(tensors: Tensors) -> Any:
     """What autocast makes of the operands of a linear layer, once for all chunks."""
     device = next((tensor.device.type for tensor in tensors if tensor is not None), "cpu")
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(tensor if tensor is None or tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
@@ -411,7 +472,8 @@ def _check(
     temperature: float,
     reduction: str,
     direction: str,
-    alpha: float,
+    beta: float | None,
+    label_weight: float,
     ignore_index: int,
     chunk_tokens: int | None,
 ) -> None:
@@ -424,12 +486,16 @@ def _check(
     _distillation.check_positive("temperature", temperature)
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("direction", direction, _distillation.DIRECTIONS)
+    _distillation.check_beta(beta, direction)
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: got {chunk_tokens}, expected at least 1, or None")
     if labels is not None:
         _check_labels(labels, leading, hidden, len(weight), ignore_index)
-    elif alpha:
-        raise ValueError(f"alpha: got {alpha} without labels, which the cross entropy needs; pass labels or alpha=0")
+    elif label_weight:
+        raise ValueError(
+            f"label_weight: got {label_weight} without labels, which the cross entropy needs; pass labels or "
+            "label_weight=0"
+        )
 
 
 def _check_head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, leading: torch.Size) -> None:
@@ -491,8 +557,7 @@ def _check_labels(labels: Tensor, leading: torch.Size, hidden: Tensor, classes: 
     if labels.shape != leading:
         raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected {list(leading)}")
     check_same_device("labels", labels, "student_hidden_states", hidden)
-    # on a GPU this check would wait for the device
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if values_are_free(labels):
         kept = labels[labels != ignore_index]
         if kept.numel() and (int(kept.min()) < 0 or int(kept.max()) >= classes):
             raise ValueError(

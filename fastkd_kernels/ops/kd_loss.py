@@ -36,13 +36,15 @@ def kd_loss_reference(
     t2_scale: bool = True,
     direction: str = "forward",
     task: str = "classification",
+    *,
+    beta: float | None = None,
 ) -> Tensor:
     """`kd_loss` in plain PyTorch, differentiable in both logits: the oracle of the tests and the fallback."""
     student, teacher = _distillation.widen(student_logits, teacher_logits)
-    divergence = _distillation.divergence_code(direction, task)
+    divergence, share = _distillation.divergence_code(direction, task, beta)
     log_q = _distillation.log_distribution(student, temperature, divergence)
     log_p = _distillation.log_distribution(teacher, temperature, divergence)
-    rows = _distillation.divergence_reference(log_p, log_q, divergence)
+    rows = _distillation.divergence_reference(log_p, log_q, divergence, share)
     rows = rows * _distillation.loss_scale(temperature, t2_scale)
     if reduction == "none":
         return rows
@@ -65,6 +67,7 @@ def _kd_rows_kernel(
     inverse_temperature,
     loss_scale,
     gradient_scale,
+    beta,
     factor,
     DIVERGENCE: tl.constexpr,
     REDUCE: tl.constexpr,
@@ -83,7 +86,7 @@ def _kd_rows_kernel(
 
     log_p = kernels.log_distribution(t, inverse_temperature, DIVERGENCE)
     log_q = kernels.log_distribution(s, inverse_temperature, DIVERGENCE)
-    value, p_gradient, q_gradient, _ = kernels.divergence_rows(log_p, log_q, DIVERGENCE)
+    value, p_gradient, q_gradient, _ = kernels.divergence_rows(log_p, log_q, beta, DIVERGENCE)
     tl.store(losses + row[:, None], value * loss_scale, mask=(row < B)[:, None])
 
     offsets = row[:, None] * C + column[None, :]
@@ -113,6 +116,7 @@ def _kd_stream_kernel(
     inverse_temperature,
     loss_scale,
     gradient_scale,
+    beta,
     factor,
     DIVERGENCE: tl.constexpr,
     REDUCE: tl.constexpr,
@@ -152,7 +156,7 @@ def _kd_stream_kernel(
         t = tl.load(t_row + column, mask=inside, other=float("-inf")).to(tl.float32)
         log_q = s * inverse_temperature - s_lse
         log_p = t * inverse_temperature - t_lse
-        p, q, p_terms, q_terms = kernels.divergence_terms(log_p, log_q, DIVERGENCE)
+        p, q, p_terms, q_terms = kernels.divergence_terms(log_p, log_q, beta, DIVERGENCE)
         p_sums += p_terms
         q_sums += q_terms
         if not LATE:
@@ -175,7 +179,7 @@ def _kd_stream_kernel(
             t = tl.load(t_row + column, mask=inside, other=float("-inf")).to(tl.float32)
             log_q = s * inverse_temperature - s_lse
             log_p = t * inverse_temperature - t_lse
-            p, q, p_terms, q_terms = kernels.divergence_terms(log_p, log_q, DIVERGENCE)
+            p, q, p_terms, q_terms = kernels.divergence_terms(log_p, log_q, beta, DIVERGENCE)
             p_gradient, q_gradient = kernels.divergence_gradients(p, q, p_terms, q_terms, p_total, q_total, DIVERGENCE)
             if STUDENT_GRADIENT:
                 gradient = (q_gradient * gradient_scale).to(student_gradient.dtype.element_ty)
@@ -215,7 +219,7 @@ class KDLossConfig:
 
 library.define(
     "kd_loss_forward(Tensor student, Tensor teacher, float temperature, float loss_scale, int divergence, "
-    "float factor, bool reduce, bool student_gradient, bool teacher_gradient) -> (Tensor, Tensor, Tensor)"
+    "float beta, float factor, bool reduce, bool student_gradient, bool teacher_gradient) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -236,6 +240,7 @@ def _fake(
     temperature: float,
     loss_scale: float,
     divergence: int,
+    beta: float,
     factor: float,
     reduce: bool,
     student_gradient: bool,
@@ -250,6 +255,7 @@ def launch(
     temperature: float,
     loss_scale: float,
     divergence: int,
+    beta: float,
     factor: float,
     reduce: bool,
     student_gradient: bool,
@@ -279,6 +285,7 @@ def launch(
         1 / temperature,
         loss_scale,
         loss_scale / temperature,
+        beta,
         factor,
     )
     flags: dict[str, Any] = {
@@ -319,6 +326,7 @@ def kd_loss(
     *,
     task: str = "classification",
     detach_teacher: bool = True,
+    beta: float | None = None,
 ) -> Tensor:
     """Distillation loss between the logits of a student and of a teacher, in one launch on a GPU; backward is one more.
 
@@ -330,10 +338,13 @@ def kd_loss(
         reduction: "batchmean" divides the sum by B, "mean" by B * C (what `KLDivLoss()` and several distillation
             codes do, C times smaller), "sum" does not, "none" gives [B]. An empty batch has the loss 0.
         t2_scale: multiply with tau^2, so that gradients keep their size when tau changes.
-        direction: "forward" KL(teacher || student), "reverse" KL(student || teacher), or "jsd", Jensen-Shannon.
+        direction: "forward" KL(teacher || student), "reverse" KL(student || teacher), or "jsd", the Jensen-Shannon
+            divergence beta KL(teacher || m) + (1 - beta) KL(student || m) with m = beta teacher + (1 - beta) student.
         task: "regression" takes the squared error sum_c (s - t)^2 instead of a divergence, for scores such as those of
             STS-B (C = 1); `direction` then changes nothing.
         detach_teacher: False gives the teacher's logits their gradient too.
+        beta: of direction="jsd" alone, from 0 (then it is "forward") to 1 ("reverse"), as in GKD (Agarwal et al.,
+            2024), TRL and Liger; default 0.5.
 
     Returns:
         A scalar, or [B] for reduction="none"; float32, or float64 if one of the inputs is.
@@ -343,20 +354,22 @@ def kd_loss(
             detach_teacher is True.
         TypeError: logits that are not floating-point.
 
-    On a GPU float64 is computed by the reference. Gradients of gradients are not available from the kernels and raise;
-    `backend("reference")` has them.
+    On a GPU float64 is computed by the reference; anywhere forward-mode AD and the transforms of `torch.func` are.
+    Gradients of gradients are not available from the kernels and raise; `backend("reference")` has them.
     """
-    _check(student_logits, teacher_logits, temperature, reduction, direction, task, detach_teacher)
+    _check(student_logits, teacher_logits, temperature, reduction, direction, task, detach_teacher, beta)
     name = _resolve(student_logits, teacher_logits)
     if name == "reference":
-        return kd_loss_reference(student_logits, teacher_logits, temperature, reduction, t2_scale, direction, task)
+        return kd_loss_reference(
+            student_logits, teacher_logits, temperature, reduction, t2_scale, direction, task, beta=beta
+        )
     batch, classes = student_logits.shape
     factor = _distillation.reduction_factor(reduction, batch, classes)
     gradients = torch.is_grad_enabled()
     options = (
         temperature,
         _distillation.loss_scale(temperature, t2_scale),
-        _distillation.divergence_code(direction, task),
+        *_distillation.divergence_code(direction, task, beta),
         factor,
         reduction != "none",
         gradients and student_logits.requires_grad,
@@ -380,6 +393,7 @@ def _check(
     direction: str,
     task: str,
     detach_teacher: bool,
+    beta: float | None,
 ) -> None:
     _distillation.check_logits("student_logits", student, "[B, C]")
     _distillation.check_logits("teacher_logits", teacher, "[B, C]")
@@ -391,6 +405,7 @@ def _check(
     _distillation.check_positive("temperature", temperature)
     check_choice("reduction", reduction, _distillation.REDUCTIONS)
     check_choice("direction", direction, _distillation.DIRECTIONS)
+    _distillation.check_beta(beta, direction)
     check_choice("task", task, _distillation.TASKS)
     _distillation.check_classes("student_logits", student, task)
     _distillation.check_teacher_gradient("teacher_logits", teacher, detach_teacher)

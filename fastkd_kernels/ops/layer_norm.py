@@ -10,7 +10,6 @@ The sum and the statistics are float32 (float64 for float64) and nothing but y i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd_kernels import _extension, _triton
+from fastkd_kernels._arguments import check_written, dense, mark_written, plain, refuse_gradient, values_are_free
 from fastkd_kernels._backend import register_backends, resolve
+from fastkd_kernels._checks import check_same_device
+from fastkd_kernels._derivatives import wants_gradient
 from fastkd_kernels._launch import Launcher, next_power_of_2
 from fastkd_kernels._library import library
 from fastkd_kernels._triton import jit, tl
@@ -224,30 +226,33 @@ def add_layer_norm(
     """Layer normalisation of `x + residual`. Where a gradient is wanted, plain PyTorch runs.
 
     Args:
-        x: [N, H], dense rows; float32 or bfloat16 run the kernels, other dtypes plain PyTorch.
+        x: [N, H], any strides (rows that are not dense are copied); float32 or bfloat16 run the kernels, other dtypes
+            plain PyTorch.
         residual: [N, H] of the same dtype, or None.
         weight, bias: [H] of the same dtype.
         eps: added to the variance.
-        out: [N, H] of the same dtype with dense rows, to be written instead of new memory; may be `x` or `residual`.
+        out: [N, H] of the same dtype with dense rows, to be written instead of new memory; may be `x` or `residual`,
+            and overlaps nothing else. Not where a gradient is wanted.
 
     Returns:
         [N, H]; `out` where given.
 
     Raises:
-        ValueError: shapes that differ.
+        ValueError: shapes or devices that differ, a wrong `out`.
         TypeError: dtypes that differ.
     """
     _check(weight, bias, x=x, residual=residual, out=out)
-    tensors = [tensor for tensor in (x, residual, weight, bias) if tensor is not None]
-    backend = _backend(x, tensors)
+    if out is not None:
+        _check_out(out, {"x": x, "residual": residual, "weight": weight, "bias": bias}, (x, residual))
+    backend = _backend(x, (x, residual, weight, bias))
     if backend == "reference":
         return _into(out, add_layer_norm_reference(x, residual, weight, bias, eps))
+    x, residual = _dense_rows(x), None if residual is None else _dense_rows(residual)
     target = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    if backend == "cuda" and not x.is_cuda:
-        _add_layer_norm_triton(x, residual, weight, bias, eps, target)  # in Triton's interpreter
-    else:
-        _add_layer_norm_op(x, residual, weight, bias, eps, target)
-    return target
+    # on CPU tensors "cuda" is Triton's interpreter
+    run = _add_layer_norm_triton if backend == "cuda" and not x.is_cuda else _add_layer_norm_op
+    run(x, residual, dense(weight), dense(bias), eps, target)
+    return _written(target, out)
 
 
 def embed_layer_norm(
@@ -265,13 +270,14 @@ def embed_layer_norm(
         indices: for each table [N] int64; on a GPU out-of-range values are undefined.
         weight, bias: [H] of the same dtype.
         eps: added to the variance.
-        out: [N, H] of the same dtype with dense rows, to be written instead of new memory.
+        out: [N, H] of the same dtype with dense rows, to be written instead of new memory; overlaps no input. Not where
+            a gradient is wanted.
 
     Returns:
         [N, H]; `out` where given.
 
     Raises:
-        ValueError: shapes that differ, or not one index a table.
+        ValueError: shapes or devices that differ, not one index a table, a wrong `out`.
         TypeError: dtypes that differ.
         IndexError: on CPU, an index outside its table.
     """
@@ -279,31 +285,68 @@ def embed_layer_norm(
         raise ValueError(
             f"tables: got {len(tables)} and {len(indices)} indices, expected 1 to {_MAX_TABLES} and as many indices"
         )
+    read: dict[str, Tensor | None] = {"weight": weight, "bias": bias}
     for number, (table, index) in enumerate(zip(tables, indices, strict=True)):
+        read[f"tables[{number}]"], read[f"indices[{number}]"] = table, index
         _check(weight, bias, **{f"tables[{number}]": table})
+        check_same_device(f"indices[{number}]", index, "weight", weight)
         if index.dtype != torch.int64 or index.shape != indices[0].shape or index.dim() != 1:
             raise ValueError(
                 f"indices[{number}]: got {index.dtype} {tuple(index.shape)}, expected int64 [N], like the others"
             )
-    _check(weight, bias, out=out)
+    shape = (indices[0].shape[0], weight.shape[0])
+    if out is not None:
+        _check(weight, bias, out=out)
+        if out.shape != shape:
+            raise ValueError(f"out: got shape {tuple(out.shape)}, expected {list(shape)}")
+        _check_out(out, read)
     backend = _backend(weight, [*tables, weight, bias])
+    # the C++ kernel looks at the values itself
+    if backend != "cpu" and values_are_free(weight):
+        _check_indices(tables, indices)
     if backend == "reference":
         return _into(out, embed_layer_norm_reference(tables, indices, weight, bias, eps))
-    indices = [index.contiguous() for index in indices]
-    shape = (indices[0].shape[0], weight.shape[0])
+    tables = [_dense_rows(table) for table in tables]
+    indices = [dense(index) for index in indices]
     target = torch.empty(shape, dtype=weight.dtype, device=weight.device) if out is None else out
-    if backend == "cuda" and not weight.is_cuda:
-        _embed_layer_norm_triton(tables, indices, weight, bias, eps, target)  # in Triton's interpreter
-        return target
+    run = _embed_layer_norm_triton if backend == "cuda" and not weight.is_cuda else _embed_layer_norm_op
     try:
-        _embed_layer_norm_op(tables, indices, weight, bias, eps, target)
+        run(tables, indices, dense(weight), dense(bias), eps, target)
     except RuntimeError as error:
-        raise _as_index_error(error) from None
+        raise _extension.as_typed_error(error) from None
+    return _written(target, out)
+
+
+def _check_indices(tables: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
+    for number, (table, index) in enumerate(zip(tables, indices, strict=True)):
+        rows = table.shape[0]
+        wrong = ((index < 0) | (index >= rows)).nonzero()
+        if wrong.numel():
+            position = int(wrong[0])
+            raise IndexError(f"indices[{number}][{position}]: got {int(index[position])}, expected 0 to {rows - 1}")
+
+
+def _dense_rows(tensor: Tensor) -> Tensor:
+    """The tensor itself where each row's values are neighbours in memory, else a copy."""
+    tensor = plain(tensor)
+    return tensor if tensor.stride(1) == 1 or tensor.numel() <= 1 else tensor.contiguous()
+
+
+def _check_out(out: Tensor, read: dict[str, Tensor | None], in_place: Sequence[Tensor | None] = ()) -> None:
+    if out.stride(1) != 1 and out.numel() > 1:
+        raise ValueError(f"out: got strides {out.stride()}, expected dense rows")
+    refuse_gradient("out", [out, *read.values()])
+    check_written({"out": out}, read, in_place)
+
+
+def _written(target: Tensor, out: Tensor | None) -> Tensor:
+    if out is not None:
+        mark_written([out])
     return target
 
 
-def _backend(tensor: Tensor, tensors: Sequence[Tensor]) -> str:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+def _backend(tensor: Tensor, tensors: Sequence[Tensor | None]) -> str:
+    if wants_gradient(tensors):
         return "reference"
     backend = resolve("layer_norm", tensor.device)
     return backend if tensor.dtype in _KERNEL_DTYPES else "reference"
@@ -313,14 +356,8 @@ def _into(out: Tensor | None, result: Tensor) -> Tensor:
     return result if out is None else out.copy_(result)
 
 
-def _as_index_error(error: RuntimeError) -> Exception:
-    """The extension can only raise RuntimeError: an index out of range becomes the IndexError that it is."""
-    message = re.search(r"indices\[.*", str(error))
-    return IndexError(message.group()) if message else error
-
-
 def _check(weight: Tensor, bias: Tensor, **tensors: Tensor | None) -> None:
-    width = weight.shape[-1]
+    width = weight.shape[-1] if weight.dim() else 0
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector.shape != (width,):
             raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected [{width}]")
@@ -333,8 +370,8 @@ def _check(weight: Tensor, bias: Tensor, **tensors: Tensor | None) -> None:
                 f"{name}: got {tensor.dtype} on {tensor.device}, expected that of weight, {weight.dtype} on "
                 f"{weight.device}"
             )
-        if tensor.dim() != 2 or tensor.shape[1] != width or (tensor.stride(1) != 1 and tensor.numel() > 1):
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected [N, {width}] with dense rows")
+        if tensor.dim() != 2 or tensor.shape[1] != width:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected [N, {width}]")
         if name == "bias":
             continue
         if rows is not None and tensor.shape[0] != rows:

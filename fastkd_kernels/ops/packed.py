@@ -11,7 +11,6 @@ keep room for all of them unless the caller knows better.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,10 @@ import torch
 from torch import Tensor
 
 from fastkd_kernels import _extension, _triton
+from fastkd_kernels._arguments import check_written, dense, mark_written, refuse_gradient, values_are_free
 from fastkd_kernels._backend import register_backends, resolve
+from fastkd_kernels._checks import check_same_device
+from fastkd_kernels._derivatives import wants_gradient
 from fastkd_kernels._launch import Launcher, next_power_of_2
 from fastkd_kernels._library import library
 from fastkd_kernels._triton import jit, tl
@@ -326,10 +328,10 @@ _KERNELS = {
 }
 
 
-def _run(name: str, *arguments: Any) -> None:
-    """The kernel of the device, or in Triton's interpreter where that backend was asked for on CPU."""
+def _run(name: str, backend: str, *arguments: Any) -> None:
+    """The kernel of the device, or in Triton's interpreter where `backend` "cuda" was asked for on CPU."""
     tensors = arguments[0]
-    if resolve("packed", tensors[0].device) == "cuda" and not tensors[0].is_cuda:
+    if backend == "cuda" and not tensors[0].is_cuda:
         interpreted: dict[str, Any] = {
             "pack": _pack_triton,
             "unpack": _unpack_triton,
@@ -340,14 +342,16 @@ def _run(name: str, *arguments: Any) -> None:
     try:
         _KERNELS[name](*arguments)
     except RuntimeError as error:
-        # the extension can only raise RuntimeError: a row number out of range becomes the IndexError that it is
-        message = re.search(r"survivors\[.*", str(error))
-        raise (IndexError(message.group()) if message else ValueError(str(error).split("\n")[0])) from None
+        raise _extension.as_typed_error(error) from None
 
 
-def _uses_reference(tensors: Sequence[Tensor]) -> bool:
-    wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return wants_grad or resolve("packed", tensors[0].device) == "reference"
+def _backend(tensors: Sequence[Tensor]) -> str:
+    return "reference" if wants_gradient(tensors) else resolve("packed", tensors[0].device)
+
+
+def _checks_values(backend: str, tensor: Tensor) -> bool:
+    """Whether values are checked here: the C++ kernels do it themselves, and on a GPU it would wait for the device."""
+    return backend != "cpu" and values_are_free(tensor)
 
 
 def pack(tensors: Sequence[Tensor], lengths: Tensor, total: int | None = None) -> tuple[list[Tensor], Tensor]:
@@ -370,11 +374,16 @@ def pack(tensors: Sequence[Tensor], lengths: Tensor, total: int | None = None) -
     if lengths.shape[0] != tensors[0].shape[0]:
         raise ValueError(f"lengths: got {lengths.shape[0]} values, expected B = {tensors[0].shape[0]}")
     total = tensors[0].shape[0] * tensors[0].shape[1] if total is None else total
-    if _uses_reference(tensors):
+    if total < 0:
+        raise ValueError(f"total: got {total}, expected at least 0")
+    backend = _backend(tensors)
+    if _checks_values(backend, lengths):
+        _check_lengths(lengths, tensors[0].shape[1], total)
+    if backend == "reference":
         return pack_reference(tensors, lengths, total)
     out = [tensor.new_empty((total, *tensor.shape[2:])) for tensor in tensors]
     cu_seqlens = lengths.new_empty(lengths.shape[0] + 1)
-    _run("pack", [tensor.contiguous() for tensor in tensors], lengths.contiguous(), out, cu_seqlens)
+    _run("pack", backend, [dense(tensor) for tensor in tensors], dense(lengths), out, cu_seqlens)
     return out, cu_seqlens
 
 
@@ -395,10 +404,18 @@ def unpack(tensors: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int) -> li
     """
     _check_tensors(tensors, 1)
     _check_bounds(cu_seqlens, tensors[0].device)
-    if _uses_reference(tensors):
+    if max_seqlen < 0:
+        raise ValueError(f"max_seqlen: got {max_seqlen}, expected at least 0")
+    backend = _backend(tensors)
+    if _checks_values(backend, cu_seqlens):
+        _check_bounds_values(cu_seqlens, tensors[0].shape[0])
+        longest = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
+        if longest > max_seqlen:
+            raise ValueError(f"max_seqlen: got {max_seqlen}, expected at least the longest sequence, {longest} tokens")
+    if backend == "reference":
         return unpack_reference(tensors, cu_seqlens, max_seqlen)
     out = [t.new_empty((cu_seqlens.shape[0] - 1, max_seqlen, *t.shape[1:])) for t in tensors]
-    _run("unpack", [tensor.contiguous() for tensor in tensors], cu_seqlens.contiguous(), out)
+    _run("unpack", backend, [dense(tensor) for tensor in tensors], dense(cu_seqlens), out)
     return out
 
 
@@ -425,7 +442,8 @@ def compact_packed(
         [K + 1] int32, whose values from `count` on repeat the last one.
 
     Raises:
-        ValueError: shapes that differ; on CPU, rows that do not fit `out`.
+        ValueError: shapes or devices that differ, a wrong `out`, or one where a gradient is wanted; on CPU, rows that
+            do not fit `out`.
         TypeError: cu_seqlens or survivors of another dtype.
         IndexError: on CPU, a sequence number outside 0..B-1.
     """
@@ -433,26 +451,94 @@ def compact_packed(
     _check_bounds(cu_seqlens, tensors[0].device)
     if survivors.dtype not in (torch.int32, torch.int64) or survivors.dim() != 1:
         raise TypeError(f"survivors: got {survivors.dtype} {tuple(survivors.shape)}, expected int32 or int64 [K]")
-    if count is not None and (count.dtype != torch.int32 or count.numel() != 1):
-        raise TypeError(f"count: got {count.dtype} {tuple(count.shape)}, expected int32 [1]")
-    if _uses_reference(tensors):
+    check_same_device("survivors", survivors, "tensors[0]", tensors[0])
+    if count is not None:
+        if count.dtype != torch.int32 or count.numel() != 1:
+            raise TypeError(f"count: got {count.dtype} {tuple(count.shape)}, expected int32 [1]")
+        check_same_device("count", count, "tensors[0]", tensors[0])
+    if out is not None:
+        _check_out(out, tensors, cu_seqlens, survivors, count)
+    backend = _backend(tensors)
+    if _checks_values(backend, cu_seqlens):
+        _check_bounds_values(cu_seqlens, tensors[0].shape[0])
+        _check_survivors(survivors, count, cu_seqlens, tensors if out is None else out)
+    if backend == "reference":
         total = tensors[0].shape[0] if out is None else max(target.shape[0] for target in out)
         gathered, bounds = compact_packed_reference(tensors, cu_seqlens, survivors, count, total)
         if out is not None:
             gathered = [target.copy_(rows[: target.shape[0]]) for target, rows in zip(out, gathered, strict=True)]
         return gathered, bounds
-    targets = [torch.empty_like(tensor) for tensor in tensors] if out is None else list(out)
+    targets = [tensor.new_empty(tensor.shape) for tensor in tensors] if out is None else list(out)
     new_cu_seqlens = cu_seqlens.new_empty(survivors.shape[0] + 1)
     _run(
         "compact_packed",
-        [tensor.contiguous() for tensor in tensors],
-        cu_seqlens.contiguous(),
-        survivors.contiguous(),
-        count,
+        backend,
+        [dense(tensor) for tensor in tensors],
+        dense(cu_seqlens),
+        dense(survivors),
+        None if count is None else dense(count.reshape(1)),
         targets,
         new_cu_seqlens,
     )
+    if out is not None:
+        mark_written(out)
     return targets, new_cu_seqlens
+
+
+def _check_out(
+    out: Sequence[Tensor], tensors: Sequence[Tensor], cu_seqlens: Tensor, survivors: Tensor, count: Tensor | None
+) -> None:
+    if len(out) != len(tensors):
+        raise ValueError(f"out: got {len(out)} tensors, expected one for each of the {len(tensors)} in tensors")
+    for number, (target, tensor) in enumerate(zip(out, tensors, strict=True)):
+        name = f"out[{number}]"
+        if target.dim() != tensor.dim() or target.shape[1:] != tensor.shape[1:]:
+            raise ValueError(f"{name}: got shape {tuple(target.shape)}, expected {('rows', *tensor.shape[1:])}")
+        if target.dtype != tensor.dtype or target.device != tensor.device:
+            raise ValueError(
+                f"{name}: got {target.dtype} on {target.device}, expected that of tensors[{number}], {tensor.dtype} on "
+                f"{tensor.device}"
+            )
+        if not target.is_contiguous():
+            raise ValueError(f"{name}: got strides {target.stride()}, expected a contiguous tensor")
+    refuse_gradient("out", [*out, *tensors])
+    read = {f"tensors[{number}]": tensor for number, tensor in enumerate(tensors)}
+    check_written(
+        {f"out[{number}]": target for number, target in enumerate(out)},
+        {**read, "cu_seqlens": cu_seqlens, "survivors": survivors, "count": count},
+    )
+
+
+def _check_lengths(lengths: Tensor, padded: int, total: int) -> None:
+    wrong = ((lengths < 0) | (lengths > padded)).nonzero()
+    if wrong.numel():
+        position = int(wrong[0])
+        raise ValueError(f"lengths[{position}]: got {int(lengths[position])}, expected 0 to T = {padded}")
+    rows = int(lengths.sum())
+    if rows > total:
+        raise ValueError(f"total: got {total}, expected at least the sum of the lengths, {rows}")
+
+
+def _check_bounds_values(cu_seqlens: Tensor, rows: int) -> None:
+    """As the C++ kernels check them."""
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last > rows or not bool((cu_seqlens.diff() >= 0).all()):
+        raise ValueError(
+            f"cu_seqlens: got values from {first} to {last}, expected them to rise from 0 to at most {rows}, the rows "
+            "of the tensors"
+        )
+
+
+def _check_survivors(survivors: Tensor, count: Tensor | None, cu_seqlens: Tensor, targets: Sequence[Tensor]) -> None:
+    sequences = cu_seqlens.shape[0] - 1
+    live = survivors if count is None else survivors[: max(int(count), 0)]
+    wrong = ((live < 0) | (live >= sequences)).nonzero()
+    if wrong.numel():
+        position = int(wrong[0])
+        raise IndexError(f"survivors[{position}]: got row {int(live[position])}, expected 0 to {sequences - 1}")
+    rows, room = int(cu_seqlens.diff()[live.long()].sum()), min(target.shape[0] for target in targets)
+    if rows > room:
+        raise ValueError(f"out: the sequences have {rows} rows, more than fit its {room}")
 
 
 def _check_tensors(tensors: Sequence[Tensor], row_dims: int) -> None:

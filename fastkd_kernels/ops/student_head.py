@@ -28,7 +28,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd_kernels import _backend, _extension, _triton
+from fastkd_kernels._arguments import dense, mark_written, plain, values_are_free
 from fastkd_kernels._checks import check_same_device
+from fastkd_kernels._derivatives import transforming, wants_gradient
 from fastkd_kernels._launch import LaunchConfig, Launcher, next_power_of_2
 from fastkd_kernels._library import library
 from fastkd_kernels._onednn import linear_tanh
@@ -53,6 +55,7 @@ from fastkd_kernels.ops.exit_gate import (
     list_survivors,
     uncertainty_scale,
 )
+from fastkd_kernels.ops.packed import unpack_reference
 
 
 class TokenLayout(NamedTuple):
@@ -70,6 +73,15 @@ class TokenLayout(NamedTuple):
         if self.cu_seqlens is not None:
             return self.cu_seqlens.shape[0] - 1, 0
         return hidden_states.shape[0], hidden_states.shape[1]
+
+    def in_memory(self) -> TokenLayout:
+        """The same as kernels read it: vectors without gaps, and no lazily negated view."""
+        lengths, attention_mask, cu_seqlens = self
+        return TokenLayout(
+            None if lengths is None else dense(lengths),
+            None if attention_mask is None else plain(attention_mask),
+            None if cu_seqlens is None else dense(cu_seqlens),
+        )
 
 
 def student_head_reference(
@@ -93,13 +105,14 @@ def student_head_reference(
     def split(projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (head.num_attention_heads, -1)).transpose(1, 2)
 
-    attended = F.scaled_dot_product_attention(
-        split(F.linear(narrow[:, :1], *head.query)),
-        split(F.linear(narrow, *head.key)),
-        split(F.linear(narrow, *head.value)),
-        attn_mask=None if valid is None else valid[:, None, None, :],
-        dropout_p=dropout_p,
-    )
+    with _backend.attention_of_reference():
+        attended = F.scaled_dot_product_attention(
+            split(F.linear(narrow[:, :1], *head.query)),
+            split(F.linear(narrow, *head.key)),
+            split(F.linear(narrow, *head.value)),
+            attn_mask=None if valid is None else valid[:, None, None, :],
+            dropout_p=dropout_p,
+        )
     pooled = F.linear(attended.transpose(1, 2).flatten(1), *head.output)
     logits = F.linear(F.linear(pooled, *head.dense).tanh(), *head.classifier)
     return logits if logits.dtype == torch.float64 else logits.float()
@@ -117,11 +130,8 @@ def _valid_tokens(tokens: int, lengths: Tensor | None, attention_mask: Tensor | 
 def _pad(packed: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Packed tokens [N, H] to [B, T, H] and lengths [B]; waits for the device to learn T."""
     lengths = cu_seqlens.diff()
-    if lengths.shape[0] == 0:
-        return packed.new_zeros(0, 1, packed.shape[1]), lengths
-    on_host = lengths.tolist()
-    padded = torch.nn.utils.rnn.pad_sequence(packed[: sum(on_host)].split(on_host), batch_first=True)
-    return padded, lengths
+    longest = max(lengths.tolist(), default=1)
+    return unpack_reference([packed], cu_seqlens, longest)[0], lengths
 
 
 @jit
@@ -658,6 +668,7 @@ def _launch(
     hidden, width, num_labels = folded.sizes
     heads = folded.num_attention_heads
     counted = batch if config.splits > 1 else 0
+    hidden_states = plain(hidden_states)
     if hidden_states.stride(-1) != 1:
         hidden_states = hidden_states.contiguous()
     lengths, attention_mask, cu_seqlens = layout
@@ -672,9 +683,9 @@ def _launch(
         folded.mix,
         folded.mix_bias,
         *folded.classifier,
-        None if lengths is None else lengths.contiguous(),
+        lengths,
         attention_mask,
-        None if cu_seqlens is None else cu_seqlens.contiguous(),
+        cu_seqlens,
         folded.mix.new_empty(batch, config.splits, 4 + 3 * heads, width),
         logits,
         *gate.tensors,
@@ -958,11 +969,12 @@ def student_head(
     """
     layout = TokenLayout(lengths, attention_mask, cu_seqlens)
     _check(hidden_states, head, layout)
+    layout = layout.in_memory()
     if dropout_p or _needs_unfolded(hidden_states, head):
         check_head(head)
         _check_values(hidden_states, layout)
         return student_head_reference(hidden_states, head, *layout, dropout_p=dropout_p)
-    if torch.compiler.is_compiling() or type(hidden_states) is not Tensor:
+    if torch.compiler.is_compiling() or (type(hidden_states) is not Tensor and not transforming()):
         return torch.ops.fastkd_kernels.student_head(
             hidden_states, parameters_of(head), head.num_attention_heads, *layout
         )
@@ -997,6 +1009,7 @@ def student_head_exit(
     _check(hidden_states, head, layout)
     logits = _new_logits(hidden_states, head, layout)
     check_gate_call(call, logits)
+    layout = layout.in_memory()
     if not _one_launch(hidden_states, head, logits.shape[0]):
         logits = student_head(hidden_states, head, *layout)
         decided = exit_gate(logits, speed, criterion, row_ids, top_n, record=record, layer=layer)
@@ -1017,6 +1030,8 @@ def student_head_exit(
     else:
         _check_values(hidden_states, layout)
         uncertainty, survivors, count = _student_head_exit_cuda(hidden_states, head, layout, call, logits)
+    if record is not None:
+        mark_written(call.record_tensors())
     return ExitGateOutput(uncertainty, survivors, count, logits)
 
 
@@ -1027,7 +1042,7 @@ def _one_launch(hidden_states: Tensor, head: StudentHeadWeights, batch: int) -> 
 def _needs_unfolded(hidden_states: Tensor, head: StudentHeadWeights) -> bool:
     if hidden_states.dtype != head.narrow[0].dtype:
         return True  # torch.autocast is on, and it knows what to do with the products of the reference
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, *parameters_of(head)))
+    return wants_gradient((hidden_states, *parameters_of(head)))
 
 
 def _check(hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout) -> None:
@@ -1079,8 +1094,8 @@ def _check_integers(name: str, tensor: Tensor, size: int | None) -> None:
 
 
 def _check_values(hidden_states: Tensor, layout: TokenLayout) -> None:
-    """What only the values tell; on a GPU reading them would wait for the device, so there it is left out."""
-    if hidden_states.device.type != "cpu":
+    """What only the values tell, where they can be read; a compiled graph reads them when it runs without gradients."""
+    if not values_are_free(hidden_states):
         return
     lengths, attention_mask, cu_seqlens = layout
     if lengths is not None and lengths.shape[0] > 0:

@@ -64,15 +64,16 @@ def universal_kd_loss_reference(
     attn: str | None = None,
     attn_temperature: float = 1.0,
     t2_scale: bool = True,
+    beta: float | None = None,
 ) -> Tensor:
     """`universal_kd_loss` in plain PyTorch, differentiable in both logits: the oracle of the tests and the fallback."""
     student, teacher = _distillation.widen(student_logits, teacher_logits)
-    divergence = _distillation.divergence_code(direction, task)
+    divergence = _distillation.divergence_code(direction, task, beta)
     attn, scale = attention_of(attn, attn_scale, attn_temperature, task, student.shape[-1])
     log_weights = (scale * _scores_reference(student, teacher, attn, attn_space)).log_softmax(1)
     if detach_attention:
         log_weights = log_weights.detach()
-    log_q = _distillation.log_distribution(student, temperature, divergence)
+    log_q = _distillation.log_distribution(student, temperature, divergence[0])
     rows = _mixed_divergence_reference(teacher, log_q, log_weights, temperature, divergence, mix)
     rows = rows * _distillation.loss_scale(temperature, t2_scale)
     if reduction == "none":
@@ -97,24 +98,25 @@ def _features_reference(logits: Tensor, masked: Tensor, space: str) -> Tensor:
 
 
 def _mixed_divergence_reference(
-    teacher: Tensor, log_q: Tensor, log_weights: Tensor, temperature: float, divergence: int, mix: str
+    teacher: Tensor, log_q: Tensor, log_weights: Tensor, temperature: float, divergence: tuple[int, float], mix: str
 ) -> Tensor:
     """[M, B]"""
+    kind, beta = divergence
     if mix == "logits":
         masked = teacher == -math.inf
         mixed = _einsum("mnb,nbc->mbc", log_weights.exp(), teacher.masked_fill(masked, 0))
         mixed = mixed.masked_fill(masked.any(0), -math.inf)
         return _distillation.divergence_reference(
-            _distillation.log_distribution(mixed, temperature, divergence), log_q, divergence
+            _distillation.log_distribution(mixed, temperature, kind), log_q, kind, beta
         )
-    log_p = _distillation.log_distribution(teacher, temperature, divergence)
+    log_p = _distillation.log_distribution(teacher, temperature, kind)
     if mix == "loss":
-        losses = _distillation.divergence_reference(log_p[None], log_q[:, None], divergence)
+        losses = _distillation.divergence_reference(log_p[None], log_q[:, None], kind, beta)
         return (log_weights.exp() * losses).sum(1)
     # a class that every teacher layer masks has no finite log-sum-exp to differentiate
     masked = (log_p == -math.inf).all(0)
     mixed = (log_weights[..., None] + log_p.masked_fill(masked, 0)[None]).logsumexp(1).masked_fill(masked, -math.inf)
-    return _distillation.divergence_reference(mixed, log_q, divergence)
+    return _distillation.divergence_reference(mixed, log_q, kind, beta)
 
 
 def _einsum(equation: str, *operands: Tensor) -> Tensor:
@@ -205,6 +207,7 @@ def universal_row(
     inverse_temperature,
     loss_scale,
     gradient_scale,
+    beta,
     DIVERGENCE: tl.constexpr,
     MIX: tl.constexpr,
     SPACE: tl.constexpr,
@@ -221,7 +224,7 @@ def universal_row(
         mixed = tl.sum(weights * kernels.finite_or_zero(f), 0)[None, :]
         mixed = tl.where(masked, float("-inf"), mixed)
         log_p = kernels.log_distribution(mixed, inverse_temperature, DIVERGENCE)
-        value, p_gradient, s_gradient, _ = kernels.divergence_rows(log_p, log_q, DIVERGENCE)
+        value, p_gradient, s_gradient, _ = kernels.divergence_rows(log_p, log_q, beta, DIVERGENCE)
         f_gradient = weights * p_gradient
         centred = tl.where(masked, 0.0, f - mixed)
         score_gradient = gradient_scale * tl.sum(centred * f_gradient, 1)[:, None]
@@ -230,7 +233,7 @@ def universal_row(
         joint = log_weights + log_p
         top = kernels.finite_or_zero(tl.max(joint, 0))[None, :]
         log_mixed = top + tl.log(tl.sum(tl.exp(joint - top), 0))[None, :]
-        value, p_gradient, s_gradient, p_terms = kernels.divergence_rows(log_mixed, log_q, DIVERGENCE)
+        value, p_gradient, s_gradient, p_terms = kernels.divergence_rows(log_mixed, log_q, beta, DIVERGENCE)
         # lambda_i p_i / p, at most 1, shares each class's slope out between the layers
         shared = tl.where(joint == float("-inf"), 0.0, tl.exp(joint - log_mixed) * p_terms)
         layer_sum = tl.sum(shared, 1)[:, None]
@@ -238,7 +241,7 @@ def universal_row(
         score_gradient = loss_scale * (layer_sum - weights * tl.sum(layer_sum, 0)[None, :])
     else:
         log_p = kernels.log_distribution(f, inverse_temperature, DIVERGENCE)
-        values, p_gradient, q_gradient, _ = kernels.divergence_rows(log_p, log_q + tl.zeros_like(f), DIVERGENCE)
+        values, p_gradient, q_gradient, _ = kernels.divergence_rows(log_p, log_q + tl.zeros_like(f), beta, DIVERGENCE)
         values = tl.where(is_layer[:, None], values, 0.0)
         value = tl.sum(weights * values, 0)[None, :]
         f_gradient = weights * p_gradient
@@ -296,6 +299,7 @@ def _universal_rows_kernel(
     inverse_temperature,
     loss_scale,
     gradient_scale,
+    beta,
     factor,
     DIVERGENCE: tl.constexpr,
     MIX: tl.constexpr,
@@ -336,6 +340,7 @@ def _universal_rows_kernel(
             inverse_temperature,
             loss_scale,
             gradient_scale,
+            beta,
             DIVERGENCE,
             MIX,
             SPACE,
@@ -414,6 +419,7 @@ def _universal_stream_kernel(
     inverse_temperature,
     loss_scale,
     gradient_scale,
+    beta,
     factor,
     DIVERGENCE: tl.constexpr,
     DISTANCE: tl.constexpr,
@@ -467,7 +473,7 @@ def _universal_stream_kernel(
         mixed, masked = mixed_logits(f, weights)
         log_p = mixed * inverse_temperature - f_lse
         log_q = s * inverse_temperature - s_lse
-        p, q, p_terms, q_terms = kernels.divergence_terms(log_p, log_q, DIVERGENCE)
+        p, q, p_terms, q_terms = kernels.divergence_terms(log_p, log_q, beta, DIVERGENCE)
         p_total += p_terms
         q_total += q_terms
     p_sum = tl.sum(p_total)
@@ -482,7 +488,7 @@ def _universal_stream_kernel(
             mixed, masked = mixed_logits(f, weights)
             log_p = mixed * inverse_temperature - f_lse
             log_q = s * inverse_temperature - s_lse
-            p, q, p_terms, q_terms = kernels.divergence_terms(log_p, log_q, DIVERGENCE)
+            p, q, p_terms, q_terms = kernels.divergence_terms(log_p, log_q, beta, DIVERGENCE)
             p_gradient, q_gradient = kernels.divergence_gradients(p, q, p_terms, q_terms, p_sum, q_sum, DIVERGENCE)
             products += tl.where(masked, 0.0, f - mixed) * p_gradient
         score_gradient = gradient_scale * weights * tl.sum(products, 1)[:, None]
@@ -493,7 +499,7 @@ def _universal_stream_kernel(
             mixed, masked = mixed_logits(f, weights)
             log_p = mixed * inverse_temperature - f_lse
             log_q = s * inverse_temperature - s_lse
-            p, q, p_terms, q_terms = kernels.divergence_terms(log_p, log_q, DIVERGENCE)
+            p, q, p_terms, q_terms = kernels.divergence_terms(log_p, log_q, beta, DIVERGENCE)
             p_gradient, q_gradient = kernels.divergence_gradients(p, q, p_terms, q_terms, p_sum, q_sum, DIVERGENCE)
             s_gradient = gradient_scale * q_gradient
             f_gradient = gradient_scale * weights * p_gradient
@@ -566,8 +572,8 @@ def fits_registers(teachers: int, classes: int) -> bool:
 
 library.define(
     "universal_kd_loss_forward(Tensor student, Tensor teacher, float temperature, float loss_scale, float attn_scale, "
-    "int divergence, int mix, int attn_space, bool distance, bool attention_grad, float factor, bool reduce, "
-    "bool student_gradient, bool teacher_gradient, bool per_layer) -> (Tensor, Tensor, Tensor)"
+    "int divergence, float beta, int mix, int attn_space, bool distance, bool attention_grad, float factor, "
+    "bool reduce, bool student_gradient, bool teacher_gradient, bool per_layer) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -593,6 +599,7 @@ def _fake(
     loss_scale: float,
     attn_scale: float,
     divergence: int,
+    beta: float,
     mix: int,
     attn_space: int,
     distance: bool,
@@ -613,6 +620,7 @@ def _launch(
     loss_scale: float,
     attn_scale: float,
     divergence: int,
+    beta: float,
     mix: int,
     attn_space: int,
     distance: bool,
@@ -653,6 +661,7 @@ def _launch(
         1 / temperature,
         loss_scale,
         loss_scale / temperature,
+        beta,
         factor,
     )
     flags: dict[str, Any] = {
@@ -704,6 +713,7 @@ def universal_kd_loss(
     attn_temperature: float = 1.0,
     t2_scale: bool = True,
     detach_teacher: bool = True,
+    beta: float | None = None,
 ) -> Tensor:
     """Universal-KD loss of M student layers against N teacher layers, in one launch on a GPU; backward is one more.
 
@@ -722,7 +732,7 @@ def universal_kd_loss(
         attn_space: what scores compare: "logits", "log_probs" or "probs", at temperature 1.
         attn_scale: factor c of the scores, or "rsqrt_c" for 1 / sqrt(C). Unscaled scores saturate: with logits beyond
             3, nearly all weight is on one layer.
-        direction: "forward" KL(teacher || student), "reverse" KL(student || teacher), or "jsd", Jensen-Shannon.
+        direction, beta: as in `kd_loss`.
         detach_attention: take the attention weights as constants; by default the gradient flows through them.
         task: "regression", for scores (STS-B, C = 1), takes the squared error between F and s, and attention on
             -|f_i - s|^2; `direction` then changes nothing.
@@ -740,8 +750,9 @@ def universal_kd_loss(
             "logits" in a regression, or a teacher that requires grad while detach_teacher is True.
         TypeError: logits that are not floating-point.
 
-    On a GPU float64 is computed by the reference, and so are calls wider than the module's docstring allows. Gradients
-    of gradients are not available from the kernels and raise; `backend("reference")` has them.
+    On a GPU float64 is computed by the reference, and so are calls wider than the module's docstring allows; anywhere
+    forward-mode AD and the transforms of `torch.func` are. Gradients of gradients are not available from the kernels
+    and raise; `backend("reference")` has them.
     """
     check_options(
         student_logits,
@@ -757,6 +768,7 @@ def universal_kd_loss(
         detach_attention=detach_attention,
         attn=attn,
         attn_temperature=attn_temperature,
+        beta=beta,
     )
     _distillation.check_teacher_gradient("teacher_logits", teacher_logits, detach_teacher)
     name = _resolve(student_logits, teacher_logits, mix, attn_space)
@@ -776,6 +788,7 @@ def universal_kd_loss(
             attn=attn,
             attn_temperature=attn_temperature,
             t2_scale=t2_scale,
+            beta=beta,
         )
     layers, _, classes = student_logits.shape
     attn, scale = attention_of(attn, attn_scale, attn_temperature, task, classes)
@@ -786,7 +799,7 @@ def universal_kd_loss(
         temperature,
         _distillation.loss_scale(temperature, t2_scale),
         scale,
-        _distillation.divergence_code(direction, task),
+        *_distillation.divergence_code(direction, task, beta),
         _distillation.MIXES.index(mix),
         _distillation.ATTENTION_SPACES.index(attn_space),
         attn == "neg_sqdist",
@@ -841,6 +854,7 @@ def check_options(
     detach_attention: bool,
     attn: str | None,
     attn_temperature: float,
+    beta: float | None,
 ) -> None:
     """The checks of `universal_kd_loss`; every value of `detach_attention` is right."""
     _distillation.check_logits("student_logits", student, "[M, B, C]")
@@ -859,6 +873,7 @@ def check_options(
     check_choice("mix", mix, _distillation.MIXES)
     check_choice("attn_space", attn_space, _distillation.ATTENTION_SPACES)
     check_choice("direction", direction, _distillation.DIRECTIONS)
+    _distillation.check_beta(beta, direction)
     check_choice("task", task, _distillation.TASKS)
     _distillation.check_classes("student_logits", student, task)
     if task == "regression" and mix == "probs":

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from fastkd_kernels import _extension
-from fastkd_kernels._backend import register_backends, resolve
+from fastkd_kernels._arguments import dense, plain, values_are_free
+from fastkd_kernels._backend import attention_of_reference, register_backends, resolve
+from fastkd_kernels._derivatives import wants_gradient
 from fastkd_kernels._library import library
+from fastkd_kernels.ops.packed import unpack_reference
 
 try:
     from torch.nn.attention.varlen import varlen_attn as _varlen_attn
@@ -38,18 +40,20 @@ def varlen_attention_reference(
     if used == 0:
         return torch.zeros_like(query)
 
-    def padded(packed: Tensor) -> Tensor:
-        return pad_sequence(packed[:used].split(lengths), batch_first=True).transpose(1, 2)
-
     token = torch.arange(max(lengths), device=query.device)
     mask = token < cu_seqlens.diff()[:, None]
+    packed_rows = query.shape[0]
+    query, key, value = (
+        rows.transpose(1, 2) for rows in unpack_reference([query, key, value], cu_seqlens, max(lengths))
+    )
     # a sequence without tokens would attend to nothing, which softmax turns into NaN
     attendable = mask | (token == 0)
-    attended = F.scaled_dot_product_attention(
-        padded(query), padded(key), padded(value), attn_mask=attendable[:, None, None, :], scale=scale
-    )
+    with attention_of_reference():
+        attended = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attendable[:, None, None, :], scale=scale
+        )
     packed = attended.transpose(1, 2)[mask]
-    return torch.cat([packed, packed.new_zeros((query.shape[0] - used, *packed.shape[1:]))])
+    return torch.cat([packed, packed.new_zeros((packed_rows - used, *packed.shape[1:]))])
 
 
 library.define(
@@ -93,30 +97,45 @@ def varlen_attention(
         [N, heads, head_size]; rows from cu_seqlens[B] on are zero (undefined on a GPU).
 
     Raises:
-        ValueError: shapes that differ, or `cu_seqlens` of another form.
+        ValueError: shapes that differ, `cu_seqlens` of another form, or, on CPU, that do not rise from 0 to at most N.
         TypeError: dtypes that differ, or `cu_seqlens` that is not int32.
     """
     _check(query, key, value, cu_seqlens)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    usual = max(query.shape[-1], 1) ** -0.5
+    scale = usual if scale is None else scale
     backend = resolve("varlen_attention", query.device)
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     if backend == "cuda" and query.dtype in _CUDA_DTYPES and query.shape[-1] % 8 == 0:
         if max_seqlen == 0 or cu_seqlens.shape[0] == 1:
             return torch.zeros_like(query)  # a grid of no blocks cannot be launched
         # torch 2.10 knows the usual scale only
-        usual = query.shape[-1] ** -0.5
         query = query if scale == usual else query * (scale / usual)
+        query, key, value, cu_seqlens = plain(query), plain(key), plain(value), dense(cu_seqlens)
         attended: Any = _varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         return attended
-    if backend != "cpu" or query.dtype not in _CPU_DTYPES or needs_grad:
+    if backend != "cpu" or query.dtype not in _CPU_DTYPES or wants_gradient((query, key, value)):
+        if values_are_free(cu_seqlens):
+            _check_bounds(cu_seqlens, query.shape[0])
         return varlen_attention_reference(query, key, value, cu_seqlens, max_seqlen, scale)
     out = torch.empty(query.shape, dtype=query.dtype)
-    _varlen_attention_op(*map(_dense_rows, (query, key, value)), cu_seqlens.contiguous(), scale, out)
+    try:
+        _varlen_attention_op(*map(_dense_rows, (query, key, value)), dense(cu_seqlens), scale, out)
+    except RuntimeError as error:
+        raise _extension.as_typed_error(error) from None
     return out
+
+
+def _check_bounds(cu_seqlens: Tensor, rows: int) -> None:
+    """What the C++ kernel checks for itself."""
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last > rows or not bool((cu_seqlens.diff() >= 0).all()):
+        raise ValueError(
+            f"cu_seqlens: got values from {first} to {last}, expected them to rise from 0 to at most N={rows}"
+        )
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:
     """The tensor itself where each token's heads lie behind one another, else a copy."""
+    tensor = plain(tensor)
     is_dense = tensor.stride(2) == 1 and tensor.stride(1) == tensor.shape[2]
     return tensor if is_dense else tensor.contiguous()
 

@@ -39,6 +39,7 @@ class KDLoss(nn.Module):
         t2_scale: multiply with tau^2.
         direction: "forward" KL(teacher || student), "reverse" KL(student || teacher), or "jsd".
         detach_teacher: False lets a gradient reach the teacher; otherwise a teacher that requires grad is an error.
+        beta: the interpolation of direction="jsd", default 0.5.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class KDLoss(nn.Module):
         direction: str = "forward",
         *,
         detach_teacher: bool = True,
+        beta: float | None = None,
     ) -> None:
         super().__init__()
         self.temperature = temperature
@@ -56,6 +58,7 @@ class KDLoss(nn.Module):
         self.t2_scale = t2_scale
         self.direction = direction
         self.detach_teacher = detach_teacher
+        self.beta = beta
 
     @classmethod
     def from_preset(cls, name: str, **options: Any) -> KDLoss:
@@ -79,6 +82,7 @@ class KDLoss(nn.Module):
             self.direction,
             task=task_of(student_logits),
             detach_teacher=self.detach_teacher,
+            beta=self.beta,
         )
 
 

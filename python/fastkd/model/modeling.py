@@ -460,6 +460,9 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             raise ValueError(
                 f"engine: got {engine!r}, expected 'batch', 'packed' or 'graphs', or call model.stream(rows)"
             )
+        # asked first, because a compiler cannot trace the question for oneDNN
+        if engine is None and torch.compiler.is_compiling():
+            return None
         if engine in ("batch", "graphs") or (engine is None and not packed_encoder.supports(self)):
             return None
         wants_grad = self.training or (torch.is_grad_enabled() and not leaves_early)

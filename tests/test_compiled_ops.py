@@ -1,0 +1,95 @@
+"""Every op under torch.compile(fullgraph=True) and torch.export, with gradients, masks and unusual strides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from every_op import OPS, Op, Tensors
+from tiny_models import early_exit_model
+from torch import Tensor, nn
+
+import fastkd_kernels as fk
+
+ONE_RESULT = [op for op in OPS if op.differentiable and op.backends not in ("packed", "compact")]
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    torch._dynamo.reset()
+
+
+def total(op: Op, tensors: Tensors) -> Tensor:
+    return torch.stack([result.sum() for result in op.call(tensors) if result.is_floating_point()]).sum()
+
+
+@pytest.mark.parametrize(
+    "op", [op for op in ONE_RESULT if "packed" not in op.name and "varlen" not in op.name], ids=lambda op: op.name
+)
+def test_one_graph_with_a_gradient(op: Op) -> None:
+    tensors = op.make()
+    for name in op.differentiable:
+        tensors[name].requires_grad_()
+    wanted = [tensors[name] for name in op.differentiable]
+    compiled = torch.compile(lambda given: total(op, given), fullgraph=True, backend="aot_eager")(tensors)
+    eager = total(op, tensors)
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(torch.autograd.grad(compiled, wanted), torch.autograd.grad(eager, wanted))
+
+
+def test_a_column_major_head_of_a_language_model() -> None:
+    weight = torch.randn(16, 40).t().detach().requires_grad_()
+    hidden, teacher = torch.randn(9, 16), (torch.randn(9, 16), torch.randn(40, 16))
+    compiled = torch.compile(fk.fused_linear_kd_loss, fullgraph=True)(hidden, weight, *teacher)
+    eager = fk.fused_linear_kd_loss(hidden, weight, *teacher)
+    torch.testing.assert_close(torch.autograd.grad(compiled, weight), torch.autograd.grad(eager, weight))
+
+
+class _Head(nn.Module):
+    def __init__(self, op: Op, tensors: Tensors, masks: list[str]) -> None:
+        super().__init__()
+        self.op, self.masks = op, masks
+        self.names = [name for name in tensors if "." in name]
+        for name in self.names:
+            self.register_buffer(name.replace(".", "_"), tensors[name])
+
+    def forward(self, hidden_states: Tensor, *masks: Tensor) -> Tensor:
+        weights = {name: getattr(self, name.replace(".", "_")) for name in self.names}
+        given = dict(zip(self.masks, masks, strict=True))
+        return self.op.call({"hidden_states": hidden_states, **given, **weights})[0]
+
+
+@pytest.mark.parametrize("name", ["student_head", "student_head lengths", "student_head mask"])
+def test_a_head_can_be_exported_with_its_mask(name: str) -> None:
+    op = next(op for op in OPS if op.name == name)
+    tensors = op.make()
+    masks = [name for name in ("lengths", "attention_mask") if name in tensors]
+    head = _Head(op, tensors, masks)
+    inputs = (tensors["hidden_states"], *(tensors[name] for name in masks))
+    with torch.no_grad():
+        exported = torch.export.export(head, inputs).module()
+        torch.testing.assert_close(exported(*inputs), head(*inputs))
+
+
+class _Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = early_exit_model()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.model(input_ids, attention_mask=attention_mask, speed=0.0).logits
+
+
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_a_model_is_one_graph_and_can_be_exported_with_its_mask(wants_gradient: bool) -> None:
+    classifier = _Classifier().eval()
+    input_ids, mask = torch.randint(5, 20, (3, 7)), torch.ones(3, 7, dtype=torch.int64)
+    mask[0, 4:] = 0
+    with torch.set_grad_enabled(wants_gradient):
+        expected = classifier(input_ids, mask)
+        compiled = torch.compile(classifier, fullgraph=True, backend="aot_eager")(input_ids, mask)
+        torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
+        if wants_gradient:
+            compiled.sum().backward()
+            return
+        exported = torch.export.export(classifier, (input_ids, mask)).module()
+        torch.testing.assert_close(exported(input_ids, mask), expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,140 @@
+"""Gradients in bfloat16 against float64, by a bar of their own: at most 1 % of the whole gradient, near and far.
+
+The error budget of other tests asks for what plain PyTorch reaches, and cannot see a mistake that both make.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from every_op import OPS, Op, Tensors
+from losses import device_of, kernel_backends
+from torch import Tensor
+
+import fastkd_kernels as fk
+from fastkd_kernels.ops.fused_linear_kd_loss import _product
+
+LARGEST_ERROR = 1e-2
+
+# a student's argument, and the teacher's that it comes near to
+TEACHERS = {
+    "student_logits": "teacher_logits",
+    "student_layer_logits": "teacher_layer_logits",
+    "student_hidden_states": "teacher_hidden_states",
+    "student_weight": "teacher_weight",
+    "student_bias": "teacher_bias",
+}
+
+
+def brought_near(tensors: Tensors, distance: float | None) -> Tensors:
+    """The student `distance` away from its teacher; None leaves it where it is."""
+    if distance is None:
+        return tensors
+    near = dict(tensors)
+    for student, teacher in TEACHERS.items():
+        if student not in tensors:
+            continue
+        target = tensors[teacher]
+        # of layers the student has fewer
+        target = target[: len(tensors[student])] if student == "student_layer_logits" else target
+        near[student] = target if distance == 0 else target + distance * torch.randn_like(target)
+    return near
+
+
+def gradients(op: Op, tensors: Tensors, dtype: torch.dtype, backend: str | None) -> list[Tensor]:
+    given = {
+        name: tensor.to(dtype).requires_grad_(name in op.differentiable) if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+    }
+    with fk.backend(backend or "reference"):
+        results = [result for result in op.call(given) if result.is_floating_point()]
+    weights = [torch.linspace(0.5, 2.0, result.numel(), dtype=dtype).view(result.shape) for result in results]
+    total = torch.stack([(w.double() * r.double()).sum() for w, r in zip(weights, results, strict=True)]).sum()
+    return list(torch.autograd.grad(total, [given[name] for name in op.differentiable]))
+
+
+def in_bfloat16(tensors: Tensors) -> Tensors:
+    return {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+
+
+def norm(tensors: list[Tensor]) -> float:
+    return float(torch.cat([tensor.double().flatten() for tensor in tensors]).norm())
+
+
+def error(ours: list[Tensor], exact: list[Tensor]) -> float:
+    return norm([one.double() - other.double() for one, other in zip(ours, exact, strict=True)])
+
+
+LOSSES = [op for op in OPS if op.differentiable and "student" in op.differentiable[0] and "scores" not in op.name]
+OTHERS = [op for op in OPS if op.differentiable and op not in LOSSES]
+
+
+@pytest.mark.parametrize("distance", [None, 0.05, 0.0], ids=["far", "near", "equal"])
+@pytest.mark.parametrize("op", LOSSES, ids=lambda op: op.name)
+def test_gradients_of_a_loss_in_bfloat16(op: Op, distance: float | None) -> None:
+    far = op.make()
+    if op.name == "fused_linear_kd_loss":
+        # both as wide, so that they can be equal; without labels, whose gradient would hide that of the divergence
+        far["teacher_hidden_states"], far["teacher_weight"] = torch.randn(6, 8), torch.randn(11, 8)
+        op = next(op for op in unlabelled() if op.name == "fused_linear_kd_loss")
+        del far["labels"]
+    elif "labels" in far:
+        op = next(other for other in unlabelled() if other.name == op.name)
+        del far["labels"]
+    tensors = in_bfloat16(brought_near(far, distance))
+    exact = gradients(op, tensors, torch.float64, None)
+    scale = norm(gradients(op, in_bfloat16(far), torch.float64, None))
+    for backend in ["reference", *(name for name in ("cpu",) if fk.missing_kernels([op.backends], name) is None)]:
+        ours = gradients(op, tensors, torch.bfloat16, backend)
+        # where both are equal the gradient is zero but for float32's own rounding
+        assert error(ours, exact) <= LARGEST_ERROR * norm(exact) + 1e-5 * scale, f"{op.name}, {backend}"
+
+
+def unlabelled() -> list[Op]:
+    def mixed(tensors: Tensors) -> list[Tensor]:
+        weights = {"label_weight": 0.0, "kd_weight": 0.3, "intermediate_weight": 0.5}
+        return [fk.distillation_loss(**tensors, labels=None, **weights, temperature=2.0)]
+
+    def linear(tensors: Tensors) -> list[Tensor]:
+        return [fk.fused_linear_kd_loss(**tensors, chunk_tokens=4)]
+
+    calls = {"distillation_loss": mixed, "fused_linear_kd_loss": linear}
+    return [Op(op.name, op.backends, op.make, calls[op.name], op.differentiable) for op in OPS if op.name in calls]
+
+
+@pytest.mark.parametrize("op", OTHERS, ids=lambda op: op.name)
+def test_gradients_of_other_ops_in_bfloat16(op: Op) -> None:
+    tensors = in_bfloat16(op.make())
+    exact = gradients(op, tensors, torch.float64, None)
+    ours = gradients(op, tensors, torch.bfloat16, None)
+    assert error(ours, exact) <= LARGEST_ERROR * norm(exact)
+
+
+@pytest.mark.parametrize("backend", ["reference", *kernel_backends("fused_linear_kd_loss")])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
+def test_a_language_model_near_its_teacher(backend: str, direction: str) -> None:
+    """Logits rounded to bfloat16 would make 2 to 12 % of the gradient noise."""
+    device = device_of(backend)
+    teacher_hidden, teacher_weight = torch.randn(32, 128), torch.randn(1000, 128) / 128**0.5
+    hidden = (teacher_hidden + 0.02 * torch.randn(32, 128)).bfloat16().to(device)
+    weight = (teacher_weight + 0.02 * torch.randn(1000, 128) / 128**0.5).bfloat16().to(device)
+    teacher = teacher_hidden.bfloat16().to(device), teacher_weight.bfloat16().to(device)
+
+    def computed(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        student = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        with fk.backend(backend):
+            loss = fk.fused_linear_kd_loss(*student, *(one.to(dtype) for one in teacher), direction=direction)
+        return list(torch.autograd.grad(loss, student))
+
+    exact = computed("reference", torch.float64)
+    for ours, truth in zip(computed(backend, torch.bfloat16), exact, strict=True):
+        assert error([ours], [truth]) <= 3e-3 * norm([truth])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_product_is_summed_and_returned_in_float32(dtype: torch.dtype) -> None:
+    left, right = torch.randn(33, 70).to(dtype), torch.randn(70, 130).to(dtype)
+    product = _product(left, right)
+    assert product.dtype == torch.float32
+    exact = left.double() @ right.double()
+    assert (product - exact).abs().max() <= 2e-5 * exact.abs().max()
