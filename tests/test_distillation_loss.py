@@ -159,7 +159,7 @@ def test_a_label_that_no_class_has_never_passes_for_a_loss(backend: str, label: 
     labels = torch.tensor([0, label, 1])
     with pytest.raises(ValueError, match="labels: got values from"):
         distillation_loss(student, teacher, labels, layers, teachers, 1.0, 1.0, 1.0)
-    options = (1.0,) * 6 + (0, 0, 0, False, True, 1.0, True, True, True)
+    options = (1.0,) * 6 + (0, 0.5, 0, 0, False, True, 1.0, True, True, True)
     arguments = (student, layers, teacher, teachers, labels, *options)
     if backend == "cpu":
         with pytest.raises(RuntimeError, match=r"labels\[1\]"):
@@ -200,7 +200,7 @@ def test_bad_input_raises(change: dict, error: type[Exception], message: str) ->
 def test_opcheck(backend: str, labelled: bool) -> None:
     tensors = logits(2, 3, 4, 5)
     labels = torch.tensor([0, 1, 2, 0]) if labelled else None
-    options = (0.5, 2.0, 1.5, 2.0, 1.5, 1.0, 0, 0, 0, False, True, 0.25, labelled, True, True)
+    options = (0.5, 2.0, 1.5, 2.0, 1.5, 1.0, 0, 0.5, 0, 0, False, True, 0.25, labelled, True, True)
     torch.library.opcheck(module._forward, (*tensors, labels, *options))
 
 

@@ -268,7 +268,7 @@ def test_a_label_that_no_class_has_never_passes_for_a_loss() -> None:
     with pytest.raises(ValueError, match="labels: got values from"):
         fused_linear_kd_loss(hidden, weight, *teacher, labels, label_weight=0.5)
     for labels[1] in (-1, 13):
-        options = (1.0, 1.0, "forward", 0.5, 1.0, -100, True, 4, True, True, False)
+        options = (1.0, 1.0, "forward", None, 0.5, 1.0, -100, True, 4, True, True, False)
         assert module._forward(hidden, weight, None, *teacher, None, None, labels, *options)[0].isnan()
 
 
@@ -324,7 +324,7 @@ def test_float64_on_the_triton_backend_is_refused_by_name() -> None:
 def test_opcheck(backend: str, labelled: bool) -> None:
     hidden, weight, bias, *teacher = tensors(dtype=torch.bfloat16)
     labels = some_labels(9, 13) if labelled else None
-    options = (2.0, 4.0, "jsd", 0.5 * labelled, 0.7, -100, True, 4, True, labelled, True)
+    options = (2.0, 4.0, "jsd", 0.3, 0.5 * labelled, 0.7, -100, True, 4, True, labelled, True)
     torch.library.opcheck(module._forward, (hidden, weight, bias, *teacher, None, None, labels, *options))
 
 

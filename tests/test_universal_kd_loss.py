@@ -430,7 +430,7 @@ def test_bad_input_raises(change, error, message) -> None:
 @pytest.mark.parametrize("backend", BACKENDS[:1])
 def test_opcheck(backend: str, flags: tuple[bool, ...]) -> None:
     student, teacher = logits(2, 3, 4, 5)
-    torch.library.opcheck(module._forward, (student, teacher, 2.0, 4.0, 1.0, 0, 0, 0, False, True, 0.2, *flags))
+    torch.library.opcheck(module._forward, (student, teacher, 2.0, 4.0, 1.0, 0, 0.5, 0, 0, False, True, 0.2, *flags))
 
 
 def test_compiles_into_one_graph() -> None:
