@@ -239,7 +239,7 @@ def _spec(dtype: str, shape: tuple[int, int], **flags: Any) -> KernelSpec:
     )  # fmt: skip
     scales = (
         "ce_scale", "kd_scale", "kd_gradient_scale", "universal_scale", "universal_gradient_scale", "attn_scale",
-        "inverse_temperature", "inverse_universal_temperature", "factor",
+        "inverse_temperature", "inverse_universal_temperature", "beta", "factor",
     )  # fmt: skip
     arguments: dict[str, Any] = {
         **dict.fromkeys(logits_pointers, f"*{dtype}:16"),

@@ -345,7 +345,7 @@ def _spec(dtype: str, divergence: int, config: module.KDLossConfig, teacher_grad
         **dict.fromkeys(("losses", "loss"), "*fp32:16"),
         "arrived": "*i32:16",
         **dict.fromkeys(("B", "C", "student_stride", "teacher_stride"), "i32"),
-        **dict.fromkeys(("inverse_temperature", "loss_scale", "gradient_scale", "factor"), "fp32"),
+        **dict.fromkeys(("inverse_temperature", "loss_scale", "gradient_scale", "beta", "factor"), "fp32"),
         "DIVERGENCE": divergence,
         "REDUCE": True,
         "STUDENT_GRADIENT": True,

@@ -469,7 +469,7 @@ def _spec(dtype: str, shape: tuple[int, int], **flags: Any) -> KernelSpec:
     config = module.UniversalKDConfig.choose(*shape)
     logits_pointers = ("student", "teacher", "student_gradient", "teacher_gradient")
     strides = ("student_layer_stride", "student_stride", "teacher_layer_stride", "teacher_stride")
-    scales = ("attn_scale", "inverse_temperature", "loss_scale", "gradient_scale", "factor")
+    scales = ("attn_scale", "inverse_temperature", "loss_scale", "gradient_scale", "beta", "factor")
     arguments: dict[str, Any] = {
         **dict.fromkeys(logits_pointers, f"*{dtype}:16"),
         **dict.fromkeys(("losses", "loss"), "*fp32:16"),
