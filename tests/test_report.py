@@ -278,5 +278,5 @@ def test_command_refuses_what_it_cannot_use(rows: Any, tmp_path: Path) -> None:
     assert "belong to one" in refused("report", folder, folder, "--bench", folder / "bench.json")
     assert "speed: got 7" in refused("report", folder, "--speed", "7", "-o", tmp_path / "a.html")
     (tmp_path / "bench.json").write_text('{"rows": [{"speed": 0.5}]}')
-    assert "holds no measurements" in refused("report", folder, "--bench", tmp_path / "bench.json")
+    assert "bench.json has no dtype" in refused("report", folder, "--bench", tmp_path / "bench.json")
     assert not (tmp_path / "a.html").exists()

@@ -194,7 +194,7 @@ def test_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
         Path(name).write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("fastkd.exits.trace.save_file", full_disk)
+    monkeypatch.setattr("fastkd.data.tensors.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         made_up_trace(rows=6).save(path)
     assert path.read_bytes() == before

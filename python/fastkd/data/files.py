@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+_CHECKSUM = "crc32"
 
 
 @contextmanager
@@ -53,9 +57,61 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def write_result(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
+    """Write an object as JSON atomically, with a checksum that `read_json` looks at."""
+    write_json(path, {**value, _CHECKSUM: _checksum(value)})
+
+
+def read_json(path: str | os.PathLike[str], argument: str, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file, without the checksum that `write_result` may have put there.
+
+    Args:
+        path: of the file.
+        argument: how messages call it.
+        remedy: what to do if it is missing or damaged.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it holds no JSON, no object, or something else than was written.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{argument}: no file {file}; {remedy}")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{argument}: {file} is damaged or no JSON ({error}); {remedy}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{argument}: {file} holds a {type(value).__name__}, expected an object; {remedy}")
+    stored = value.pop(_CHECKSUM, None)
+    if stored is not None and stored != _checksum(value):
+        raise ValueError(f"{argument}: {file} is damaged or was edited (its checksum is not that of it); {remedy}")
+    return value
+
+
+def _checksum(value: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
+
+
+def check_fields(
+    found: Mapping[str, Any], fields: Mapping[str, type | tuple[type, ...]], path: Path, argument: str, remedy: str
+) -> None:
+    """Raise ValueError unless what was read from `path` has all these fields with values of these types."""
+    for name, kind in fields.items():
+        value = found.get(name)
+        # JSON's true is no number
+        if name not in found or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            got = f"{name} {reprlib.repr(value)}" if name in found else f"no {name}"
+            raise ValueError(f"{argument}: {path} has {got}, so it is not what fastkd wrote; {remedy}")
+
+
 def changed_settings(path: Path, settings: Mapping[str, Any]) -> list[str]:
-    """The names in `settings` whose values are not those of the JSON file `path`, sorted."""
-    earlier = json.loads(path.read_text(encoding="utf-8"))
+    """The names in `settings` whose values are not those of the JSON file `path`, sorted.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    earlier = read_json(path, "output", "pass --start-over to forget it, or choose another --output")
     return sorted(name for name in settings if earlier.get(name) != settings[name])
 
 

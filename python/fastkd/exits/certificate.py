@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import reprlib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fastkd.data.files import write_json
+from fastkd.data.files import read_json, write_json
 from fastkd.exits.fingerprints import HasWeights, file_fingerprint, model_fingerprint
 from fastkd.exits.guarantees import binomial_upper_bound
 
@@ -191,6 +191,10 @@ class Certificate:
         if value.keys() != expected:
             wrong = sorted(value.keys() ^ expected)
             raise ValueError(f"certificate: fields {', '.join(wrong)} are missing or unknown; calibrate again")
+        for field in fields(cls):
+            if not any(_is_kind(value[field.name], kind) for kind in str(field.type).split(" | ")):
+                got = reprlib.repr(value[field.name])
+                raise ValueError(f"certificate: {field.name} is {got}, expected {field.type}; calibrate again")
         return cls(**value)
 
     @classmethod
@@ -226,7 +230,7 @@ class Certificate:
         """
         self._check_model(model)
         path = Path(folder) / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path, "model", "save the model again")
         fingerprint = file_fingerprint(folder) or config.get("weights_fingerprint")
         write_json(path, {**config, **self._settings(set_default), "weights_fingerprint": fingerprint})
 
@@ -260,6 +264,16 @@ def warn_if_uncertified(model: CertifiedModel, **exits: Any) -> list[str]:
     if mismatches:
         warnings.warn(f"certificate: {'; '.join(mismatches)}; nothing is promised", CalibrationWarning, stacklevel=3)
     return mismatches
+
+
+def _is_kind(value: Any, kind: str) -> bool:
+    """Whether JSON's `value` is what the annotation `kind` of a field says."""
+    if kind.startswith("list["):
+        return isinstance(value, list) and all(_is_kind(item, kind[5:-1]) for item in value)
+    if kind == "None":
+        return value is None
+    kinds = {"str": str, "int": int, "float": (int, float)}
+    return isinstance(value, kinds[kind]) and not isinstance(value, bool)  # type: ignore[arg-type]
 
 
 def _as_list(speed: float | Sequence[float]) -> list[float]:

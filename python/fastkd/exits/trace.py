@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 import fastkd_kernels as fk
-from fastkd.data.files import atomic_path
+from fastkd.data.tensors import damaged, load_tensors, save_tensors
 from fastkd.exits import criteria
 from fastkd.exits.catalogue import default_criterion
 from fastkd.exits.flops import CONVENTIONS, FlopsShape, flops
@@ -28,6 +26,7 @@ from fastkd.exits.rule import ExitRule, head_speeds
 from fastkd.exits.sweep import Sweep, SweepRow
 
 _FORMAT = "fastkd exit trace 1"
+_REMEDY = "write it again with `fastkd trace`; in float32 if the model overflows"
 
 
 @dataclass(frozen=True)
@@ -278,8 +277,7 @@ class ExitTrace:
             "shape": json.dumps(asdict(self.shape)),
             "source": json.dumps(asdict(self.source)),
         }
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+        save_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ExitTrace:
@@ -287,33 +285,77 @@ class ExitTrace:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: the file is damaged or is no exit trace.
+            ValueError: the file is damaged or is no exit trace, or a model that answers NaN made it.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"trace: no file {path}; write one with `fastkd trace` or ExitTrace.save")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-        except SafetensorError as error:
-            raise ValueError(f"trace: {path} is damaged or no trace ({error}); write it again") from error
+        tensors, metadata, _ = load_tensors(path, "trace", _REMEDY)
         if metadata.get("format") != _FORMAT:
             raise ValueError(
                 f"trace: {path} has format {metadata.get('format')!r}, expected {_FORMAT!r}; write it again with "
                 "`fastkd trace` of this version"
             )
-        return cls(
-            logits=tensors["logits"],
-            labels=tensors.get("labels"),
-            lengths=tensors["lengths"],
-            exit_layers=json.loads(metadata["exit_layers"]),
-            max_length=json.loads(metadata["max_length"]),
-            shape=FlopsShape(**json.loads(metadata["shape"])),
-            rows=tensors.get("rows"),
-            # traces of version 0.1 do not say where they come from
-            source=TraceSource(**json.loads(metadata.get("source", "{}"))),
-            certainty=tensors.get("certainty"),
-        )
+        try:
+            trace = cls(
+                logits=tensors["logits"],
+                labels=tensors.get("labels"),
+                lengths=tensors["lengths"],
+                exit_layers=json.loads(metadata["exit_layers"]),
+                max_length=json.loads(metadata["max_length"]),
+                shape=FlopsShape(**json.loads(metadata["shape"])),
+                rows=tensors.get("rows"),
+                # traces of version 0.1 do not say where they come from
+                source=TraceSource(**json.loads(metadata.get("source", "{}"))),
+                certainty=tensors.get("certainty"),
+            )
+            _check_loaded(trace)
+        except KeyError as error:
+            raise damaged(path, "trace", _REMEDY, f"it lacks {error}") from error
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise damaged(path, "trace", _REMEDY, str(error)) from error
+        return trace
+
+
+def _check_loaded(trace: ExitTrace) -> None:
+    """Raise ValueError where a trace holds what no model and no rows give."""
+    rows, _, classes = trace.logits.shape
+    layers = trace.exit_layers
+    numbers = [*layers, trace.max_length, *(v for v in asdict(trace.shape).values() if not isinstance(v, str))]
+    if not all(type(number) is int and number > 0 for number in numbers):
+        raise ValueError(f"sizes and layers are {numbers}, expected whole numbers above 0")
+    if sorted(set(layers)) != layers or layers[-1] != trace.num_layers:
+        raise ValueError(f"heads after layers {layers} do not fit a model of {trace.num_layers} layers")
+    if not _is_text(trace.source):
+        raise ValueError("its source is no fingerprints")
+    kinds = {"logits": trace.logits.is_floating_point(), "lengths": not trace.lengths.is_floating_point()}
+    wrong = [name for name, is_right in kinds.items() if not is_right]
+    for name in ("logits", "certainty", "labels"):
+        value = getattr(trace, name)
+        if value is not None and value.is_floating_point() and not value.isfinite().all():
+            wrong.append(name)
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} are not all finite numbers of their kind")
+    if rows == 0:
+        raise ValueError("it has no rows")
+    _check_range("lengths", trace.lengths, 0, trace.max_length)
+    if trace.certainty is not None:
+        _check_range("certainty", trace.certainty, 0, 1)
+    if trace.rows is not None:
+        _check_range("rows", trace.rows, 0, None)
+    if trace.has_right_answers:
+        assert trace.labels is not None
+        _check_range("labels", trace.labels, 0, classes - 1)
+
+
+def _is_text(source: TraceSource) -> bool:
+    texts = [source.model, source.data, source.dtype, *source.training_data, *source.training_data.values()]
+    return all(isinstance(text, str) for text in texts)
+
+
+def _check_range(name: str, value: Tensor, low: int, high: int | None) -> None:
+    smallest, largest = value.min().item(), value.max().item()
+    if smallest < low or (high is not None and largest > high):
+        raise ValueError(f"{name} go from {smallest:g} to {largest:g}, expected {low} to {high or 'any'}")
 
 
 def predictions(logits: Tensor) -> Tensor:

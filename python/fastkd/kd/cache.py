@@ -21,13 +21,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from fastkd.data.batches import LengthSortedBatches, tokenize
-from fastkd.data.files import atomic_path, write_json
+from fastkd.data.files import read_json, write_json
 from fastkd.data.rows import Rows
+from fastkd.data.tensors import damaged, load_tensors, save_tensors
 from fastkd.kd.probe import PseudoClassifiers
 from fastkd.kd.teacher import PseudoClassifierOptions, Teacher, train_pseudo_classifiers
 
@@ -37,6 +37,9 @@ _FORMAT = 1
 _KEY_FILE = "cache.json"
 _CLASSIFIERS = "pseudo_classifiers"
 _ID_BYTES = 16
+_SHARD_REMEDY = "delete this file: the teacher is asked again for the rows in it"
+_CLASSIFIERS_REMEDY = f"delete {_CLASSIFIERS}.* and layer_logits-* in this folder: they are made again"
+_CACHE_REMEDY = "delete the folder to fill it anew, or name another"
 
 
 class StaleCacheError(ValueError):
@@ -67,6 +70,8 @@ class TeacherCache:
     Raises:
         StaleCacheError: the folder holds the answers of another teacher, tokenizer, length, pool or precision.
         FileExistsError: the folder holds something else.
+        ValueError: a file in it is damaged; the message says which and what to do. Shards are read and checked when
+            they are first asked for.
     """
 
     def __init__(
@@ -161,8 +166,7 @@ class TeacherCache:
                 )
             write_json(path, key)
             return
-        found = json.loads(path.read_text(encoding="utf-8"))
-        self._raise_if_stale("answers", found, key)
+        self._raise_if_stale("answers", read_json(path, "cache", _CACHE_REMEDY), key)
 
     def _raise_if_stale(self, what: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
         different = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
@@ -228,13 +232,24 @@ class TeacherCache:
             # those that the teacher may have were trained on other rows
             self.teacher.pseudo_classifiers = None
             return
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, "cache", _CLASSIFIERS_REMEDY)
         self._raise_if_stale("pseudo-classifiers", found, self._classifiers_key(rows))
-        weights = safetensors.torch.load_file(self.folder / f"{_CLASSIFIERS}.safetensors")
-        layers, classes, width = weights["weight"].shape
-        classifiers = PseudoClassifiers(layers, width, classes)
-        classifiers.load_state_dict(weights)
+        classifiers = self._read_pseudo_classifiers(self.folder / f"{_CLASSIFIERS}.safetensors")
         self.teacher.pseudo_classifiers = classifiers.requires_grad_(False).to(self.teacher.device)
+
+    def _read_pseudo_classifiers(self, path: Path) -> PseudoClassifiers:
+        weights, _, _ = load_tensors(path, "cache", _CLASSIFIERS_REMEDY)
+        try:
+            layers, classes, width = weights["weight"].shape
+            classifiers = PseudoClassifiers(layers, width, classes)
+            classifiers.load_state_dict(weights)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise damaged(path, "cache", _CLASSIFIERS_REMEDY, str(error)) from error
+        if (layers, classes) != (self.teacher.num_layers - 1, self.teacher.num_labels):
+            raise damaged(path, "cache", _CLASSIFIERS_REMEDY, f"it holds {layers} layers of {classes} classes")
+        if not all(value.isfinite().all() for value in weights.values()):
+            raise damaged(path, "cache", _CLASSIFIERS_REMEDY, "its weights are not finite")
+        return classifiers
 
     def _ensure_pseudo_classifiers(self, rows: Rows, ids: list[bytes], hidden: _Store) -> None:
         if self.teacher.pseudo_classifiers is not None:
@@ -244,8 +259,7 @@ class TeacherCache:
         features = hidden.gather(ids)[:, :-1]
         classifiers = train_pseudo_classifiers(features, labels, self.teacher.num_labels, self.options)
         weights = {name: value.cpu() for name, value in classifiers.state_dict().items()}
-        with atomic_path(self.folder / f"{_CLASSIFIERS}.safetensors") as temporary:
-            safetensors.torch.save_file(weights, temporary)
+        save_tensors(self.folder / f"{_CLASSIFIERS}.safetensors", weights)
         # written last: it vouches for the weights
         write_json(self.folder / f"{_CLASSIFIERS}.json", self._classifiers_key(rows))
         self.teacher.pseudo_classifiers = classifiers.to(self.teacher.device)
@@ -266,18 +280,37 @@ class TeacherCache:
 
 
 class _Store:
-    """The shards of one kind of answer; values are read from disk when they are asked for."""
+    """The shards of one kind of answer; they are read and checked when they are first asked for."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder = folder
         self.kind = kind
         self._values: list[Tensor] = []
         self._places: dict[bytes, tuple[int, int]] = {}
-        for path in self._files():
-            self._add(safetensors.torch.load_file(path))
+        self._is_open = False
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob(f"{self.kind}-*.safetensors"))
+
+    def _open(self) -> None:
+        if self._is_open:
+            return
+        for path in self._files():
+            self._add(self._read(path))
+        self._is_open = True
+
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        shard, _, is_vouched_for = load_tensors(path, "cache", _SHARD_REMEDY)
+        ids, values = shard.get("ids"), shard.get(self.kind)
+        if ids is None or values is None or ids.dtype != torch.uint8 or ids.shape != (len(values), _ID_BYTES):
+            raise damaged(path, "cache", _SHARD_REMEDY, f"it holds no {self.kind} of examples")
+        shapes = {tuple(known.shape[1:]) for known in self._values[:1]}
+        if not values.is_floating_point() or (shapes and tuple(values.shape[1:]) not in shapes):
+            raise damaged(path, "cache", _SHARD_REMEDY, f"its {self.kind} have the shape {tuple(values.shape)}")
+        # the checksum is the faster proof
+        if not is_vouched_for and not values.isfinite().all():
+            raise damaged(path, "cache", _SHARD_REMEDY, f"its {self.kind} are not finite")
+        return shard
 
     def _add(self, shard: dict[str, Tensor]) -> None:
         number = len(self._values)
@@ -287,26 +320,42 @@ class _Store:
 
     def missing(self, ids: Sequence[bytes]) -> list[int]:
         """The first position of each id that the store lacks."""
+        self._open()
         first = {identity: index for index, identity in reversed(list(enumerate(ids)))}
         return sorted(index for identity, index in first.items() if identity not in self._places)
 
     def append(self, ids: Sequence[bytes], values: Tensor) -> None:
+        """Keep the answers [n, ...] of these examples.
+
+        Raises:
+            ValueError: they are not finite.
+        """
+        self._open()
+        if not values.isfinite().all():
+            raise ValueError(
+                f"teacher: its {self.kind} are not all finite numbers; check its weights, or compute in float32"
+            )
         shard = {
             "ids": torch.frombuffer(bytearray(b"".join(ids)), dtype=torch.uint8).reshape(-1, _ID_BYTES),
             self.kind: values.float().contiguous(),
         }
-        with atomic_path(self.folder / f"{self.kind}-{len(self._values):05d}.safetensors") as temporary:
-            safetensors.torch.save_file(shard, temporary)
+        save_tensors(self.folder / f"{self.kind}-{self._next_number():05d}.safetensors", shard)
         self._add(shard)
+
+    def _next_number(self) -> int:
+        """After the last one: a shard that was deleted leaves a gap."""
+        names = [path.stem.rpartition("-")[2] for path in self._files()]
+        return max((int(name) for name in names if name.isdigit()), default=-1) + 1
 
     def gather(self, ids: Sequence[bytes]) -> Tensor:
         """[n, ...] in the order of `ids`."""
+        self._open()
         return torch.stack([self._values[shard][row] for shard, row in map(self._places.__getitem__, ids)])
 
     def clear(self) -> None:
         for path in self._files():
             path.unlink()
-        self._values, self._places = [], {}
+        self._values, self._places, self._is_open = [], {}, True
 
 
 def _bytes_of(ids: Tensor) -> Iterator[bytes]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy
-import safetensors.torch
 import torch
 import transformers
 from accelerate import PartialState
@@ -30,8 +29,9 @@ from transformers import (
 )
 
 from fastkd.data.batches import padding_collator, tokenize
-from fastkd.data.files import atomic_path, write_json
+from fastkd.data.files import read_json, write_result
 from fastkd.data.rows import Rows
+from fastkd.data.tensors import damaged, load_tensors, save_tensors
 from fastkd.kd.cache import CACHED_KINDS, TeacherCache, example_ids
 from fastkd.kd.methods import Method, Shapes, Stage, StageLoss
 from fastkd.kd.options import KDOptions
@@ -153,16 +153,24 @@ class StageRun:
         stem = checkpoints / f"{number}-{self.stage.name}"
         finished, weights = stem.with_name(f"{stem.name}.json"), stem.with_name(f"{stem.name}.safetensors")
         if finished.exists():
-            self.student.load_state_dict(safetensors.torch.load_file(weights))
-            return TrainResult(**{**json.loads(finished.read_text(encoding="utf-8")), "output_dir": stem})
+            return self._taken_over(finished, weights, stem)
         result = self._train(stem, train, dev, callbacks)
         if number < len(self.method.stages):
             if PartialState().is_main_process:
-                with atomic_path(weights) as temporary:
-                    state = {name: value.cpu().contiguous() for name, value in self.student.state_dict().items()}
-                    safetensors.torch.save_file(state, temporary)
-                write_json(finished, json.loads(json.dumps(asdict(result), default=str)))
+                save_tensors(weights, {name: value.cpu() for name, value in self.student.state_dict().items()})
+                write_result(finished, json.loads(json.dumps(asdict(result), default=str)))
             PartialState().wait_for_everyone()
+        return result
+
+    def _taken_over(self, finished: Path, weights: Path, stem: Path) -> TrainResult:
+        remedy = f"delete {finished.name} to train this stage again"
+        found = read_json(finished, "resume", remedy)
+        state, _, _ = load_tensors(weights, "resume", remedy)
+        try:
+            result = TrainResult(**{**found, "output_dir": stem})
+            self.student.load_state_dict(state)
+        except (TypeError, RuntimeError) as error:
+            raise damaged(finished, "resume", remedy, str(error)) from error
         return result
 
     def _train(self, folder: Path, train: Rows, dev: Rows | None, callbacks: Sequence[TrainerCallback]) -> TrainResult:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastkd.data.files import check_fields, read_json
 from fastkd.data.rows import Rows, load_rows
 from fastkd.exits.trace import ExitTrace
 from fastkd.training.log import LOG_FILE, read_log
@@ -95,11 +95,14 @@ def read_benchmark(path: Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: it is something else.
     """
-    measured = _read_json(path, "bench", "write one with `fastkd bench`")
-    needed = {"dtype", "batch_size", "speed", "rows", "flops_speedup", "speedup", "seconds", "full_seconds"}
+    measured = read_json(path, "bench", "write one with `fastkd bench`")
+    remedy = "name the bench.json that `fastkd bench` wrote"
+    numbers = ("batch_size", "speed", "rows", "flops_speedup", "speedup", "seconds", "full_seconds")
     rows = measured.get("rows")
-    if not isinstance(rows, list) or not rows or not all(needed <= set(row) for row in rows):
-        raise ValueError(f"bench: {path} holds no measurements; name the bench.json that `fastkd bench` wrote")
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"bench: {path} holds no measurements; {remedy}")
+    for row in rows:
+        check_fields(row, {"dtype": str, **dict.fromkeys(numbers, (int, float))}, path, "bench", remedy)
     return measured
 
 
@@ -117,29 +120,17 @@ def read_certificate(path: Path) -> dict[str, Any]:
     """
     remedy = "write one with `fastkd calibrate`"
     if not path.is_dir():
-        return _read_json(path, "certificate", remedy)
-    certificate = _read_json(path / "config.json", "certificate", remedy).get("certificate")
+        return read_json(path, "certificate", remedy)
+    certificate = read_json(path / "config.json", "certificate", remedy).get("certificate")
     if not certificate:
         raise ValueError(f"certificate: the model in {path} was not calibrated; {remedy}")
     return certificate
 
 
-def _read_json(path: Path, argument: str, remedy: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{argument}: no file {path}; {remedy}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{argument}: {path} is no JSON ({error}); {remedy}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{argument}: {path} holds a {type(value).__name__}, expected an object; {remedy}")
-    return value
-
-
 def _read_config(model: Path | None) -> dict[str, Any]:
     if model is None or not (model / "config.json").is_file():
         return {}
-    return _read_json(model / "config.json", "model", "it is damaged; save the model again")
+    return read_json(model / "config.json", "model", "it is damaged; save the model again")
 
 
 def _label_names(config: Mapping[str, Any]) -> list[str] | None:

@@ -33,6 +33,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import re
 import statistics
 import tempfile
@@ -44,7 +45,7 @@ from typing import Any, cast
 import yaml
 
 from fastkd.data.errors import DataError
-from fastkd.data.files import write_json, write_text
+from fastkd.data.files import check_fields, read_json, write_result, write_text
 from fastkd.data.rows import DataFolder, Rows, load_folder
 from fastkd.kd.methods import Method, method_of
 from fastkd.kd.options import KDOptions
@@ -265,13 +266,19 @@ def write_table(grid: Grid, output: str | Path) -> list[Row]:
 def table_rows(grid: Grid, output: str | Path) -> list[Row]:
     """The rows that the finished results in `output` make: each block's teacher first, then its methods."""
     folder = Path(output)
-    teacher = {task: _score(task, grid, [_read(folder / "teachers" / f"{_slug(task)}.json")]) for task in grid.tasks}
+    teacher = {
+        task: _score(task, grid, [_read(folder / "teachers" / f"{_slug(task)}.json", grid.tasks[task].metric)])
+        for task in grid.tasks
+    }
     rows = []
     for block in grid.blocks:
         rows.append(_row(grid, block.title, "", "teacher", "Teacher", teacher, []))
         for method in block.methods:
             results = {
-                task: [_read(_cell_path(folder, Cell(block, method, task, seed))) for seed in grid.seeds]
+                task: [
+                    _read(_cell_path(folder, Cell(block, method, task, seed)), grid.tasks[task].metric)
+                    for seed in grid.seeds
+                ]
                 for task in grid.tasks
             }
             scores = {task: _score(task, grid, found) for task, found in results.items()}
@@ -330,7 +337,7 @@ class _Runner:
         self._teachers: dict[tuple[str, str | None], Teacher] = {}
 
     def is_finished(self, cell: Cell) -> bool:
-        found = _read(_cell_path(self.output, cell))
+        found = _read(_cell_path(self.output, cell), self.grid.tasks[cell.task].metric)
         if found is None:
             return False
         if found["settings"] != self._settings(cell):
@@ -365,7 +372,7 @@ class _Runner:
             "train_loss": done.train_loss,
             "seconds": round(done.seconds, 2),
         }
-        write_json(_cell_path(self.output, cell), result)
+        write_result(_cell_path(self.output, cell), result)
 
     def _cache(self, cell: Cell, method: Method, options: KDOptions, pool: str | None) -> bool | Path:
         if "sequence_output" in method.teacher_kinds:
@@ -401,7 +408,7 @@ class _Runner:
         settings = _digest(
             {"grid": asdict(self.grid.teacher), "task": _task_settings(plan), "options": asdict(options)}
         )
-        found = _read(record)
+        found = _read(record, plan.metric)
         if found is not None:
             if found["settings"] != settings:
                 raise GridError(
@@ -420,7 +427,7 @@ class _Runner:
         found = evaluate(
             teacher.model, teacher.tokenizer, evaluated, max_length=options.max_length, bf16=_bf16(options)
         )
-        write_json(record, {"settings": settings, "metrics": found, "eval_rows": len(evaluated)})
+        write_result(record, {"settings": settings, "metrics": found, "eval_rows": len(evaluated)})
         return target
 
     def _settings(self, cell: Cell) -> str:
@@ -589,11 +596,17 @@ def _cell_path(output: Path, cell: Cell) -> Path:
     return output / "cells" / f"{cell.name}.json"
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+def _read(path: Path, metrics_wanted: Sequence[str]) -> dict[str, Any] | None:
+    """The result in a file that a cell or a teacher left; None where there is none yet."""
+    if not path.is_file():
         return None
+    remedy = "delete it to run it again"
+    found = read_json(path, "output", remedy)
+    check_fields(found, {"settings": str, "metrics": dict}, path, "output", remedy)
+    check_fields(found["metrics"], dict.fromkeys(metrics_wanted, (int, float)), path, "output", remedy)
+    if not all(math.isfinite(found["metrics"][name]) for name in metrics_wanted):
+        raise ValueError(f"output: {path} has a metric that is no finite number; {remedy}")
+    return found
 
 
 def _number(task: Task, result: Mapping[str, Any]) -> float:

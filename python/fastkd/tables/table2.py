@@ -28,7 +28,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fastkd.data.batches import LengthSortedBatches, tokenize
-from fastkd.data.files import changed_settings, write_json, write_text
+from fastkd.data.files import changed_settings, check_fields, read_json, write_json, write_result, write_text
 from fastkd.data.rows import Rows, load_folder
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.exits.sweep import SweepRow
@@ -42,7 +42,7 @@ from fastkd.kd.trainer import KDTrainer
 from fastkd.model.loading import DTYPES, load_model
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.training.early_exit import DISTILLED, TrainingPlan, distill_in, finetune_in
-from fastkd.training.log import LOG_FILE
+from fastkd.training.log import LOG_FILE, read_log
 from fastkd.training.progress import Progress, counted, training_progress
 
 CONVENTION = "fastbert"
@@ -221,8 +221,20 @@ def _kept_result(
     path = place / _RESULT
     if start_over or not path.is_file():
         return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return result if result["options"] == _as_json(options) else None
+    remedy = "delete it to measure again"
+    result = read_json(path, "output", remedy)
+    check_fields(result, {"options": dict, "machine": dict, "facts": dict, "cells": list}, path, "output", remedy)
+    try:
+        for cell in result["cells"]:
+            Cell(**cell)
+    except TypeError as error:
+        raise ValueError(f"output: {path} holds cells of another form ({error}); {remedy}") from error
+    # what was added later counts where it is given, so that older results stay
+    return result if result["options"] == _settings(options, reading) else None
+
+
+def _settings(options: Table2Options, reading: Mapping[str, str]) -> dict[str, Any]:
+    return _as_json(options) | ({"reading": dict(reading)} if reading else {})
 
 
 def _as_json(options: Any) -> dict[str, Any]:
@@ -265,12 +277,12 @@ def _run_dataset(
         "bench_repeats": options.bench_repeats, "seq_len": seq_len,
     }  # fmt: skip
     result = {
-        "options": _as_json(options),
+        "options": _settings(options, reading),
         "machine": benchmark.machine_facts(model.device),
         "facts": facts,
         "cells": [asdict(cell) for cell in cells],
     }
-    write_json(place / _RESULT, result)
+    write_result(place / _RESULT, result)
     return result
 
 
@@ -365,7 +377,10 @@ def _check_depths(model: EarlyExitForSequenceClassification, student_layers: Seq
 
 def _rows_seen(place: Path) -> int:
     """Training rows of the early exits by their log: a model that was found here may have seen others than ours."""
-    log = json.loads((place / DISTILLED / LOG_FILE).read_text(encoding="utf-8"))
+    log = read_log(place / DISTILLED)
+    file, remedy = place / DISTILLED / LOG_FILE, "train the model again"
+    check_fields(log, {"train": dict}, file, "log", remedy)
+    check_fields(log["train"], {"rows": int}, file, "log", remedy)
     return int(log["train"]["rows"])
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.data.errors import DataError
-from fastkd.data.files import write_json
+from fastkd.data.files import check_fields, read_json, write_json
 from fastkd.data.labels import names_of_classes
 from fastkd.data.rows import Rows
 
@@ -96,14 +96,12 @@ def check_outputs(
     is_taken = output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir()))
     if is_taken and not overwrite:
         raise FileExistsError(f"output_dir: {output_dir} already exists; choose another, or pass overwrite=True")
-    started = _started_run(checkpoints)
+    started = None if overwrite and not resume else _started_run(checkpoints)
     if started is not None and not resume:
-        if not overwrite:
-            raise FileExistsError(
-                f"output_dir: {checkpoints} holds the checkpoints of an unfinished run; continue it with resume=True, "
-                "or discard it with overwrite=True"
-            )
-        started = None
+        raise FileExistsError(
+            f"output_dir: {checkpoints} holds the checkpoints of an unfinished run; continue it with resume=True, "
+            "or discard it with overwrite=True"
+        )
     if started is None:
         shutil.rmtree(checkpoints, ignore_errors=True)
         write_json(checkpoints / _RUN_FILE, record)
@@ -117,10 +115,16 @@ def check_outputs(
 
 
 def _started_run(checkpoints: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((checkpoints / _RUN_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    path, remedy = checkpoints / _RUN_FILE, "discard the run with overwrite=True, without resume=True"
+    if not path.is_file():
         return None
+    found = read_json(path, "output_dir", remedy)
+    check_fields(
+        found,
+        {"stage": str, "processes": int, "options": dict, "train": (dict, NoneType), "dev": (dict, NoneType)},
+        path, "output_dir", remedy,
+    )  # fmt: skip
+    return found
 
 
 def _differences(started: dict[str, Any], record: dict[str, Any]) -> list[str]:

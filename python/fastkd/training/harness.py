@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from fastkd.data.batches import LengthGroupedSampler, ShuffledOnceSampler
-from fastkd.data.files import atomic_folder, write_json
+from fastkd.data.files import atomic_folder, read_json, write_json
 from fastkd.data.rows import Rows
 from fastkd.training.checks import check_outputs, require
 from fastkd.training.log import LOG_FILE
@@ -361,8 +361,8 @@ def last_checkpoint(folder: str | os.PathLike[str], processes: int = 1) -> Path 
             continue
         try:
             # written last, so its closing brace vouches for the files before it
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
+            read_json(path / "trainer_state.json", "resume", "")
+        except (FileNotFoundError, ValueError):
             continue
         return path
     return None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from fastkd.data.files import check_fields, read_json
 
 LOG_FILE = "trainer_log.json"
 RECORDED_SPEED = 0.5
@@ -44,13 +46,24 @@ def read_log(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path) / LOG_FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"log: no file {file}; finetune and distill leave {LOG_FILE} in the model's folder")
-    try:
-        log = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"log: {file} is damaged ({error}); name the {LOG_FILE} of a model folder") from error
-    if not isinstance(log, dict) or log.get("stage") not in ("finetune", "distill") or "log_history" not in log:
-        raise ValueError(f"log: {file} is no log of finetune or distill; name the {LOG_FILE} of a model folder")
+    remedy = f"name the {LOG_FILE} of a model folder"
+    log = read_json(file, "log", remedy)
+    if log.get("stage") not in ("finetune", "distill") or "log_history" not in log:
+        raise ValueError(f"log: {file} is no log of finetune or distill; {remedy}")
+    check_fields(log, {"log_history": list}, file, "log", remedy)
+    for entry in log["log_history"]:
+        is_right = isinstance(entry, dict) and all(isinstance(entry.get(name), _NUMBERS) for name in _numbers_of(entry))
+        if not is_right:
+            raise ValueError(f"log: {file} has an entry {reprlib.repr(entry)}, expected names and numbers; {remedy}")
     return log
+
+
+_NUMBERS = (int, float)
+
+
+def _numbers_of(entry: dict[str, Any]) -> list[str]:
+    """What an entry must have as numbers: those that an evaluation writes."""
+    return [name for name in entry if name.startswith("eval_")] + (["epoch"] if "eval_loss" in entry else [])
 
 
 def training_curve(logs: Sequence[Mapping[str, Any]]) -> list[TrainingPoint]:

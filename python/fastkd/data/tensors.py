@@ -1,0 +1,72 @@
+"""Files of tensors that notice when they were damaged: safetensors with a checksum of all that it holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastkd.data.files import atomic_path
+
+_CHECKSUM = "crc32"
+
+
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file with a checksum; it is either whole or absent."""
+    values = {name: value.contiguous() for name, value in tensors.items()}
+    notes = dict(metadata or {})
+    with atomic_path(path) as temporary:
+        save_file(values, temporary, metadata=notes | {_CHECKSUM: checksum(values, notes)})
+
+
+def load_tensors(
+    path: str | os.PathLike[str], argument: str, remedy: str
+) -> tuple[dict[str, Tensor], dict[str, str], bool]:
+    """Read a safetensors file.
+
+    Args:
+        path: of the file.
+        argument: how messages call it.
+        remedy: what to do if it is damaged.
+
+    Returns:
+        tensors, metadata, and whether a checksum vouched for them: files of earlier versions have none.
+
+    Raises:
+        ValueError: the file is no safetensors file, is cut off, or is not what was written.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise damaged(path, argument, remedy, str(error)) from error
+    stored = metadata.pop(_CHECKSUM, None)
+    if stored is not None and stored != checksum(tensors, metadata):
+        raise damaged(path, argument, remedy, "its checksum is not that of its contents")
+    return tensors, metadata, stored is not None
+
+
+def damaged(path: str | os.PathLike[str], argument: str, remedy: str, reason: str) -> ValueError:
+    """The error about a file that is not what fastkd wrote."""
+    return ValueError(f"{argument}: {Path(path)} is damaged or of another kind ({' '.join(reason.split())}); {remedy}")
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """CRC-32 of names, types, shapes, bytes and metadata: as fast as memory is read, and no single error escapes it."""
+    heads = [(name, str(tensors[name].dtype), list(tensors[name].shape)) for name in sorted(tensors)]
+    value = zlib.crc32(json.dumps([heads, sorted(metadata.items())]).encode())
+    for name in sorted(tensors):
+        raw: Any = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy()
+        value = zlib.crc32(raw, value)
+    return f"{value:08x}"
