@@ -1077,6 +1077,28 @@ def assert_streams_and_multiplies(cubin: Cubin) -> None:
 
 
 @needs_triton
+def test_float32_sums_over_the_features_stay_out_of_the_tensor_cores() -> None:
+    """Their own sums are truncated, which over H features is more than float32 may lose: each step starts from zero."""
+    for capabilities, limits in (((80,), LIMITS[0][1]), ((90,), LIMITS[1][1])):
+        (cubin,) = compile_kernels([_specification(torch.float32, "padded", None, limits=limits)], capabilities)
+        ttgir, ptx = (Path(cubin.path).with_suffix(suffix).read_text() for suffix in (".ttgir", ".ptx"))
+        products = re.findall(r"= (?:tt\.dot|ttng\.warp_group_dot) %\S+, %\S+, (%[^\s,]+)", ttgir)
+        summed = re.search(r"scf\.for %product\S* = .*?iter_args\((%\w+) = ", ttgir)
+        assert summed is not None
+        assert len(products) == 3, products
+        assert products[0].startswith("%cst"), "the first product of a step is added to something"
+        assert summed[1] not in products
+        assert re.search(rf"arith\.addf %product\S*, {summed[1]}\b", ttgir), "the sum is not formed by an addition"
+        loops = [block for block in re.split(r"^(?=\$L__BB)", ptx, flags=re.MULTILINE) if re.search(_PRODUCT, block)]
+        additions = len(re.findall(r"\badd\.(?:rn\.)?f32\b", "".join(loops)))
+        tile = cubin.spec.arguments["BLOCK_TOKENS"] * cubin.spec.arguments["WIDTH"]
+        assert additions >= tile // (32 * cubin.spec.options["num_warps"]), additions
+
+
+_PRODUCT = r"\b(?:mma\.sync|wgmma\.mma_async)"
+
+
+@needs_triton
 def test_what_the_h200_runs() -> None:
     """The facts that NOTES-performance.md builds on, of the launches that bench/gpu_report.py measures."""
     specifications = [

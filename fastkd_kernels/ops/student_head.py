@@ -186,8 +186,12 @@ def _narrow_tile(
         if WIDEN:
             x = x.to(tl.float32)
             w = w.to(tl.float32)
-        # three TF32 products keep the accuracy of float32 on the tensor cores; other dtypes ignore it
-        product = tl.dot(x, w, product, input_precision="tf32x3")
+        if x.dtype == tl.float32:
+            # three TF32 products keep the accuracy of float32 on the tensor cores, whose own sums are truncated: what
+            # has been summed before stays out of them
+            product += tl.dot(x, w, input_precision="tf32x3")
+        else:
+            product = tl.dot(x, w, product)
     bias = tl.load(narrow_bias + column).to(tl.float32)
     return _tanh(product + bias[None, :])
 
