@@ -72,7 +72,7 @@ class Launcher:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self._binaries: Any = None
-        self._alive: list[Any] = []  # a binary is unloaded with its CompiledKernel
+        self._alive: dict[int, Any] = {}  # by their id: a binary is unloaded with its CompiledKernel
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         device = arguments[0].get_device()
@@ -90,11 +90,12 @@ class Launcher:
             if _native.launch_triton(self._binaries, _CUDA, device, stream, grid, arguments, constants):
                 return
         compiled = self.launch_by_triton(grid, arguments, constants)
-        if device >= 0 and _enable():
+        # the interpreter compiles nothing, and a hook may have kept Triton from compiling
+        if compiled is not None and device >= 0 and _enable():
             self._remember(compiled, device, arguments, constants)
 
     def launch_by_triton(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> Any:
-        """Launch on the current device, however long that takes the host; returns what Triton compiled."""
+        """Launch on the current device, however long that takes the host; returns what Triton compiled, if it did."""
         return self.kernel[grid](*arguments, **constants, **OPTIONS)
 
     def _is_observed(self) -> bool:
@@ -111,7 +112,9 @@ class Launcher:
             return
         if self._binaries is None:
             self._binaries = _native.new_triton_binaries()
-        if _native.remember_triton(
+        # also where it takes the place of another, which a launch of another thread may still be using
+        self._alive[id(compiled)] = compiled
+        _native.remember_triton(
             self._binaries,
             _CUDA,
             device,
@@ -121,8 +124,7 @@ class Launcher:
             kinds,
             arguments,
             constants,
-        ):
-            self._alive.append(compiled)
+        )
 
 
 _SPECIAL = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl")

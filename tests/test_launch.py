@@ -169,6 +169,49 @@ def test_only_plain_launches_are_ours(changes: dict[str, int], plain: bool) -> N
         assert not _launch._is_plain(SimpleNamespace(**usual))
 
 
+class _Compiles:
+    """In the place of a kernel: Triton's launcher gives back `compiled`."""
+
+    def __init__(self, compiled: object) -> None:
+        self.compiled = compiled
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+        return lambda *arguments, **constants: self.compiled
+
+
+def test_what_triton_did_not_compile_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter gives nothing back, nor does a launch that `jit_cache_hook` took over."""
+    monkeypatch.setattr(_launch, "_enable", lambda: True)
+    launcher = Launcher(_Compiles(None))
+    launcher._launch(0, (1,), (), {})
+    assert launcher._binaries is None
+
+
+def test_a_binary_that_replaces_another_stays_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = [
+        SimpleNamespace(
+            src=SimpleNamespace(signature={}),
+            metadata=SimpleNamespace(num_ctas=1, num_warps=4, shared=0, **dict.fromkeys(_launch._SPECIAL, 0)),
+            function=function,
+        )
+        for function in (1, 2)
+    ]
+    remembered = {}
+
+    def remember(binaries: object, kind: int, device: int, function: int, *rest: object) -> bool:
+        known = device in remembered
+        remembered[device] = function
+        return not known
+
+    native = SimpleNamespace(new_triton_binaries=object, remember_triton=remember)
+    monkeypatch.setattr(_launch, "_native", native)
+    launcher = Launcher(None)
+    for binary in compiled * 2:
+        launcher._remember(binary, 0, (), {})
+    assert remembered == {0: 2}
+    assert list(launcher._alive.values()) == compiled
+
+
 def test_every_kernel_has_a_launcher() -> None:
     """A kernel started by Triton's own syntax would take its time, and the current device instead of its tensors'."""
     package = Path(fk.__file__).parent

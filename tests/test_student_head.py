@@ -582,6 +582,20 @@ def test_what_a_graph_captured_lives_as_long_as_the_head(monkeypatch: pytest.Mon
 
 
 @torch.no_grad()
+def test_streams_that_read_folded_weights_are_told_to_the_allocator_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Module().to(DEVICE)
+    folded = fold_cache.get(module.weights())
+    entry = _student_head_weights._CacheEntry(folded, None, [])  # type: ignore[arg-type]
+    current, told = [1], []
+    monkeypatch.setattr(_student_head_weights, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: told.append((id(tensor), stream)))
+    for current[0] in (1, 2, 1, 2):
+        entry.keep_for_stream()
+    assert told == [(id(tensor), stream) for stream in (1, 2) for tensor in folded.tensors()]
+
+
+@torch.no_grad()
 def test_inference_tensors_have_no_version_and_are_not_cached() -> None:
     with torch.inference_mode():
         module = Module().to(DEVICE)
