@@ -6,8 +6,11 @@ know, such as a hook of a profiler or a kernel that wants scratch memory, goes t
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
-from typing import Any
+import sys
+import threading
+from collections.abc import Callable
+from functools import cached_property, lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +42,49 @@ def current_stream(device: int) -> int:
 def is_capturing(tensor: Tensor) -> bool:
     """Whether the work on `tensor` is being captured in a CUDA graph."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class _Op(threading.local):
+    is_running = False
+
+
+_op = _Op()
+
+
+def as_op(function: _Function) -> _Function:
+    """`function` as what the dispatcher calls, and with it torch.compile; see `may_keep`."""
+
+    @wraps(function)
+    def run(*arguments: Any, **options: Any) -> Any:
+        before, _op.is_running = _op.is_running, True
+        try:
+            return function(*arguments, **options)
+        finally:
+            _op.is_running = before
+
+    return run  # type: ignore[return-value]
+
+
+def is_captured_op(tensor: Tensor) -> bool:
+    """Whether an op is being captured: its graph is replayed whatever becomes of the op's inputs."""
+    return _op.is_running and is_capturing(tensor)
+
+
+def may_keep(tensor: Tensor) -> bool:
+    """Whether memory allocated now, on the device of `tensor`, may be kept for later calls.
+
+    What is allocated in a CUDA graph is the graph's. What an op allocates may lie in the pool that torch.compile keeps
+    for its graphs (mode="reduce-overhead"), which raises where it finds anything that outlived the call.
+    """
+    if not tensor.is_cuda:
+        return True
+    return not is_capturing(tensor) and not (_op.is_running and _GRAPHS_OF_INDUCTOR in sys.modules)
+
+
+_GRAPHS_OF_INDUCTOR = "torch._inductor.cudagraph_trees"  # imported with the first such graph
 
 
 def next_power_of_2(size: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastkd_kernels._launch import current_stream, is_capturing
+from fastkd_kernels._launch import current_stream, is_captured_op, is_capturing, may_keep
 from fastkd_kernels._stamps import ParameterStamp
 
 Affine = tuple[Tensor, Tensor]
@@ -171,8 +171,10 @@ class FoldCache:
     def get(self, head: StudentHeadWeights) -> FoldedStudentHead:
         parameters = parameters_of(head)
         entry = self._entries.get(head.query[0])
+        # a graph of torch.compile takes the weights as inputs, so it folds those that it is replayed with
         if (
             entry is not None
+            and not is_captured_op(head.query[0])
             and head.num_attention_heads == entry.folded.num_attention_heads
             and entry.stamp.is_current(parameters)
         ):
@@ -183,7 +185,7 @@ class FoldCache:
             return entry.folded
         check_head(head)
         # an inference tensor has no version; and what is folded during a capture exists only once the graph is replayed
-        if any(parameter.is_inference() for parameter in parameters) or is_capturing(head.query[0]):
+        if any(parameter.is_inference() for parameter in parameters) or not may_keep(head.query[0]):
             return fold(head)
         with self._lock, torch.inference_mode(False), torch.no_grad():
             stamp = ParameterStamp(parameters)

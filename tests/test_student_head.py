@@ -582,6 +582,18 @@ def test_what_a_graph_captured_lives_as_long_as_the_head(monkeypatch: pytest.Mon
 
 
 @torch.no_grad()
+def test_a_captured_op_folds_the_weights_it_is_replayed_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Module().to(DEVICE)
+    folded = fold_cache.get(module.weights())
+    monkeypatch.setattr(_student_head_weights, "is_captured_op", lambda tensor: True)
+    monkeypatch.setattr(_student_head_weights, "may_keep", lambda tensor: False)
+    anew = fold_cache.get(module.weights())
+    monkeypatch.undo()
+    assert anew is not folded
+    assert fold_cache.get(module.weights()) is folded, "what was folded in a capture must not be kept"
+
+
+@torch.no_grad()
 def test_streams_that_read_folded_weights_are_told_to_the_allocator_once(monkeypatch: pytest.MonkeyPatch) -> None:
     module = Module().to(DEVICE)
     folded = fold_cache.get(module.weights())

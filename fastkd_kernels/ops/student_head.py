@@ -31,7 +31,7 @@ from fastkd_kernels import _backend, _extension, _triton
 from fastkd_kernels._arguments import dense, mark_written, plain, values_are_free
 from fastkd_kernels._checks import check_same_device
 from fastkd_kernels._derivatives import transforming, wants_gradient
-from fastkd_kernels._launch import LaunchConfig, Launcher, next_power_of_2
+from fastkd_kernels._launch import LaunchConfig, Launcher, as_op, next_power_of_2
 from fastkd_kernels._library import library
 from fastkd_kernels._onednn import linear_tanh
 from fastkd_kernels._student_head_weights import (
@@ -865,6 +865,7 @@ def _student_head_pool_fake(
 
 
 @torch.library.impl(library, "student_head", "CompositeExplicitAutograd")
+@as_op
 def _student_head_op(
     hidden_states: Tensor,
     weights: list[Tensor],
@@ -889,6 +890,7 @@ def _student_head_fake(
 
 
 @torch.library.impl(library, "student_head_exit", "CompositeExplicitAutograd")
+@as_op
 def _student_head_exit_op(
     hidden_states: Tensor,
     weights: list[Tensor],
