@@ -12,7 +12,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from fastkd_kernels._launch import Launcher, current_stream
+from fastkd_kernels._launch import Launcher, current_stream, may_keep
 from fastkd_kernels._triton import jit, tl, triton
 
 
@@ -166,19 +166,17 @@ def sum_in_last_program(
 _counters: dict[tuple[int, int], Tensor] = {}
 
 
-def arrival_counter(device: torch.device) -> Tensor:
-    """The [1] int32 zero that `sum_in_last_program` counts in and leaves at zero.
+def arrival_counter(tensor: Tensor) -> Tensor:
+    """The [1] int32 zero on the device of `tensor` that `sum_in_last_program` counts in and leaves at zero.
 
     Launches in one stream follow each other, so they share one. A CUDA graph may be replayed in any stream at any time,
     so it gets its own, zeroed inside the graph.
     """
-    if device.type != "cuda":
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=device)
-    key = (device.index, current_stream(device.index))
+    if not tensor.is_cuda or not may_keep(tensor):
+        return tensor.new_zeros(1, dtype=torch.int32)
+    key = (tensor.get_device(), current_stream(tensor.get_device()))
     if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=device)
+        _counters[key] = tensor.new_zeros(1, dtype=torch.int32)
     return _counters[key]
 
 

@@ -6,8 +6,11 @@ know, such as a hook of a profiler or a kernel that wants scratch memory, goes t
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
-from typing import Any
+import sys
+import threading
+from collections.abc import Callable
+from functools import cached_property, lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +44,49 @@ def is_capturing(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class _Op(threading.local):
+    is_running = False
+
+
+_op = _Op()
+
+
+def as_op(function: _Function) -> _Function:
+    """`function` as what the dispatcher calls, and with it torch.compile; see `may_keep`."""
+
+    @wraps(function)
+    def run(*arguments: Any, **options: Any) -> Any:
+        before, _op.is_running = _op.is_running, True
+        try:
+            return function(*arguments, **options)
+        finally:
+            _op.is_running = before
+
+    return run  # type: ignore[return-value]
+
+
+def is_captured_op(tensor: Tensor) -> bool:
+    """Whether an op is being captured: its graph is replayed whatever becomes of the op's inputs."""
+    return _op.is_running and is_capturing(tensor)
+
+
+def may_keep(tensor: Tensor) -> bool:
+    """Whether memory allocated now, on the device of `tensor`, may be kept for later calls.
+
+    What is allocated in a CUDA graph is the graph's. What an op allocates may lie in the pool that torch.compile keeps
+    for its graphs (mode="reduce-overhead"), which raises where it finds anything that outlived the call.
+    """
+    if not tensor.is_cuda:
+        return True
+    return not is_capturing(tensor) and not (_op.is_running and _GRAPHS_OF_INDUCTOR in sys.modules)
+
+
+_GRAPHS_OF_INDUCTOR = "torch._inductor.cudagraph_trees"  # imported with the first such graph
+
+
 def next_power_of_2(size: int) -> int:
     """The smallest power of two that is not below `size`: what blocks of Triton are made of."""
     return 1 << max(size - 1, 0).bit_length()
@@ -72,7 +118,7 @@ class Launcher:
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self._binaries: Any = None
-        self._alive: list[Any] = []  # a binary is unloaded with its CompiledKernel
+        self._alive: dict[int, Any] = {}  # by their id: a binary is unloaded with its CompiledKernel
 
     def __call__(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         device = arguments[0].get_device()
@@ -90,11 +136,12 @@ class Launcher:
             if _native.launch_triton(self._binaries, _CUDA, device, stream, grid, arguments, constants):
                 return
         compiled = self.launch_by_triton(grid, arguments, constants)
-        if device >= 0 and _enable():
+        # the interpreter compiles nothing, and a hook may have kept Triton from compiling
+        if compiled is not None and device >= 0 and _enable():
             self._remember(compiled, device, arguments, constants)
 
     def launch_by_triton(self, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]) -> Any:
-        """Launch on the current device, however long that takes the host; returns what Triton compiled."""
+        """Launch on the current device, however long that takes the host; returns what Triton compiled, if it did."""
         return self.kernel[grid](*arguments, **constants, **OPTIONS)
 
     def _is_observed(self) -> bool:
@@ -111,7 +158,9 @@ class Launcher:
             return
         if self._binaries is None:
             self._binaries = _native.new_triton_binaries()
-        if _native.remember_triton(
+        # also where it takes the place of another, which a launch of another thread may still be using
+        self._alive[id(compiled)] = compiled
+        _native.remember_triton(
             self._binaries,
             _CUDA,
             device,
@@ -121,8 +170,7 @@ class Launcher:
             kinds,
             arguments,
             constants,
-        ):
-            self._alive.append(compiled)
+        )
 
 
 _SPECIAL = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl")

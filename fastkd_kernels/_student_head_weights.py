@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastkd_kernels._launch import is_capturing
+from fastkd_kernels._launch import current_stream, is_captured_op, is_capturing, may_keep
 from fastkd_kernels._stamps import ParameterStamp
 
 Affine = tuple[Tensor, Tensor]
@@ -91,6 +91,9 @@ class FoldedStudentHead:
     classifier: Affine
     """[C, D] and [C]"""
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        return *self.narrow, self.query_key, self.query_bias, self.mix, self.mix_bias, *self.classifier
+
     @property
     def num_attention_heads(self) -> int:
         return self.query_key.shape[0]
@@ -139,6 +142,20 @@ class _CacheEntry:
     stamp: ParameterStamp
     captured: list[FoldedStudentHead]
     """What CUDA graphs point to, kept as long as the head lives."""
+    streams: set[int] = field(default_factory=set)
+    """Handles of the streams that `keep_for_stream` was told of."""
+
+    def keep_for_stream(self) -> None:
+        """Memory of a replaced entry is used again once the current stream has read it too.
+
+        Once a stream: the allocator waits for what the stream holds when the memory is given back, not now.
+        """
+        device = self.folded.mix.device
+        stream = current_stream(device.index)
+        if stream not in self.streams:
+            for tensor in self.folded.tensors():
+                tensor.record_stream(torch.cuda.current_stream(device))
+            self.streams.add(stream)
 
 
 class FoldCache:
@@ -154,17 +171,21 @@ class FoldCache:
     def get(self, head: StudentHeadWeights) -> FoldedStudentHead:
         parameters = parameters_of(head)
         entry = self._entries.get(head.query[0])
+        # a graph of torch.compile takes the weights as inputs, so it folds those that it is replayed with
         if (
             entry is not None
+            and not is_captured_op(head.query[0])
             and head.num_attention_heads == entry.folded.num_attention_heads
             and entry.stamp.is_current(parameters)
         ):
             if is_capturing(head.query[0]):
                 entry.captured.append(entry.folded)
+            elif head.query[0].is_cuda:
+                entry.keep_for_stream()
             return entry.folded
         check_head(head)
         # an inference tensor has no version; and what is folded during a capture exists only once the graph is replayed
-        if any(parameter.is_inference() for parameter in parameters) or is_capturing(head.query[0]):
+        if any(parameter.is_inference() for parameter in parameters) or not may_keep(head.query[0]):
             return fold(head)
         with self._lock, torch.inference_mode(False), torch.no_grad():
             stamp = ParameterStamp(parameters)
@@ -172,8 +193,10 @@ class FoldCache:
             if head.query[0].is_cuda:
                 # once per change of the weights, so that every stream may use them
                 torch.cuda.current_stream(head.query[0].device).synchronize()
-            captured = [] if entry is None else entry.captured
-            self._entries[head.query[0]] = _CacheEntry(folded, stamp, captured)
+            made = _CacheEntry(folded, stamp, [] if entry is None else entry.captured)
+            if head.query[0].is_cuda:
+                made.keep_for_stream()
+            self._entries[head.query[0]] = made
         return folded
 
 

@@ -7,7 +7,7 @@ import threading
 import torch
 from torch import Tensor
 
-from fastkd_kernels._launch import current_stream, is_capturing, next_power_of_2
+from fastkd_kernels._launch import current_stream, is_capturing, may_keep, next_power_of_2
 
 
 class Tickets:
@@ -26,7 +26,7 @@ class Tickets:
     def take(self, tensor: Tensor, count: int) -> Tensor:
         """At least `count` of int32, on the device of `tensor`."""
         capturing = is_capturing(tensor)
-        if not tensor.is_cuda or (capturing and tensor.device not in self._cells):
+        if not tensor.is_cuda or (not may_keep(tensor) and (not capturing or tensor.device not in self._cells)):
             return tensor.new_zeros(count, dtype=torch.int32)
         with self._lock:
             if capturing:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import bench_kd
 import pytest
@@ -13,12 +17,14 @@ from common import by_tritons_launcher
 from torch import Tensor
 
 import fastkd_kernels as fk
-from fastkd_kernels import _distillation_triton, _launch, _triton
+from fastkd_kernels import _distillation_triton, _launch, _tickets, _triton
 from fastkd_kernels._launch import Launcher
+from fastkd_kernels._tickets import Tickets
 from fastkd_kernels.ops import (
     compact,
     distillation_loss,
     exit_gate,
+    fused_linear_kd_loss,
     kd_loss,
     layer_norm,
     packed,
@@ -167,6 +173,103 @@ def test_only_plain_launches_are_ours(changes: dict[str, int], plain: bool) -> N
     for name in changes:
         usual.pop(name)
         assert not _launch._is_plain(SimpleNamespace(**usual))
+
+
+class _Compiles:
+    """In the place of a kernel: Triton's launcher gives back `compiled`."""
+
+    def __init__(self, compiled: object) -> None:
+        self.compiled = compiled
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., object]:
+        return lambda *arguments, **constants: self.compiled
+
+
+def test_what_triton_did_not_compile_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter gives nothing back, nor does a launch that `jit_cache_hook` took over."""
+    monkeypatch.setattr(_launch, "_enable", lambda: True)
+    launcher = Launcher(_Compiles(None))
+    launcher._launch(0, (1,), (), {})
+    assert launcher._binaries is None
+
+
+def test_a_binary_that_replaces_another_stays_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = [
+        SimpleNamespace(
+            src=SimpleNamespace(signature={}),
+            metadata=SimpleNamespace(num_ctas=1, num_warps=4, shared=0, **dict.fromkeys(_launch._SPECIAL, 0)),
+            function=function,
+        )
+        for function in (1, 2)
+    ]
+    remembered = {}
+
+    def remember(binaries: object, kind: int, device: int, function: int, *rest: object) -> bool:
+        known = device in remembered
+        remembered[device] = function
+        return not known
+
+    native = SimpleNamespace(new_triton_binaries=object, remember_triton=remember)
+    monkeypatch.setattr(_launch, "_native", native)
+    launcher = Launcher(None)
+    for binary in compiled * 2:
+        launcher._remember(binary, 0, (), {})
+    assert remembered == {0: 2}
+    assert list(launcher._alive.values()) == compiled
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """Makes what a launcher asks of a tensor's memory: a tensor on the first GPU, where nothing is being captured."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    for module in (_distillation_triton, _tickets):
+        monkeypatch.setattr(module, "current_stream", lambda device: 7)
+    made = SimpleNamespace(
+        is_cuda=True,
+        device=torch.device("cpu"),
+        get_device=lambda: 0,
+        new_zeros=lambda count, dtype: torch.zeros(count, dtype=dtype),
+    )
+    return lambda: made
+
+
+def counters_of_two_calls(tensor: Any) -> list[bool]:
+    """Whether two calls share memory, for the losses' counter and for the heads' tickets."""
+    tickets = Tickets()
+    tickets._cells[tensor.device] = torch.zeros(64, dtype=torch.int32)
+    takes = (lambda: _distillation_triton.arrival_counter(tensor), lambda: tickets.take(tensor, 3))
+    return [first.data_ptr() == second.data_ptr() for first, second in ((take(), take()) for take in takes)]
+
+
+def test_ops_keep_nothing_once_torch_compile_has_graphs(
+    on_a_gpu: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its graphs own a pool, in which nothing may outlive the call (mode="reduce-overhead")."""
+    monkeypatch.setattr(_distillation_triton, "_counters", {})
+    as_op = _launch.as_op(counters_of_two_calls)
+    monkeypatch.delitem(sys.modules, _launch._GRAPHS_OF_INDUCTOR, raising=False)
+    assert as_op(on_a_gpu()) == [True, True]
+    _distillation_triton._counters.clear()
+    monkeypatch.setitem(sys.modules, _launch._GRAPHS_OF_INDUCTOR, SimpleNamespace())
+    assert as_op(on_a_gpu()) == [False, False]
+    assert not _distillation_triton._counters
+    assert counters_of_two_calls(on_a_gpu()) == [True, True], "a call past the dispatcher lies in no pool"
+
+
+def test_the_graphs_of_torch_compile_are_where_they_are_looked_for() -> None:
+    compile_fx = importlib.util.find_spec("torch._inductor.compile_fx")
+    assert compile_fx is not None
+    assert f"from {_launch._GRAPHS_OF_INDUCTOR} import" in Path(str(compile_fx.origin)).read_text()
+
+
+def test_ops_with_memory_of_their_own_say_that_they_are_ops() -> None:
+    """Every kernel on a GPU that asks for a counter, tickets or folded weights."""
+    for module in (kd_loss, universal_kd_loss, distillation_loss, fused_linear_kd_loss, student_head):
+        source = Path(str(module.__file__)).read_text()
+        plain = re.findall(r"library\.impl\(\"\w+\", (?!as_op)\w+, \"CUDA\"\)", source)
+        composite = re.findall(r"\"CompositeExplicitAutograd\"\)\n(?!@as_op)", source)
+        assert plain + composite == [], module.__name__
+        assert "as_op" in source
 
 
 def test_every_kernel_has_a_launcher() -> None:

@@ -582,6 +582,32 @@ def test_what_a_graph_captured_lives_as_long_as_the_head(monkeypatch: pytest.Mon
 
 
 @torch.no_grad()
+def test_a_captured_op_folds_the_weights_it_is_replayed_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Module().to(DEVICE)
+    folded = fold_cache.get(module.weights())
+    monkeypatch.setattr(_student_head_weights, "is_captured_op", lambda tensor: True)
+    monkeypatch.setattr(_student_head_weights, "may_keep", lambda tensor: False)
+    anew = fold_cache.get(module.weights())
+    monkeypatch.undo()
+    assert anew is not folded
+    assert fold_cache.get(module.weights()) is folded, "what was folded in a capture must not be kept"
+
+
+@torch.no_grad()
+def test_streams_that_read_folded_weights_are_told_to_the_allocator_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Module().to(DEVICE)
+    folded = fold_cache.get(module.weights())
+    entry = _student_head_weights._CacheEntry(folded, None, [])  # type: ignore[arg-type]
+    current, told = [1], []
+    monkeypatch.setattr(_student_head_weights, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: told.append((id(tensor), stream)))
+    for current[0] in (1, 2, 1, 2):
+        entry.keep_for_stream()
+    assert told == [(id(tensor), stream) for stream in (1, 2) for tensor in folded.tensors()]
+
+
+@torch.no_grad()
 def test_inference_tensors_have_no_version_and_are_not_cached() -> None:
     with torch.inference_mode():
         module = Module().to(DEVICE)
@@ -1074,6 +1100,28 @@ def assert_streams_and_multiplies(cubin: Cubin) -> None:
     assert all(name.endswith(".128") for name in copies), f"a copy of less than 16 bytes: {cubin} {opcodes}"
     mnemonic = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}[cubin.capability]
     assert any(name.startswith(mnemonic) for name in opcodes), f"no {mnemonic}: {cubin} {opcodes}"
+
+
+@needs_triton
+def test_float32_sums_over_the_features_stay_out_of_the_tensor_cores() -> None:
+    """Their own sums are truncated, which over H features is more than float32 may lose: each step starts from zero."""
+    for capabilities, limits in (((80,), LIMITS[0][1]), ((90,), LIMITS[1][1])):
+        (cubin,) = compile_kernels([_specification(torch.float32, "padded", None, limits=limits)], capabilities)
+        ttgir, ptx = (Path(cubin.path).with_suffix(suffix).read_text() for suffix in (".ttgir", ".ptx"))
+        products = re.findall(r"= (?:tt\.dot|ttng\.warp_group_dot) %\S+, %\S+, (%[^\s,]+)", ttgir)
+        summed = re.search(r"scf\.for %product\S* = .*?iter_args\((%\w+) = ", ttgir)
+        assert summed is not None
+        assert len(products) == 3, products
+        assert products[0].startswith("%cst"), "the first product of a step is added to something"
+        assert summed[1] not in products
+        assert re.search(rf"arith\.addf %product\S*, {summed[1]}\b", ttgir), "the sum is not formed by an addition"
+        loops = [block for block in re.split(r"^(?=\$L__BB)", ptx, flags=re.MULTILINE) if re.search(_PRODUCT, block)]
+        additions = len(re.findall(r"\badd\.(?:rn\.)?f32\b", "".join(loops)))
+        tile = cubin.spec.arguments["BLOCK_TOKENS"] * cubin.spec.arguments["WIDTH"]
+        assert additions >= tile // (32 * cubin.spec.options["num_warps"]), additions
+
+
+_PRODUCT = r"\b(?:mma\.sync|wgmma\.mma_async)"
 
 
 @needs_triton

@@ -23,7 +23,7 @@ from fastkd_kernels import _backend, _distillation, _extension, _triton
 from fastkd_kernels import _distillation_triton as kernels
 from fastkd_kernels._arguments import dense, values_are_free
 from fastkd_kernels._checks import check_same_device
-from fastkd_kernels._launch import Launcher
+from fastkd_kernels._launch import Launcher, as_op
 from fastkd_kernels._library import library
 from fastkd_kernels._triton import jit, tl
 from fastkd_kernels.ops import universal_kd_loss as universal
@@ -323,7 +323,7 @@ def _launch(
         student if labels is None else labels,
         losses,
         loss,
-        kernels.arrival_counter(student.device),
+        kernels.arrival_counter(student),
         for_student,
         for_layers,
         layers,
@@ -364,7 +364,7 @@ def _launch(
 
 
 if _triton.available:
-    library.impl("distillation_loss_forward", _launch, "CUDA")
+    library.impl("distillation_loss_forward", as_op(_launch), "CUDA")
 
 _backend.register_backends(
     "distillation_loss",

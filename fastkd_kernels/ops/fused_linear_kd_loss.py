@@ -34,6 +34,7 @@ from torch.nn import functional as F
 from fastkd_kernels import _backend, _distillation, _extension, _triton
 from fastkd_kernels._arguments import values_are_free
 from fastkd_kernels._checks import check_choice, check_same_device
+from fastkd_kernels._launch import as_op
 from fastkd_kernels._library import library
 from fastkd_kernels.ops import kd_loss as kd
 
@@ -333,7 +334,7 @@ _compute_on_cpu = partial(_compute, kd.forward)
 
 library.impl("fused_linear_kd_loss_forward", _compute_on_cpu, "CPU")
 if _triton.available:
-    library.impl("fused_linear_kd_loss_forward", _launch, "CUDA")
+    library.impl("fused_linear_kd_loss_forward", as_op(_launch), "CUDA")
 
 _backend.register_backends(
     "fused_linear_kd_loss",

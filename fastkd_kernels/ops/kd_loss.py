@@ -23,7 +23,7 @@ from torch import Tensor
 from fastkd_kernels import _backend, _distillation, _extension, _triton
 from fastkd_kernels import _distillation_triton as kernels
 from fastkd_kernels._checks import check_choice, check_same_device
-from fastkd_kernels._launch import Launcher, next_power_of_2
+from fastkd_kernels._launch import Launcher, as_op, next_power_of_2
 from fastkd_kernels._library import library
 from fastkd_kernels._triton import jit, tl, triton
 
@@ -275,7 +275,7 @@ def launch(
         teacher,
         losses,
         results[0],
-        kernels.arrival_counter(student.device),
+        kernels.arrival_counter(student),
         results[1],
         results[2],
         batch,
@@ -304,7 +304,7 @@ def launch(
 
 
 if _triton.available:
-    library.impl("kd_loss_forward", launch, "CUDA")
+    library.impl("kd_loss_forward", as_op(launch), "CUDA")
 
 _backend.register_backends(
     "kd_loss",

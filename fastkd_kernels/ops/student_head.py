@@ -31,7 +31,7 @@ from fastkd_kernels import _backend, _extension, _triton
 from fastkd_kernels._arguments import dense, mark_written, plain, values_are_free
 from fastkd_kernels._checks import check_same_device
 from fastkd_kernels._derivatives import transforming, wants_gradient
-from fastkd_kernels._launch import LaunchConfig, Launcher, next_power_of_2
+from fastkd_kernels._launch import LaunchConfig, Launcher, as_op, next_power_of_2
 from fastkd_kernels._library import library
 from fastkd_kernels._onednn import linear_tanh
 from fastkd_kernels._student_head_weights import (
@@ -186,8 +186,12 @@ def _narrow_tile(
         if WIDEN:
             x = x.to(tl.float32)
             w = w.to(tl.float32)
-        # three TF32 products keep the accuracy of float32 on the tensor cores; other dtypes ignore it
-        product = tl.dot(x, w, product, input_precision="tf32x3")
+        if x.dtype == tl.float32:
+            # three TF32 products keep the accuracy of float32 on the tensor cores, whose own sums are truncated: what
+            # has been summed before stays out of them
+            product += tl.dot(x, w, input_precision="tf32x3")
+        else:
+            product = tl.dot(x, w, product)
     bias = tl.load(narrow_bias + column).to(tl.float32)
     return _tanh(product + bias[None, :])
 
@@ -861,6 +865,7 @@ def _student_head_pool_fake(
 
 
 @torch.library.impl(library, "student_head", "CompositeExplicitAutograd")
+@as_op
 def _student_head_op(
     hidden_states: Tensor,
     weights: list[Tensor],
@@ -885,6 +890,7 @@ def _student_head_fake(
 
 
 @torch.library.impl(library, "student_head_exit", "CompositeExplicitAutograd")
+@as_op
 def _student_head_exit_op(
     hidden_states: Tensor,
     weights: list[Tensor],

@@ -41,7 +41,7 @@ from torch import Tensor
 from fastkd_kernels import _backend, _distillation, _extension, _triton
 from fastkd_kernels import _distillation_triton as kernels
 from fastkd_kernels._checks import check_choice, check_same_device
-from fastkd_kernels._launch import Launcher, next_power_of_2
+from fastkd_kernels._launch import Launcher, as_op, next_power_of_2
 from fastkd_kernels._library import library
 from fastkd_kernels._triton import jit, tl
 
@@ -646,7 +646,7 @@ def _launch(
         teacher,
         losses,
         results[0],
-        kernels.arrival_counter(student.device),
+        kernels.arrival_counter(student),
         results[1],
         results[2],
         layers,
@@ -684,7 +684,7 @@ def _launch(
 
 
 if _triton.available:
-    library.impl("universal_kd_loss_forward", _launch, "CUDA")
+    library.impl("universal_kd_loss_forward", as_op(_launch), "CUDA")
 
 _backend.register_backends(
     "universal_kd_loss",
