@@ -26,9 +26,11 @@ from typer.testing import CliRunner
 
 from fastkd.commands import app, demo_story
 from fastkd.commands.calibrate import Guarantee, Method
-from fastkd.commands.options import Criterion, Dtype, parse_speeds
+from fastkd.commands.flags import as_flags, options_of_command
+from fastkd.commands.options import Criterion, Dtype, LabelsAre, parse_speeds
 from fastkd.commands.report import PictureFormat
 from fastkd.commands.screen import wants_traceback
+from fastkd.data.labels import LABELS_ARE
 from fastkd.exits.catalogue import CRITERIA
 from fastkd.exits.guarantees import GUARANTEES, METHODS
 from fastkd.exits.trace import ExitTrace
@@ -157,6 +159,7 @@ def test_no_other_command_has_a_criterion() -> None:
     [
         (Criterion, CRITERIA),
         (Dtype, loading.DTYPES),
+        (LabelsAre, LABELS_ARE),
         (Guarantee, GUARANTEES),
         (Method, METHODS),
         (PictureFormat, FORMATS),
@@ -587,3 +590,104 @@ def test_killed_predict_leaves_no_half_written_file(tmp_path: Path) -> None:
         process.kill()
     assert process.returncode < 0
     assert not (tmp_path / "out.tsv").exists()
+
+
+# Columns by name, and remedies and next steps that a user can run
+
+
+ROW_COMMANDS = ("finetune", "distill", "kd", "trace", "sweep", "calibrate", "bench", "demo", "table2", "report")
+
+
+def test_every_command_that_reads_rows_takes_their_columns() -> None:
+    commands = typer.main.get_command(app.app).commands  # type: ignore[attr-defined]
+    options = {name: {flag for item in command.params for flag in item.opts} for name, command in commands.items()}
+    columns = {"--text-column", "--pair-column", "--label-column", "--labels-are"}
+    for name in ROW_COMMANDS:
+        assert columns <= options[name], name
+    assert columns & options["predict"] == {"--text-column", "--pair-column"}
+    assert {"--num-labels", "--labels"} <= options["finetune"] & options["kd"]
+
+
+@pytest.fixture(scope="module")
+def other_columns(work: Path) -> Path:
+    """The rows of `work` as CSV, whose columns have other names."""
+    folder = work / "other columns"
+    folder.mkdir()
+    for split in ("train", "dev", "test"):
+        lines = (work / "data" / f"{split}.tsv").read_text().splitlines()[1:]
+        fields = [line.split("\t") for line in lines]
+        rows = [f'{number},"{text}",{label}' for number, (label, text) in enumerate(fields)]
+        (folder / f"{split}.CSV").write_text("label,review,mood\n" + "\n".join(rows) + "\n")
+    return folder
+
+
+NAMED = ("--text-column", "review", "--label-column", "mood")
+
+
+def test_columns_by_name_from_training_to_answers(work: Path, other_columns: Path, tmp_path: Path) -> None:
+    short = ("--max-steps", 2, "--no-bf16")
+    done = succeeded(
+        "finetune", work / "plain", "--data", other_columns, *NAMED, "-o", tmp_path / "tuned", *short, "--seed", 3
+    )
+    (step,) = [line for line in done.stdout.splitlines() if line.startswith("next:")]
+    following = shlex.split(step.removeprefix("next: "))
+    assert following[:5] == ["fastkd", "distill", str(tmp_path / "tuned"), "--data", str(other_columns)]
+    for option in (*zip(NAMED[::2], NAMED[1::2], strict=True), ("--seed", "3")):
+        assert following[following.index(option[0]) + 1] == option[1]
+    done = succeeded(*following[1:], *short)
+    (step,) = [line for line in done.stdout.splitlines() if line.startswith("next:")]
+    following = shlex.split(step.removeprefix("next: "))
+    model = f"{tmp_path / 'tuned'}-distilled"
+    assert following[1:3] == ["sweep", model]
+    succeeded(*following[1:], "-o", tmp_path / "swept")
+    succeeded("trace", model, other_columns, *NAMED, "-o", tmp_path / "trace.safetensors")
+    traced = ExitTrace.load(tmp_path / "trace.safetensors")
+    assert traced.labels is not None
+    assert sorted(traced.labels.tolist()) == [0] * 20 + [1] * 20
+    answered = succeeded(
+        "predict", model, other_columns / "test.CSV", "--text-column", "review", "-o", tmp_path / "a.jsonl", "--json"
+    )
+    assert json.loads(answered.stdout)["rows"] == 40
+    with (other_columns / "test.CSV").open() as stream:
+        piped = succeeded("predict", model, "--format", "csv", "--text-column", "review", stdin=stream.read())
+    assert len(piped.stdout.splitlines()) == 41
+
+
+def test_remedies_name_options_that_the_command_has(work: Path, other_columns: Path, tmp_path: Path) -> None:
+    output = ("-o", tmp_path / "x")
+    message = refused("finetune", work / "plain", "--data", other_columns, *output)
+    assert "say which one holds the text with --text-column" in message
+    message = refused("finetune", work / "plain", "--data", other_columns, "--text-column", "review", *output)
+    assert "160 different labels in 160 rows" in message
+    assert "say which column holds the labels with --label-column" in message
+    (tmp_path / "gaps.tsv").write_text("text\tlabel\na\t0\nb\t4\n")
+    message = refused("finetune", work / "plain", "--train", tmp_path / "gaps.tsv", *output)
+    assert "pass --num-labels 5 if there are so many classes" in message
+    assert "which column holds the labels with --label-column" in message
+    (tmp_path / "stars.tsv").write_text("text\tlabel\na\t1\nb\t2\n")
+    message = refused("finetune", work / "plain", "--train", tmp_path / "stars.tsv", *output)
+    assert "--labels 1,2" in message
+    stars = ("--train", tmp_path / "stars.tsv", "--labels", "1,2")
+    succeeded("finetune", work / "plain", *stars, *output, "--max-steps", 1)
+    assert json.loads((tmp_path / "x" / "config.json").read_text())["id2label"] == {"0": "1", "1": "2"}
+
+
+@pytest.mark.parametrize(
+    ("message", "options", "expected"),
+    [
+        ("with text_a=", ["--text-column"], "with --text-column"),
+        ("no column 'x' (label=); the", ["--label-column"], "no column 'x' (--label-column); the"),
+        ("pass num_labels=3 or", ["--num-labels"], "pass --num-labels 3 or"),
+        ("pass num_labels=3 or", ["--text-column"], "pass --num-labels 3 of fastkd finetune or"),
+        ("label_names=['a b', 'c'] or", ["--labels"], "--labels a b,c or"),
+        ("labels_are='names'", ["--labels-are"], "--labels-are names"),
+        ("overwrite=True and resume=False", ["--overwrite", "--resume"], "--overwrite and without it"),
+        ("id2label={0: 'a'}", ["--labels"], "id2label={0: 'a'}"),
+    ],
+)
+def test_arguments_of_the_library_become_options(message: str, options: list[str], expected: str) -> None:
+    token = options_of_command.set(options)
+    try:
+        assert as_flags(message) == expected
+    finally:
+        options_of_command.reset(token)

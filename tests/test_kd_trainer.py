@@ -383,3 +383,99 @@ def test_a_student_of_all_layers_of_an_early_exit_teacher_answers_as_it(tmp_path
     batch = random_batch()
     with torch.no_grad():
         assert torch.equal(student.all_exit_logits(**batch), teacher.all_exit_logits(**batch))  # type: ignore[operator]
+
+
+# Whose class is whose
+
+
+def named(model: Any, *names: str) -> Any:
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {name: number for number, name in enumerate(names)}
+    return model
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("method", ["kd", "alp-kd"])
+def test_a_student_with_the_labels_in_another_order_learns_the_same_names(
+    teacher: Path, tmp_path: Path, method: str, cache: bool
+) -> None:
+    """Every class number is exchanged, and so every logit: up to that, the training is the same."""
+    logits, accuracy = [], []
+    for order in (("negative", "positive"), ("positive", "negative")):
+        loaded = Teacher.load(teacher)
+        student = named(student_from_teacher(loaded.model, "layers:2"), *order)
+        if order[0] == "positive":
+            with torch.no_grad():
+                for parameter in student.classifier.parameters():
+                    parameter.copy_(parameter.flip(0))
+        before = student.classifier.weight.detach().clone()
+        options = replace(OPTIONS, max_steps=6, learning_rate=1e-4)
+        trainer = KDTrainer(loaded, student, method, options, cache=cache)
+        done = trainer.train(rows(40), rows(12, seed=1), tmp_path / order[0])
+        again = evaluate(student, loaded.tokenizer, rows(40), max_length=16)
+        accuracy.append([done.metrics["accuracy"], again["accuracy"]])
+        with torch.no_grad():
+            logits.append(student(**loaded.tokenizer(["a good film"], return_tensors="pt")).logits[0])
+        assert not torch.equal(student.classifier.weight, before)
+        assert list(student.config.id2label.values()) == list(order)
+    torch.testing.assert_close(logits[0], logits[1].flip(0), rtol=1e-3, atol=1e-3)
+    assert accuracy[0] == accuracy[1]
+
+
+def test_the_answers_of_a_teacher_follow_the_names(teacher: Path) -> None:
+    loaded = Teacher.load(teacher)
+    turned = loaded.in_order_of(["positive", "negative"])
+    batch = loaded.tokenizer(["a good film", "bad"], padding=True, return_tensors="pt")
+    plain = loaded.signals(batch, ["logits"]).logits
+    torch.testing.assert_close(turned.signals(batch, ["logits"]).logits, plain.flip(1), rtol=0, atol=0)
+    assert loaded.in_order_of(["negative", "positive"]) is loaded
+    assert turned.fingerprint != loaded.fingerprint
+    with pytest.raises(ValueError, match="label_names: got no, yes, expected the teacher's, negative, positive"):
+        loaded.in_order_of(["no", "yes"])
+
+
+def test_an_early_exit_teacher_is_turned_too(tmp_path: Path) -> None:
+    named(early_exit_model("bert", num_labels=2), "positive", "negative").save_pretrained(tmp_path / "teacher")
+    tokenizer_of("bert").save_pretrained(tmp_path / "teacher")
+    loaded = Teacher.load(tmp_path / "teacher")
+    batch = loaded.tokenizer(["a good film"], return_tensors="pt")
+    plain = loaded.signals(batch, ["logits"]).logits
+    turned = loaded.in_order_of(["negative", "positive"]).signals(batch, ["logits"]).logits
+    torch.testing.assert_close(turned, plain.flip(1), rtol=0, atol=0)
+
+
+def test_a_cache_of_the_other_order_is_stale(teacher: Path, tmp_path: Path) -> None:
+    student = named(student_from_teacher(Teacher.load(teacher).model, "layers:2"), "positive", "negative")
+    train(teacher, "kd", tmp_path / "first", cache=tmp_path / "cache", max_steps=1)
+    trainer = KDTrainer(teacher, student, "kd", replace(OPTIONS, max_steps=1), cache=tmp_path / "cache")
+    with pytest.raises(StaleCacheError, match="label order None, now positive, negative"):
+        trainer.train(rows(8), None, tmp_path / "second")
+
+
+@pytest.mark.parametrize(
+    ("names", "row_names", "message"),
+    [
+        (("POSITIVE", "NEGATIVE"), None, r"teacher: it has the labels negative, positive, the student has POSITIVE"),
+        (("positive", "negative"), None, r"train: its labels are numbers, but class 0 is negative for the teacher and"),
+        (
+            ("LABEL_0", "LABEL_1"),
+            ("no", "yes"),
+            r"teacher: it has the labels .*, the rows have no, yes",
+        ),
+    ],
+)
+def test_labels_that_cannot_be_brought_together_are_refused(
+    teacher: Path, tmp_path: Path, names: tuple[str, ...], row_names: tuple[str, ...] | None, message: str
+) -> None:
+    student = named(student_from_teacher(Teacher.load(teacher).model, "layers:2"), *names)
+    given = replace(rows(8), label_names=row_names)
+    with pytest.raises(DataError, match=message):
+        KDTrainer(teacher, student, "kd", OPTIONS).train(given, None, tmp_path / "student")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_student_without_names_takes_the_teachers_where_the_rows_have_none(teacher: Path, tmp_path: Path) -> None:
+    student = named(student_from_teacher(Teacher.load(teacher).model, "layers:2"), "LABEL_0", "LABEL_1")
+    given = replace(rows(16), label_names=None)
+    KDTrainer(teacher, student, "kd", replace(OPTIONS, max_steps=1)).train(given, None, tmp_path / "student")
+    assert student.config.id2label == {0: "negative", 1: "positive"}

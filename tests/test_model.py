@@ -21,6 +21,7 @@ from tiny_models import (
     random_batch,
     row_of,
     save_plain_checkpoint,
+    tokenizer_of,
 )
 from torch import Tensor
 from torch.nn import functional as F
@@ -555,6 +556,10 @@ def test_bad_arguments_raise_before_any_work(change: dict[str, Any], message: st
         ({"problem_type": "multi_label_classification"}, "problem_type: got 'multi_label_classification'"),
         ({"num_labels": 3, "id2label": {0: "a", 1: "b"}}, "num_labels: got 3, but id2label names 2 classes"),
         ({"id2label": {1: "a", 2: "b"}}, r"id2label: got the class numbers \[1, 2\]"),
+        ({"id2label": {"one": "a", "two": "b"}}, r"id2label: got the class numbers \['one', 'two'\]"),
+        ({"id2label": {0: "a", 1: "a"}}, r"id2label: got the labels \['a', 'a'\], expected a different one"),
+        ({"id2label": {0: "a", 1: "b"}, "label2id": {"b": 0, "a": 1}}, r"label2id: got .* but id2label says"),
+        ({"label2id": {"a": 1, "b": 2}}, r"label2id: got the class numbers \[1, 2\]"),
     ],
 )
 def test_bad_options_of_a_new_model(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -582,6 +587,29 @@ def test_saved_model_keeps_its_heads(tmp_path: Path, options: dict[str, Any], me
         fastkd.EarlyExitForSequenceClassification.from_pretrained(tmp_path, **same)
     with pytest.raises(ValueError, match=message):
         fastkd.EarlyExitForSequenceClassification.from_pretrained(tmp_path, **options)
+
+
+@pytest.mark.parametrize("is_saved", [True, False])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"num_labels": 3, "id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}},
+        {"id2label": json.loads('{"0": "a", "1": "b", "2": "c"}')},
+        {"num_labels": 3, "id2label": {"2": "c", "0": "a", "1": "b"}, "label2id": {"a": "0", "b": "1", "c": "2"}},
+        {"label2id": {"a": 0, "b": 1, "c": 2}},
+    ],
+)
+def test_labels_as_transformers_and_json_give_them(tmp_path: Path, is_saved: bool, labels: dict[str, Any]) -> None:
+    if is_saved:
+        early_exit_model(num_labels=3).save_pretrained(tmp_path)
+        tokenizer_of("bert").save_pretrained(tmp_path)
+    else:
+        save_plain_checkpoint(tmp_path, "bert")
+    model = fastkd.EarlyExitForSequenceClassification.from_pretrained(tmp_path, **labels).eval()
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert model.config.label2id == {"a": 0, "b": 1, "c": 2}
+    (row,) = model.stream(["a good film"], tokenizer_of("bert"))
+    assert row.label in ("a", "b", "c")
 
 
 def test_auto_class_with_another_label_count(tmp_path: Path) -> None:

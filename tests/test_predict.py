@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from tiny_models import early_exit_model, tokenizer_of
 from transformers import PreTrainedTokenizerBase
 
 from fastkd import EarlyExitForSequenceClassification
+from fastkd.data.records import FORMATS
 from fastkd.engines.stream import Stream
 from fastkd.inference import predict
 from fastkd.inference.answers import BadRowError
@@ -102,9 +105,88 @@ def test_line_after_an_endless_one_is_read() -> None:
     assert [row.line for row in rows_of(b"x" * (3 << 20) + b"\nnext\n", "text") if row.problem is None] == [2]
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("stated", [True, False])
+def test_every_format_of_training_is_answered_from_files_and_pipes(form: str, stated: bool) -> None:
+    texts = ['good, "very" good', "naïve \u2028 film"]
+    stream: Any = io.BytesIO()
+    if form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"label": [0, 1], "text": texts}), stream)
+    elif form == "csv":
+        stream.write(b'label,text\n0,"good, ""very"" good"\n' + f"1,{texts[1]}\n".encode())
+    elif form == "jsonl":
+        stream.write("\n".join(json.dumps({"label": 0, "text": text}) for text in texts).encode())
+    else:
+        head = "label\ttext\n" if form == "tsv" else ""
+        stream.write((head + "\n".join(("0\t" if head else "") + text for text in texts)).encode())
+    stream.seek(0)
+
+    class Pipe(io.BufferedReader):
+        def seekable(self) -> bool:
+            return False
+
+        def seek(self, *arguments: Any) -> int:
+            raise OSError("a pipe")
+
+    for source in (stream, Pipe(io.BytesIO(stream.getvalue()))):
+        rows = list(read_rows(source, form if stated else None))
+        assert [(row.text_a, row.text_b, row.problem) for row in rows] == [(text, None, None) for text in texts]
+
+
+def test_a_sentence_with_commas_is_no_header_of_csv() -> None:
+    assert [row.text_a for row in rows_of(b"Well, text, he said\nno\n")] == ["Well, text, he said", "no"]
+
+
+def test_a_broken_csv_record_leaves_what_follows() -> None:
+    rows = rows_of(b'label,text\n0,good\n1,"never closed\n0,fine\n1,"a"b\n0,"two\nlines"\n', "csv")
+    assert [(row.line, row.text_a) for row in rows if row.problem is None] == [
+        (2, "good"), (4, "fine"), (6, "two\nlines"),
+    ]  # fmt: skip
+    assert [row.line for row in rows if row.problem] == [3, 5]
+
+
+@pytest.mark.parametrize("form", ["tsv", "jsonl"])
+def test_columns_can_be_named(form: str) -> None:
+    data = b"id\treview\ttitle\n1\tgood\tbad\n"
+    if form == "jsonl":
+        data = b'{"review": "good", "title": "bad"}\n{"review": "good", "title": null}\n{"text": "x", "title": "y"}\n'
+    rows = list(read_rows(io.BytesIO(data), form, text_a="review", text_b="title"))
+    assert rows[0] == InputRow(rows[0].line, "good", "bad")
+    if form == "jsonl":
+        assert rows[1] == InputRow(2, "good")
+        assert rows[2].problem is not None
+        assert "no column 'review' among text, title" in rows[2].problem
+        return
+    with pytest.raises(ValueError, match=r"input: no column 'body' \(text_a=\); the columns are id, review, title"):
+        list(read_rows(io.BytesIO(data), form, text_a="body"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "hi \\ud83d"}', "lone surrogate U+D83D at character 4 in column 'text'"),
+        ('{"text": 1' + "0" * 5000 + "}", "an integer of thousands of digits"),
+        ("[" * 100_000, "nested too deep"),
+    ],
+)
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_what_no_tokenizer_takes_is_reported_and_the_rest_goes_on(
+    model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, line: str,
+    message: str, batch_size: int | None,
+) -> None:  # fmt: skip
+    source = tmp_path / "in.JSONL"
+    source.write_text(f'{{"text": "good"}}\n{line}\n{{"text": "bad"}}\n', encoding="utf-8")
+    summary = predict.predict_file(model, tokenizer, str(source), str(tmp_path / "out.jsonl"), batch_size=batch_size)
+    assert (summary.rows, summary.bad_rows) == (3, 1)
+    assert summary.problems[0].startswith("line 2: ")
+    assert message in summary.problems[0]
+
+
 @pytest.mark.parametrize(
     ("data", "form", "message"),
     [
+        ("text\na\n".encode("utf-16"), None, "input: the file is UTF-16.*iconv -f UTF-16"),
+        (b"PAR1 and no more", None, "input: not a readable Parquet file"),
         (b"", None, "input is empty"),
         (b"text_a\n", "tsv", "a header and no rows"),
         (b"label\tbody\n1\tx\n", "tsv", "no text column"),

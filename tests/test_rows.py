@@ -310,3 +310,184 @@ def test_real_folders(name: str, num_labels: int, is_pair: bool) -> None:
     assert folder.test is not None
     assert (folder.num_labels, folder.train.is_pair) == (num_labels, is_pair)
     assert min(map(len, (folder.train, folder.dev, folder.test))) > 400
+
+
+# One reading a file
+
+
+def _labelled(folder: Path, labels: list[Any], name: str = "rows.jsonl") -> Path:
+    path = folder / name
+    WRITERS[path.suffix](path, {"label": labels, "text": [f"row {number}" for number in range(len(labels))]})
+    return path
+
+
+def test_numbers_among_named_classes_are_read_in_one_way(tmp_path: Path) -> None:
+    stars = ["1", "2", "3", "4", "5"]
+    assert load_rows(_labelled(tmp_path, [0, 1, 2, 3, 4]), label_names=stars).dataset["label"][:] == [0, 1, 2, 3, 4]
+    assert load_rows(_labelled(tmp_path, [1, 2, 3, 4, 5]), label_names=stars).dataset["label"][:] == [0, 1, 2, 3, 4]
+    both = _labelled(tmp_path, [1, 2, 3])
+    message = _error(both, label_names=stars)
+    assert "label 1 may be the class 1 or the class number 1, which is 2" in message
+    assert "labels_are='names' or labels_are='indices'" in message
+    assert load_rows(both, label_names=stars, labels_are="names").dataset["label"][:] == [0, 1, 2]
+    assert load_rows(both, label_names=stars, labels_are="indices").dataset["label"][:] == [1, 2, 3]
+    # both readings say the same
+    assert load_rows(_labelled(tmp_path, [0, 1, 1]), label_names=["0", "1"]).dataset["label"][:] == [0, 1, 1]
+    mixed = _error(_labelled(tmp_path, ["bad", "good", 1]), label_names=["bad", "good"])
+    assert "line 3: unknown label 1; expected one of bad, good, in every row a name or in every row an index" in mixed
+    with pytest.raises(ValueError, match="labels_are: got 'numbers', expected one of names, indices"):
+        load_rows(both, labels_are="numbers")
+
+
+def test_a_folder_is_read_in_the_way_of_its_training_rows(tmp_path: Path) -> None:
+    _labelled(tmp_path, [1, 2, 3, 4, 5], "train.jsonl")
+    _labelled(tmp_path, [1, 2], "dev.jsonl")
+    folder = load_folder(tmp_path, label_names=["1", "2", "3", "4", "5"])
+    assert folder.dev is not None
+    assert folder.dev.dataset["label"][:] == [0, 1]
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 4], "label 4, but no row has 1 to 3; expected every class from 0 to C-1"),
+        ([0, 1, 3, 100], "label 3, but no row has 2, 4 to 99; expected"),
+        ([0, 1467810369], "label 1467810369, but no row has 1 to 1467810368; expected"),
+        ([0, 1, 1, -1], "no label ("),
+        (
+            ["pos", "neg", "nan"],
+            "no label ('nan'); expected a label in every row; fill it in or delete the row; if",
+        ),
+        (["pos", "neg", "None"], "no label ('None')"),
+    ],
+)
+def test_labels_that_are_no_classes(tmp_path: Path, suffix: str, labels: list[Any], message: str) -> None:
+    assert message in _error(_labelled(tmp_path, labels, f"rows{suffix}"))
+
+
+def test_numbers_and_texts_of_rows_are_no_classes(tmp_path: Path) -> None:
+    for labels in ([*range(60)], [f"id {number}" for number in range(60)], [*range(60), *range(30)]):
+        path = _labelled(tmp_path, labels)
+        assert f"60 different labels in {len(labels)} rows; expected classes that rows share" in _error(path)
+        assert load_rows(path, num_labels=60).num_labels == 60
+    assert load_rows(_labelled(tmp_path, [*range(60), *range(60)])).num_labels == 60
+
+
+def test_gaps_are_right_where_the_number_of_classes_is_given(tmp_path: Path) -> None:
+    path = _labelled(tmp_path, [0, 4])
+    assert "pass num_labels=5 if" in _error(path)
+    assert load_rows(path, num_labels=5).num_labels == 5
+    # millions of classes are no classes, so no number is suggested
+    assert "num_labels" not in _error(_labelled(tmp_path, [0, 99_999_999]))
+    assert "which column holds the labels with label=" in _error(_labelled(tmp_path, [0, 99_999_999]))
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_minus_one_means_unlabelled_in_every_format(tmp_path: Path, suffix: str) -> None:
+    path = _labelled(tmp_path, [-1, -1], f"rows{suffix}")
+    assert not load_rows(path, require_labels=False).is_labelled
+    assert "no label (" in _error(path)
+    mood = load_rows(_labelled(tmp_path, [-1, 0, 1], f"mood{suffix}"), label_names=["-1", "0", "1"])
+    assert mood.dataset["label"][:] == [0, 1, 2]
+    assert load_rows(path, num_labels=1).dataset["label"][:] == [-1.0, -1.0]
+
+
+def test_integers_beyond_int64_and_numbers_beyond_float32(tmp_path: Path) -> None:
+    message = _error(_labelled(tmp_path, [0, 10**40]))
+    assert "line 2: unknown label 1000000" in message
+    assert "expected 0 or more, below 2^63" in message
+    assert "unknown label" in _error(_labelled(tmp_path, [0, 10**40]), num_labels=2)
+    for wrong in (1e39, -1e39, 10**400):
+        message = _error(_labelled(tmp_path, [0.5, wrong]), num_labels=1)
+        assert "line 2: label" in message
+        assert "float32 can hold" in message or "a finite number" in message
+
+
+def _class_label_file(folder: Path, names: list[str], labels: list[int]) -> Path:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)})
+    data = {"text": [f"row {number}" for number in range(len(labels))], "label": labels}
+    datasets.Dataset.from_dict(data, features=features).to_parquet(folder / "named.parquet")
+    return folder / "named.parquet"
+
+
+def test_names_of_classes_in_parquet_are_kept(tmp_path: Path) -> None:
+    path = _class_label_file(tmp_path, ["neg", "pos"], [0, 1, 1])
+    rows = load_rows(path)
+    assert (rows.label_names, rows.dataset["label"][:]) == (("neg", "pos"), [0, 1, 1])
+    # a model may number them otherwise
+    assert load_rows(path, label_names=["pos", "neg"]).dataset["label"][:] == [1, 0, 0]
+    assert "it names the classes neg, pos, expected NEGATIVE, POSITIVE" in _error(
+        path, label_names=["NEGATIVE", "POSITIVE"]
+    )
+    same = load_rows(path, label_names=["NEGATIVE", "POSITIVE"], labels_are="indices")
+    assert same.dataset["label"][:] == [0, 1, 1]
+    assert "it names 2 classes (neg, pos); expected 3" in _error(path, num_labels=3)
+
+
+def test_rows_in_another_order_of_their_classes(tmp_path: Path) -> None:
+    rows = load_rows(_labelled(tmp_path, ["a", "b", "c", "a"]))
+    turned = rows.in_order_of(("c", "a", "b"))
+    assert (turned.label_names, turned.dataset["label"][:]) == (("c", "a", "b"), [1, 2, 0, 1])
+    assert turned.digest() != rows.digest()
+    assert turned.in_order_of(("a", "b", "c")).digest() == rows.digest()
+    assert rows.in_order_of(("a", "b", "c")) is rows
+    with pytest.raises(DataError, match="its labels have the names a, b, c, expected a, b, d"):
+        rows.in_order_of(("a", "b", "d"))
+
+
+# One reader
+
+
+def test_suffixes_in_any_case(tmp_path: Path) -> None:
+    for name in ("train.TSV", "dev.Csv", "test.NDJSON"):
+        suffix = {".ndjson": ".jsonl"}.get(Path(name).suffix.lower(), Path(name).suffix.lower())
+        WRITERS[suffix](tmp_path / name, {"label": [0, 1], "text": ["a", "b"]})
+    folder = load_folder(tmp_path)
+    assert folder.dev is not None
+    assert folder.test is not None
+    assert load_rows(tmp_path / "train.TSV").dataset["text_a"][:] == ["a", "b"]
+    _file(tmp_path, "not a split\n", "train.txt")
+    load_folder(tmp_path)
+    assert load_rows(tmp_path / "train.txt", require_labels=False).dataset["text_a"][:] == ["not a split"]
+
+
+def test_csv_fields_of_any_length_and_form(tmp_path: Path) -> None:
+    long = "x " * 70_000
+    texts = [long, 'one, "two"\nthree', '5" screen', "", "end"]
+    path = tmp_path / "rows.csv"
+    _write_csv(path, {"label": [0, 1, 0, 1, 0], "text": [*texts[:3], "filled", "end"]})
+    assert load_rows(path).dataset["text_a"][:] == [*texts[:3], "filled", "end"]
+    path.write_text('label,text\n0,5" screen\n1,"a ""b"""\n', encoding="utf-8")
+    assert load_rows(path).dataset["text_a"][:] == ['5" screen', 'a "b"']
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl", ".txt"])
+def test_other_encodings_are_named_with_the_command_that_converts(tmp_path: Path, suffix: str, encoding: str) -> None:
+    path = _file(tmp_path, 'label\ttext\n0\tok\n{"text": "a"}\n'.encode(encoding), f"rows{suffix}")
+    message = _error(path, require_labels=False)
+    assert "the file is UTF-" in message
+    assert "convert it: iconv -f UTF-" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "hi \\ud83d", "label": 1}', "lone surrogate U+D83D at character 4 in column 'text'"),
+        ('{"text": "hi", "label": ' + "9" * 5000 + "}", "invalid JSON (an integer of thousands of digits)"),
+        ("[" * 100_000, "invalid JSON (brackets are nested too deep)"),
+        ('{"text": [1, 2], "label": 1}', "[1, 2] (list) in column 'text'"),
+        ('{"text": "' + "x" * (1 << 20) + '"}', "a line longer than 1048576 bytes"),
+    ],
+)
+def test_bad_json_is_named_by_line(tmp_path: Path, line: str, message: str) -> None:
+    path = _file(tmp_path, '{"text": "ok", "label": 0}\n' + line + "\n", "rows.jsonl")
+    assert f"rows.jsonl, line 2: {message}" in _error(path)
+
+
+def test_text_in_parquet_that_is_not_utf8(tmp_path: Path) -> None:
+    raw = pyarrow.array([b"ok", b"caf\xe9"])
+    text = pyarrow.StringArray.from_buffers(2, raw.buffers()[1], raw.buffers()[2])
+    pyarrow.parquet.write_table(pyarrow.table({"label": [0, 1], "text": text}), tmp_path / "rows.parquet")
+    assert "row 2: byte 0xe9 in a text; expected UTF-8" in _error(tmp_path / "rows.parquet")

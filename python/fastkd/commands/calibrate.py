@@ -27,6 +27,7 @@ from fastkd.commands.options import (
     carried,
     criterion_option,
     parse_share,
+    quoted,
     row_reading,
 )
 from fastkd.commands.predict import predict
@@ -170,7 +171,7 @@ def _report(
         screen.out.print(f"saved in [bold]{folder / 'config.json'}[/]", soft_wrap=True)
         is_number = isinstance(certificate.speed, float)
         speed = "" if set_default or not is_number else f" --speed {certificate.speed:g}"
-        screen.next_step(f"fastkd predict {folder} INPUT{speed}{again} --monitor 1%")
+        screen.next_step(f"fastkd predict {quoted(folder)} INPUT{speed}{again} --monitor 1%")
     screen.result(certificate.to_dict() | {"saved": None if folder is None else str(folder)})
 
 

@@ -8,7 +8,6 @@ with the same settings, goes on where it stopped.
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from fastkd.commands.options import quoted
 from fastkd.commands.screen import Screen, benchmark_table, share, sweep_table
 from fastkd.data import corpus
 from fastkd.data.files import changed_settings, write_json, write_text
@@ -300,7 +300,7 @@ def _write_examples(test: Rows, output: Path, speed: float) -> str:
         path = output / "examples.txt"
         lines = [str(row["text_a"]) for row in rows]  # type: ignore[index, call-overload]
     write_text(path, "\n".join(lines) + "\n")
-    return f"fastkd predict {shlex.quote(str(output / DISTILLED))} {shlex.quote(str(path))} --speed {speed:g}"
+    return f"fastkd predict {quoted(output / DISTILLED)} {quoted(path)} --speed {speed:g}"
 
 
 def _tell_sweep(screen: Screen, sweep: Sweep, accuracies: list[float]) -> None:
@@ -321,7 +321,9 @@ def _tell_end(screen: Screen, result: DemoResult, speed: float) -> None:
             f"{shown.average_layers:.2f} layers on average, {shown.speedup['fastbert']:.2f}x fewer FLOPs{measured}."
         )
     screen.out.print(f"pictures and tables: [bold]{result.output}[/]; all of it with a slider: [bold]{result.page}[/]")
-    screen.next_step(result.next_command, f"fastkd sweep {result.output / 'trace.safetensors'} --criterion margin")
+    screen.next_step(
+        result.next_command, f"fastkd sweep {quoted(result.output / 'trace.safetensors')} --criterion margin"
+    )
 
 
 def _name_of(data: Path | None) -> str:

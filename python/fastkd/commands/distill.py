@@ -27,6 +27,7 @@ from fastkd.commands.options import (
     TrainFile,
     TrainRows,
     carried,
+    quoted,
     row_reading,
     training_options,
 )
@@ -100,5 +101,7 @@ def distill(
         with training_progress(screen, "distilling") as callback:
             done = self_distillation.distill(model, rows, folder.dev, output, options, tokenizer, [callback])
         show_training(screen, done)
-        target = f"{data} --split dev" if data and folder.dev is not None else (dev or data or train)
-        screen.next_step(f"fastkd sweep {output} --data {target}{carried(context, sweep, without=['data', 'seed'])}")
+        target = f"{quoted(data)} --split dev" if data and folder.dev is not None else quoted(dev or data or train)
+        screen.next_step(
+            f"fastkd sweep {quoted(output)} --data {target}{carried(context, sweep, without=['data', 'seed'])}"
+        )

@@ -31,6 +31,7 @@ from fastkd.commands.options import (
     TrainRows,
     carried,
     layer_numbers,
+    quoted,
     row_reading,
     training_options,
     words,
@@ -121,4 +122,6 @@ def finetune(
         with training_progress(screen, "fine-tuning") as callback:
             done = training.finetune(model, rows, folder.dev, output, options, tokenizer, [callback])
         show_training(screen, done)
-        screen.next_step(f"fastkd distill {output}{carried(context, distill)} -o {output}-distilled")
+        screen.next_step(
+            f"fastkd distill {quoted(output)}{carried(context, distill)} -o {quoted(f'{output}-distilled')}"
+        )

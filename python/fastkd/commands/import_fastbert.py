@@ -8,7 +8,12 @@ from typing import Annotated
 
 import typer
 
-from fastkd.commands.options import Json, Overwrite, words
+from fastkd.commands.options import (
+    Json,
+    Overwrite,
+    quoted,
+    words,
+)
 from fastkd.commands.screen import screen_for
 
 
@@ -78,7 +83,7 @@ def import_fastbert(
             taken = ", ".join(f"{_FLAGS[name]} {value}" for name, value in done.assumed.items())
             screen.say(f"the file does not record all of its training; assumed: {taken}, and UER's bert tokenizer")
         if done.has_tokenizer:
-            screen.next_step(f"fastkd predict {done.folder} INPUT --speed 0.5")
+            screen.next_step(f"fastkd predict {quoted(done.folder)} INPUT --speed 0.5")
         else:
             screen.say("no tokenizer: commands that read texts need one; convert again with --vocab vocab.txt")
         screen.result(

@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastkd.commands.calibrate import print_certificate
-from fastkd.commands.options import Json
+from fastkd.commands.options import (
+    Json,
+    quoted,
+)
 from fastkd.commands.screen import quieten, screen_for
 
 if TYPE_CHECKING:
@@ -44,7 +47,7 @@ def info(
         screen.out.print()
         if certificate is None:
             screen.out.print("certificate     none")
-            screen.next_step(f"fastkd calibrate {checkpoint} --data DATA")
+            screen.next_step(f"fastkd calibrate {quoted(checkpoint)} --data DATA")
         else:
             screen.out.print("[bold]certificate[/]")
             print_certificate(screen, certificate, config.num_hidden_layers)

@@ -27,6 +27,7 @@ from fastkd.commands.options import (
     TrainFile,
     TrainRows,
     carried,
+    quoted,
     row_reading,
     words,
 )
@@ -161,7 +162,7 @@ def kd(
         screen.out.print(f"{done.steps} steps in {done.seconds:.0f} s; {shown or 'no dev rows, so nothing evaluated'}")
         screen.out.print(f"student: [bold]{done.output_dir}[/]")
         screen.next_step(
-            f"fastkd kd --teacher {output}{carried(context, kd)} -o smaller"
+            f"fastkd kd --teacher {quoted(output)}{carried(context, kd)} -o smaller"
             if method == "none"
             else "fastkd kd-table GRID.yaml -o table"
         )

@@ -128,6 +128,11 @@ _CARRIED = (
 """Options that say which rows, which decision and which arithmetic: what follows a command needs them again."""
 
 
+def quoted(value: object) -> str:
+    """`value` as a shell takes it."""
+    return shlex.quote(str(value))
+
+
 def carried(context: typer.Context, following: Callable[..., None], without: Sequence[str] = ()) -> str:
     """The options that the user gave to this command and that the one which follows needs again.
 
@@ -148,7 +153,7 @@ def carried(context: typer.Context, following: Callable[..., None], without: Seq
 def _written(parameter: Any, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [parameter.opts[0] if value else parameter.secondary_opts[0]]
-    return [parameter.opts[0], shlex.quote(str(getattr(value, "value", value)))]
+    return [parameter.opts[0], quoted(getattr(value, "value", value))]
 
 
 def parse_speeds(text: str) -> list[float]:

@@ -22,6 +22,7 @@ from fastkd.commands.options import (
     PairColumn,
     Split,
     TextColumn,
+    quoted,
     row_reading,
 )
 from fastkd.commands.screen import quieten, screen_for
@@ -68,7 +69,7 @@ def trace(
         recorded.save(output)
         layers = ", ".join(map(str, recorded.exit_layers))
         screen.out.print(f"{len(recorded)} rows, heads after layers {layers}: [bold]{output}[/]")
-        screen.next_step(f"fastkd sweep {output}")
+        screen.next_step(f"fastkd sweep {quoted(output)}")
         screen.result(
             {"trace": str(output), "rows": len(recorded), "exit_layers": recorded.exit_layers}
             | {"max_length": recorded.max_length, "labelled": recorded.labels is not None}

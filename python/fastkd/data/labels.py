@@ -18,6 +18,7 @@ LABELS_ARE = ("names", "indices")
 _INTEGER = re.compile(r"[+-]?\d{1,4000}")  # Python reads no longer one
 _INT64 = 2**63
 _MOST_CLASSES = 10_000  # more are numbers of another kind
+_FEW_CLASSES = 50  # so many may have one row each, as in a small test
 _FLOAT32_MAX = 3.4028234663852886e38
 _UNLABELLED = -1
 """How hub datasets mark rows whose class is kept secret."""
@@ -262,6 +263,7 @@ def _integer_labels(labelled: _Labelled, num_labels: int | None, bad: BadRows) -
             numbers.append(number)
     if num_labels is None and first:
         _check_no_gaps(first, bad)
+        _check_repeated(len(first), len(numbers), bad)
     return Labels(numbers, None, num_labels or max([1, *numbers]) + 1)
 
 
@@ -289,6 +291,16 @@ def _check_no_gaps(first: Mapping[int, int], bad: BadRows) -> None:
     )
 
 
+def _check_repeated(classes: int, rows: int, bad: BadRows) -> None:
+    """Raise DataError for labels that hardly any two rows share: they number or describe rows."""
+    if classes > _FEW_CLASSES and 2 * classes > rows:
+        bad.raise_if_any()
+        raise DataError(
+            f"{bad.source}: {classes} different labels in {rows} rows; expected classes that rows share; say which "
+            f"column holds the labels with label=, or pass num_labels={classes} if there are so many classes"
+        )
+
+
 def _string_labels(labelled: _Labelled, num_labels: int | None, bad: BadRows) -> Labels:
     strings: list[str] = []
     for position, value in labelled:
@@ -305,6 +317,8 @@ def _string_labels(labelled: _Labelled, num_labels: int | None, bad: BadRows) ->
             f"{bad.source}: {len(names)} different labels ({_shortened(names)}); expected {num_labels}; "
             "pass all of them in the model's order as label_names="
         )
+    if num_labels is None:
+        _check_repeated(len(names), len(strings), bad)
     index = {name: i for i, name in enumerate(names)}
     return Labels([index[value] for value in strings], names, len(names), "names")
 

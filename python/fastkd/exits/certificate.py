@@ -15,7 +15,7 @@ import torch
 
 from fastkd.data.files import read_json, write_json
 from fastkd.exits.fingerprints import HasWeights, file_fingerprint, model_fingerprint
-from fastkd.exits.guarantees import binomial_upper_bound
+from fastkd.exits.guarantees import GUARANTEES, METHODS, binomial_upper_bound
 
 
 class CalibrationWarning(UserWarning):
@@ -195,6 +195,10 @@ class Certificate:
             if not any(_is_kind(value[field.name], kind) for kind in str(field.type).split(" | ")):
                 got = reprlib.repr(value[field.name])
                 raise ValueError(f"certificate: {field.name} is {got}, expected {field.type}; calibrate again")
+        is_known = value["guarantee"] in GUARANTEES and value["method"] in METHODS
+        if not is_known or (value["method"] == "fixed-sequence" and value["confidence"] is None):
+            kind = f"{value['guarantee']}, {value['method']}, confidence {value['confidence']}"
+            raise ValueError(f"certificate: got {kind}, which is no kind of guarantee; calibrate again")
         return cls(**value)
 
     @classmethod

@@ -99,7 +99,7 @@ class Teacher:
         """The classifier and tokenizer in `folder`, or of that name on the hub, in float32."""
         # the configuration is read first, so that what is wrong with it is said of it
         config = saved_config(folder, {})
-        with damage_explained(folder):
+        with damage_explained(folder, lambda: AutoModelForSequenceClassification.from_config(config)):
             model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
         return cls(model, load_tokenizer(folder), pool)
 

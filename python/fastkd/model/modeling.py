@@ -598,7 +598,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
     def _load(cls, path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any) -> Any:
         wants_info = kwargs.pop("output_loading_info", False)
         strict = not kwargs.pop("ignore_mismatched_sizes", False)
-        with damage_explained(path):
+        with damage_explained(path, lambda: cls(kwargs["config"])):
             loaded: Any = super().from_pretrained(
                 path, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
             )

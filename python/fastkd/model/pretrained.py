@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -50,7 +51,8 @@ def config_explained(path: str | os.PathLike[str] | None) -> Iterator[None]:
         place = (
             f"{Path(path) / 'config.json'}" if path is not None and Path(path).is_dir() else f"config.json of {path}"
         )
-        reason = " ".join(str(error).split()) or type(error).__name__
+        # torch appends the stack of its C++
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{place} is no configuration of a model that can be loaded ({reason}); correct it, or save or download "
             "the model again"
@@ -93,8 +95,13 @@ def config_to_load(
 
 
 @contextmanager
-def damage_explained(path: str | os.PathLike[str] | None) -> Iterator[None]:
-    """Turn what reading a damaged weights file raises into a ValueError that says so."""
+def damage_explained(path: str | os.PathLike[str] | None, build: Callable[[], Any] | None = None) -> Iterator[None]:
+    """Turn what reading damaged weights, or weights of another configuration, raises into a ValueError that says so.
+
+    Args:
+        path: of the checkpoint.
+        build: makes the model of its configuration without the weights.
+    """
     try:
         yield
     except SafetensorError as error:
@@ -106,6 +113,9 @@ def damage_explained(path: str | os.PathLike[str] | None) -> Iterator[None]:
         # a damaged pickle may raise anything, so the file is asked
         for file in () if path is None else sorted(Path(path).glob("pytorch_model*.bin")):
             load_torch_file(file, "pretrained_model_name_or_path")
+        if build is not None:
+            with config_explained(path), torch.device("meta"):
+                build()
         raise
 
 
