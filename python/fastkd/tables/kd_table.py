@@ -16,6 +16,7 @@ The grid is a YAML file:
     tasks:
       RTE: {data: rte, metric: accuracy, train: {max_length: 96}}
       STS-B: {data: stsb, metric: [pearson, spearman], num_labels: 1}
+      Stars: {data: stars, text_column: review, label_column: stars, labels_are: indices}
     blocks:
       - title: Intermediate layers
         student: layers:3
