@@ -46,7 +46,7 @@ from fastkd.kd.teacher import Teacher, tokenizer_fingerprint
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.model.tokenizers import load_tokenizer
 from fastkd.training import metrics
-from fastkd.training.checks import check_dtypes, check_evaluation, check_tokenizer
+from fastkd.training.checks import check_dtypes, check_evaluation, check_tokenizer, check_trainable
 from fastkd.training.harness import Run, TrainResult, asking_for_gradients, take_labels
 
 
@@ -86,6 +86,7 @@ class KDTrainer:
         self.method = method_of(method)
         self.options = options or KDOptions()
         self.method.check(self.options.arguments)
+        check_trainable(student, "student")
         self.student = student
         self.model: PreTrainedModel | None = None
         self.cache = cache
@@ -163,18 +164,19 @@ class KDTrainer:
         run = Run.begin(
             "kd", train, dev, output_dir, options, best_metric=BEST_METRIC, given=self._given(first_teacher)
         )
-        teacher = self._last_assistant(train, dev, run.checkpoints) if self._chain else first_teacher
-        if teacher is not None and teacher is not first_teacher:
-            teacher, _, _ = common_order(student, teacher, train, dev)
-        answers = self._answers(teacher, train, run, on_teacher)
-        frozen = student.get_input_embeddings().parameters() if options.freeze_embeddings else ()
-        with asking_for_gradients(dict.fromkeys(frozen, False)):
-            results = [
-                StageRun(stage, student, teacher, answers, self.method, options, self.tokenizer).run(
-                    number, train, dev, run.checkpoints, callbacks
-                )
-                for number, stage in enumerate(self.method.stages, start=1)
-            ]
+        with run.cleared_if_failed():
+            teacher = self._last_assistant(train, dev, run.checkpoints) if self._chain else first_teacher
+            if teacher is not None and teacher is not first_teacher:
+                teacher, _, _ = common_order(student, teacher, train, dev)
+            answers = self._answers(teacher, train, run, on_teacher)
+            frozen = student.get_input_embeddings().parameters() if options.freeze_embeddings else ()
+            with asking_for_gradients(dict.fromkeys(frozen, False)):
+                results = [
+                    StageRun(stage, student, teacher, answers, self.method, options, self.tokenizer).run(
+                        number, train, dev, run.checkpoints, callbacks
+                    )
+                    for number, stage in enumerate(self.method.stages, start=1)
+                ]
         student.zero_grad(set_to_none=True)
         self.model = student.eval()
         if isinstance(student, EarlyExitForSequenceClassification):

@@ -16,7 +16,15 @@ from fastkd.data.rows import Rows
 from fastkd.encoders.label_scale import LabelScale
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.training.checks import check_dtypes, check_evaluation, check_tokenizer
-from fastkd.training.harness import Run, TrainingStage, TrainOptions, TrainResult, only_trainable, train_stage
+from fastkd.training.harness import (
+    Objective,
+    Run,
+    TrainingStage,
+    TrainOptions,
+    TrainResult,
+    only_trainable,
+    train_stage,
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class PartTraining:
 
     name: str
     model: EarlyExitForSequenceClassification
-    objective: nn.Module
+    objective: Objective
     trained: Sequence[nn.Module]
     scale: LabelScale
     scaled: Sequence[nn.Module]
@@ -48,6 +56,21 @@ class PartTraining:
     best_metric: str
     reads_labels: bool
     trains_exits: bool
+
+
+def check_part(
+    model: EarlyExitForSequenceClassification,
+    trained: Sequence[nn.Module],
+    dev: Rows | None,
+    options: TrainOptions,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Raise for what cannot be trained, before the model or any file is changed."""
+    check_evaluation(options.early_stopping_patience, dev)
+    check_tokenizer(tokenizer, model)
+    _check_input_format(tokenizer, model)
+    _check_max_length(options.max_length, model)
+    check_dtypes(trained)
 
 
 def train_part(
@@ -59,13 +82,8 @@ def train_part(
     tokenizer: PreTrainedTokenizerBase,
     callbacks: Sequence[TrainerCallback],
 ) -> TrainResult:
-    """Check, train and save; arguments and errors are those of `fastkd.finetune`."""
+    """Train and save what `check_part` found in order; arguments and errors are those of `fastkd.finetune`."""
     model = training.model
-    check_evaluation(options.early_stopping_patience, dev)
-    check_tokenizer(tokenizer, model)
-    _check_input_format(tokenizer, model)
-    _check_max_length(options.max_length, model)
-    check_dtypes(training.trained)
     train_tokens = tokenize(train, tokenizer, options.max_length)
     if not training.reads_labels and "labels" in train_tokens.column_names:
         train_tokens = train_tokens.remove_columns("labels")
@@ -80,7 +98,7 @@ def train_part(
         head_learning_rate=training.head_learning_rate,
     )
     run = Run.begin(training.name, train, dev, output_dir, options, best_metric=training.best_metric)
-    with only_trainable(model, training.trained), training.scale.taken_out_of(training.scaled):
+    with run.cleared_if_failed(), only_trainable(model, training.trained), training.scale.taken_out_of(training.scaled):
         done = train_stage(stage, run.checkpoints, options, callbacks)
     model.zero_grad(set_to_none=True)
     model.eval()
