@@ -66,7 +66,7 @@ def write_rows(path: Path, rows: int, seed: int) -> None:
     source = random.Random(seed)
     lines = ["label\ttext_a"]
     for label in [*TOPICS] * (rows // len(TOPICS)):
-        words = [*source.choices(["the", "a", "was", "is", "and"], k=source.randint(2, 7)), TOPICS[label]]
+        words = [*source.choices(["the", "a", "was", "is", "and"], k=source.randint(6, 11)), TOPICS[label]]
         lines.append(f"{label}\t{' '.join(words)}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

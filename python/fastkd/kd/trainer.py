@@ -33,6 +33,7 @@ from transformers import (
 
 from fastkd.data.batches import LengthSortedBatches, tokenize
 from fastkd.data.labels import names_of_classes
+from fastkd.data.row_hashes import warn_about_duplicates
 from fastkd.data.rows import Rows
 from fastkd.encoders.families import FAMILIES, longest_input
 from fastkd.encoders.label_scale import LabelScale
@@ -48,6 +49,7 @@ from fastkd.model.tokenizers import load_tokenizer
 from fastkd.training import metrics
 from fastkd.training.checks import check_dtypes, check_evaluation, check_tokenizer, check_trainable
 from fastkd.training.harness import Run, TrainResult, asking_for_gradients, take_labels
+from fastkd.training.model_parts import seen_by
 
 
 class KDTrainer:
@@ -161,6 +163,7 @@ class KDTrainer:
         for model in [student] if self.teacher is None else [student, self.teacher.model]:
             _check_length(model, options.max_length)
 
+        warn_about_duplicates({"train": train, "dev": dev})
         run = Run.begin(
             "kd", train, dev, output_dir, options, best_metric=BEST_METRIC, given=self._given(first_teacher)
         )
@@ -180,7 +183,7 @@ class KDTrainer:
         student.zero_grad(set_to_none=True)
         self.model = student.eval()
         if isinstance(student, EarlyExitForSequenceClassification):
-            _describe(student, train, run)
+            _describe(student, train, dev, run)
         return run.finish(student, self.tokenizer, _joined(results))
 
     def _default_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -331,7 +334,7 @@ def _joined(results: Sequence[TrainResult]) -> TrainResult:
     )
 
 
-def _describe(student: EarlyExitForSequenceClassification, train: Rows, run: Run) -> None:
+def _describe(student: EarlyExitForSequenceClassification, train: Rows, dev: Rows | None, run: Run) -> None:
     """Make the configuration of an early-exit student say what its last head, and only that, has just learned."""
     config = student.config
     config.last_head_was_trained()
@@ -339,6 +342,7 @@ def _describe(student: EarlyExitForSequenceClassification, train: Rows, run: Run
         scale = LabelScale.of(train)
         config.label_scale = [scale.mean, scale.std]
     config.training_data |= run.digests
+    student.seen_rows |= seen_by("kd", train, dev)
     student.confirm_weights()
 
 

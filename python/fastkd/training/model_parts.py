@@ -12,6 +12,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallbac
 
 from fastkd.data.batches import padding_collator, tokenize
 from fastkd.data.input_format import input_format_of
+from fastkd.data.row_hashes import Hashes, row_hashes, warn_about_duplicates
 from fastkd.data.rows import Rows
 from fastkd.encoders.label_scale import LabelScale
 from fastkd.model.modeling import EarlyExitForSequenceClassification
@@ -97,6 +98,7 @@ def train_part(
         head_names=("model.heads.",),
         head_learning_rate=training.head_learning_rate,
     )
+    warn_about_duplicates({"train": train, "dev": dev})
     run = Run.begin(training.name, train, dev, output_dir, options, best_metric=training.best_metric)
     with run.cleared_if_failed(), only_trainable(model, training.trained), training.scale.taken_out_of(training.scaled):
         done = train_stage(stage, run.checkpoints, options, callbacks)
@@ -105,10 +107,17 @@ def train_part(
     config = model.config
     config.certificate = None  # it was for the weights of before
     config.training_data |= run.digests
+    model.seen_rows |= seen_by(training.name, train, dev)
     if training.trains_exits:
         config.exits_trained = True
     model.confirm_weights()
     return run.finish(model, tokenizer, done)
+
+
+def seen_by(name: str, train: Rows, dev: Rows | None) -> dict[str, Hashes]:
+    """Hashes of the rows of a training by their part in it, as `model.seen_rows` holds them."""
+    parts = {"train": train, "dev": dev}
+    return {f"{name} {part}": row_hashes(rows) for part, rows in parts.items() if rows is not None}
 
 
 def _check_input_format(tokenizer: PreTrainedTokenizerBase, model: EarlyExitForSequenceClassification) -> None:
