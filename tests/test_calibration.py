@@ -138,8 +138,10 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 def test_rows_that_training_has_seen_are_named() -> None:
     trace = certain_trace(400)
     seen = replace(trace, source=replace(trace.source, training_data={"finetune dev": trace.source.data}))
-    with pytest.warns(CalibrationWarning, match="the finetune dev rows"):
-        assert fastkd.calibrate(seen).seen_as == "finetune dev"
+    with pytest.raises(CalibrationError, match=r"400 of these 400 rows .*finetune dev rows.*allow_seen=True"):
+        fastkd.calibrate(seen)
+    with pytest.warns(CalibrationWarning, match="400 were finetune dev rows"):
+        assert fastkd.calibrate(seen, allow_seen=True).seen_as == "finetune dev"
     with pytest.warns(CalibrationWarning, match="guarantees nothing"):
         fastkd.calibrate(trace, method="empirical")
     with warnings.catch_warnings():
@@ -241,6 +243,9 @@ def test_calibrate_refuses_and_warns(saved: Path, rows: Path) -> None:
     config = json.loads((saved / "config.json").read_text(encoding="utf-8"))
     config["training_data"] = {"finetune dev": load_rows(rows, num_labels=3).digest()}
     (saved / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    warned = succeeded("calibrate", saved, "--data", rows, "--max-drop", 0.6, "--limit", 450)
-    assert "the finetune dev rows" in " ".join(warned.stderr.split())
+    refused = run("calibrate", saved, "--data", rows, "--max-drop", 0.6, "--limit", 450)
+    assert refused.exit_code == 2
+    assert "(450 were finetune dev rows)" in " ".join(refused.output.split())
+    warned = succeeded("calibrate", saved, "--data", rows, "--max-drop", 0.6, "--limit", 450, "--allow-seen")
+    assert "(450 were finetune dev rows)" in " ".join(warned.stderr.split())
     assert "void: these were the finetune dev rows" in succeeded("info", saved).stdout

@@ -61,12 +61,69 @@ WRITES = {
 TOPICS = {"business": "plot", "science": "cold", "sports": "fun", "world": "actor"}
 
 
+# so many that rows of two files are seldom the same, which calibration refuses
+FILLERS = [
+    "the",
+    "a",
+    "was",
+    "is",
+    "and",
+    "of",
+    "to",
+    "in",
+    "that",
+    "it",
+    "with",
+    "as",
+    "on",
+    "for",
+    "at",
+    "by",
+    "from",
+    "this",
+    "which",
+    "but",
+    "not",
+    "are",
+    "had",
+    "his",
+    "they",
+    "have",
+    "were",
+    "their",
+    "one",
+    "all",
+    "she",
+    "there",
+    "would",
+    "been",
+    "if",
+    "more",
+    "when",
+    "who",
+    "will",
+    "no",
+    "out",
+    "so",
+    "said",
+    "what",
+    "up",
+    "its",
+    "about",
+    "than",
+    "into",
+    "them",
+    "can",
+    "only",
+]
+
+
 def write_rows(path: Path, rows: int, seed: int) -> None:
     """Rows of four classes, which one word gives away."""
     source = random.Random(seed)
     lines = ["label\ttext_a"]
     for label in [*TOPICS] * (rows // len(TOPICS)):
-        words = [*source.choices(["the", "a", "was", "is", "and"], k=source.randint(2, 7)), TOPICS[label]]
+        words = [*source.choices(FILLERS, k=source.randint(2, 7)), TOPICS[label]]
         lines.append(f"{label}\t{' '.join(words)}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

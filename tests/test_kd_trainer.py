@@ -28,7 +28,7 @@ from tiny_models import (
 )
 from torch import Tensor
 from training_worker import rows
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 
 from fastkd.data.errors import DataError
 from fastkd.data.rows import Rows
@@ -479,3 +479,51 @@ def test_a_student_without_names_takes_the_teachers_where_the_rows_have_none(tea
     given = replace(rows(16), label_names=None)
     KDTrainer(teacher, student, "kd", replace(OPTIONS, max_steps=1)).train(given, None, tmp_path / "student")
     assert student.config.id2label == {0: "negative", 1: "positive"}
+
+
+def left_padding() -> PreTrainedTokenizerBase:
+    tokenizer = tokenizer_of("bert")
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def test_a_teacher_reads_texts_padded_on_the_right_only() -> None:
+    model, texts = early_exit_model("bert", num_labels=2), ["the film was good", "bad"]
+    left, right = Teacher(model, left_padding()), Teacher(model, tokenizer_of("bert"))
+    assert left.fingerprint == right.fingerprint
+    batches = [teacher.tokenizer(texts, padding=True, return_tensors="pt") for teacher in (left, right)]
+    signals = [right.signals(batch, ["hidden_states"]).hidden_states for batch in batches]
+    assert torch.equal(*signals)
+    with pytest.raises(ValueError, match="attention_mask: the first token of a row is masked, but the teacher is read"):
+        right.signals(left_padding()(texts, padding=True, return_tensors="pt"), ["logits"])
+
+
+def test_a_failed_start_leaves_nothing_behind(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="tokenizer: it pads on the left"):
+        KDTrainer(teacher, "layers:2", "kd", OPTIONS, tokenizer=left_padding()).train(rows(8), None, tmp_path / "out")
+
+    class Fails(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        KDTrainer(teacher, "layers:2", "kd", OPTIONS).train(rows(8), None, tmp_path / "out", [Fails()])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [{"gradient_checkpointing": True}, {"neftune_noise_alpha": 5.0}])
+@pytest.mark.parametrize("method", ["kd", "pkd-skip"])
+def test_options_of_the_trainer_reach_the_student(
+    teacher: Path, tmp_path: Path, method: str, arguments: dict[str, Any]
+) -> None:
+    options = replace(OPTIONS, max_steps=2, trainer_arguments=arguments)
+    trainer = KDTrainer(teacher, "layers:2", method, options)
+    assert all(loss > 0 for loss in losses_of(trainer.train(rows(16), None, tmp_path / "out")))
+    assert trainer.model is not None
+    assert not trainer.model.is_activation_checkpointing
+
+
+def test_a_student_of_peft_is_refused(teacher: Path) -> None:
+    student: Any = type("PeftModel", (torch.nn.Module,), {"__module__": "peft.peft_model"})()
+    with pytest.raises(TypeError, match="student: got a PeftModel of peft"):
+        KDTrainer(teacher, student, "kd", OPTIONS)

@@ -652,3 +652,99 @@ def test_the_package_offers_training_without_importing_it() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=_environment(), timeout=240)
     with pytest.raises(AttributeError, match="has no attribute 'finetun'"):
         _ = fastkd.finetun
+
+
+# What transformers.Trainer is asked for, and starts that fail
+
+
+@pytest.mark.parametrize("stage", ["finetune", "distill"])
+@pytest.mark.parametrize("arguments", [{"gradient_checkpointing": True}, {"neftune_noise_alpha": 5.0}])
+def test_options_of_the_trainer_reach_the_model(
+    finetuned: Path, tmp_path: Path, stage: str, arguments: dict[str, Any]
+) -> None:
+    model = load(finetuned)
+    seen = set()
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, *_: seen.add((model.is_activation_checkpointing, hasattr(module, "neftune_noise_alpha")))
+    )
+    train(stage, model, tmp_path / "out", max_steps=2, trainer_arguments=arguments)
+    assert seen == {("gradient_checkpointing" in arguments, "neftune_noise_alpha" in arguments)}
+    # the model is given back as it was
+    assert not model.is_activation_checkpointing
+    assert not hasattr(model.get_input_embeddings(), "neftune_noise_alpha")
+
+
+def test_recomputed_activations_change_no_weight(finetuned: Path, tmp_path: Path) -> None:
+    states = []
+    for name, arguments in (("plain", {}), ("recomputed", {"gradient_checkpointing": True})):
+        model = load(finetuned)
+        train("finetune", model, tmp_path / name, max_steps=3, trainer_arguments=arguments)
+        states.append(_state(model))
+    assert all(torch.equal(first, second) for first, second in zip(*map(dict.values, states), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "trainer_arguments: got label_smoothing_factor=0.1, but the loss is the obj"),
+        ({"remove_unused_columns": True}, "trainer_arguments: got remove_unused_columns=True, but rows have no column"),
+        ({"output_dir": "elsewhere"}, "trainer_arguments: got output_dir='elsewhere', but checkpoints lie beside"),
+        ({"label_names": ["other"]}, "trainer_arguments: got label_names="),
+    ],
+)
+def test_options_of_the_trainer_that_an_objective_cannot_have(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        options_of("finetune", trainer_arguments=arguments)
+
+
+@pytest.mark.parametrize("stage", ["finetune", "distill"])
+def test_a_refused_or_failed_start_is_in_nobodys_way(finetuned: Path, tmp_path: Path, stage: str) -> None:
+    class Fails(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            raise RuntimeError("out of memory")
+
+    run = finetune if stage == "finetune" else distill
+    model, left = load(finetuned), tokenizer_of("bert")
+    before = model.config.to_dict()
+    left.padding_side = "left"
+    with pytest.raises(ValueError, match=r"tokenizer: it pads on the left, where \[CLS\] is read; set"):
+        run(model, rows(16), None, tmp_path / "out", options_of(stage), left)
+    assert model.config.to_dict() == before
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(model, rows(16), None, tmp_path / "out", options_of(stage), tokenizer_of("bert"), [Fails()])
+    with pytest.raises(TypeError, match="no_such_argument"):
+        train(stage, model, tmp_path / "out", trainer_arguments={"no_such_argument": 1})
+    assert _leftovers(tmp_path) == []
+    train(stage, model, tmp_path / "out", max_steps=1)
+    assert _leftovers(tmp_path) == ["out"]
+
+
+def test_an_error_after_a_checkpoint_keeps_it(finetuned: Path, tmp_path: Path) -> None:
+    class Fails(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 3:
+                raise RuntimeError("out of memory")
+
+    options = options_of("finetune", eval_steps=2)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        finetune(load(finetuned), rows(80), rows(16), tmp_path / "out", options, tokenizer_of("bert"), [Fails()])
+    assert last_checkpoint(tmp_path / "out.checkpoints") is not None
+
+
+def _in_peft(name: str, base: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """A class as peft defines it."""
+    return type(name, (base,), {"__module__": "peft.tuners.lora.layer"})
+
+
+@pytest.mark.parametrize("stage", [finetune, distill])
+def test_models_of_peft_are_refused(finetuned: Path, tmp_path: Path, stage: Any) -> None:
+    wrapped: Any = _in_peft("PeftModel", torch.nn.Module)()
+    with pytest.raises(TypeError, match=r"model: got a PeftModel of peft, .*; merge the adapter first"):
+        stage(wrapped, rows(8), None, tmp_path / "out", options_of("finetune"), tokenizer_of("bert"))
+    model = load(finetuned)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.layers[0].attention.self.query = _in_peft("Linear", torch.nn.Linear)(32, 32)
+    with pytest.raises(ValueError, match=r"model: bert\.encoder\.layer\.0\.attention\.self\.query is a peft adapter"):
+        stage(model, rows(8), None, tmp_path / "out", options_of("finetune"), tokenizer_of("bert"))
+    assert before == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert _leftovers(tmp_path) == []

@@ -99,6 +99,9 @@ def calibrate(
     pair_column: PairColumn = None,
     label_column: LabelColumn = None,
     labels_are: LabelsAreOption = None,
+    allow_seen: Annotated[
+        bool, typer.Option("--allow-seen", help="Certify even where training has seen over 1% of the rows.")
+    ] = False,
     limit: Limit = None,
     max_length: MaxLength = None,
     batch_size: BatchSize = 32,
@@ -148,7 +151,7 @@ def calibrate(
         with screen.warnings():
             certificate = calibration.calibrate(
                 trace, drop, sure, guarantee=guarantee.value, method=method.value, criterion=chosen, top_n=top_n,
-                path=path, tolerance=tolerance,
+                path=path, tolerance=tolerance, allow_seen=allow_seen,
             )  # fmt: skip
         folder = Path(source) if Path(source).is_dir() else model
         if folder is not None:

@@ -80,7 +80,7 @@ def distill(
     with screen_for(as_json) as screen:
         quieten()
 
-        from fastkd.commands.inputs import load_splits
+        from fastkd.commands.inputs import load_splits, tell_duplicates
         from fastkd.model.loading import load_model
         from fastkd.model.tokenizers import set_length
         from fastkd.training import self_distillation
@@ -90,6 +90,7 @@ def distill(
         folder = load_splits(
             data, train, dev, row_reading(text_column, pair_column, label_column, labels_are), model=model
         )
+        tell_duplicates(screen, folder)
         limit = set_length(model, tokenizer, max_length)
         chosen = {
             "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate,

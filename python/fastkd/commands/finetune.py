@@ -97,7 +97,7 @@ def finetune(
     with screen_for(as_json) as screen:
         quieten()
 
-        from fastkd.commands.inputs import load_splits
+        from fastkd.commands.inputs import load_splits, tell_duplicates
         from fastkd.data.input_format import input_format_of
         from fastkd.model.loading import load_plain
         from fastkd.model.tokenizers import set_input_format, set_length
@@ -107,6 +107,7 @@ def finetune(
         reading = row_reading(text_column, pair_column, label_column, labels_are)
         names = None if labels is None else words(labels)
         folder = load_splits(data, train, dev, reading, num_labels=num_labels, label_names=names)
+        tell_duplicates(screen, folder)
         model, tokenizer = load_plain(checkpoint, folder, head, layer_numbers(exit_layers), seed)
         tokenizer = set_input_format(
             model, tokenizer, input_format or ("uer" if parity else input_format_of(tokenizer))

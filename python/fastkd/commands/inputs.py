@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from fastkd.commands.options import RowReading
 from fastkd.commands.screen import Screen
 from fastkd.data.labels import names_of_classes
+from fastkd.data.row_hashes import DuplicateRowsWarning, warn_about_duplicates
 from fastkd.data.rows import DataFolder, Rows, load_folder, load_rows
 from fastkd.exits.trace import ExitTrace
 from fastkd.inference.trace_rows import trace_rows
@@ -51,6 +53,14 @@ def load_splits(
     if rows.num_labels is not None:
         options |= {"label_names": rows.label_names, "num_labels": rows.num_labels, "labels_are": rows.labels_are}
     return DataFolder(rows, load_rows(dev, **options), None)
+
+
+def tell_duplicates(screen: Screen, folder: DataFolder) -> None:
+    """One line for each two splits that share rows."""
+    with screen.warnings():
+        warn_about_duplicates({"train": folder.train, "dev": folder.dev, "test": folder.test})
+    # the training would say it again
+    warnings.simplefilter("ignore", DuplicateRowsWarning)
 
 
 def load_data(path: Path, split: str, model: PreTrainedModel, reading: RowReading) -> Rows:

@@ -123,7 +123,7 @@ def kd(
 
         quieten()
 
-        from fastkd.commands.inputs import load_splits
+        from fastkd.commands.inputs import load_splits, tell_duplicates
         from fastkd.kd.methods import method_of
         from fastkd.kd.options import KDOptions
         from fastkd.kd.students import is_made_of_teacher
@@ -140,6 +140,7 @@ def kd(
             data, train, dev, row_reading(text_column, pair_column, label_column, labels_are), num_labels=num_labels,
             label_names=None if labels is None else words(labels), model=None if loaded is None else loaded.model,
         )  # fmt: skip
+        tell_duplicates(screen, folder)
         name = student if is_made_of_teacher(student) else checkpoint_path(student)
         options: dict[str, Any] = {
             "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate,

@@ -18,6 +18,7 @@ from fastkd.exits.sweep import SweepRow
 from fastkd.exits.threshold_path import ThresholdPath
 from fastkd.exits.trace import ExitAnswers, ExitTrace
 
+_SEEN_SHARE = 0.01  # of the rows may have been in training: splits with a few duplicates are common
 SPEEDS = tuple(step / 200 for step in range(1, 201))
 """The speeds that are tried unless others are given."""
 
@@ -39,6 +40,7 @@ def calibrate(
     speeds: Sequence[float] | None = None,
     tolerance: float | None = None,
     seq_len: int | None = None,
+    allow_seen: bool = False,
 ) -> Certificate:
     """The speed that saves most operations among those that keep a guarantee.
 
@@ -54,13 +56,14 @@ def calibrate(
         speeds: tried in ascending order; default `SPEEDS`. Choose them without looking at the trace.
         tolerance: for regression, the difference up to which two answers are the same, in units of the label.
         seq_len: length for which operations are counted; default that of the trace.
+        allow_seen: also certify on rows of which training has seen more than 1 %; the guarantee is void for them.
 
     Warns:
-        CalibrationWarning: training has seen these rows, or the method guarantees nothing.
+        CalibrationWarning: training has seen some of these rows, or the method guarantees nothing.
 
     Raises:
-        CalibrationError: too few rows for this guarantee (it says how many are needed), or no speed keeps it and saves
-            operations.
+        CalibrationError: training has seen more than 1 % of the rows; too few rows for this guarantee (it says how many
+            are needed), or no speed keeps it and saves operations.
         ValueError: an unknown name, numbers outside their range, labels or tolerance missing, a path that was learned
             from these rows.
     """
@@ -77,7 +80,7 @@ def calibrate(
             f"trace: got {len(trace)} rows, but {_aim(max_drop, confidence, method)} takes at least {needed}, even if "
             f"none of them fails; calibrate on {needed} rows or more, or allow a larger max_drop"
         )
-    seen_as = _warn_if_seen(trace)
+    seen_as = _part_that_saw(trace, allow_seen)
     if method == "empirical":
         warnings.warn(
             "method: 'empirical' measures the calibration rows and guarantees nothing for others",
@@ -195,18 +198,31 @@ def _check_path(path: ThresholdPath, trace: ExitTrace) -> None:
         raise ValueError("path: learned from the rows of this trace, which voids the guarantee; use other rows for it")
 
 
-def _warn_if_seen(trace: ExitTrace) -> str | None:
-    """The part that these rows had in training, with a warning; None where training has not seen them."""
+def _part_that_saw(trace: ExitTrace, allowed: bool) -> str | None:
+    """The part of training that saw most of these rows, where it is more than may be; with a warning where any did.
+
+    Raises:
+        CalibrationError: more than may be, and not allowed.
+    """
+    seen = {part: count for part, count in trace.source.seen.items() if count}
+    total = trace.source.seen_anywhere
     for part, fingerprint in trace.source.training_data.items():
         if fingerprint == trace.source.data:
-            warnings.warn(
-                f"trace: these rows were the {part} rows of this model, so it does better on them than on new ones and "
-                "the guarantee does not hold; calibrate on rows that training has not seen",
-                CalibrationWarning,
-                stacklevel=3,
-            )
-            return part
-    return None
+            seen[part] = total = len(trace)
+    if not seen:
+        return None
+    parts = ", ".join(f"{count:,} were {part} rows" for part, count in seen.items())
+    told = f"trace: {total:,} of these {len(trace):,} rows were in the training of this model ({parts})"
+    if total <= _SEEN_SHARE * len(trace):
+        warnings.warn(f"{told}; that few are let pass", CalibrationWarning, stacklevel=3)
+        return None
+    told += ", so it does better on them than on new ones and the guarantee does not hold"
+    if not allowed:
+        raise CalibrationError(
+            f"{told}; calibrate on rows that training has not seen, or pass allow_seen=True (--allow-seen)"
+        )
+    warnings.warn(told, CalibrationWarning, stacklevel=3)
+    return max(seen, key=lambda part: seen[part])
 
 
 def _why_none(slowest: _Tried, n: int, max_drop: float, confidence: float, method: str, some_hold: bool) -> str:

@@ -55,6 +55,10 @@ class TraceSource:
     """Of the rows that the weights have seen, by their part in training."""
     dtype: str = ""
     """Of the weights, as torch calls it: "float32"."""
+    seen: Mapping[str, int] = field(default_factory=dict)
+    """How many of the traced rows were in each part of training; empty where that is unknown."""
+    seen_anywhere: int = 0
+    """How many were in any part."""
 
 
 class SpeedThresholds(Protocol):

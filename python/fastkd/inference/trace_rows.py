@@ -52,7 +52,7 @@ def trace_rows(
         rows = rows.sample(limit, seed)
     encoded = tokenize(rows, tokenizer, max_length or length_limit(model, tokenizer))
     batches = LengthSortedBatches(encoded, tokenizer, batch_size)
-    trace = model.trace(_counted(batches, on_batch), fingerprint)
+    trace = model.trace(_counted(batches, on_batch), fingerprint, rows)
     return replace(trace, rows=places[batches.order])
 
 

@@ -17,7 +17,7 @@ import numpy
 import torch
 import transformers
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     EvalPrediction,
     PreTrainedModel,
@@ -39,15 +39,13 @@ from fastkd.kd.probe import LayerProbe, PseudoClassifiers, encoder_layers, whole
 from fastkd.kd.teacher import Signals, Teacher
 from fastkd.losses import label_loss
 from fastkd.training import metrics
-from fastkd.training.harness import TrainingStage, TrainResult, train_stage
+from fastkd.training.harness import Objective, TrainingStage, TrainResult, train_stage
 
 BEST_METRIC = "score"
 
 
-class StudentObjective(nn.Module):
+class StudentObjective(Objective):
     """The student as the Trainer sees it, together with what the method adds to it in training."""
-
-    accepts_loss_kwargs = False
 
     def __init__(
         self, stage: Stage, student: PreTrainedModel, loss: StageLoss, teacher: Teacher | None, pool: str | None
@@ -97,6 +95,10 @@ class StudentObjective(nn.Module):
         layers = {name: value.transpose(0, 1) for name, value in given.items() if name != "logits"}
         logits = given["logits"] if "logits" in given else layers["layer_logits"][-1]
         return Signals(logits, layers.get("layer_logits"), layers.get("hidden_states"))
+
+    @property
+    def core(self) -> PreTrainedModel:
+        return self.student
 
     def remove_hooks(self) -> None:
         self._probe.remove()

@@ -81,13 +81,13 @@ class Teacher:
 
     Args:
         model: any sequence classifier whose layers `LayerProbe` finds. It is changed in nothing but these two respects.
-        tokenizer: the one it was trained with.
+        tokenizer: the one it was trained with; kept as a copy that pads on the right where it does not.
         pool: how a layer's hidden states become one vector, see `LayerProbe`.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pool: str | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
+        self.tokenizer = _padding_right(tokenizer)
         self.pseudo_classifiers: PseudoClassifiers | None = None
         self._probe = LayerProbe(model, pool, keep_sequence=True)
         self.pool = pool or getattr(model.config, "pool", "cls")
@@ -145,7 +145,14 @@ class Teacher:
 
         Raises:
             RuntimeError: layer logits without pre-trained pseudo-classifiers.
+            ValueError: padding on the left.
         """
+        mask = batch.get("attention_mask")
+        if mask is not None and not bool(mask[:, 0].all()):
+            raise ValueError(
+                "attention_mask: the first token of a row is masked, but the teacher is read there; pad on the right "
+                "(tokenizer.padding_side = 'right')"
+            )
         output = self._probe(**batch)
         logits, hidden_states = output.logits.float(), output.hidden_states.float()
         if self._order is not None:
@@ -167,6 +174,15 @@ class Teacher:
         # cached and live answers are the same numbers only if neither is computed under autocast
         with torch.autocast(hidden_states.device.type, enabled=False):
             return self.pseudo_classifiers(hidden_states, logits)
+
+
+def _padding_right(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A tokenizer that leaves the first place of a row to its first token."""
+    if tokenizer.padding_side == "right":
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "right"
+    return tokenizer
 
 
 def train_pseudo_classifiers(

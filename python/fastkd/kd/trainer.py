@@ -33,6 +33,7 @@ from transformers import (
 
 from fastkd.data.batches import LengthSortedBatches, tokenize
 from fastkd.data.labels import names_of_classes
+from fastkd.data.row_hashes import warn_about_duplicates
 from fastkd.data.rows import Rows
 from fastkd.encoders.families import FAMILIES, longest_input
 from fastkd.encoders.label_scale import LabelScale
@@ -46,8 +47,9 @@ from fastkd.kd.teacher import Teacher, tokenizer_fingerprint
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.model.tokenizers import load_tokenizer
 from fastkd.training import metrics
-from fastkd.training.checks import check_dtypes, check_evaluation, check_tokenizer
+from fastkd.training.checks import check_dtypes, check_evaluation, check_tokenizer, check_trainable
 from fastkd.training.harness import Run, TrainResult, asking_for_gradients, take_labels
+from fastkd.training.model_parts import seen_by
 
 
 class KDTrainer:
@@ -86,6 +88,7 @@ class KDTrainer:
         self.method = method_of(method)
         self.options = options or KDOptions()
         self.method.check(self.options.arguments)
+        check_trainable(student, "student")
         self.student = student
         self.model: PreTrainedModel | None = None
         self.cache = cache
@@ -160,25 +163,27 @@ class KDTrainer:
         for model in [student] if self.teacher is None else [student, self.teacher.model]:
             _check_length(model, options.max_length)
 
+        warn_about_duplicates({"train": train, "dev": dev})
         run = Run.begin(
             "kd", train, dev, output_dir, options, best_metric=BEST_METRIC, given=self._given(first_teacher)
         )
-        teacher = self._last_assistant(train, dev, run.checkpoints) if self._chain else first_teacher
-        if teacher is not None and teacher is not first_teacher:
-            teacher, _, _ = common_order(student, teacher, train, dev)
-        answers = self._answers(teacher, train, run, on_teacher)
-        frozen = student.get_input_embeddings().parameters() if options.freeze_embeddings else ()
-        with asking_for_gradients(dict.fromkeys(frozen, False)):
-            results = [
-                StageRun(stage, student, teacher, answers, self.method, options, self.tokenizer).run(
-                    number, train, dev, run.checkpoints, callbacks
-                )
-                for number, stage in enumerate(self.method.stages, start=1)
-            ]
+        with run.cleared_if_failed():
+            teacher = self._last_assistant(train, dev, run.checkpoints) if self._chain else first_teacher
+            if teacher is not None and teacher is not first_teacher:
+                teacher, _, _ = common_order(student, teacher, train, dev)
+            answers = self._answers(teacher, train, run, on_teacher)
+            frozen = student.get_input_embeddings().parameters() if options.freeze_embeddings else ()
+            with asking_for_gradients(dict.fromkeys(frozen, False)):
+                results = [
+                    StageRun(stage, student, teacher, answers, self.method, options, self.tokenizer).run(
+                        number, train, dev, run.checkpoints, callbacks
+                    )
+                    for number, stage in enumerate(self.method.stages, start=1)
+                ]
         student.zero_grad(set_to_none=True)
         self.model = student.eval()
         if isinstance(student, EarlyExitForSequenceClassification):
-            _describe(student, train, run)
+            _describe(student, train, dev, run)
         return run.finish(student, self.tokenizer, _joined(results))
 
     def _default_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -329,7 +334,7 @@ def _joined(results: Sequence[TrainResult]) -> TrainResult:
     )
 
 
-def _describe(student: EarlyExitForSequenceClassification, train: Rows, run: Run) -> None:
+def _describe(student: EarlyExitForSequenceClassification, train: Rows, dev: Rows | None, run: Run) -> None:
     """Make the configuration of an early-exit student say what its last head, and only that, has just learned."""
     config = student.config
     config.last_head_was_trained()
@@ -337,6 +342,7 @@ def _describe(student: EarlyExitForSequenceClassification, train: Rows, run: Run
         scale = LabelScale.of(train)
         config.label_scale = [scale.mean, scale.std]
     config.training_data |= run.digests
+    student.seen_rows |= seen_by("kd", train, dev)
     student.confirm_weights()
 
 

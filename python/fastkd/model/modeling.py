@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 import fastkd_kernels as fk
+from fastkd.data.row_hashes import Hashes
+from fastkd.data.rows import Rows
 from fastkd.encoders import families
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.encoders.heads import ExitHead, LearnedExit, build_head
@@ -25,6 +27,7 @@ from fastkd.exits.trace import ExitTrace
 from fastkd.model.claims import WeightsClaims, asks_about_weights
 from fastkd.model.inputs import check_tokens, checked_mask
 from fastkd.model.pretrained import check_complete, config_to_load, damage_explained, saved_config
+from fastkd.model.seen_rows import load_seen_rows, save_seen_rows
 from fastkd.model.tracing import record_trace
 
 
@@ -59,6 +62,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         """Random weights for `config`; `heads_are_new` keeps transformers from reporting them as missing."""
         super().__init__(config)
         self._claims = WeightsClaims()
+        self.seen_rows: dict[str, Hashes] = {}
         self._family = families.family_of(config.backbone.model_type)
         backbone = families.build(config.backbone)
         # transformers maps the keys of plain checkpoints by this prefix
@@ -230,6 +234,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
                 self.confirm_weights()
             sketch = WeightsSketch.of(self.state_dict() if state_dict is None else state_dict)
             self.config.weights_fingerprint = sketch.fingerprint
+        if is_main_process:
+            save_seen_rows(self.seen_rows, save_directory)
         super().save_pretrained(save_directory, is_main_process, cast(Any, state_dict), **kwargs)
 
     # What engines ask, see `fastkd.engines.protocol.ExitModel`
@@ -305,18 +311,24 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         assert self.learned_exit is not None
         return self.learned_exit(cls_states, logits).sigmoid()
 
-    def trace(self, batches: Iterable[Mapping[str, Tensor]], fingerprint: str | None = None) -> ExitTrace:
+    def trace(
+        self,
+        batches: Iterable[Mapping[str, Tensor]],
+        fingerprint: str | None = None,
+        rows: Rows | None = None,
+    ) -> ExitTrace:
         """Run every head on every batch once, see `ExitTrace`.
 
         Args:
             batches: keyword arguments of `forward`, with or without `labels`; moved to the model's device.
-            fingerprint: of the rows (`Rows.digest`), so that a calibration can tell whether training has seen them;
-                default: one of the tokens.
+            fingerprint: of the rows (`Rows.digest`), so that a calibration can tell whether training has seen just
+                them; default: that of `rows`, or one of the tokens.
+            rows: those in the batches, in any order, so that a calibration can tell how many of them training saw.
 
         Raises:
             ValueError: no batches, or labels in some batches only.
         """
-        return record_trace(self, batches, fingerprint)
+        return record_trace(self, batches, fingerprint, rows)
 
     def stream(
         self,
@@ -591,6 +603,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         if not heads_are_new and path is not None:
             model = loaded[0] if isinstance(loaded, tuple) else loaded
             folder = os.path.join(path, kwargs.get("subfolder", ""))
+            model.seen_rows = load_seen_rows(folder)
             model._claims.loaded(model, file_fingerprint(folder, kwargs.get("variant")))
         return loaded
 

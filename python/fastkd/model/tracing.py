@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,10 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastkd.data.row_hashes import Hashes, row_hashes
+from fastkd.data.rows import Rows
 from fastkd.encoders.configuration import EarlyExitConfig
+from fastkd.exits.certificate import CalibrationWarning
 from fastkd.exits.fingerprints import HasWeights, model_fingerprint, tensor_bytes
 from fastkd.exits.flops import FlopsShape
 from fastkd.exits.trace import ExitTrace, TraceSource
+from fastkd.model.seen_rows import count_seen
 
 
 class TracedModel(HasWeights, Protocol):
@@ -21,6 +26,9 @@ class TracedModel(HasWeights, Protocol):
 
     training: bool
     config: EarlyExitConfig
+    seen_rows: dict[str, Hashes]
+
+    def changed_weights(self) -> str | None: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -44,17 +52,33 @@ def record_trace(
     model: TracedModel,
     batches: Iterable[Mapping[str, Tensor]],
     fingerprint: str | None = None,
+    rows: Rows | None = None,
 ) -> ExitTrace:
     """Run every head of `model`, in evaluation mode, on every batch.
 
     Args:
         model: its training mode is restored afterwards.
         batches: keyword arguments of `model.forward`, with or without `labels`.
-        fingerprint: of the rows (`Rows.digest`); default: one of the tokens.
+        fingerprint: of the rows (`Rows.digest`); default: that of `rows`, or one of the tokens.
+        rows: those in the batches, in any order; how many of them training has seen is then counted.
+
+    Warns:
+        CalibrationWarning: the weights were changed by a training that left no record of its rows.
 
     Raises:
         ValueError: no batches, or labels in some of them only.
     """
+    changed = model.changed_weights()
+    if changed is not None:
+        warnings.warn(
+            f"model: its weights were changed by something that left no record of its rows ({changed}), so it is not "
+            "known whether training has seen these",
+            CalibrationWarning,
+            stacklevel=3,
+        )
+    seen, seen_anywhere = ({}, 0) if rows is None else count_seen(model.seen_rows, row_hashes(rows))
+    if fingerprint is None and rows is not None:
+        fingerprint = rows.digest()
     recorder = _Recorder()
     was_training = model.training
     model.train(False)
@@ -79,6 +103,8 @@ def record_trace(
             data=fingerprint or f"tokens:{recorder.tokens.hexdigest()}",
             training_data=dict(model.config.training_data),
             dtype=str(model.dtype).removeprefix("torch."),
+            seen=seen,
+            seen_anywhere=seen_anywhere,
         ),
         certainty=torch.cat(recorder.certainty) if recorder.certainty else None,
     )

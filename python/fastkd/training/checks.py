@@ -76,6 +76,23 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
             f"tokenizer: it has {len(tokenizer)} tokens, the model embeds {embedded}; pass the tokenizer that was "
             "saved with the model"
         )
+    if tokenizer.padding_side != "right":
+        raise ValueError(
+            f"tokenizer: it pads on the {tokenizer.padding_side}, where [CLS] is read; set tokenizer.padding_side = "
+            "'right'"
+        )
+
+
+def check_trainable(model: object, argument: str = "model") -> None:
+    """Raise TypeError or ValueError for a model with adapters: peft's trainings and ours undo each other's freezing."""
+    remedy = "merge the adapter first (model.merge_and_unload()), or train it with transformers.Trainer"
+    if any(base.__module__.startswith("peft.") for base in type(model).__mro__):
+        raise TypeError(f"{argument}: got a {type(model).__name__} of peft, whose frozen weights would train; {remedy}")
+    if not isinstance(model, nn.Module):
+        return
+    for name, module in model.named_modules():
+        if any(base.__module__.startswith("peft.") for base in type(module).__mro__):
+            raise ValueError(f"{argument}: {name} is a peft adapter, whose frozen weights would train; {remedy}")
 
 
 def check_evaluation(early_stopping_patience: int | None, dev: Rows | None) -> None:
@@ -112,6 +129,14 @@ def check_outputs(
             f"resume: the run in {checkpoints} was started differently ({'; '.join(differences)}); resume it as it was "
             "started, or start over with overwrite=True and resume=False"
         )
+
+
+def clear_failed_start(checkpoints: Path) -> None:
+    """Remove the folder of a run that failed unless a continuation could begin with something it trained."""
+    kept = (_RUN_FILE, "teacher")
+    trained = [path for path in checkpoints.glob("*") if path.name not in kept]
+    if not any(path.is_file() or any(part.is_file() for part in path.rglob("*")) for path in trained):
+        shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def _started_run(checkpoints: Path) -> dict[str, Any] | None:

@@ -17,10 +17,10 @@ from fastkd.data.rows import Rows
 from fastkd.encoders.label_scale import LabelScale
 from fastkd.losses import label_loss
 from fastkd.model.modeling import EarlyExitForSequenceClassification
-from fastkd.training.checks import check_labels, require
-from fastkd.training.harness import TrainOptions, TrainResult, take_labels
+from fastkd.training.checks import check_labels, check_trainable, require
+from fastkd.training.harness import Objective, TrainOptions, TrainResult, take_labels
 from fastkd.training.metrics import head_scores
-from fastkd.training.model_parts import PartTraining, train_part
+from fastkd.training.model_parts import PartTraining, check_part, train_part
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,14 @@ def finetune(
     Raises:
         DataError: rows without labels, or with labels that are not the model's.
         FileExistsError: `output_dir`, or the checkpoints of an unfinished run, would be lost.
-        ValueError: a resumed run was started with other rows or options; a tokenizer that is not the model's.
+        TypeError: a model of peft.
+        ValueError: a resumed run was started with other rows or options; a tokenizer that is not the model's or pads on
+            the left; a model with adapters.
     """
+    check_trainable(model)
     check_labels(model, train, "train", required=True)
     check_labels(model, dev, "dev", required=True)
+    check_part(model, [model.backbone, model.last_head], dev, options, tokenizer)
     config = model.config
     take_labels(model, train)
     config.last_head_was_trained()
@@ -106,18 +110,20 @@ def finetune(
     return train_part(training, train, dev, Path(output_dir), options, tokenizer, callbacks)
 
 
-class _LastHead(nn.Module):
+class _LastHead(Objective):
     """Cross-entropy (squared error of standardised labels for regression) of the last head.
 
     The head answers in standardised units, the logits given here are in those of the labels.
     """
 
-    accepts_loss_kwargs = False
-
     def __init__(self, model: EarlyExitForSequenceClassification, scale: LabelScale) -> None:
         super().__init__()
         self.model = model
         self.scale = scale
+
+    @property
+    def core(self) -> EarlyExitForSequenceClassification:
+        return self.model
 
     def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:
         logits = self.model(**batch, speed=0.0).logits

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -39,7 +40,7 @@ from transformers import (
 from fastkd.data.batches import LengthGroupedSampler, ShuffledOnceSampler
 from fastkd.data.files import atomic_folder, read_json, write_json
 from fastkd.data.rows import Rows
-from fastkd.training.checks import check_outputs, require
+from fastkd.training.checks import check_outputs, clear_failed_start, require
 from fastkd.training.log import LOG_FILE
 from fastkd.training.optimizers import BiasedAdamW
 
@@ -57,6 +58,13 @@ _FASTBERT: Mapping[str, Any] = {
     "bias_correction": False,
     "adam_epsilon": 1e-6,
     "shuffle_once": True,
+}
+# what `transformers.Trainer` would do behind the back of an objective, and what to do instead
+_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "label_smoothing_factor": ((0, 0.0, None), "the loss is the objective's own, which has no label smoothing"),
+    "remove_unused_columns": ((False,), "rows have no column that could go"),
+    "output_dir": ((), "checkpoints lie beside the finished model; pass output_dir to the training itself"),
+    "label_names": ((["labels"], ("labels",)), "the labels of the rows are called 'labels'"),
 }
 _Options = TypeVar("_Options", bound="TrainOptions")
 
@@ -93,7 +101,8 @@ class TrainOptions:
         progress: show a progress bar and print the logs.
         resume: continue the killed run whose checkpoints lie beside `output_dir`, if there are any.
         overwrite: replace a finished `output_dir`, and unless `resume`, discard the checkpoints of a killed run.
-        trainer_arguments: further `transformers.TrainingArguments`; they win over the ones above.
+        trainer_arguments: further `transformers.TrainingArguments`; they win over the ones above. Refused are
+            `label_smoothing_factor`, `remove_unused_columns`, `output_dir` and `label_names`.
     """
 
     epochs: float = 3.0
@@ -130,6 +139,10 @@ class TrainOptions:
             require(name, value, value is None or value > 0, "a number above 0, or None")
         for name in ("weight_decay", "max_grad_norm", "adam_epsilon"):
             require(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        for name, value in self.trainer_arguments.items():
+            allowed, reason = _REFUSED.get(name, ((value,), ""))
+            if value not in allowed:
+                raise ValueError(f"trainer_arguments: got {name}={value!r}, but {reason}; leave it out")
         require("warmup", self.warmup, 0 <= self.warmup < 1, "a share of the steps in [0, 1)")
 
     @classmethod
@@ -171,6 +184,23 @@ class TrainResult:
     log_history: list[dict[str, float]]
 
 
+class Objective(nn.Module, ABC):
+    """A loss around a model, as `transformers.Trainer` sees it; what the Trainer asks of a model, the model answers."""
+
+    accepts_loss_kwargs = False
+
+    @property
+    @abstractmethod
+    def core(self) -> PreTrainedModel:
+        """The model that is trained."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.core.get_input_embeddings()
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        self.core.activation_checkpointing_enable(**options)
+
+
 @dataclass(frozen=True)
 class TrainingStage:
     """One objective to train: what is minimised, on which rows, and how it is judged.
@@ -185,7 +215,7 @@ class TrainingStage:
         head_learning_rate: its peak.
     """
 
-    objective: nn.Module
+    objective: Objective
     train: datasets.Dataset
     dev: datasets.Dataset | None
     collator: Callable[[list[dict[str, Any]]], Any]
@@ -221,7 +251,8 @@ def train_stage(
     # no process may look for checkpoints before the first one has put the folder in order
     trainer.accelerator.wait_for_everyone()
     checkpoint = last_checkpoint(folder, arguments.world_size)
-    output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with _checkpointing_as_before(stage.objective.core):
+        output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.accelerator.free_memory()
     return TrainResult(
         output_dir=folder,
@@ -231,6 +262,17 @@ def train_stage(
         seconds=output.metrics["train_runtime"],
         log_history=trainer.state.log_history,
     )
+
+
+@contextmanager
+def _checkpointing_as_before(model: PreTrainedModel) -> Iterator[None]:
+    """The user's model recomputes no activations afterwards unless it did before."""
+    before = model.is_activation_checkpointing
+    try:
+        yield
+    finally:
+        if model.is_activation_checkpointing and not before:
+            model.activation_checkpointing_disable()
 
 
 @dataclass(frozen=True)
@@ -285,6 +327,16 @@ class Run:
             check_outputs(output_dir, checkpoints, record, resume=options.resume, overwrite=options.overwrite)
         PartialState().wait_for_everyone()
         return cls(output_dir, checkpoints, record, arguments)
+
+    @contextmanager
+    def cleared_if_failed(self) -> Iterator[None]:
+        """Around the work: an error before the first checkpoint leaves nothing in the way of a corrected run."""
+        try:
+            yield
+        except Exception:
+            if self.arguments.process_index == 0:
+                clear_failed_start(self.checkpoints)
+            raise
 
     @property
     def digests(self) -> dict[str, str]:
@@ -405,7 +457,11 @@ def training_arguments(
     }
     arguments |= {f"save_{name}": value for name, value in every.items()}
     arguments |= {f"eval_{name}": value for name, value in every.items()} if evaluates else {"eval_strategy": "no"}
-    return TrainingArguments(**{**arguments, **options.trainer_arguments})
+    made = TrainingArguments(**{**arguments, **options.trainer_arguments})
+    if made.n_gpu > 1:
+        # several GPUs of one process would make it torch's DataParallel, whose replicas no hook sees; torchrun uses all
+        made._n_gpu = 1
+    return made
 
 
 def bf16_is_fast() -> bool:

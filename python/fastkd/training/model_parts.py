@@ -12,11 +12,20 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallbac
 
 from fastkd.data.batches import padding_collator, tokenize
 from fastkd.data.input_format import input_format_of
+from fastkd.data.row_hashes import Hashes, row_hashes, warn_about_duplicates
 from fastkd.data.rows import Rows
 from fastkd.encoders.label_scale import LabelScale
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.training.checks import check_dtypes, check_evaluation, check_tokenizer
-from fastkd.training.harness import Run, TrainingStage, TrainOptions, TrainResult, only_trainable, train_stage
+from fastkd.training.harness import (
+    Objective,
+    Run,
+    TrainingStage,
+    TrainOptions,
+    TrainResult,
+    only_trainable,
+    train_stage,
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class PartTraining:
 
     name: str
     model: EarlyExitForSequenceClassification
-    objective: nn.Module
+    objective: Objective
     trained: Sequence[nn.Module]
     scale: LabelScale
     scaled: Sequence[nn.Module]
@@ -48,6 +57,21 @@ class PartTraining:
     best_metric: str
     reads_labels: bool
     trains_exits: bool
+
+
+def check_part(
+    model: EarlyExitForSequenceClassification,
+    trained: Sequence[nn.Module],
+    dev: Rows | None,
+    options: TrainOptions,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Raise for what cannot be trained, before the model or any file is changed."""
+    check_evaluation(options.early_stopping_patience, dev)
+    check_tokenizer(tokenizer, model)
+    _check_input_format(tokenizer, model)
+    _check_max_length(options.max_length, model)
+    check_dtypes(trained)
 
 
 def train_part(
@@ -59,13 +83,8 @@ def train_part(
     tokenizer: PreTrainedTokenizerBase,
     callbacks: Sequence[TrainerCallback],
 ) -> TrainResult:
-    """Check, train and save; arguments and errors are those of `fastkd.finetune`."""
+    """Train and save what `check_part` found in order; arguments and errors are those of `fastkd.finetune`."""
     model = training.model
-    check_evaluation(options.early_stopping_patience, dev)
-    check_tokenizer(tokenizer, model)
-    _check_input_format(tokenizer, model)
-    _check_max_length(options.max_length, model)
-    check_dtypes(training.trained)
     train_tokens = tokenize(train, tokenizer, options.max_length)
     if not training.reads_labels and "labels" in train_tokens.column_names:
         train_tokens = train_tokens.remove_columns("labels")
@@ -79,18 +98,26 @@ def train_part(
         head_names=("model.heads.",),
         head_learning_rate=training.head_learning_rate,
     )
+    warn_about_duplicates({"train": train, "dev": dev})
     run = Run.begin(training.name, train, dev, output_dir, options, best_metric=training.best_metric)
-    with only_trainable(model, training.trained), training.scale.taken_out_of(training.scaled):
+    with run.cleared_if_failed(), only_trainable(model, training.trained), training.scale.taken_out_of(training.scaled):
         done = train_stage(stage, run.checkpoints, options, callbacks)
     model.zero_grad(set_to_none=True)
     model.eval()
     config = model.config
     config.certificate = None  # it was for the weights of before
     config.training_data |= run.digests
+    model.seen_rows |= seen_by(training.name, train, dev)
     if training.trains_exits:
         config.exits_trained = True
     model.confirm_weights()
     return run.finish(model, tokenizer, done)
+
+
+def seen_by(name: str, train: Rows, dev: Rows | None) -> dict[str, Hashes]:
+    """Hashes of the rows of a training by their part in it, as `model.seen_rows` holds them."""
+    parts = {"train": train, "dev": dev}
+    return {f"{name} {part}": row_hashes(rows) for part, rows in parts.items() if rows is not None}
 
 
 def _check_input_format(tokenizer: PreTrainedTokenizerBase, model: EarlyExitForSequenceClassification) -> None:

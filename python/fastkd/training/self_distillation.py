@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback
 
@@ -25,11 +25,11 @@ from fastkd.encoders.label_scale import LabelScale
 from fastkd.exits.flops import FlopsShape
 from fastkd.exits.trace import ExitTrace
 from fastkd.model.modeling import EarlyExitForSequenceClassification
-from fastkd.training.checks import check_labels, require
-from fastkd.training.harness import TrainOptions, TrainResult
+from fastkd.training.checks import check_labels, check_trainable, require
+from fastkd.training.harness import Objective, TrainOptions, TrainResult
 from fastkd.training.log import RECORDED_SPEED
 from fastkd.training.metrics import head_scores
-from fastkd.training.model_parts import PartTraining, train_part
+from fastkd.training.model_parts import PartTraining, check_part, train_part
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ def distill(
     Raises:
         ValueError: also for a model whose only head is the last one.
     """
+    check_trainable(model)
     if not model.early_heads:
         raise ValueError(
             f"model: it has heads after the layers {model.exit_layers} only, so there is none to distil into; "
@@ -90,6 +91,8 @@ def distill(
         )
     check_labels(model, train, "train", required=False)
     check_labels(model, dev, "dev", required=False)
+    learned = [] if model.learned_exit is None else [model.learned_exit]
+    check_part(model, [*model.early_heads, *learned], dev, options, tokenizer)
     if options.learned_exit:
         model.add_learned_exit()
     learned = [] if model.learned_exit is None else [model.learned_exit]
@@ -165,20 +168,22 @@ def learned_exit_loss(log_odds: Tensor, early_logits: Tensor, last_logits: Tenso
     return F.binary_cross_entropy_with_logits(log_odds, stands, reduction="none").mean(dim=0).sum()
 
 
-class _SelfDistillation(nn.Module):
+class _SelfDistillation(Objective):
     """`self_distillation_loss` of all early heads, and `learned_exit_loss` where there is a learned exit.
 
     In training mode dropout acts in the early heads, and nowhere else unless `frozen_dropout`. Early heads of a
     regression answer in standardised units; the logits given here are in those of the labels.
     """
 
-    accepts_loss_kwargs = False
-
     def __init__(self, model: EarlyExitForSequenceClassification, options: DistillOptions, scale: LabelScale) -> None:
         super().__init__()
         self.model = model
         self.options = options
         self.scale = scale
+
+    @property
+    def core(self) -> EarlyExitForSequenceClassification:
+        return self.model
 
     def train(self, mode: bool = True) -> _SelfDistillation:
         super().train(mode and self.options.frozen_dropout)
