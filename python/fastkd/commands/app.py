@@ -26,7 +26,7 @@ from fastkd.commands.kd import kd
 from fastkd.commands.kd_table import kd_table
 from fastkd.commands.predict import predict
 from fastkd.commands.report import report
-from fastkd.commands.screen import wants_traceback
+from fastkd.commands.screen import run, wants_traceback
 from fastkd.commands.sweep import sweep
 from fastkd.commands.table2 import table2
 from fastkd.commands.trace import trace
@@ -109,4 +109,4 @@ def options(
 def main() -> None:
     """Entry point of the `fastkd` command."""
     keep_freed_memory()
-    app()
+    run(app)

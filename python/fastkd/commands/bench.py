@@ -66,7 +66,7 @@ def bench(
       [cyan]fastkd bench model data/test.tsv[/]
       [cyan]fastkd bench model data --batch-sizes 32,128 --dtypes bf16 --device cuda[/]
     """
-    with screen_for(as_json) as screen:
+    with screen_for(as_json, reads=(checkpoint, data)) as screen:
         quieten()
 
         import torch

@@ -123,7 +123,7 @@ def calibrate(
       [cyan]fastkd calibrate model --data new.tsv --max-drop 0.5% --set-default[/]
       [cyan]fastkd calibrate test.safetensors --model model --guarantee accuracy[/]
     """
-    with screen_for(as_json) as screen:
+    with screen_for(as_json, reads=(source, data, path_trace), output=output) as screen:
         quieten()
 
         from fastkd.commands.inputs import TraceOptions, load_or_make_trace

@@ -44,7 +44,7 @@ def compare(
       [cyan]fastkd compare dev.safetensors[/]
       [cyan]fastkd compare test.safetensors --reliability dev.safetensors -o picture[/]
     """
-    with screen_for(as_json) as screen:
+    with screen_for(as_json, reads=(trace, reliability)) as screen:
         from rich.table import Table
 
         from fastkd.exits import comparison

@@ -216,7 +216,7 @@ def _prepare(output: Path, data: Path | None, plan: TrainingPlan, start_over: bo
     chosen = {"data": str(data.resolve()) if data else None, "reading": dict(reading) or None}
     settings = json.loads(json.dumps(asdict(plan) | chosen))
     path = output / _SETTINGS
-    if start_over:
+    if start_over and path.exists():
         for name in ("corpus", FINETUNED, DISTILLED, f"{FINETUNED}.checkpoints", f"{DISTILLED}.checkpoints"):
             shutil.rmtree(output / name, ignore_errors=True)
         path.unlink(missing_ok=True)

@@ -77,7 +77,7 @@ def distill(
       [cyan]fastkd distill tuned --data data -o model[/]
       [cyan]fastkd distill tuned --train unlabelled.jsonl --dev dev.tsv -o model[/]
     """
-    with screen_for(as_json) as screen:
+    with screen_for(as_json, reads=(checkpoint, data, train, dev)) as screen:
         quieten()
 
         from fastkd.commands.inputs import load_splits, tell_duplicates

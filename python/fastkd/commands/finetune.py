@@ -94,7 +94,7 @@ def finetune(
       [cyan]fastkd finetune minilm --data data -o tuned[/]
       [cyan]fastkd finetune bert-base-uncased --train train.csv -o tuned --epochs 2[/]
     """
-    with screen_for(as_json) as screen:
+    with screen_for(as_json, reads=(checkpoint, data, train, dev)) as screen:
         quieten()
 
         from fastkd.commands.inputs import load_splits, tell_duplicates

@@ -66,7 +66,7 @@ def import_fastbert(
       [cyan]fastkd import-fastbert fastbert.bin --vocab vocab.txt -o model[/]
       [cyan]fastkd import-fastbert ag_news.bin --vocab vocab.txt -o model --labels world,sports,business,science[/]
     """
-    with screen_for(as_json) as screen:
+    with screen_for(as_json, reads=(checkpoint, vocab)) as screen:
         from fastkd.model import import_fastbert as official
 
         done = official.import_fastbert(

@@ -32,6 +32,7 @@ from fastkd.commands.options import (
     words,
 )
 from fastkd.commands.screen import quieten, screen_for
+from fastkd.data.yaml_text import load_yaml
 from fastkd.kd.catalogue import CATALOGUE
 
 
@@ -116,7 +117,7 @@ def kd(
       [cyan]fastkd kd --method kd --teacher teacher --student bilstm --data data -o small[/]
       [cyan]fastkd kd --teacher teacher --data data --set attn_scale=rsqrt_c -o second[/]
     """
-    with screen_for(as_json) as screen:
+    with screen_for(as_json, reads=(teacher, student, data, train, dev)) as screen:
         arguments = parsed_arguments(argument or [])
         if cache is not None and no_cache:
             raise ValueError("--no-cache: goes without --cache")
@@ -179,12 +180,10 @@ def parsed_arguments(texts: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: a text of another form.
     """
-    import yaml
-
     arguments = {}
     for text in texts:
         name, separator, value = text.partition("=")
         if not separator or not name.strip():
             raise ValueError(f"--set: got {text!r}, expected NAME=VALUE, as in kd_weight=0.5")
-        arguments[name.strip()] = yaml.safe_load(value)
+        arguments[name.strip()] = load_yaml(value)
     return arguments

@@ -40,7 +40,7 @@ def kd_table(
       [cyan]fastkd kd-table bench/kd_table.yaml -o table[/]
       [cyan]fastkd kd-table bench/kd_table.yaml --data glue --task CoLA,RTE -o table[/]
     """
-    with screen_for(as_json) as screen:
+    with screen_for(as_json, reads=(grid, data)) as screen:
         quieten()
 
         from fastkd.tables import kd_table as tables

@@ -77,7 +77,7 @@ def predict(
       [cyan]zcat rows.jsonl.gz | fastkd predict model --output-format jsonl | gzip > a.gz[/]
     """
     from_json = "jsonl" if as_json and output == "-" else None
-    with screen_for(as_json) as screen:
+    with screen_for(as_json, reads=(checkpoint, source)) as screen:
         quieten()
 
         from fastkd.exits.rule import check_speed
@@ -131,6 +131,8 @@ def _show_predictions(screen: Screen, summary: Any, layers: int, output: str) ->
     average = "" if summary.average_layers is None else f", {summary.average_layers:.2f} of {layers} layers on average"
     rows = "1 row" if summary.rows == 1 else f"{summary.rows} rows"
     screen.say(f"{rows} in {summary.seconds:.1f} s ({rate:.0f} rows/s){average}")
+    for sentence in summary.texts.sentences():
+        screen.say(f"[bold yellow]warning:[/] {sentence}")
     if not summary.bad_rows:
         return
     screen.say(f"[bold red]{summary.bad_rows} rows without an answer[/]; the error column says why:")

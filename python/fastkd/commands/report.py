@@ -74,7 +74,7 @@ def report(
       [cyan]fastkd report trace.safetensors --criterion entropy --criterion margin[/]
       [cyan]fastkd report ag_news-output sst2-output --figures paper --format svg[/]
     """
-    with screen_for(as_json) as screen:
+    with screen_for(as_json, reads=(*sources, bench, *(log or []), examples), output=output) as screen:
         from fastkd.exits.rule import check_speed
         from fastkd.report import read_source, write_page, write_pictures
         from fastkd.report.sources import Extras

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +18,13 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fastkd.commands.flags import as_flags
+from fastkd.data.files import check_output_file, is_disk_full, reading
+from fastkd.data.text_counts import TextWarning
 
 if TYPE_CHECKING:
     from fastkd.exits.sweep import Sweep
@@ -26,6 +32,8 @@ if TYPE_CHECKING:
     from fastkd.training.harness import TrainResult
 
 BAD_INPUT = 2
+SECONDS_A_LINE = 5.0
+"""How often progress is told where standard error is no terminal."""
 
 wants_traceback: ContextVar[bool] = ContextVar("wants_traceback", default=False)
 
@@ -61,6 +69,24 @@ class Screen:
             self.out.print(f"{'next:' if index == 0 else '     '} [bold cyan]{command}[/]", soft_wrap=True)
 
     @contextlib.contextmanager
+    def text_warnings(self) -> Iterator[None]:
+        """Inside, what does not fit between texts and tokenizer is one line each, once."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", TextWarning)
+            shown: Any = warnings.showwarning
+            told: set[str] = set()
+
+            def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+                if not issubclass(category, TextWarning):
+                    shown(message, category, *place, **more)
+                elif str(message) not in told:
+                    told.add(str(message))
+                    self.err.print(f"[bold yellow]warning:[/] {escape(str(message))}", soft_wrap=True)
+
+            warnings.showwarning = show
+            yield
+
+    @contextlib.contextmanager
     def warnings(self) -> Iterator[None]:
         """Inside, warnings are one line on standard error each, without the place in the code."""
         with warnings.catch_warnings():
@@ -73,6 +99,10 @@ class Screen:
     @contextlib.contextmanager
     def progress(self, what: str, total: int | None) -> Iterator[Callable[..., None]]:
         """A progress bar on standard error; call what it gives with (done so far, what is running, new total)."""
+        if not self.err.is_terminal:
+            with self._progress_lines(what, total) as update:
+                yield update
+            return
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -88,25 +118,145 @@ class Screen:
 
             yield update
 
+    @contextlib.contextmanager
+    def _progress_lines(self, what: str, total: int | None) -> Iterator[Callable[..., None]]:
+        lines, is_over = ProgressLines(what, total), threading.Event()
+
+        def tell() -> None:
+            # a thread, so that there is a line also while one step takes minutes
+            while not is_over.wait(SECONDS_A_LINE):
+                self.err.print(lines.line(), markup=False, soft_wrap=True)
+
+        teller = threading.Thread(target=tell, daemon=True)
+        # of several processes one tells
+        if os.environ.get("RANK", "0") == "0":
+            teller.start()
+        try:
+            yield lines.update
+        finally:
+            is_over.set()
+
+
+class ProgressLines:
+    """How far long work is, as one line every few seconds: for log files, which cannot show a bar."""
+
+    def __init__(self, what: str, total: int | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._what, self._total, self._done = what, total, 0
+        self._started, self._done_at_start = clock(), 0
+
+    def update(self, done: int, now: str = "", new_total: int | None = None) -> None:
+        if done < self._done or (new_total or self._total) != self._total:
+            # other work under the same bar
+            self._started, self._done_at_start = self._clock(), done
+        self._done, self._total = done, new_total or self._total
+        self._what = now or self._what
+
+    def line(self) -> str:
+        """What is done, and at which rate; the time that is left, where it can be told."""
+        if not self._done:
+            return f"{self._what}: {self._clock() - self._started:.0f} s so far"
+        of_all = "" if self._total is None else f" of {self._total}"
+        rate = (self._done - self._done_at_start) / max(self._clock() - self._started, 1e-9)
+        left = ""
+        if self._total is not None and rate > 0:
+            left = f", {_duration((self._total - self._done) / rate)} left"
+        return f"{self._what}: {self._done}{of_all}, {rate:.3g} a second{left}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which keeps what Ctrl-C keeps."""
+
 
 @contextlib.contextmanager
-def screen_for(as_json: bool) -> Iterator[Screen]:
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises `Terminated`; elsewhere than in the main thread Python allows no handler."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(*_: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def open_standard_streams() -> None:
+    """Give a process that was started with closed standard streams empty ones.
+
+    Otherwise the next files that it opens would get their numbers, and be written to by whatever prints.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            # the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDONLY if number == 0 else os.O_WRONLY)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def forget_output() -> None:
+    """What standard output did not take is dropped, so that Python does not try again at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def run(app: Callable[[], None]) -> None:
+    """Run a program, whatever its standard streams are, and leave nothing for Python to flush in vain."""
+    open_standard_streams()
+    try:
+        app()
+    finally:
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):
+            forget_output()
+
+
+@contextlib.contextmanager
+def screen_for(
+    as_json: bool, *, reads: Iterable[str | Path | None] = (), output: str | Path | None = None
+) -> Iterator[Screen]:
     """The screen of one command: readable errors, and with --json nothing else on standard output.
 
-    Exits with code 2 for bad input and 130 for an interrupt; `wants_traceback` lets errors through as they are.
+    Exits with code 2 for bad input, 130 for an interrupt and 143 for SIGTERM; `wants_traceback` lets errors through as
+    they are.
+
+    Args:
+        as_json: print one JSON value.
+        reads: files and folders that no output of this command may replace.
+        output: a file that is going to be written; checked at once.
     """
     screen = Screen(as_json)
     # libraries print where they like; with --json that must not be the standard output
     redirect = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
     try:
-        with redirect:
-            yield screen
+        with _terminable(), reading(*(path for path in reads if path is not None)):
+            if output is not None:
+                check_output_file(output)
+            with redirect, screen.text_warnings():
+                yield screen
+            screen.stdout.flush()
+    except Terminated:
+        screen.err.print("terminated; finished files are whole, unfinished ones were removed")
+        raise typer.Exit(128 + signal.SIGTERM) from None
     except KeyboardInterrupt:
         screen.err.print("interrupted; finished files are whole, unfinished ones were removed")
-        raise typer.Exit(130) from None
+        raise typer.Exit(128 + signal.SIGINT) from None
     except BrokenPipeError:
-        # the reader (head, a pager) had enough; Python must not try to flush the rest at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # the reader (head, a pager) had enough
+        forget_output()
         raise typer.Exit(0) from None
     except Exception as error:
         if wants_traceback.get() or not _is_bad_input(error):
@@ -114,7 +264,11 @@ def screen_for(as_json: bool) -> Iterator[Screen]:
         message = as_flags(str(error).strip()) or type(error).__name__
         screen.err.print("error:", style="bold red", end=" ")
         screen.err.print(message, markup=False, soft_wrap=True)
-        screen.result({"error": message})
+        try:
+            screen.result({"error": message})
+            screen.stdout.flush()
+        except OSError:
+            forget_output()
         raise typer.Exit(BAD_INPUT) from None
 
 
@@ -130,7 +284,7 @@ def quieten() -> None:
 
 def _is_bad_input(error: Exception) -> bool:
     """What a user can cause and cure; anything else is a fault of ours and keeps its traceback."""
-    return isinstance(error, (ValueError, OSError, ImportError))
+    return isinstance(error, (ValueError, OSError, ImportError)) or is_disk_full(error)
 
 
 def show_training(screen: Screen, done: TrainResult) -> None:

@@ -70,7 +70,7 @@ def sweep(
       [cyan]fastkd sweep trace.safetensors --criterion entropy --criterion margin[/]
       [cyan]fastkd sweep model --data data/test.tsv --speeds 0,0.1,0.3,0.5,0.8[/]
     """
-    with screen_for(as_json) as screen:
+    with screen_for(as_json, reads=(*sources, data)) as screen:
         quieten()
 
         from fastkd.commands.inputs import TraceOptions, load_or_make_trace

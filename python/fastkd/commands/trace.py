@@ -56,7 +56,7 @@ def trace(
       [cyan]fastkd trace model data/test.tsv -o test.safetensors[/]
       [cyan]fastkd trace model data --split dev --limit 2000[/]
     """
-    with screen_for(as_json) as screen:
+    with screen_for(as_json, reads=(checkpoint, data), output=output) as screen:
         quieten()
 
         from fastkd.commands.inputs import TraceOptions, make_trace

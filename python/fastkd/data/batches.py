@@ -13,6 +13,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from fastkd.data.input_format import encode
 from fastkd.data.rows import Rows
+from fastkd.data.text_counts import TextCounts
 
 _TOKENIZER_CHUNK = 4096
 
@@ -25,6 +26,9 @@ def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int = 1
 
     Raises:
         ValueError: `max_length` is more than the tokenizer's model takes, or leaves no room for text.
+
+    Warns:
+        TextWarning: the tokenizer does not know some of the tokens, or rows were cut.
     """
     special_tokens = tokenizer.num_special_tokens_to_add(pair=rows.is_pair)
     if not special_tokens < max_length <= tokenizer.model_max_length:
@@ -33,12 +37,14 @@ def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, max_length: int = 1
             f"and at most the tokenizer's model_max_length, {tokenizer.model_max_length}"
         )
     columns: dict[str, list[Any]] = {"length": []}
+    counts = TextCounts()
     for start in range(0, len(rows), _TOKENIZER_CHUNK):
         chunk = rows.dataset[start : start + _TOKENIZER_CHUNK]
-        encoded = encode(tokenizer, chunk["text_a"], chunk.get("text_b"), max_length)
+        encoded = encode(tokenizer, chunk["text_a"], chunk.get("text_b"), max_length, counts=counts)
         for name, values in encoded.items():
             columns.setdefault(name, []).extend(values)
         columns["length"].extend(map(len, encoded["input_ids"]))
+    counts.warn(rows.source)
     if rows.is_labelled:
         columns["labels"] = rows.dataset["label"][:]
     return datasets.Dataset.from_dict(columns)

@@ -26,6 +26,8 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.processors import TemplateProcessing
 from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from fastkd.data.text_counts import TextCounts
+
 INPUT_FORMATS = ("standard", "uer")
 
 # What stands for UER's whole words while the text is lower-cased: characters that its cleaning takes out of every text.
@@ -109,6 +111,7 @@ def encode(
     max_length: int,
     *,
     truncate: bool = True,
+    counts: TextCounts | None = None,
     **options: Any,
 ) -> BatchEncoding | dict[str, list[Any]]:
     """Token ids (and what else the model takes) of each text or pair, not padded.
@@ -118,11 +121,24 @@ def encode(
         texts, pairs: first and second texts; None for single texts.
         max_length: tokens, special ones included.
         truncate: False leaves longer rows as they are.
+        counts: counts these rows, where given.
         options: of the tokenizer.
     """
     if pairs is None or input_format_of(tokenizer) == "standard":
-        return tokenizer(texts, pairs, truncation=truncate, max_length=max_length, **options)
-    encoded = tokenizer(texts, pairs, **options)
-    if not truncate:
-        return encoded
-    return {name: [values[:max_length] for values in rows] for name, rows in encoded.items()}
+        encoded = tokenizer(texts, pairs, truncation=truncate, max_length=max_length, **options)
+        cut = _cut(encoded, max_length) if truncate and counts is not None else 0
+    else:
+        encoded = tokenizer(texts, pairs, **options)
+        cut = sum(len(ids) > max_length for ids in encoded["input_ids"]) if truncate else 0
+        if truncate:
+            encoded = {name: [values[:max_length] for values in rows] for name, rows in encoded.items()}
+    if counts is not None:
+        counts.add(tokenizer, encoded["input_ids"], cut, max_length, is_pair=pairs is not None)
+    return encoded
+
+
+def _cut(encoded: BatchEncoding, max_length: int) -> int:
+    """How many rows were cut; a tokenizer without a record of it is taken to have cut those of the full length."""
+    if encoded.encodings is None:
+        return sum(len(ids) == max_length for ids in encoded["input_ids"])
+    return sum(bool(row.overflowing) for row in encoded.encodings)

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import fastkd_kernels as fk
+from fastkd.data.text_counts import TextCounts
 from fastkd.encoders.layout import TokenLayout
 from fastkd.engines.batch import warn_about_nan
 from fastkd.engines.packed_encoder import PackedTokens, cumulative_lengths, encoder_of, round_up_tokens
@@ -187,6 +188,10 @@ class Stream(Iterator[StreamRow]):
 
     def __iter__(self) -> Stream:
         return self
+
+    def count_texts(self, counts: TextCounts) -> None:
+        """Count in `counts` what the tokenizer cannot read, and what it cuts, from now on."""
+        self._reader.counts = counts
 
     def __next__(self) -> StreamRow:
         if not self._has_next():

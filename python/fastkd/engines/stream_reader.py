@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from fastkd.data.columns import texts_of
 from fastkd.data.errors import Problem
 from fastkd.data.input_format import encode
+from fastkd.data.text_counts import TextCounts
 from fastkd.data.texts import text_problem
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.encoders.families import longest_input
@@ -73,6 +74,7 @@ class StreamReader:
         self._error: Exception | None = None
         self._input_ended = False
         self._is_pulling = False
+        self.counts = TextCounts()
         # these go on after an interrupt; a generator, and what may hold one, ends there
         self._goes_on = isinstance(rows, (list, tuple)) or isinstance(
             getattr(type(self._rows), "__next__", None), FunctionType
@@ -188,7 +190,8 @@ class StreamReader:
     def _tokenize(self, first: list[str], second: list[str | None] | None) -> Any:
         assert self._tokenizer is not None
         return encode(
-            self._tokenizer, first, second, self._limit, truncate=self._truncate, return_attention_mask=False,
+            self._tokenizer, first, second, self._limit, truncate=self._truncate, counts=self.counts,
+            return_attention_mask=False,
             verbose=False,
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from fastkd.data.files import atomic_path
+from fastkd.data.files import atomic_path, check_output_file, is_special
 from fastkd.inference.row_reader import STANDARD_STREAM, format_of
 
 
@@ -37,7 +37,8 @@ class Prediction:
 def output_stream(destination: str) -> Iterator[IO[str]]:
     """Standard output for "-", else the file, which is either whole or absent.
 
-    If the writing breaks off, what is written so far stays beside it, as NAME.partial.SUFFIX.
+    A pipe or a device gets each answer as it is written. If the writing breaks off, what is written so far stays
+    beside the file, as NAME.partial.SUFFIX.
 
     Warns:
         UserWarning: the file was not finished.
@@ -45,6 +46,10 @@ def output_stream(destination: str) -> Iterator[IO[str]]:
     if destination == STANDARD_STREAM:
         yield sys.stdout
         sys.stdout.flush()
+        return
+    if is_special(destination):
+        with open(destination, "w", encoding="utf-8", newline="\n") as special:
+            yield special
         return
     with atomic_path(destination) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as stream:
         try:
@@ -54,6 +59,7 @@ def output_stream(destination: str) -> Iterator[IO[str]]:
         except BaseException:
             stream.flush()
             partial = _partial(destination)
+            check_output_file(partial)
             temporary.replace(partial)
             warnings.warn(f"{destination} was not finished: the answers so far are in {partial}", stacklevel=3)
             raise
@@ -74,7 +80,7 @@ def writer_of(destination: str, form: str | None) -> Callable[[IO[str], Predicti
     Raises:
         ValueError: another format.
     """
-    form = form or ("tsv" if destination == STANDARD_STREAM else format_of(destination))
+    form = form or ("tsv" if destination == STANDARD_STREAM or is_special(destination) else format_of(destination))
     if form not in ("tsv", "jsonl"):
         raise ValueError(
             f"output: got format {form!r}, predictions are written as .tsv or .jsonl; name the output so, or pass "

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
+from fastkd.data.files import check_output_file, is_special, reading
 from fastkd.data.input_format import encode
+from fastkd.data.text_counts import TextCounts
 from fastkd.inference.answers import BadRowError, Prediction, output_stream, writer_of
 from fastkd.inference.row_reader import STANDARD_STREAM, InputRow, format_of, read_rows
 from fastkd.model.tokenizers import length_limit
@@ -45,6 +47,7 @@ class PredictSummary:
     problems: list[str] = field(default_factory=list)
     exits: Counter[int] = field(default_factory=Counter)
     seconds: float = 0.0
+    texts: TextCounts = field(default_factory=TextCounts)
 
     @property
     def average_layers(self) -> float | None:
@@ -59,6 +62,7 @@ class PredictSummary:
             "average_layers": self.average_layers,
             "exits_per_layer": {str(layer): self.exits[layer] for layer in sorted(self.exits)},
             "seconds": round(self.seconds, 3),
+            **self.texts.to_dict(),
         }
 
 
@@ -75,6 +79,7 @@ def predict(
     max_length: int | None = None,
     window: int = 1024,
     monitor: DriftMonitor | None = None,
+    counts: TextCounts | None = None,
 ) -> Iterator[Prediction]:
     """Answer rows in input order.
 
@@ -92,6 +97,7 @@ def predict(
         window: rows that are read, tokenised and sorted by length together.
         monitor: of `model`; watches rows by their line number and changes no answer. It brings its own speed, criterion
             and top_n.
+        counts: counts the texts, where given.
 
     Warns:
         CalibrationWarning: the model's certificate is for something else than what these rows are answered with.
@@ -109,14 +115,16 @@ def predict(
             from fastkd.exits.certificate import warn_if_uncertified  # brings scipy
 
             warn_if_uncertified(model, **exits)
-        return _predict(model, tokenizer, rows, batch_size, max_length, window, exits)
+        return _predict(model, tokenizer, rows, batch_size, max_length, window, exits, counts or TextCounts())
     if any(value is not None for value in exits.values()):
         raise ValueError(
             "speed, criterion, top_n, exit_layers: the monitor brings them; give them to DriftMonitor instead"
         )
     watched: dict[int, InputRow] = {}
     remembered = _remember_watched(rows, monitor, watched)
-    answers = _predict(model, tokenizer, remembered, batch_size, max_length, window, monitor.exits)
+    answers = _predict(
+        model, tokenizer, remembered, batch_size, max_length, window, monitor.exits, counts or TextCounts()
+    )
     return _compare_watched(answers, monitor, watched, tokenizer, max_length or length_limit(model, tokenizer))
 
 
@@ -128,15 +136,17 @@ def _predict(
     max_length: int | None,
     window: int,
     exits: dict[str, Any],
+    counts: TextCounts,
 ) -> Iterator[Prediction]:
     if batch_size is None:
         unanswered: deque[int] = deque()
         noted = _note_lines(rows, unanswered)
         stream = model.stream(noted, tokenizer, max_length=max_length, look_ahead=window, **exits)
+        stream.count_texts(counts)
         return _predict_stream(stream, unanswered)
     model.exit_rule(**exits)
     return _predict_batches(
-        model, tokenizer, rows, batch_size, max_length or length_limit(model, tokenizer), window, exits
+        model, tokenizer, rows, batch_size, max_length or length_limit(model, tokenizer), window, exits, counts
     )
 
 
@@ -186,11 +196,12 @@ def _predict_batches(
     max_length: int,
     window: int,
     exits: dict[str, Any],
+    counts: TextCounts,
 ) -> Iterator[Prediction]:
     remaining = iter(rows)
     while block := list(islice(remaining, window)):
         good = [row for row in block if row.problem is None]
-        answers = _answer(model, tokenizer, good, batch_size, max_length, exits)
+        answers = _answer(model, tokenizer, good, batch_size, max_length, exits, counts)
         for row in block:
             yield answers.get(row.line) or Prediction(row.line, problem=row.problem)
 
@@ -280,11 +291,12 @@ def predict_file(
     write = writer_of(destination, output_format)
     summary, started = PredictSummary(), time.perf_counter()
     with ExitStack() as stack:
+        stack.enter_context(reading(source))
         name = "standard input" if source == STANDARD_STREAM else source
         rows = read_rows(stack.enter_context(_opened(source)), form, name, text_a=text_a, text_b=text_b)
         # an output is opened only now that a first row is read and the options are checked: bad input leaves nothing
         checked = _checked(chain([next(rows)], rows), bad_rows, name)
-        answers = predict(model, tokenizer, checked, **options)
+        answers = predict(model, tokenizer, checked, counts=summary.texts, **options)
         output = stack.enter_context(output_stream(destination))
         write(output, None)
         for prediction in answers:
@@ -303,15 +315,16 @@ def check_files(
     Raises:
         FileNotFoundError: no file `source`.
         IsADirectoryError: `destination` is a folder.
-        ValueError: an empty input, an unknown format or policy.
+        ValueError: an empty input, an unknown format or policy; `destination` is `source`.
     """
     if bad_rows not in BAD_ROWS:
         raise ValueError(f"bad_rows: got {bad_rows!r}, expected one of {', '.join(BAD_ROWS)}")
     format_of(source, input_format)
     writer_of(destination, output_format)
-    if destination != STANDARD_STREAM and Path(destination).is_dir():
-        raise IsADirectoryError(f"output: {destination} is a folder; give the name of a file in it")
-    if source == STANDARD_STREAM:
+    if destination != STANDARD_STREAM:
+        with reading(source):
+            check_output_file(destination)
+    if source == STANDARD_STREAM or is_special(source):
         return
     if not Path(source).is_file():
         raise FileNotFoundError(f"input: there is no file {source}")
@@ -326,9 +339,10 @@ def _answer(
     batch_size: int,
     max_length: int,
     exits: dict[str, Any],
+    counts: TextCounts | None = None,
 ) -> dict[int, Prediction]:
     """The prediction of each row by its line number."""
-    encoded = _encode(tokenizer, rows, max_length)
+    encoded = _encode(tokenizer, rows, max_length, counts)
     by_length = sorted(range(len(rows)), key=lambda index: len(encoded[index]["input_ids"]))
     answers = {}
     for start in range(0, len(rows), batch_size):
@@ -342,7 +356,9 @@ def _answer(
     return answers
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, rows: list[InputRow], max_length: int) -> list[dict[str, list[int]]]:
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, rows: list[InputRow], max_length: int, counts: TextCounts | None
+) -> list[dict[str, list[int]]]:
     """Token ids of each row; pairs and single texts may be mixed."""
     encoded: list[dict[str, list[int]]] = [{}] * len(rows)
     for is_pair in (False, True):
@@ -350,7 +366,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, rows: list[InputRow], max_length
         if not chosen:
             continue
         second = [rows[index].text_b for index in chosen] if is_pair else None
-        batch = encode(tokenizer, [rows[index].text_a for index in chosen], second, max_length)
+        batch = encode(tokenizer, [rows[index].text_a for index in chosen], second, max_length, counts=counts)
         for position, index in enumerate(chosen):
             encoded[index] = {name: values[position] for name, values in batch.items()}
     return encoded

@@ -9,6 +9,7 @@ from typing import BinaryIO
 from fastkd.data import records
 from fastkd.data.columns import Columns, text_columns, texts_of
 from fastkd.data.errors import DataError, Problem
+from fastkd.data.files import is_special
 from fastkd.data.records import FORMATS, Record, open_records
 
 STANDARD_STREAM = "-"
@@ -34,7 +35,7 @@ def format_of(path: str, stated: str | None = None) -> str | None:
         if stated not in FORMATS:
             raise ValueError(f"format: got {stated!r}, expected one of {', '.join(FORMATS)}")
         return stated
-    if path == STANDARD_STREAM:
+    if path == STANDARD_STREAM or is_special(path):
         return None
     try:
         return records.format_of(path)

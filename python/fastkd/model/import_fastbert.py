@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertTokenizer, PreTrainedTokenizerBase
 
-from fastkd.data.files import atomic_folder
+from fastkd.data.files import atomic_folder, check_output_folder
 from fastkd.data.input_format import with_input_format
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.model.modeling import EarlyExitForSequenceClassification
@@ -141,8 +141,7 @@ def import_fastbert(
     """
     _check_pooling(pooling)
     target = Path(output_dir)
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"output_dir: {target} already exists; choose another, or pass overwrite=True")
+    check_output_folder(target, overwrite=overwrite)
     state = read_checkpoint(checkpoint)
     model = convert(state, label_names=label_names, num_attention_heads=num_attention_heads)
     backbone = model.config.backbone

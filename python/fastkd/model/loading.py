@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from fastkd.data.input_format import with_input_format
 from fastkd.encoders.configuration import EarlyExitConfig
-from fastkd.model.checkpoints import checkpoint_path
+from fastkd.model.checkpoints import check_path, checkpoint_path
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.model.pretrained import config_explained
 from fastkd.model.tokenizers import load_tokenizer
@@ -70,6 +70,7 @@ def load_config(checkpoint: str) -> EarlyExitConfig:
         ValueError: not a model of this project.
         OSError: nothing to load.
     """
+    check_path(checkpoint)
     with config_explained(checkpoint):
         config = AutoConfig.from_pretrained(checkpoint)
     if not isinstance(config, EarlyExitConfig):

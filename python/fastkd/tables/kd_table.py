@@ -43,11 +43,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from fastkd.data.errors import DataError
 from fastkd.data.files import check_fields, read_json, write_result, write_text
 from fastkd.data.rows import DataFolder, Rows, load_folder
+from fastkd.data.yaml_text import load_yaml
 from fastkd.kd.methods import Method, method_of
 from fastkd.kd.options import KDOptions
 from fastkd.kd.teacher import PseudoClassifierOptions, Teacher
@@ -199,8 +198,8 @@ def load_grid(path: str | Path, data: str | Path | None = None) -> Grid:
         OSError: no such file.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        raw = load_yaml(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
         raise GridError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     given = dict(_mapping(raw, str(path)))
     if data is not None:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.data.errors import DataError
-from fastkd.data.files import check_fields, read_json, write_json
+from fastkd.data.files import check_fields, check_output_folder, read_json, write_json
 from fastkd.data.labels import names_of_classes
 from fastkd.data.rows import Rows
 
@@ -110,9 +110,7 @@ def check_outputs(
         FileExistsError: `output_dir`, or the checkpoints of an unfinished run, would be lost.
         ValueError: a resumed run was started with other rows or options.
     """
-    is_taken = output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir()))
-    if is_taken and not overwrite:
-        raise FileExistsError(f"output_dir: {output_dir} already exists; choose another, or pass overwrite=True")
+    check_output_folder(output_dir, overwrite=overwrite)
     started = None if overwrite and not resume else _started_run(checkpoints)
     if started is not None and not resume:
         raise FileExistsError(
@@ -120,6 +118,7 @@ def check_outputs(
             "or discard it with overwrite=True"
         )
     if started is None:
+        _check_checkpoints(checkpoints)
         shutil.rmtree(checkpoints, ignore_errors=True)
         write_json(checkpoints / _RUN_FILE, record)
         return
@@ -137,6 +136,18 @@ def clear_failed_start(checkpoints: Path) -> None:
     trained = [path for path in checkpoints.glob("*") if path.name not in kept]
     if not any(path.is_file() or any(part.is_file() for part in path.rglob("*")) for path in trained):
         shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def _check_checkpoints(checkpoints: Path) -> None:
+    """Raise FileExistsError where a folder of this name holds what no training left."""
+    if not checkpoints.is_dir() or (checkpoints / _RUN_FILE).exists() or any(checkpoints.glob("checkpoint-*")):
+        return
+    found = next((path.name for path in checkpoints.iterdir()), None)
+    if found is not None:
+        raise FileExistsError(
+            f"output_dir: {checkpoints} is needed for the checkpoints, but holds {found}, which no training left; move "
+            "it away, or choose another output_dir"
+        )
 
 
 def _started_run(checkpoints: Path) -> dict[str, Any] | None:
