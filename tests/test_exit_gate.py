@@ -294,7 +294,10 @@ def test_survivors_ascend_across_tiles_and_programs(backend: str, rows: int) -> 
 def test_the_launch_covers_both_ways_of_compacting() -> None:
     assert ExitGateConfig.choose(2048, 2).programs == 1
     assert ExitGateConfig.choose(2049, 2).programs == 5
-    assert ExitGateConfig.choose(3, 5001) == ExitGateConfig(1, 4096, False, 3, 8)
+    assert ExitGateConfig.choose(3, 5001) == ExitGateConfig(1, 4096, False, 1, 3, 8)
+    large = ExitGateConfig.choose(65536, 1024)
+    assert (large.tiles, large.programs) == (16, 4096)
+    assert ExitGateConfig.choose(2**20, 3).tiles == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -302,6 +305,26 @@ def test_more_programs_than_one_look_back_window(backend: str) -> None:
     logits = make_logits(80, 1030)[torch.randperm(80)]
     with running_on(backend) as device:
         assert_consistent(fk.exit_gate(logits.to(device), 0.9), 0.9)
+
+
+@needs_triton
+@pytest.mark.parametrize(("rows", "block_rows", "tiles"), [(70, 1, 16), (75, 4, 4), (64, 2, 8), (33, 16, 1)])
+@pytest.mark.parametrize("criterion", fk.CRITERIA)
+def test_programs_of_several_tiles(
+    rows: int, block_rows: int, tiles: int, criterion: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = make_logits(rows, 30).to(device_of("cuda"))
+    programs = -(-rows // (block_rows * tiles))
+    config = ExitGateConfig(block_rows, 32, True, tiles, programs, 4)
+    outputs = []
+    for choice in (ExitGateConfig.choose(rows, 30), config):
+        record = fk.ExitRecord.allocate(rows, 30, logits.device)
+        monkeypatch.setattr(ExitGateConfig, "choose", lambda *_, choice=choice: choice)
+        with fk.backend("cuda"):
+            out = fk.exit_gate(logits, 0.5, criterion, top_n=limits_of(criterion, 30), record=record, layer=1)
+        outputs.append([out.uncertainty, out.kept(), record.logits, record.exit_layer, record.history])
+    for one, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6, equal_nan=True)
 
 
 if _triton.available:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fastkd_kernels as fk
 from fastkd_kernels.ops.compact import CompactConfig
-from fastkd_kernels.ops.exit_gate import ExitGateConfig
+from fastkd_kernels.ops.exit_gate import ENOUGH_PROGRAMS, ExitGateConfig
 from fastkd_kernels.ops.student_head import GpuLimits, StudentHeadConfig
 from gpu import cases
 from gpu.cases import DTYPES, LABELS, SPEED, WIDTH
@@ -88,16 +88,19 @@ def _exit_gates(scale: Scale, device: torch.device) -> Iterator[Swept]:
     for rows, columns in scale.gate_shapes:
         usual = ExitGateConfig.choose(rows, columns)
         configs = {CHOSEN: _gate(None)}
-        for block_rows, warps, one_program in product((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), (1, 2, 4, 8), (0, 1)):
+        for block_rows, warps, each in product((1, 2, 4, 8, 16, 32, 64, 128, 256, 512), (1, 2, 4, 8), (0, 1, 4, 16)):
             elements = block_rows * usual.block_columns
             tiles = -(-rows // block_rows)
-            if not 128 * warps <= 4 * elements <= 4 * 16384 or (one_program and tiles > 16):
+            programs = -(-tiles // each) if each else 1
+            # one program takes few tiles; several take many only where they fill the GPU all the same
+            if not 128 * warps <= 4 * elements <= 4 * 16384 or (each == 0 and tiles > 16):
                 continue
-            config = replace(
-                usual, block_rows=block_rows, num_warps=warps, programs=1 if one_program or tiles == 1 else tiles
-            )
+            if each and (programs == 1 or (each > 1 and (programs < ENOUGH_PROGRAMS or each * block_rows > 1024))):
+                continue
+            config = replace(usual, block_rows=block_rows, num_warps=warps, tiles=max(each, 1), programs=programs)
             if config != usual:
-                configs[f"rows {block_rows}, warps {warps}, programs {config.programs}"] = _gate(config)
+                name = f"rows {block_rows}, warps {warps}, tiles {config.tiles}, programs {programs}"
+                configs[name] = _gate(config)
         make_inputs = cases._gate_inputs(rows, columns, torch.float32, device)
         yield Swept("exit_gate", f"[{rows}, {columns}] fp32", configs, make_inputs, "cold" if rows > 4096 else "warm")
 

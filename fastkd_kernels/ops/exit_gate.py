@@ -593,17 +593,21 @@ def _exit_gate_kernel(
     RESIDENT: tl.constexpr,  # a tile holds all columns
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    TILES: tl.constexpr,  # that a program of several takes in turn before it publishes how many rows stay
     WINDOW: tl.constexpr,
 ):
     block = 0
-    blocks = tl.cdiv(rows, BLOCK_ROWS)
-    kept = tl.zeros((), tl.int32)
+    tiles = tl.cdiv(rows, BLOCK_ROWS)
     if scan is not None:
         # numbered in the order of their start, so that a block only ever waits for running ones
         block = tl.atomic_add(scan, 1, sem="relaxed")
-        blocks = 1
-    for step in range(0, blocks):
-        first_row = (block + step) * BLOCK_ROWS
+        tiles = TILES
+    block_rows: tl.constexpr = TILES * BLOCK_ROWS
+    block_start = block * block_rows
+    kept = tl.zeros((), tl.int32)
+    flags = tl.zeros([TILES, BLOCK_ROWS], tl.int32)
+    for tile in range(0, tiles):
+        first_row = block_start + tile * BLOCK_ROWS
         stays = gate_rows(
             first_row,
             logits,
@@ -628,11 +632,18 @@ def _exit_gate_kernel(
             BLOCK_ROWS,
             BLOCK_COLUMNS,
         )
-        if scan is not None:
-            kept = _survivors_before(scan + 1, block, tl.sum(stays, 0), WINDOW)
-        kept = list_survivors(survivors, first_row, stays, kept, BLOCK_ROWS)
-    if (block + blocks) * BLOCK_ROWS >= rows:
+        if scan is None:
+            kept = list_survivors(survivors, first_row, stays, kept, BLOCK_ROWS)
+        else:
+            flags = tl.where(tl.arange(0, TILES)[:, None] == tile, stays[None, :], flags)
+    if scan is None:
         tl.store(count, kept)
+    else:
+        stays = tl.reshape(flags, [block_rows])
+        kept = _survivors_before(scan + 1, block, tl.sum(stays, 0), WINDOW)
+        kept = list_survivors(survivors, block_start, stays, kept, block_rows)
+        if block_start + block_rows >= rows:
+            tl.store(count, kept)
 
 
 _launch_exit_gate = Launcher(_exit_gate_kernel)
@@ -642,6 +653,10 @@ MAX_COLUMNS = 4096
 """Classes up to which a program holds whole rows: 16 logits a thread with 8 warps, the most that fits its registers."""
 
 
+ENOUGH_PROGRAMS = 132 * 16
+"""What fills an H200 with programs of 128 threads."""
+
+
 @dataclass(frozen=True)
 class ExitGateConfig(LaunchConfig):
     """Launch configuration of the CUDA kernel."""
@@ -649,6 +664,7 @@ class ExitGateConfig(LaunchConfig):
     block_rows: int
     block_columns: int
     resident: bool  # a tile holds all columns of its rows
+    tiles: int  # of each program, where there are several
     programs: int
     num_warps: int
 
@@ -658,16 +674,22 @@ class ExitGateConfig(LaunchConfig):
         """The analytical choice for `rows` > 0.
 
         Up to four tiles one program takes in turn, which costs less than zeroing the scan state of several. The sizes
-        of a tile depend on the classes alone: a batch that shrinks from layer to layer compiles nothing new.
+        of a tile depend on the classes alone: a batch that shrinks from layer to layer compiles nothing new, but for
+        batches so large that programs of several tiles fill the GPU: there the atomics of a program, and the wait for
+        what it reads of others, would cost as much as the one row it looks at.
         """
         block_columns = min(next_power_of_2(columns), MAX_COLUMNS)
         block_rows = min(max(1024 // block_columns, 1), 512)
         tiles = -(-rows // block_rows)
+        each = max(min(16, 1024 // block_rows), 1)
+        if tiles < each * ENOUGH_PROGRAMS:
+            each = 1
         return cls(
             block_rows=block_rows,
             block_columns=block_columns,
             resident=columns <= block_columns,
-            programs=1 if tiles <= 4 and columns <= block_columns else tiles,
+            tiles=each,
+            programs=1 if tiles <= 4 and columns <= block_columns else -(-tiles // each),
             num_warps=min(max(block_rows * block_columns // 256, 1), 8),
         )
 
@@ -681,6 +703,7 @@ class ExitGateConfig(LaunchConfig):
             "RESIDENT": self.resident,
             "BLOCK_ROWS": self.block_rows,
             "BLOCK_COLUMNS": self.block_columns,
+            "TILES": self.tiles,
             "WINDOW": 32 * self.num_warps,
         }
 
