@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastkd.data.rows import Rows
+if TYPE_CHECKING:
+    from fastkd.data.rows import Rows
 
 Hashes = npt.NDArray[np.int64]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 import fastkd_kernels as fk
 from fastkd.data.row_hashes import Hashes
-from fastkd.data.rows import Rows
 from fastkd.encoders import families
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.encoders.heads import ExitHead, LearnedExit, build_head
@@ -29,6 +28,9 @@ from fastkd.model.inputs import check_tokens, checked_mask
 from fastkd.model.pretrained import check_complete, config_to_load, damage_explained, saved_config
 from fastkd.model.seen_rows import load_seen_rows, save_seen_rows
 from fastkd.model.tracing import record_trace
+
+if TYPE_CHECKING:
+    from fastkd.data.rows import Rows
 
 
 class EarlyExitForSequenceClassification(PreTrainedModel):

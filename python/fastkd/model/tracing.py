@@ -6,19 +6,21 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastkd.data.row_hashes import Hashes, row_hashes
-from fastkd.data.rows import Rows
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.exits.certificate import CalibrationWarning
 from fastkd.exits.fingerprints import HasWeights, model_fingerprint, tensor_bytes
 from fastkd.exits.flops import FlopsShape
 from fastkd.exits.trace import ExitTrace, TraceSource
 from fastkd.model.seen_rows import count_seen
+
+if TYPE_CHECKING:
+    from fastkd.data.rows import Rows
 
 
 class TracedModel(HasWeights, Protocol):
