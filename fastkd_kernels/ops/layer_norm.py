@@ -54,7 +54,8 @@ def _normalised(total: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tens
 def _normalise_and_store(total, mask, width, weight_ptr, bias_ptr, out_ptr, column, eps):
     mean = tl.sum(total, 0) / width
     deviation = tl.where(mask, total - mean, 0.0)
-    scale = 1.0 / tl.sqrt(tl.sum(deviation * deviation, 0) / width + eps)
+    # one root and one quotient a row, rounded: the approximate ones would cost every element three units
+    scale = tl.math.div_rn(1.0, tl.math.sqrt_rn(tl.sum(deviation * deviation, 0) / width + eps))
     weight = tl.load(weight_ptr + column, mask=mask).to(tl.float32)
     bias = tl.load(bias_ptr + column, mask=mask).to(tl.float32)
     tl.store(out_ptr + column, deviation * scale * weight + bias, mask=mask)
