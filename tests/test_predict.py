@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -425,3 +427,30 @@ def test_counts_must_be_positive(
 ) -> None:
     with pytest.raises(ValueError, match=f"{argument}: got 0"):
         list(predict.predict(model, tokenizer, [InputRow(1, "x")], **{argument: 0}))
+
+
+def test_the_input_stays_and_devices_and_pipes_are_read_and_written(
+    model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    source, link = tmp_path / "in.tsv", tmp_path / "link.tsv"
+    source.write_text("text_a\n" + "good\n" * 5, encoding="utf-8")
+    link.symlink_to(source)
+    for target in (source, link):
+        with pytest.raises(ValueError, match="is also an input, which would be lost"):
+            predict.predict_file(model, tokenizer, str(source), str(target))
+        with pytest.raises(ValueError, match="is also an input"):
+            predict.check_files(str(source), str(target), None, None, "mark")
+    assert source.read_text(encoding="utf-8").startswith("text_a\ngood")
+    assert predict.predict_file(model, tokenizer, str(source), os.devnull).rows == 5
+    assert not Path(os.devnull).is_file()
+    given, taken, read = tmp_path / "given", tmp_path / "taken", []
+    for pipe in (given, taken):
+        os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: given.write_text("good\ndull\n", encoding="utf-8"), daemon=True)
+    reader = threading.Thread(target=lambda: read.append(taken.read_text(encoding="utf-8")), daemon=True)
+    writer.start()
+    reader.start()
+    assert predict.predict_file(model, tokenizer, str(given), str(taken)).rows == 2
+    reader.join(20)
+    assert len(read[0].splitlines()) == 3
+    assert taken.is_fifo()

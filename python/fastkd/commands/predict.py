@@ -67,7 +67,7 @@ def predict(
     you name, JSONL the same keys, text one sentence a line. Answers come in input order. Any size: memory is
     bounded, and rows that stay wait at their layer for company. A row that
     cannot be answered keeps its place, says why in the error column, and makes
-    the exit code 1. Ctrl-C keeps the answers so far beside the output.
+    the exit code 1. Ctrl-C and SIGTERM keep the answers so far beside the output.
 
     [bold]Examples[/]
 
