@@ -486,6 +486,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no text in UTF-8"):
         import_fastbert(checkpoint, tmp_path / "model", vocab=vocab)
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "notes.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(FileExistsError, match="overwrite=True"):
         import_fastbert(checkpoint, tmp_path / "model")
 
