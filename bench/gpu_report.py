@@ -2,7 +2,7 @@
 
     python bench/gpu_report.py                          # or: make gpu
     python bench/gpu_report.py --only ops,models --budget 300
-    python bench/gpu_report.py --rehearse               # every line on the CPU with tiny shapes; no numbers for anybody
+    python bench/gpu_report.py --rehearse               # every line on the CPU with tiny shapes; reports no numbers
 
 Works from the checkout with whatever Python has torch; nothing is installed. Steps run in processes of their own, one
 after the other where they time something, each with a share of the budget, and the report is written again after every

@@ -16,7 +16,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastkd_kernels import _derivatives, _triton
-from fastkd_kernels._checks import check_choice
+from fastkd_kernels.checks import check_choice
 
 BACKENDS = ("cuda", "cpu", "reference")
 
@@ -124,7 +124,7 @@ def _resolve_forced(op: str, forced: str, device: torch.device) -> str:
 
 
 def attention_of_reference() -> AbstractContextManager[object]:
-    """In which references call `scaled_dot_product_attention`, so that it has every derivative where one is wanted.
+    """The context in which references call `scaled_dot_product_attention`: it then has every derivative that is wanted.
 
     PyTorch's fused attention has the first one in reverse mode only, and is left alone where that is enough.
     """

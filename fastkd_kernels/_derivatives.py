@@ -29,7 +29,7 @@ def wants_gradient(tensors: Sequence[Tensor | None]) -> bool:
 
 
 class _DifferentiatedOnce(torch.autograd.Function):
-    """Its input, whose own gradient nobody has: a penalty on it would otherwise silently count for nothing."""
+    """Its input, which has no gradient of its own: a penalty on it would otherwise silently count for nothing."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *links: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ extension: ModuleType | None
 missing_reason: str | None
 
 INTERFACE = 2
-"""Of schemas and bindings, raised together with csrc/module.cpp: another extension would read other arguments."""
+"""Version of schemas and bindings, raised along with csrc/module.cpp: another extension would read other arguments."""
 
 _BINDINGS = (
     "built_with_torch",

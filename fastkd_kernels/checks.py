@@ -1,4 +1,4 @@
-"""Checks of arguments that ops share."""
+"""Checks of arguments that ops share, and the modules of `fastkd.losses` with them."""
 
 from __future__ import annotations
 

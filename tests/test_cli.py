@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 from fastkd.commands import app, demo_story
 from fastkd.commands.calibrate import Guarantee, Method
 from fastkd.commands.flags import as_flags, options_of_command
+from fastkd.commands.import_fastbert import Pooling
 from fastkd.commands.options import Criterion, Dtype, LabelsAre, parse_speeds
 from fastkd.commands.report import PictureFormat
 from fastkd.commands.screen import wants_traceback
@@ -35,6 +36,7 @@ from fastkd.exits.catalogue import CRITERIA
 from fastkd.exits.guarantees import GUARANTEES, METHODS
 from fastkd.exits.trace import ExitTrace
 from fastkd.model import loading
+from fastkd.model.import_fastbert import POOLINGS
 from fastkd.report.pictures import FORMATS
 from fastkd.training import early_exit
 
@@ -163,6 +165,7 @@ def test_no_other_command_has_a_criterion() -> None:
         (Guarantee, GUARANTEES),
         (Method, METHODS),
         (PictureFormat, FORMATS),
+        (Pooling, POOLINGS),
     ],
 )
 def test_choices_on_the_command_line_are_those_of_the_library(choices: type[Enum], names: Iterable[str]) -> None:

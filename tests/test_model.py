@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny_models import (
     CONFIGS,
+    CRITERIA,
     LAYERS,
     MAIN_FAMILIES,
     clear_speed,
@@ -32,7 +33,6 @@ import fastkd_kernels as fk
 from fastkd.encoders.heads import FastBertHead, LinearHead
 from fastkd.encoders.layout import TokenLayout
 
-CRITERIA = [("entropy", None), ("max_prob", None), ("margin", None), ("top_n", 2), ("patience", None)]
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
 
 

@@ -174,14 +174,24 @@ def room_of(path: Path) -> str:
     return path.relative_to(FASTKD).parts[0].removesuffix(".py")
 
 
+def rooms_imported(code: str) -> set[str]:
+    """The rooms that a file imports anywhere in it, and "fastkd" for the package itself, which hands on their names."""
+    names = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    parts = [name.split(".") for name in names]
+    return {part[1] if part[1:] and part[1] in ROOMS else "fastkd" for part in parts if part[0] == "fastkd"}
+
+
 def imports_of_rooms() -> dict[str, set[str]]:
     """The rooms that each room really imports."""
     found: dict[str, set[str]] = {room: set() for room in ROOMS}
     for path in sorted(FASTKD.rglob("*.py")):
-        if path.parent == FASTKD:
-            continue  # the face of the package hands names on
-        for module in re.findall(r"(?:from|import) fastkd\.(\w+)", path.read_text(encoding="utf-8")):
-            found[room_of(path)].add(module)
+        if path.parent != FASTKD:
+            found[room_of(path)] |= rooms_imported(path.read_text(encoding="utf-8"))
     return {room: others - {room} for room, others in found.items()}
 
 
@@ -199,6 +209,12 @@ def test_no_arrow_runs_up() -> None:
     for room, allowed in ROOMS.items():
         assert set(allowed) <= set(below), f"{room} may only import rooms above it in the table"
         below.append(room)
+
+
+def test_no_import_is_overlooked() -> None:
+    assert rooms_imported("from fastkd import losses\ndef f():\n    from fastkd.kd.cache import X") == {"losses", "kd"}
+    assert rooms_imported("import fastkd, fastkd.data.rows") == {"fastkd", "data"}
+    assert rooms_imported("from fastkd import calibrate\nimport fastkd_kernels") == {"fastkd"}
 
 
 def test_rooms_import_what_the_table_allows() -> None:
@@ -267,6 +283,13 @@ def test_contributing_says_which_test_covers_which_file() -> None:
         assert path.name.startswith("__") or has_own_test or path in covered, (
             f"{path.relative_to(ROOT)}: say in CONTRIBUTING.md which test covers it"
         )
+
+
+def test_contributing_says_what_every_file_beside_the_ops_is_for() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.split("| file of `fastkd_kernels/` | what |\n|---|---|\n")[1].split("\n\n")[0]
+    files = {path.name for path in (ROOT / "fastkd_kernels").glob("*.py")} - {"__init__.py", "info.py"}
+    assert set(re.findall(r"`(\w+\.py)`", table)) == files
 
 
 STABLE_HEADERS = re.compile(r"torch/(csrc/stable|headeronly)/|torch/csrc/inductor/aoti_torch/c/shim\.h")

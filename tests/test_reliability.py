@@ -10,10 +10,9 @@ pytest.importorskip("datasets", reason="datasets is not installed: pip install d
 
 import torch
 from report_sources import corpus_rows, made_up_trace
+from tiny_models import CRITERIA
 
 from fastkd.exits.reliability import accuracy_by_uncertainty, uncertainty_per_layer
-
-CRITERIA = [("entropy", None), ("max_prob", None), ("margin", None), ("top_n", 2), ("patience", None)]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ pytest.importorskip("datasets", reason="datasets is not installed: pip install d
 
 import torch
 from report_sources import LOGS, benchmark, certificate, corpus_rows, made_up_trace, report_folder
-from tiny_models import early_exit_model, random_batch
+from tiny_models import CRITERIA, early_exit_model, random_batch
 from typer.testing import CliRunner
 
 from fastkd.commands import app
@@ -23,8 +23,6 @@ from fastkd.report import Source, read_source, write_page, write_pictures
 from fastkd.report.content import EXAMPLES, SPEEDS, page_content
 from fastkd.report.sources import Extras
 from fastkd.training.log import read_log, training_curve
-
-CRITERIA = [("entropy", None), ("max_prob", None), ("margin", None), ("top_n", 2), ("patience", None)]
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launches import count_launches
 from test_engine_graphs import Plain
-from test_model import CRITERIA, TOLERANCE, infer, mixed_speed
-from tiny_models import LAYERS, MAIN_FAMILIES, early_exit_model, one_thread, random_batch  # noqa: F401  # a fixture
+from test_model import TOLERANCE, infer, mixed_speed
+from tiny_models import (
+    CRITERIA,
+    LAYERS,
+    MAIN_FAMILIES,
+    early_exit_model,
+    one_thread,  # noqa: F401  # a fixture
+    random_batch,
+)
 from torch import Tensor
 
 import fastkd

@@ -14,6 +14,7 @@ from made_up_traces import certain_trace, part_of, population
 from safetensors.torch import save_file
 from tiny_models import (
     CONFIGS,
+    CRITERIA,
     LAYERS,
     clear_speed,
     early_exit_model,
@@ -26,8 +27,6 @@ import fastkd
 import fastkd_kernels as fk
 from fastkd.exits.flops import CONVENTIONS, FlopsShape
 from fastkd.exits.trace import TraceSource
-
-CRITERIA = [("entropy", None), ("max_prob", None), ("margin", None), ("top_n", 2), ("patience", None)]
 
 
 def batches_with_labels(family: str = "bert", num_labels: int = 3) -> list[dict[str, Tensor]]:

@@ -28,10 +28,13 @@ from transformers import (
 )
 
 import fastkd
+import fastkd_kernels as fk
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
+CRITERIA = [(name, 2 if name == "top_n" else None) for name in fk.CRITERIA]
+"""Every criterion that the gate computes, with its `top_n`."""
 LAYERS = 4
 HIDDEN = 32
 WORDS = ["the", "a", "film", "plot", "actor", "was", "is", "not", "very", "good", "bad", "dull", "great", "boring"]

@@ -138,7 +138,7 @@ def exit_gate(scale: Scale, device: torch.device) -> Iterator[Case]:
             op="exit_gate",
             name=f"[{rows}, {columns}] {dtype}",
             providers=providers,
-            make_inputs=_gate_inputs(rows, columns, DTYPES[dtype], device),
+            make_inputs=gate_inputs(rows, columns, DTYPES[dtype], device),
             check=_check_gate,
             work=work,
             basis="cold" if large else "warm",
@@ -162,7 +162,7 @@ def _softmax_of_peers() -> dict[str, Provider]:
     return found
 
 
-def _gate_inputs(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Callable[[], tuple[Tensor]]:
+def gate_inputs(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Callable[[], tuple[Tensor]]:
     def make() -> tuple[Tensor]:
         sharpness = torch.linspace(0.1, 6.0, rows, device=device)[:, None]
         return ((torch.randn(rows, columns, device=device) * sharpness).to(dtype),)
@@ -221,7 +221,7 @@ def student_head(scale: Scale, device: torch.device) -> Iterator[Case]:
                 "torch.compile": Provider(_no_grad(scale.compile(head_baselines.all_queries))),
                 "torch.compile, token 0": Provider(_no_grad(scale.compile(student_head_reference))),
             },
-            make_inputs=_head_inputs(batch, tokens, hidden, DTYPES[dtype], device),
+            make_inputs=head_inputs(batch, tokens, hidden, DTYPES[dtype], device),
             check=_no_grad(head_baselines.check_logits),
             work=head_work(batch, tokens, hidden, DTYPES[dtype].itemsize),
             basis="cold",
@@ -258,7 +258,7 @@ def student_head_exit(scale: Scale, device: torch.device) -> Iterator[Case]:
                     _no_grad(scale.compile(_eager_head_and_gate, "reduce-overhead")), capturable=False
                 ),
             },
-            make_inputs=_head_inputs(batch, tokens, hidden, DTYPES[dtype], device),
+            make_inputs=head_inputs(batch, tokens, hidden, DTYPES[dtype], device),
             check=_no_grad(_check_head_and_gate),
             work=head_work(batch, tokens, hidden, DTYPES[dtype].itemsize),
             basis="cold",
@@ -292,7 +292,7 @@ def _check_head_and_gate(result: Any, hidden_states: Tensor, head: fk.StudentHea
     assert survivors[: int(count)].tolist() == kept.tolist(), "survivors are not the rows above the speed, in order"
 
 
-def _head_inputs(
+def head_inputs(
     batch: int, tokens: int, hidden: int, dtype: torch.dtype, device: torch.device
 ) -> Callable[[], tuple[Tensor, fk.StudentHeadWeights]]:
     def make() -> tuple[Tensor, fk.StudentHeadWeights]:
@@ -344,7 +344,7 @@ def compact(scale: Scale, device: torch.device) -> Iterator[Case]:
                 "h[mask]": Provider(lambda hidden_states, rows, keep: hidden_states[keep], capturable=False),
                 "torch.compile": Provider(scale.compile(_index_select, dynamic=True)),
             },
-            make_inputs=_compact_inputs(batch, tokens, hidden, DTYPES[dtype], device),
+            make_inputs=compact_inputs(batch, tokens, hidden, DTYPES[dtype], device),
             check=_check_compact,
             work=Work(2 * output_bytes + 4 * (batch // 2)),
             basis="cold",
@@ -360,7 +360,7 @@ def _index_select(hidden_states: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
     return hidden_states.index_select(0, rows)
 
 
-def _compact_inputs(
+def compact_inputs(
     batch: int, tokens: int, hidden: int, dtype: torch.dtype, device: torch.device
 ) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
     def make() -> tuple[Tensor, Tensor, Tensor]:

@@ -101,7 +101,7 @@ def _exit_gates(scale: Scale, device: torch.device) -> Iterator[Swept]:
             if config != usual:
                 name = f"rows {block_rows}, warps {warps}, tiles {config.tiles}, programs {programs}"
                 configs[name] = _gate(config)
-        make_inputs = cases._gate_inputs(rows, columns, torch.float32, device)
+        make_inputs = cases.gate_inputs(rows, columns, torch.float32, device)
         yield Swept("exit_gate", f"[{rows}, {columns}] fp32", configs, make_inputs, "cold" if rows > 4096 else "warm")
 
 
@@ -133,7 +133,7 @@ def _student_heads(scale: Scale, device: torch.device) -> Iterator[Swept]:
             if config != usual:
                 name = f"splits {splits}, tokens {block_tokens}, hidden {block_hidden}, warps {warps}, stages {stages}"
                 configs[name] = _head(config)
-        make_inputs = cases._head_inputs(batch, tokens, hidden, DTYPES[dtype], device)
+        make_inputs = cases.head_inputs(batch, tokens, hidden, DTYPES[dtype], device)
         yield Swept("student_head_exit", f"[{batch}, {tokens}, {hidden}] {dtype}", configs, make_inputs, "cold")
 
 
@@ -155,7 +155,7 @@ def _compactions(scale: Scale, device: torch.device) -> Iterator[Swept]:
             config = CompactConfig(threads, bulk)
             if config != CompactConfig():
                 configs[f"{'bulk' if bulk else 'vector'}, threads {threads}"] = _compaction(config)
-        make_inputs = cases._compact_inputs(batch, tokens, hidden, torch.bfloat16, device)
+        make_inputs = cases.compact_inputs(batch, tokens, hidden, torch.bfloat16, device)
         yield Swept("compact", f"[{batch}, {tokens}, {hidden}] bf16, half kept", configs, make_inputs, "cold")
 
 

@@ -22,10 +22,10 @@ from torch.nn import functional as F
 from fastkd_kernels import _backend, _distillation, _extension, _triton
 from fastkd_kernels import _distillation_triton as kernels
 from fastkd_kernels._arguments import dense, values_are_free
-from fastkd_kernels._checks import check_same_device
 from fastkd_kernels._launch import Launcher, as_op
 from fastkd_kernels._library import library
 from fastkd_kernels._triton import jit, tl
+from fastkd_kernels.checks import check_same_device
 from fastkd_kernels.ops import universal_kd_loss as universal
 from fastkd_kernels.ops.kd_loss import kd_loss, kd_loss_reference
 from fastkd_kernels.ops.universal_kd_loss import (

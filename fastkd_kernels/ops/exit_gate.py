@@ -28,11 +28,11 @@ from torch import Tensor
 
 from fastkd_kernels import _backend, _extension, _triton
 from fastkd_kernels._arguments import check_written, dense, mark_written, plain, values_are_free
-from fastkd_kernels._checks import check_choice, check_same_device
 from fastkd_kernels._derivatives import transforming
 from fastkd_kernels._launch import LaunchConfig, Launcher, next_power_of_2
 from fastkd_kernels._library import library
 from fastkd_kernels._triton import jit, tl
+from fastkd_kernels.checks import check_choice, check_same_device
 
 CRITERIA = ("entropy", "max_prob", "margin", "top_n", "patience")
 """Every criterion by its name; its place is the code that the C++ kernels understand."""
@@ -709,7 +709,7 @@ class ExitGateConfig(LaunchConfig):
 
 
 def uncertainty_scale(criterion: str, columns: int, top_n: int | None) -> float:
-    """By what the uncertainty is divided to lie in [0, 1]."""
+    """The number that divides the uncertainty, so that it lies in [0, 1]."""
     if criterion == "max_prob":
         return 1 - 1 / columns
     return math.log(top_n if criterion == "top_n" and top_n else columns)

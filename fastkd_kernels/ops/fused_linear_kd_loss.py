@@ -33,9 +33,9 @@ from torch.nn import functional as F
 
 from fastkd_kernels import _backend, _distillation, _extension, _triton
 from fastkd_kernels._arguments import values_are_free
-from fastkd_kernels._checks import check_choice, check_same_device
 from fastkd_kernels._launch import as_op
 from fastkd_kernels._library import library
+from fastkd_kernels.checks import check_choice, check_same_device
 from fastkd_kernels.ops import kd_loss as kd
 
 REDUCTIONS = ("batchmean", "sum")

@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from fastkd_kernels import _extension, _triton
 from fastkd_kernels._arguments import check_written, dense, mark_written, plain, refuse_gradient, values_are_free
 from fastkd_kernels._backend import register_backends, resolve
-from fastkd_kernels._checks import check_same_device
 from fastkd_kernels._derivatives import wants_gradient
 from fastkd_kernels._launch import Launcher, next_power_of_2
 from fastkd_kernels._library import library
 from fastkd_kernels._triton import jit, tl
+from fastkd_kernels.checks import check_same_device
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 

@@ -29,7 +29,6 @@ from torch.nn import functional as F
 
 from fastkd_kernels import _backend, _extension, _triton
 from fastkd_kernels._arguments import dense, mark_written, plain, values_are_free
-from fastkd_kernels._checks import check_same_device
 from fastkd_kernels._derivatives import transforming, wants_gradient
 from fastkd_kernels._launch import LaunchConfig, Launcher, as_op, next_power_of_2
 from fastkd_kernels._library import library
@@ -44,6 +43,7 @@ from fastkd_kernels._student_head_weights import (
 )
 from fastkd_kernels._tickets import tickets
 from fastkd_kernels._triton import jit, tl
+from fastkd_kernels.checks import check_same_device
 from fastkd_kernels.ops.exit_gate import (
     ExitGateConfig,
     ExitGateOutput,
@@ -58,7 +58,7 @@ from fastkd_kernels.ops.exit_gate import (
 from fastkd_kernels.ops.packed import unpack_reference
 
 
-class TokenLayout(NamedTuple):
+class HeadLayout(NamedTuple):
     """How the tokens of B sequences lie in hidden states: where none is given, all tokens of [B, T, H] count."""
 
     lengths: Tensor | None = None
@@ -74,10 +74,10 @@ class TokenLayout(NamedTuple):
             return self.cu_seqlens.shape[0] - 1, 0
         return hidden_states.shape[0], hidden_states.shape[1]
 
-    def in_memory(self) -> TokenLayout:
+    def in_memory(self) -> HeadLayout:
         """The same as kernels read it: vectors without gaps, and no lazily negated view."""
         lengths, attention_mask, cu_seqlens = self
-        return TokenLayout(
+        return HeadLayout(
             None if lengths is None else dense(lengths),
             None if attention_mask is None else plain(attention_mask),
             None if cu_seqlens is None else dense(cu_seqlens),
@@ -664,7 +664,7 @@ _NO_GATE = _GateArguments(None, (None,) * 6, (None,) * 4, (0, 0, 0, 0.0, 1.0, 0)
 
 
 def _launch(
-    hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout, logits: Tensor, gate: _GateArguments
+    hidden_states: Tensor, head: StudentHeadWeights, layout: HeadLayout, logits: Tensor, gate: _GateArguments
 ) -> None:
     folded = fold_cache.get(head)
     batch, tokens = layout.batch_and_tokens(hidden_states)
@@ -718,14 +718,14 @@ def _config(hidden_states: Tensor, folded: FoldedStudentHead, batch: int, tokens
     return StudentHeadConfig.choose(hidden_states.dtype, *folded.sizes, batch, tokens, limits)
 
 
-def _student_head_cuda(hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout) -> Tensor:
+def _student_head_cuda(hidden_states: Tensor, head: StudentHeadWeights, layout: HeadLayout) -> Tensor:
     logits = _new_logits(hidden_states, head, layout)
     _launch(hidden_states, head, layout, logits, _NO_GATE)
     return logits
 
 
 def _student_head_exit_cuda(
-    hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout, call: GateCall, logits: Tensor
+    hidden_states: Tensor, head: StudentHeadWeights, layout: HeadLayout, call: GateCall, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fills `logits`; returns uncertainty, survivors and count."""
     batch, num_labels = logits.shape
@@ -749,7 +749,7 @@ def _student_head_exit_cuda(
     return decision
 
 
-def _student_head_cpu(hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout) -> Tensor:
+def _student_head_cpu(hidden_states: Tensor, head: StudentHeadWeights, layout: HeadLayout) -> Tensor:
     folded = fold_cache.get(head)
     batch, tokens = layout.batch_and_tokens(hidden_states)
     rows, tail = linear_tanh(hidden_states.reshape(-1, hidden_states.shape[-1]), *folded.narrow)
@@ -771,7 +771,7 @@ def _student_head_cpu(hidden_states: Tensor, head: StudentHeadWeights, layout: T
     )
 
 
-def _student_head(hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout) -> Tensor:
+def _student_head(hidden_states: Tensor, head: StudentHeadWeights, layout: HeadLayout) -> Tensor:
     """`student_head` without gradients, on whatever backend."""
     _check_values(hidden_states, layout)
     name = _resolve(hidden_states, head)
@@ -784,7 +784,7 @@ def _student_head(hidden_states: Tensor, head: StudentHeadWeights, layout: Token
     return run(hidden_states, head, layout)
 
 
-def _new_logits(hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout) -> Tensor:
+def _new_logits(hidden_states: Tensor, head: StudentHeadWeights, layout: HeadLayout) -> Tensor:
     dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
     batch, _ = layout.batch_and_tokens(hidden_states)
     return hidden_states.new_empty(batch, head.classifier[0].shape[0], dtype=dtype)
@@ -874,7 +874,7 @@ def _student_head_op(
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    return _student_head(hidden_states, _head_of(weights, heads), TokenLayout(lengths, attention_mask, cu_seqlens))
+    return _student_head(hidden_states, _head_of(weights, heads), HeadLayout(lengths, attention_mask, cu_seqlens))
 
 
 @torch.library.register_fake("fastkd_kernels::student_head", lib=library)
@@ -886,7 +886,7 @@ def _student_head_fake(
     attention_mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    return _new_logits(hidden_states, _head_of(weights, heads), TokenLayout(lengths, attention_mask, cu_seqlens))
+    return _new_logits(hidden_states, _head_of(weights, heads), HeadLayout(lengths, attention_mask, cu_seqlens))
 
 
 @torch.library.impl(library, "student_head_exit", "CompositeExplicitAutograd")
@@ -909,7 +909,7 @@ def _student_head_exit_op(
     history: Tensor | None,
     layer: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    head, layout = _head_of(weights, heads), TokenLayout(lengths, attention_mask, cu_seqlens)
+    head, layout = _head_of(weights, heads), HeadLayout(lengths, attention_mask, cu_seqlens)
     _check_values(hidden_states, layout)
     logits = _new_logits(hidden_states, head, layout)
     record = None
@@ -929,7 +929,7 @@ def _student_head_exit_fake(
     cu_seqlens: Tensor | None,
     *gate: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    layout = TokenLayout(lengths, attention_mask, cu_seqlens)
+    layout = HeadLayout(lengths, attention_mask, cu_seqlens)
     logits = _new_logits(hidden_states, _head_of(weights, heads), layout)
     return logits, *_new_decision(logits)
 
@@ -973,7 +973,7 @@ def student_head(
             beyond N_tokens.
         TypeError: dtypes of hidden states and weights that differ, masks of a wrong dtype.
     """
-    layout = TokenLayout(lengths, attention_mask, cu_seqlens)
+    layout = HeadLayout(lengths, attention_mask, cu_seqlens)
     _check(hidden_states, head, layout)
     layout = layout.in_memory()
     if dropout_p or _needs_unfolded(hidden_states, head):
@@ -1010,7 +1010,7 @@ def student_head_exit(
     Returns:
         The gate's output with `logits` [B, C] set.
     """
-    layout = TokenLayout(lengths, attention_mask, cu_seqlens)
+    layout = HeadLayout(lengths, attention_mask, cu_seqlens)
     call = GateCall(speed, criterion, row_ids, top_n, record, layer)
     _check(hidden_states, head, layout)
     logits = _new_logits(hidden_states, head, layout)
@@ -1051,11 +1051,11 @@ def _needs_unfolded(hidden_states: Tensor, head: StudentHeadWeights) -> bool:
     return wants_gradient((hidden_states, *parameters_of(head)))
 
 
-def _check(hidden_states: Tensor, head: StudentHeadWeights, layout: TokenLayout) -> None:
+def _check(hidden_states: Tensor, head: StudentHeadWeights, layout: HeadLayout) -> None:
     weight = head.narrow[0]
     matrix_shape("narrow", weight)
     lengths, attention_mask, cu_seqlens = layout
-    given = {name: mask for name, mask in zip(TokenLayout._fields, layout, strict=True) if mask is not None}
+    given = {name: mask for name, mask in zip(HeadLayout._fields, layout, strict=True) if mask is not None}
     if len(given) > 1:
         raise ValueError(
             f"{' and '.join(given)}: got both, expected at most one of lengths, attention_mask, cu_seqlens"
@@ -1099,7 +1099,7 @@ def _check_integers(name: str, tensor: Tensor, size: int | None) -> None:
         raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected [{size}]")
 
 
-def _check_values(hidden_states: Tensor, layout: TokenLayout) -> None:
+def _check_values(hidden_states: Tensor, layout: HeadLayout) -> None:
     """What only the values tell, where they can be read; a compiled graph reads them when it runs without gradients."""
     if not values_are_free(hidden_states):
         return

@@ -40,10 +40,10 @@ from torch import Tensor
 
 from fastkd_kernels import _backend, _distillation, _extension, _triton
 from fastkd_kernels import _distillation_triton as kernels
-from fastkd_kernels._checks import check_choice, check_same_device
 from fastkd_kernels._launch import Launcher, as_op, next_power_of_2
 from fastkd_kernels._library import library
 from fastkd_kernels._triton import jit, tl
+from fastkd_kernels.checks import check_choice, check_same_device
 
 ATTENTIONS = ("dot", "neg_sqdist", "uniform")
 

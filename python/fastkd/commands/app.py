@@ -1,4 +1,4 @@
-"""The command line: `fastkd finetune | distill | trace | sweep | calibrate | bench | report | predict | demo`...
+"""The command `fastkd`, and every command that it has, in the order of `NEXT_STEPS`.
 
 Every command has a file of its name with a function of its name, which is registered here. Results go to standard
 output, progress and warnings to standard error. With --json standard output is one JSON value and nothing else. Bad

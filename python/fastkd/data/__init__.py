@@ -1,1 +1,3 @@
-"""Rows of text: read or generated, checked, tokenised and batched; and output files that are whole or absent."""
+"""Rows of text: read or generated, checked, tokenised and batched; and output files that are whole or absent. Knows
+tokenizers, not models.
+"""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 _MOST_VALUES = 100_000
-"""Of one text, aliases counted each time: nine lines of aliases to aliases can stand for billions."""
+"""In one text; an alias counts each time: nine lines of aliases to aliases can stand for billions."""
 
 
 def load_yaml(text: str) -> Any:

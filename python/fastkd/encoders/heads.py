@@ -65,7 +65,7 @@ class FastBertHead(nn.Module):
         return all(map(is_plain_linear, self._modules.values()))  # type: ignore[arg-type]
 
     def _called(self, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
-        """What `fastkd_kernels.student_head_reference` computes, by calling the linear layers."""
+        """What `fastkd_kernels.ops.student_head.student_head_reference` computes, by calling the linear layers."""
         hidden_states, mask = layout.padded(hidden_states)
         if mask is not None:
             # 0 * NaN is NaN, so what stands in padding must not reach a product

@@ -159,7 +159,7 @@ class Stream(Iterator[StreamRow]):
     ) -> None:
         """See `EarlyExitForSequenceClassification.stream`."""
         if model.training:
-            raise ValueError("model: is in training mode, where nobody leaves early; call model.eval() first")
+            raise ValueError("model: is in training mode, where no row leaves early; call model.eval() first")
         config = model.config
         self._model = model
         self._rule = rule

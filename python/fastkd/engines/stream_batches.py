@@ -167,7 +167,7 @@ class BatchStream(Iterator[EarlyExitOutput]):
     ) -> None:
         """See `EarlyExitForSequenceClassification.stream_batches`; `recorder` says how a run is captured."""
         if model.training:
-            raise ValueError("model: is in training mode, where nobody leaves early; call model.eval() first")
+            raise ValueError("model: is in training mode, where no row leaves early; call model.eval() first")
         if rule.leaves_early and rule.criterion not in fk.CRITERIA:
             raise ValueError(
                 f"criterion: got {rule.criterion!r}, which waits for the host; use model.stream, or one of "

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 
 import numpy as np
 import torch
@@ -87,17 +88,17 @@ def calibrate(
             CalibrationWarning,
             stacklevel=2,
         )
-    full = trace.answers(0.0, criterion, top_n)
+    answers_at = partial(trace.answers, criterion=criterion, top_n=top_n)
+    full = answers_at(0.0)
     tried = [
         _Tried(
             trace.cost(speed, thresholds, answers, seq_len, learned_exit=criterion == "learned"), thresholds, failures
         )
         for speed, thresholds, answers, failures in _failures(
             trace,
+            answers_at,
             full,
             sorted(SPEEDS if speeds is None else speeds),
-            criterion,
-            top_n,
             path,
             guarantee,
             tolerance,
@@ -110,7 +111,7 @@ def calibrate(
     if chosen is None:
         raise CalibrationError(_why_none(tried[0], len(trace), max_drop, confidence, method, bool(allowed.any())))
     row, failures = chosen.row, chosen.failures
-    early = trace.answers(chosen.thresholds, criterion, top_n).prediction
+    early = answers_at(chosen.thresholds).prediction
     disagreements = int(failed_rows(early, full.prediction, None, "consistency", tolerance).sum())
     return Certificate(
         guarantee=guarantee,
@@ -152,10 +153,9 @@ class _Tried:
 
 def _failures(
     trace: ExitTrace,
+    answers_at: Callable[[float | list[float]], ExitAnswers],
     full: ExitAnswers,
     speeds: Sequence[float],
-    criterion: str,
-    top_n: int | None,
     path: ThresholdPath | None,
     guarantee: str,
     tolerance: float | None,
@@ -165,7 +165,7 @@ def _failures(
     failed_before = torch.zeros(len(trace), dtype=torch.bool)
     for speed in speeds:
         thresholds = speed if path is None else path.at(speed)
-        answers = trace.answers(thresholds, criterion, top_n)
+        answers = answers_at(thresholds)
         failed = failed_rows(answers.prediction, full.prediction, trace.labels, guarantee, tolerance)
         if method == "conformal":
             failed_before |= failed

@@ -1,6 +1,6 @@
 """Compares exit criteria on the plane of speed-up and accuracy.
 
-To the criteria that a model can run (`fastkd.exits.catalogue`) come the two rules that share the name PCEE:
+Besides the criteria that a model can run (`fastkd.exits.catalogue`), it knows the two rules that share the name PCEE:
 
     pcee_bert     leave when the last `patience` heads all had an entropy of at most the speed (PCEE-BERT, NAACL 2022);
                   on traces only

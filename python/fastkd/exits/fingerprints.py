@@ -68,7 +68,7 @@ class WeightsSketch:
     @classmethod
     @torch.no_grad()
     def of(cls, state: Mapping[str, Any]) -> WeightsSketch:
-        """Of a state dictionary."""
+        """The sketch of a state dictionary."""
         return cls(
             {name: tuple(value.shape) if isinstance(value, Tensor) else None for name, value in state.items()},
             {name: _sample(value) for name, value in state.items() if _is_readable(value)},

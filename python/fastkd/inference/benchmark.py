@@ -87,6 +87,7 @@ def benchmark(
         ValueError: an unknown dtype, a speed outside (0, 1], no batches, a non-positive count.
     """
     _check(speeds, batch_sizes, dtypes, repeats)
+    early = functools.partial(early_exit_pass, criterion=criterion, top_n=top_n)
     rows: list[BenchmarkRow] = []
     for dtype in dtypes:
         cast = copy.deepcopy(model).eval()
@@ -95,7 +96,7 @@ def benchmark(
             batches = [_moved(batch, model.device) for batch in batches_of(batch_size)]
             if not batches:
                 raise ValueError("batches_of: gave no batches; expected at least one row of data")
-            setting = _Setting(cast, batches, dtype, batch_size, criterion, top_n)
+            setting = _Setting(cast, batches, dtype, batch_size, early)
             rows += setting.measure(speeds, repeats, lambda what: on_progress(what))
     return Benchmark(rows, machine_facts(model.device), criterion or model.config.criterion)
 
@@ -137,8 +138,7 @@ class _Setting:
         batches: list[dict[str, Tensor]],
         dtype: str,
         batch_size: int,
-        criterion: str | None,
-        top_n: int | None,
+        early_exit: Callable[..., Pass],
     ) -> None:
         self.model = model
         self.inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
@@ -147,8 +147,7 @@ class _Setting:
         self.lengths = torch.cat([torch.full((len(ids),), ids.shape[1]) for ids in self._ids()])
         self.dtype = dtype
         self.batch_size = batch_size
-        self.criterion = criterion
-        self.top_n = top_n
+        self.early_exit = early_exit
 
     def measure(self, speeds: Sequence[float], repeats: int, on_progress: Callable[[str], None]) -> list[BenchmarkRow]:
         full: dict[str, Contestant] = {
@@ -156,10 +155,7 @@ class _Setting:
             TRANSFORMERS_FULL: lambda: transformers_pass(self.model, self.inputs),
         }
         early: dict[str, Contestant] = {
-            f"speed {speed:g}": functools.partial(
-                early_exit_pass, self.model, self.inputs, speed, self.criterion, self.top_n
-            )
-            for speed in speeds
+            f"speed {speed:g}": functools.partial(self.early_exit, self.model, self.inputs, speed) for speed in speeds
         }
         place = f"{self.dtype}, batch {self.batch_size}"
         seconds, answers = interleaved(

@@ -1,1 +1,1 @@
-"""Knowledge distillation: a student model learns from a teacher model."""
+"""Knowledge distillation: a student model learns from a teacher model. Knows no engine."""

@@ -139,7 +139,7 @@ class TeacherCache:
         self._scratch.clear()
 
     def answers(self, ids: Sequence[bytes], kinds: Collection[str]) -> dict[str, Tensor]:
-        """Of each kind, [n, ...] float32 on the CPU, in the order of `ids`.
+        """The answers of each kind, [n, ...] float32 on the CPU, in the order of `ids`.
 
         Raises:
             KeyError: an example that was never given to `ensure`.

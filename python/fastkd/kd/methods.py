@@ -328,7 +328,7 @@ def _layer_logits(student: Signals) -> Tensor:
 
 
 def _projection(shapes: Shapes) -> nn.Module | None:
-    """To the teacher's width, where the student's is another."""
+    """A projection to the teacher's width, None where the student has the same."""
     if shapes.student_width == shapes.teacher_width:
         return None
     return cast(nn.Module, nn.Linear(shapes.student_width, shapes.teacher_width, bias=False))
@@ -371,4 +371,4 @@ METHODS: dict[str, Method] = {
         ),
     )
 }
-"""Of every name in `fastkd.kd.catalogue.CATALOGUE`."""
+"""One for each name in `fastkd.kd.catalogue.CATALOGUE`."""

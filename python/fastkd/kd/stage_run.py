@@ -230,7 +230,7 @@ class _Score:
 
 
 def _width(model: PreTrainedModel) -> int:
-    """Of the hidden states of its layers; an early-exit model has them from its backbone."""
+    """The width of the hidden states of its layers, which an early-exit model has from its backbone."""
     return getattr(model.config, "backbone", model.config).hidden_size
 
 

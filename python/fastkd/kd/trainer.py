@@ -3,9 +3,7 @@
     KDTrainer("teacher", "layers:3", "universal-il").train(train, dev, "student")
 
 The teacher is frozen and in evaluation mode; what it says is computed once (`fastkd.kd.cache`) or in every step.
-Neither model is edited: forward hooks give the hidden states of their layers, and what a method adds to the student
-(pseudo-classifiers, projections) lives in the module that the Trainer wraps, and is left behind when the student is
-saved. A finished student is a plain checkpoint with its tokenizer.
+Neither model is edited (`fastkd.kd.stage_run`); a finished student is a plain checkpoint with its tokenizer.
 
 Started by `torchrun` or `accelerate launch`, training is data-parallel; a killed run started again with `resume=True`
 ends in the same weights as one that was never killed.

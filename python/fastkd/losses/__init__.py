@@ -1,6 +1,6 @@
-"""Distillation losses as modules for any training loop, one file a method.
+"""Distillation losses as modules for any training loop, one file a method. They know tensors only.
 
-They take tensors only: logits [B, C], logits of every layer [L, B, C] (`fastkd.kd.probe.PseudoClassifiers`), or pooled
+They take logits [B, C], logits of every layer [L, B, C] (`fastkd.kd.probe.PseudoClassifiers`), or pooled
 hidden states of every layer [L, B, H] (`fastkd.kd.probe.LayerProbe`), first layer first. Layers are numbered from 1,
 as in the papers. Each class says whose formula or code it follows, and what its reduction and temperature scaling are.
 """

@@ -8,11 +8,6 @@ from torch import Tensor, nn
 REDUCTIONS = ("mean", "batchmean", "sum", "none")
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
-
-
 def comparable(
     student_hidden: Tensor, teacher_hidden: Tensor, projection: nn.Module | None = None
 ) -> tuple[Tensor, Tensor]:

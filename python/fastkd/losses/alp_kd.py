@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.losses import _hidden
+from fastkd_kernels.checks import check_choice
 
 VARIANTS = ("ALP", "NO", "PO")
 LAYER_REDUCTIONS = ("sum", "mean")
@@ -43,9 +44,9 @@ class ALPKDLoss(nn.Module):
         detach_attention: bool = False,
     ) -> None:
         super().__init__()
-        _hidden.check_choice("variant", variant, VARIANTS)
-        _hidden.check_choice("layer_reduction", layer_reduction, LAYER_REDUCTIONS)
-        _hidden.check_choice("reduction", reduction, _hidden.REDUCTIONS)
+        check_choice("variant", variant, VARIANTS)
+        check_choice("layer_reduction", layer_reduction, LAYER_REDUCTIONS)
+        check_choice("reduction", reduction, _hidden.REDUCTIONS)
         if scale != "rsqrt_h" and (isinstance(scale, str) or not math.isfinite(scale)):
             raise ValueError(f'scale: got {scale!r}, expected a finite number or "rsqrt_h"')
         self.variant = variant

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.losses import _hidden
+from fastkd_kernels.checks import check_choice
 
 
 class AnnealingKDLoss(nn.Module):
@@ -25,7 +26,7 @@ class AnnealingKDLoss(nn.Module):
         super().__init__()
         if max_temperature < 1:
             raise ValueError(f"max_temperature: got {max_temperature}, expected a whole number of at least 1")
-        _hidden.check_choice("reduction", reduction, _hidden.REDUCTIONS)
+        check_choice("reduction", reduction, _hidden.REDUCTIONS)
         self.max_temperature = max_temperature
         self.reduction = reduction
 

@@ -8,8 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fastkd.losses import _hidden
 from fastkd.losses.kd import VanillaKDLoss
+from fastkd_kernels.checks import check_choice
 
 
 class DIHLoss(nn.Module):
@@ -37,8 +37,8 @@ class DIHLoss(nn.Module):
         t2_scale: bool = True,
     ) -> None:
         super().__init__()
-        _hidden.check_choice("head_reduction", head_reduction, ("sum", "mean"))
-        _hidden.check_choice("reduction", reduction, ("batchmean", "mean"))
+        check_choice("head_reduction", head_reduction, ("sum", "mean"))
+        check_choice("reduction", reduction, ("batchmean", "mean"))
         self.head_reduction = head_reduction
         self.shared_temperature = not isinstance(temperature, Sequence)
         temperatures = temperature if isinstance(temperature, Sequence) else [temperature]

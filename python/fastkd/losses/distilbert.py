@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from fastkd.losses import _hidden
 from fastkd.losses.kd import KDLoss
 from fastkd.losses.labels import label_loss
+from fastkd_kernels.checks import check_choice
 
 
 class DistilBertLoss(nn.Module):
@@ -35,7 +36,7 @@ class DistilBertLoss(nn.Module):
         projection: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        _hidden.check_choice("reduction", reduction, ("batchmean", "mean", "sum"))
+        check_choice("reduction", reduction, ("batchmean", "mean", "sum"))
         self.kd_weight = kd_weight
         self.label_weight = label_weight
         self.cosine_weight = cosine_weight

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fastkd.losses import _hidden
 from fastkd.losses.kd import VanillaKDLoss
 from fastkd.losses.labels import label_loss
 from fastkd.losses.layer_maps import LAYER_MAPS, inner_layer_map, rows_of
+from fastkd_kernels.checks import check_choice
 
 
 class MHKDLoss(nn.Module):
@@ -46,8 +46,8 @@ class MHKDLoss(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(layer_map, str):
-            _hidden.check_choice("layer_map", layer_map, LAYER_MAPS)
-        _hidden.check_choice("reduction", reduction, ("batchmean", "mean"))
+            check_choice("layer_map", layer_map, LAYER_MAPS)
+        check_choice("reduction", reduction, ("batchmean", "mean"))
         self.intermediate_weight = intermediate_weight
         self.layer_map = layer_map
         self.detach_teacher = detach_teacher

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fastkd.losses import _hidden
 from fastkd.losses.layer_maps import LAYER_MAPS, inner_layer_map, rows_of
+from fastkd_kernels.checks import check_choice
 
 
 class PKDLoss(nn.Module):
@@ -38,8 +39,8 @@ class PKDLoss(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(layer_map, str):
-            _hidden.check_choice("layer_map", layer_map, LAYER_MAPS)
-        _hidden.check_choice("reduction", reduction, _hidden.REDUCTIONS)
+            check_choice("layer_map", layer_map, LAYER_MAPS)
+        check_choice("reduction", reduction, _hidden.REDUCTIONS)
         self.layer_map = layer_map
         self.normalize = normalize
         self.reduction = reduction

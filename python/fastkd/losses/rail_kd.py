@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastkd.losses import _hidden
+from fastkd_kernels.checks import check_choice
 
 VARIANTS = ("layerwise", "concatenated")
 
@@ -45,8 +46,8 @@ class RAILKDLoss(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _hidden.check_choice("variant", variant, VARIANTS)
-        _hidden.check_choice("reduction", reduction, _hidden.REDUCTIONS)
+        check_choice("variant", variant, VARIANTS)
+        check_choice("reduction", reduction, _hidden.REDUCTIONS)
         if student_layers < 2:
             raise ValueError(f"student_layers: got {student_layers}, a loss on inner layers needs at least 2")
         self.inner_layers = student_layers - 1

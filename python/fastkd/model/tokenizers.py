@@ -7,7 +7,7 @@ import os
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastkd.data.input_format import with_input_format
-from fastkd.encoders.families import longest_input
+from fastkd.engines.stream_reader import longest_row
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 
 
@@ -32,7 +32,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 
 def length_limit(model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens a text may have: the tokenizer's limit, and never more than the model has positions for."""
-    return min(tokenizer.model_max_length, longest_input(model.config.backbone))
+    return longest_row(model.config, tokenizer, None)
 
 
 def set_length(
