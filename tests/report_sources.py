@@ -87,10 +87,10 @@ def benchmark() -> Benchmark:
             device="cpu", dtype=dtype, batch_size=size, speed=speed, rows=64, accuracy=0.9, full_accuracy=0.91,
             average_layers=2.0, flops_speedup=flops, flops_speedups=dict.fromkeys(CONVENTIONS, flops),
             seconds=1 / flops, seconds_p20=0.9 / flops, seconds_p80=1.1 / flops, full_seconds=0.8,
-            full_engine="fastkd", speedup=0.8 * flops,
+            full_engine="fastkd", full_batch_size=size or 32, speedup=0.8 * flops,
         )
         for dtype in ("fp32", "bf16")
-        for size in (1, 32)
+        for size in (None, 1, 32)
         for speed, flops in ((0.1, 1.1), (0.3, 2.0), (0.8, 5.0))
     ]  # fmt: skip
     machine = {"device": "cpu", "processor": "none", "threads": 1, "torch": "0", "gpu_columns": "not yet measured"}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +18,25 @@ import fastkd
 from fastkd.exits.trace import ExitTrace
 from fastkd.inference import benchmark
 from fastkd.inference.measurements import Benchmark
+from fastkd.inference.predict import WINDOW
 
 
 def batches_of(size: int, rows: int = 12) -> list[dict[str, Tensor]]:
     """The same rows, in the same order, whatever the batch size."""
     batch = random_batch(rows=rows, longest=9) | {"labels": torch.arange(rows) % 3}
     return [{name: values[start : start + size] for name, values in batch.items()} for start in range(0, rows, size)]
+
+
+def rows_of(rows: int = 12) -> list[dict[str, Any]]:
+    """The rows of `batches_of` as a stream takes them: in their order, without padding."""
+    (batch,) = batches_of(rows, rows)
+    widths = batch["attention_mask"].sum(-1).tolist()
+    columns = {name: batch[name].tolist() for name in ("input_ids", "token_type_ids")}
+    return [
+        {name: values[row][:width] for name, values in columns.items()}
+        | {"labels": batch["labels"][row].item(), "length": width}
+        for row, width in enumerate(widths)
+    ]
 
 
 def test_passes_are_interleaved_and_turn() -> None:
@@ -57,13 +72,14 @@ def test_every_pass_waits_for_the_device() -> None:
 @pytest.fixture(scope="module")
 def measured() -> Benchmark:
     return benchmark.benchmark(
-        early_exit_model(), batches_of, speeds=(0.4, 1.0), batch_sizes=(1, 5), dtypes=("fp32", "bf16"), repeats=2
-    )
+        early_exit_model(), batches_of, rows=rows_of(), speeds=(0.4, 1.0), batch_sizes=(1, 5), dtypes=("fp32", "bf16"),
+        repeats=2,
+    )  # fmt: skip
 
 
-def test_one_row_for_each_setting(measured: Benchmark) -> None:
+def test_one_row_for_each_setting_and_the_stream_first(measured: Benchmark) -> None:
     settings = [(row.dtype, row.batch_size, row.speed) for row in measured.rows]
-    assert settings == [(d, b, s) for d in ("fp32", "bf16") for b in (1, 5) for s in (0.4, 1.0)]
+    assert settings == [(d, b, s) for d in ("fp32", "bf16") for b in (None, 1, 5) for s in (0.4, 1.0)]
     assert all(row.rows == 12 for row in measured.rows)
 
 
@@ -73,7 +89,14 @@ def test_ratios_are_those_of_the_times(measured: Benchmark) -> None:
         assert row.seconds_p20 <= row.seconds <= row.seconds_p80
         assert row.speedup == pytest.approx(row.full_seconds / row.seconds)
         assert row.realised == pytest.approx(row.speedup / row.flops_speedup)
-        assert row.full_engine in (benchmark.OUR_FULL, benchmark.TRANSFORMERS_FULL)
+        in_batches = (benchmark.OUR_FULL, benchmark.TRANSFORMERS_FULL)
+        if row.batch_size is not None:
+            assert row.full_engine in in_batches
+            assert row.full_batch_size == row.batch_size
+        else:
+            assert (row.full_engine, row.full_batch_size) in {
+                ("stream", None), *((engine, size) for engine in in_batches for size in (1, 5))
+            }  # fmt: skip
 
 
 def test_baseline_is_the_faster_full_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,6 +107,84 @@ def test_baseline_is_the_faster_full_model(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(benchmark, "interleaved", fake)
     (row,) = benchmark.benchmark(early_exit_model(), batches_of, speeds=[0.5], batch_sizes=[4], dtypes=["fp32"]).rows
     assert (row.full_engine, row.full_seconds, row.seconds, row.speedup) == ("transformers", 3.0, 2.0, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("fastest", "engine", "batch_size", "shown"),
+    [
+        ("stream", "stream", None, "stream"),
+        ("fastkd, batch 12", "fastkd", 12, "fastkd, 12"),
+        ("transformers, batch 4", "transformers", 4, "transformers, 4"),
+    ],
+)
+def test_baseline_of_the_stream_is_the_fastest_full_model_of_all(
+    fastest: str, engine: str, batch_size: int | None, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raced: list[list[str]] = []
+
+    def fake(contestants: dict[str, benchmark.Contestant], *_: object) -> tuple[dict[str, list[float]], dict]:
+        raced.append(list(contestants))
+        times = {name: [3.0] if name == fastest else [6.0] for name in contestants}
+        return times, {name: contestant() for name, contestant in contestants.items()}
+
+    monkeypatch.setattr(benchmark, "interleaved", fake)
+    streamed, *_ = benchmark.benchmark(
+        early_exit_model(), batches_of, rows=rows_of(), speeds=[0.5], batch_sizes=[4, 12], dtypes=["fp32"]
+    ).rows
+    in_batches = ["fastkd, batch 4", "transformers, batch 4", "fastkd, batch 12", "transformers, batch 12"]
+    assert raced == [["stream", *in_batches, "speed 0.5"], *[["fastkd", "transformers", "speed 0.5"]] * 2]
+    assert (streamed.full_engine, streamed.full_batch_size, streamed.full_form) == (engine, batch_size, shown)
+    assert (streamed.full_seconds, streamed.seconds, streamed.speedup) == (3.0, 6.0, 0.5)
+
+
+def test_stream_is_run_as_predict_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = early_exit_model(), []
+    whole = type(model).stream
+
+    def noted(self: Any, rows: Any, tokenizer: Any = None, **options: Any) -> Any:
+        given.append((rows, options))
+        return whole(self, rows, tokenizer, **options)
+
+    monkeypatch.setattr(type(model), "stream", noted)
+    benchmark.benchmark(
+        model, batches_of, rows=rows_of(), speeds=[0.4], batch_sizes=[12], dtypes=["fp32"], criterion="margin",
+        repeats=1,
+    )  # fmt: skip
+    for rows, options in given:
+        assert rows == [{name: row[name] for name in ("input_ids", "token_type_ids")} for row in rows_of()]
+        assert (options["criterion"] if options["speed"] else "margin", options["look_ahead"]) == ("margin", WINDOW)
+    assert sorted(options["speed"] for _, options in given) == [0.0, 0.0, 0.4, 0.4]
+
+
+def test_stream_answers_and_counts_rows_at_their_own_length(measured: Benchmark) -> None:
+    model = early_exit_model()
+    for row in measured.rows:
+        if row.dtype != "fp32" or row.batch_size is not None:
+            continue
+        exits, right = [], 0
+        full = spent = 0
+        for given in rows_of():
+            (answer,) = model.stream([given], speed=row.speed)
+            assert answer.exit_layer is not None
+            exits.append(answer.exit_layer)
+            right += (model.config.label2id or {})[str(answer.label)] == given["labels"]
+            full += fastkd.flops(model.config, given["length"])
+            spent += fastkd.flops(model.config, given["length"], layers=exits[-1], heads=exits[-1])
+        assert row.average_layers == pytest.approx(sum(exits) / 12)
+        assert row.accuracy == pytest.approx(right / 12)
+        assert row.flops_speedup == pytest.approx(full / spent)
+        assert row.full_accuracy == pytest.approx(model.trace(batches_of(1)).sweep([0.0])[0].accuracy)
+
+
+def test_rows_that_a_stream_cannot_answer_are_wrong_and_ran_in_full() -> None:
+    model = early_exit_model()
+    with torch.no_grad():
+        next(model.backbone.parameters()).fill_(float("nan"))
+    with pytest.warns(RuntimeWarning, match="NaN"):
+        answer = benchmark.stream_pass(model, rows_of(), 0.5)
+    assert answer.predictions.tolist() == [-1] * 12
+    assert answer.exit_layers is not None
+    assert answer.exit_layers.tolist() == [model.num_layers] * 12
 
 
 def test_answers_and_flops_are_those_of_the_trace(measured: Benchmark) -> None:
@@ -105,7 +206,7 @@ def test_flops_of_everybody_leaving_at_once(measured: Benchmark) -> None:
     model = early_exit_model()
     full = fastkd.flops(model.config, seq_len=9)
     first = fastkd.flops(model.config, seq_len=9, layers=1, heads=1)
-    row = next(row for row in measured.rows if row.speed == 1.0)
+    row = next(row for row in measured.rows if row.speed == 1.0 and row.batch_size is not None)
     assert row.average_layers == 1.0
     assert row.flops_speedup == pytest.approx(full / first)
 
@@ -133,22 +234,25 @@ def test_model_is_left_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_progress_is_announced_as_often_as_promised() -> None:
+@pytest.mark.parametrize("streams", [True, False])
+def test_progress_is_announced_as_often_as_promised(streams: bool) -> None:
     calls: list[str] = []
-    arguments = {"speeds": [0.5], "batch_sizes": [4, 12], "dtypes": ["fp32"], "repeats": 2}
-    benchmark.benchmark(early_exit_model(), batches_of, on_progress=calls.append, **arguments)  # type: ignore[arg-type]
-    assert len(calls) == benchmark.passes(**arguments)  # type: ignore[arg-type]
-    assert calls[0] == "fp32, batch 4, fastkd"
+    arguments: dict[str, Any] = {"speeds": [0.5], "batch_sizes": [4, 12], "dtypes": ["fp32"], "repeats": 2}
+    rows = rows_of() if streams else None
+    benchmark.benchmark(early_exit_model(), batches_of, rows=rows, on_progress=calls.append, **arguments)
+    assert len(calls) == benchmark.passes(**arguments, stream=streams)
+    assert calls[0] == ("fp32, stream, stream" if streams else "fp32, batch 4, fastkd")
 
 
 def test_rows_without_labels_have_no_accuracy() -> None:
     def unlabelled(size: int) -> Iterable[dict[str, Tensor]]:
         return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches_of(size)]
 
-    (row,) = benchmark.benchmark(
-        early_exit_model(), unlabelled, speeds=[0.5], batch_sizes=[6], dtypes=["fp32"], repeats=1
-    ).rows
-    assert (row.accuracy, row.full_accuracy) == (None, None)
+    bare = [{"input_ids": row["input_ids"]} for row in rows_of()]
+    for row in benchmark.benchmark(
+        early_exit_model(), unlabelled, rows=bare, speeds=[0.5], batch_sizes=[6], dtypes=["fp32"], repeats=1
+    ).rows:
+        assert (row.accuracy, row.full_accuracy) == (None, None)
 
 
 def test_a_regression_has_a_correlation_in_place_of_an_accuracy() -> None:
@@ -158,11 +262,14 @@ def test_a_regression_has_a_correlation_in_place_of_an_accuracy() -> None:
         return [{**batch, "labels": scores[batch["input_ids"].shape[0]]} for batch in batches_of(size)]
 
     scores = {size: torch.rand(size, generator=generator) for size in (12,)}
-    measured = benchmark.benchmark(model, scored, speeds=[0.9], batch_sizes=[12], dtypes=["fp32"], repeats=1)
-    (row,), trace = measured.rows, model.trace(scored(12))
-    assert (row.accuracy, row.full_accuracy) == (None, None)
-    assert row.pearson == pytest.approx(trace.sweep([0.9])[0].pearson, abs=1e-4)
-    assert row.full_pearson == pytest.approx(trace.sweep([0.0])[0].pearson, abs=1e-4)
+    rows = [{**row, "labels": score} for row, score in zip(rows_of(), scores[12].tolist(), strict=True)]
+    measured = benchmark.benchmark(model, scored, rows=rows, speeds=[0.9], batch_sizes=[12], dtypes=["fp32"], repeats=1)
+    trace = model.trace(scored(12))
+    assert len(measured.rows) == 2
+    for row in measured.rows:
+        assert (row.accuracy, row.full_accuracy) == (None, None)
+        assert row.pearson == pytest.approx(trace.sweep([0.9])[0].pearson, abs=1e-4)
+        assert row.full_pearson == pytest.approx(trace.sweep([0.0])[0].pearson, abs=1e-4)
 
 
 def test_files_hold_the_table(measured: Benchmark, tmp_path: Path) -> None:
@@ -175,6 +282,17 @@ def test_files_hold_the_table(measured: Benchmark, tmp_path: Path) -> None:
         rows = list(csv.DictReader(stream))
     assert [float(row["speedup"]) for row in rows] == [row.speedup for row in measured.rows]
     assert {"realised", "rows_per_second", "flops_speedup_macs", "full_engine"} <= set(rows[0])
+    assert [row["batch_size"] for row in rows] == ["stream", "stream", "1", "1", "5", "5"] * 2
+    assert [row["batch_size"] for row in loaded["rows"]] == [None, None, 1, 1, 5, 5] * 2
+    assert Benchmark.from_dict(loaded) == measured
+
+
+def test_files_of_older_versions_are_read(measured: Benchmark) -> None:
+    in_batches = replace(measured, rows=[row for row in measured.rows if row.batch_size is not None])
+    older = in_batches.to_dict()
+    for row in older["rows"]:
+        del row["full_batch_size"]
+    assert Benchmark.from_dict(older) == in_batches
 
 
 @pytest.mark.parametrize(
@@ -199,3 +317,5 @@ def test_bad_arguments_are_refused_before_work(arguments: dict, message: str) ->
 def test_no_rows_is_an_error() -> None:
     with pytest.raises(ValueError, match="gave no batches"):
         benchmark.benchmark(early_exit_model(), lambda size: [], repeats=1)
+    with pytest.raises(ValueError, match="rows: got none"):
+        benchmark.benchmark(early_exit_model(), batches_of, rows=[], repeats=1)

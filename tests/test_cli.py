@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib
+import inspect
 import json
 import os
 import shlex
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ pytest.importorskip("datasets", reason="datasets is not installed: pip install d
 
 import torch
 import typer.main
+from report_sources import benchmark
+from rich.console import Console
 from tiny_models import WORDS, early_exit_model, one_thread, save_plain_checkpoint, tokenizer_of  # noqa: F401  # a fixture
 from typer.testing import CliRunner
 
@@ -29,12 +33,14 @@ from fastkd.commands.calibrate import Guarantee, Method
 from fastkd.commands.flags import as_flags, options_of_command
 from fastkd.commands.import_fastbert import Pooling
 from fastkd.commands.options import Criterion, Dtype, LabelsAre, parse_speeds
+from fastkd.commands.predict import predict as predict_command
 from fastkd.commands.report import PictureFormat
-from fastkd.commands.screen import wants_traceback
+from fastkd.commands.screen import benchmark_table, wants_traceback
 from fastkd.data.labels import LABELS_ARE
 from fastkd.exits.catalogue import CRITERIA
 from fastkd.exits.guarantees import GUARANTEES, METHODS
 from fastkd.exits.trace import ExitTrace
+from fastkd.inference.predict import WINDOW
 from fastkd.model import loading
 from fastkd.model.import_fastbert import POOLINGS
 from fastkd.report.pictures import FORMATS
@@ -332,7 +338,8 @@ def test_bench_measures_and_writes(work: Path, model: Path, tmp_path: Path) -> N
         "--repeats", 2, "-o", tmp_path / "out", "--json",
     )  # fmt: skip
     report = json.loads(result.stdout)
-    assert [(row["batch_size"], row["speed"]) for row in report["rows"]] == [(1, 0.5), (1, 1.0), (4, 0.5), (4, 1.0)]
+    settings = [(row["batch_size"], row["speed"]) for row in report["rows"]]
+    assert settings == [(size, speed) for size in (None, 1, 4) for speed in (0.5, 1.0)]
     assert report["machine"]["gpu_columns"] == "not yet measured"
     assert json.loads((tmp_path / "out" / "bench.json").read_text(encoding="utf-8"))["rows"] == report["rows"]
     assert (tmp_path / "out" / "wall_clock.png").read_bytes().startswith(PNG)
@@ -343,8 +350,32 @@ def test_bench_table_says_what_it_compares(work: Path, model: Path, tmp_path: Pa
         "bench", model, work / "data" / "test.tsv", "--rows", 4, "--batch-sizes", 4, "--dtypes", "fp32",
         "--speeds", 1, "--repeats", 1, "-o", tmp_path,
     ).stdout  # fmt: skip
-    for words in ("full model at its best", "GPU: not yet measured", "realised", "sorted by length"):
-        assert words in output
+    for words in (
+        "full model at its best",
+        "GPU: not yet measured",
+        "realised",
+        "sorted by length",
+        "as fastkd predict runs",
+    ):
+        assert words in " ".join(output.split())
+    measured = [line.split() for line in output.splitlines() if "fp32" in line]
+    assert ["stream" in line for line in measured] == [True, False]
+
+
+@pytest.mark.parametrize(("width", "is_narrow"), [(80, True), (135, False)])
+def test_bench_table_fits_the_screen(width: int, is_narrow: bool) -> None:
+    measured = benchmark()
+    longest: dict[str, Any] = {"full_engine": "transformers", "full_batch_size": 128, "pearson": -0.5}
+    rows = [replace(row, full_pearson=-0.5, **longest) for row in measured.rows if row.batch_size is None]
+    console = Console(width=width)
+    with console.capture() as shown:
+        console.print(benchmark_table(replace(measured, rows=rows), is_narrow))
+    assert shown.get().count("transformers, 128") == len(rows)
+    assert "…" not in shown.get()
+
+
+def test_bench_streams_through_the_window_of_predict() -> None:
+    assert inspect.signature(predict_command).parameters["window"].default == WINDOW
 
 
 # The demo
@@ -371,7 +402,7 @@ def test_demo_tells_the_whole_story(work: Path, tmp_path: Path, quick_demo: None
     ]  # fmt: skip
     assert len(report["accuracy_by_exit"]) == 4
     assert report["accuracy_by_exit"][-1] == report["full_accuracy"] == report["sweep"][0]["accuracy"]
-    assert len(report["benchmark"]["rows"]) == 2
+    assert [row["batch_size"] for row in report["benchmark"]["rows"]] == [None, 1, 2]
     assert {Path(path).name for path in report["files"]} >= {
         "sweep.csv", "figure3.png", "exits_per_layer.png", "exits_by_difficulty.png", "bench.json", "wall_clock.png",
         "report.html",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,7 @@ def benchmark_rows() -> list[BenchmarkRow]:
             speedup=0.8 * speedup, **shared,
         )
         for dtype in ("fp32", "bf16")
-        for size in (1, 32)
+        for size in (None, 1, 32)
         for speed, speedup in ((0.1, 1.2), (0.5, 4.1))
     ]  # fmt: skip
 
@@ -117,6 +118,13 @@ def test_sweep_without_labels_has_no_accuracy_to_draw(tmp_path: Path) -> None:
         figures.speed_accuracy({"mine": sweep(labelled=False)}, tmp_path / "a.png")
     figures.speed_speedup({"mine": sweep(labelled=False)}, tmp_path / "b.png")
     assert [file.name for file in tmp_path.iterdir()] == ["b.png"]
+
+
+def test_wall_clock_names_the_stream_first(tmp_path: Path) -> None:
+    figures.wall_clock(benchmark_rows(), tmp_path / "a.svg")
+    found = re.findall("<!-- ((?:fp32|bf16), .*?) -->", (tmp_path / "a.svg").read_text(encoding="utf-8"))
+    forms = ("stream", "batch 1", "batch 32")
+    assert found == [f"{dtype}, {form}" for dtype in ("fp32", "bf16") for form in forms]
 
 
 def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:

@@ -79,7 +79,8 @@ def test_the_universal_methods_of_inner_layers_are_one() -> None:
 
 
 def weights_in(parameters: Iterable[str]) -> set[str]:
-    return {name for name in parameters if name.endswith("weight") or re.search("alpha|beta|gamma", name)}
+    # beta is the interpolation of the Jensen-Shannon divergence, no weight of a term
+    return {name for name in parameters if name.endswith("weight") or re.search("alpha|gamma|beta.", name)}
 
 
 WEIGHTS = {"label_weight", "kd_weight", "intermediate_weight", "cosine_weight"}

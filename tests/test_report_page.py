@@ -34,6 +34,8 @@ from selenium.webdriver.common.by import By  # noqa: E402  # not before it is kn
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
+FULL_MODELS = [("stream", "fastkd, 32"), ("1", "fastkd"), ("32", "fastkd")]
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
@@ -154,11 +156,41 @@ def test_measured_speed_up_is_a_measurement_or_a_range_of_two(opened: Callable[.
         move(browser, speed)
         shown[speed] = [browser.find_element(By.ID, name).text for name in ("measured", "measured-note")]
     assert shown[0][0] == "1.00×"
-    assert shown[0.05] == ["0.88×", "measured at 0.1, the lowest speed measured; fp32, batch 1"]
+    assert shown[0.05] == ["0.88×", "measured at 0.1, the lowest speed measured; fp32, stream"]
     assert shown[0.3][0] == "1.60×"
-    assert shown[0.5] == ["1.60–4.00×", "measured at 0.3 and 0.8; fp32, batch 1"]
-    assert shown[0.8] == ["4.00×", "320 rows/s; fp32, batch 1"]
-    assert shown[0.9] == ["4.00×", "measured at 0.8, the highest speed measured; fp32, batch 1"]
+    assert shown[0.5] == ["1.60–4.00×", "measured at 0.3 and 0.8; fp32, stream"]
+    assert shown[0.8] == ["4.00×", "320 rows/s; fp32, stream"]
+    assert shown[0.9] == ["4.00×", "measured at 0.8, the highest speed measured; fp32, stream"]
+
+
+def test_measurements_show_the_stream_first(opened: Callable[..., Any]) -> None:
+    browser = opened()
+    forms = [f"{dtype}, {form}" for dtype in ("fp32", "bf16") for form in ("stream", "batch 1", "batch 32")]
+    options = browser.find_elements(By.CSS_SELECTOR, "#setting option")
+    assert [option.get_attribute("textContent") for option in options] == forms
+    bars = browser.execute_script("return document.getElementById('bench').data[1].x")
+    assert bars == [form.replace(", batch ", "<br>").replace(", ", "<br>") for form in forms]
+    assert "stream is what fastkd predict runs" in browser.find_element(By.ID, "bench-lead").text
+    rows = browser.execute_script(
+        "return [...document.querySelectorAll('#bench-table tbody tr')].map((row) =>"
+        "[1, -1].map((cell) => [...row.cells].at(cell).textContent))"
+    )
+    assert rows == [[size, full] for size, full in FULL_MODELS for _ in range(3)] * 2
+
+
+def test_measurements_of_older_versions_have_no_stream(opened: Callable[..., Any], tmp_path: Path) -> None:
+    older = benchmark().to_dict()
+    older["rows"] = [row for row in older["rows"] if row["batch_size"] is not None]
+    for row in older["rows"]:
+        del row["full_batch_size"]
+    write_page({"old": (Source("old", made_up_trace(corpus_rows()), older), "entropy")}, tmp_path / "old.html")
+    browser = opened(tmp_path / "old.html")
+    options = browser.find_elements(By.CSS_SELECTOR, "#setting option")
+    assert options[0].get_attribute("textContent") == "fp32, batch 1"
+    assert "stream" not in browser.find_element(By.ID, "bench-lead").text
+    last = browser.find_element(By.CSS_SELECTOR, "#bench-table tbody tr td:last-child")
+    assert last.get_attribute("textContent") == "fastkd"
+    assert browser.get_log("browser") == []
 
 
 def test_keyboard_alone_moves_everything(opened: Callable[..., Any]) -> None:

@@ -56,9 +56,12 @@ def bench(
 ) -> None:
     """Measured seconds beside FLOPs, against the full model at its best.
 
-    Both get the same rows sorted by length, the same batches, dtype and
-    device, in interleaved passes; the full model is ours at speed 0 or that of
-    transformers, whichever is faster. Where early exit loses, the table says so.
+    First as a stream, which is what fastkd predict runs: rows in their order,
+    nothing padded. Then in batches sorted by length. Both models get the same
+    rows, dtype and device, in interleaved passes; the full model is ours at
+    speed 0 or that of transformers, in the same batches, and for the stream in
+    any batches or as a stream: whichever is fastest. Where early exit loses,
+    the table says so.
 
     [bold]Examples[/]
 

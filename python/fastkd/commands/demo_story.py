@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -314,8 +314,7 @@ def _tell_end(screen: Screen, result: DemoResult, speed: float) -> None:
     shown = next((row for row in result.sweep if row.speed == speed), None)
     if shown is not None and shown.accuracy is not None and result.full_accuracy is not None:
         lost = 100 * (result.full_accuracy - shown.accuracy)
-        seen = [row.speedup for row in result.benchmark.rows if row.speed == speed]
-        measured = f", measured {min(seen):.2f}x to {max(seen):.2f}x in seconds" if seen else ""
+        measured = _measured_speedup(result.benchmark, speed)
         screen.out.print(
             f"At speed {speed:g}: {share(shown.accuracy)} of {share(result.full_accuracy)} ({lost:+.2f} points lost), "
             f"{shown.average_layers:.2f} layers on average, {shown.speedup['fastbert']:.2f}x fewer FLOPs{measured}."
@@ -324,6 +323,21 @@ def _tell_end(screen: Screen, result: DemoResult, speed: float) -> None:
     screen.next_step(
         result.next_command, f"fastkd sweep {quoted(result.output / 'trace.safetensors')} --criterion margin"
     )
+
+
+def _measured_speedup(measured: Benchmark, speed: float) -> str:
+    """What a speed gained in seconds: by `fastkd predict`, which streams, and in batches; empty if not measured."""
+    at_speed = [row for row in measured.rows if row.speed == speed]
+    streamed = [row.speedup for row in at_speed if row.batch_size is None]
+    batched = [row.speedup for row in at_speed if row.batch_size is not None]
+    if not streamed or not batched:
+        return ""
+    return f", measured {_range(streamed)} in seconds as fastkd predict runs it, {_range(batched)} in batches"
+
+
+def _range(speedups: Sequence[float]) -> str:
+    low, high = f"{min(speedups):.2f}x", f"{max(speedups):.2f}x"
+    return low if low == high else f"{low} to {high}"
 
 
 def _name_of(data: Path | None) -> str:

@@ -52,7 +52,7 @@ class Screen:
     @property
     def is_narrow(self) -> bool:
         """Whether wide tables would be cut off."""
-        return self.out.width < 125
+        return self.out.width < 135
 
     def say(self, text: str) -> None:
         """A line about what happens now; not part of the result."""
@@ -342,9 +342,9 @@ def benchmark_table(measured: Benchmark, is_narrow: bool = False) -> Table:
     machine = facts["processor"] if facts["device"] == "cpu" else facts["device"]
     threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
     table = Table(
-        title=f"Measured on {machine}, {threads}, torch {facts['torch']}; {measured.rows[0].rows} rows a pass, "
-        "sorted by length",
-        caption="Speed-up against the full model at its best, same rows, order, dtype and device. "
+        title=f"Measured on {machine}, {threads}, torch {facts['torch']}; {measured.rows[0].rows} rows a pass",
+        caption="stream: rows in their order, as fastkd predict runs them; batches: sorted by length. Speed-up against "
+        "the full model at its best, same rows, dtype and device. "
         + ("" if facts["gpu_columns"] == "measured" else "GPU: not yet measured."),
         title_justify="left",
         caption_justify="left",
@@ -364,14 +364,14 @@ def benchmark_table(measured: Benchmark, is_narrow: bool = False) -> Table:
     return table
 
 
-_WIDE_ONLY = ("full", "layers", "rows/s", "full rows/s")
+_WIDE_ONLY = ("full", "layers", "realised", "rows/s", "full rows/s")
 
 
 def _benchmark_cells(row: BenchmarkRow) -> dict[str, str]:
     loses = row.speedup < 1
     return {
         "dtype": row.dtype,
-        "batch": str(row.batch_size),
+        "batch": row.form.removeprefix("batch "),
         "speed": f"{row.speed:g}",
         "accuracy" if row.pearson is None else "correlation": quality(row.accuracy, row.pearson),
         "full": quality(row.full_accuracy, row.full_pearson),
@@ -381,7 +381,7 @@ def _benchmark_cells(row: BenchmarkRow) -> dict[str, str]:
         "realised": f"{row.realised:.2f}",
         "rows/s": f"{row.rows_per_second:,.0f}",
         "full rows/s": f"{row.rows / row.full_seconds:,.0f}",
-        "best full": row.full_engine,
+        "best full": row.full_form,
     }
 
 

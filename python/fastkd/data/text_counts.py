@@ -34,8 +34,10 @@ class TextCounts:
 
     def add(self, tokenizer: Any, ids: Sequence[Sequence[int]], cut: int, max_length: int, *, is_pair: bool) -> None:
         """Count the rows of one call of the tokenizer, of which `cut` were cut."""
-        special = tokenizer.num_special_tokens_to_add(pair=is_pair)
-        unknown = tokenizer.unk_token_id
+        # a function that tokenises is a tokenizer too, and may know neither
+        count_special = getattr(tokenizer, "num_special_tokens_to_add", None)
+        special = 0 if count_special is None else count_special(pair=is_pair)
+        unknown = getattr(tokenizer, "unk_token_id", None)
         self.rows += len(ids)
         self.cut += cut
         self.tokens += sum(max(len(row) - special, 0) for row in ids)

@@ -205,14 +205,20 @@ class Stream(Iterator[StreamRow]):
 
     def _has_next(self) -> bool:
         """Work until the next answer is ready; False where there is none any more."""
-        self._mend()
-        while self._next not in self._answers:
-            if self._next in self._given_early:
-                # in this order: a number that stays in the set is harmless, one that is missed would be waited for
-                self._next += 1
-                self._given_early.discard(self._next - 1)
-            elif not self._advance():
-                return False
+        wants_grad = torch.is_grad_enabled()
+        try:
+            self._mend()
+            while self._next not in self._answers:
+                if self._next in self._given_early:
+                    # in this order: a number that stays in the set is harmless, one that is missed would be waited for
+                    self._next += 1
+                    self._given_early.discard(self._next - 1)
+                elif not self._advance():
+                    return False
+        except BaseException:
+            # an interrupt inside the end of no_grad would leave the caller without gradients
+            torch.set_grad_enabled(wants_grad)
+            raise
         return True
 
     def finished(self) -> list[StreamRow]:

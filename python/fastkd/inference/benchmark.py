@@ -2,13 +2,17 @@
 
 What is compared, and why it is fair:
 
-* Every contestant gets the same tokenised rows, sorted by length, in the same batches, in the same dtype, on the same
-  device and in the same process. Tokenising is outside the clock, padding and embedding are inside.
-* The baseline is the faster of two ways to run the full model: ours at speed 0, and the forward of transformers
-  followed by the last head. Every table says which one it was.
+* First comes what `predict` does: the stream takes the rows one by one, in the order of their file, and pads nothing.
+  Then come batches of each size, sorted by length, which is what a loop over `forward` gives.
+* Every contestant gets the same tokenised rows in the same dtype, on the same device and in the same process.
+  Tokenising and padding are outside the clock; embedding, and the packing of the stream, are inside.
+* The baseline is the fastest way to run the full model. In batches: ours at speed 0, or the forward of transformers
+  followed by the last head, in the same batches. For the stream: those two in batches of every size measured, or the
+  stream at speed 0. Every table says which one it was.
 * Passes are interleaved (A B C, A B C, ...; the order turns by one each round), so that a busy machine slows all
   alike, and the median of each contestant counts.
-* FLOPs are those of the rows' actual exits at their batch's padded length, under each convention.
+* FLOPs are those of the rows' actual exits under each convention, at the padded length of their batch, or in the
+  stream at their own.
 """
 
 from __future__ import annotations
@@ -32,7 +36,8 @@ from fastkd.data.rows import Rows
 from fastkd.encoders.layout import TokenLayout
 from fastkd.exits.flops import CONVENTIONS, flops
 from fastkd.exits.trace import correlation, predictions
-from fastkd.inference.measurements import Benchmark, BenchmarkRow
+from fastkd.inference.measurements import STREAM, Benchmark, BenchmarkRow
+from fastkd.inference.predict import WINDOW
 from fastkd.model.loading import DTYPES
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.model.tokenizers import length_limit
@@ -41,6 +46,8 @@ Batch = Mapping[str, Tensor]
 
 OUR_FULL = "fastkd"
 TRANSFORMERS_FULL = "transformers"
+
+_STREAMED_COLUMNS = ("input_ids", "token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ def benchmark(
     model: EarlyExitForSequenceClassification,
     batches_of: Callable[[int], Iterable[Batch]],
     *,
+    rows: Sequence[Mapping[str, Any]] | None = None,
     speeds: Sequence[float] = (0.1, 0.3, 0.5, 0.8),
     batch_sizes: Sequence[int] = (1, 8, 32),
     dtypes: Sequence[str] = ("fp32", "bf16"),
@@ -67,11 +75,13 @@ def benchmark(
     repeats: int = 5,
     on_progress: Callable[[str], None] = lambda done: None,
 ) -> Benchmark:
-    """Measure every speed at every batch size in every dtype.
+    """Measure every speed as a stream and at every batch size, in every dtype.
 
     Args:
         model: with distilled heads; it is not changed (each dtype works on a copy).
         batches_of: gives the batches for a batch size, sorted by length, with or without `labels`.
+        rows: the same rows for the stream, in the order of their file: lists of `input_ids`, and of `token_type_ids`
+            where the model has them, without padding, with or without `labels`. None measures batches alone.
         speeds: each above 0 and at most 1; the full model is always measured.
         batch_sizes: rows a batch.
         dtypes: of `fastkd.model.loading.DTYPES`.
@@ -81,24 +91,25 @@ def benchmark(
         on_progress: called after every pass with what was measured, `passes(...)` times in all.
 
     Returns:
-        One row for each dtype, batch size and speed, in this order.
+        For each dtype one row for each speed of the stream, then one for each batch size and speed.
 
     Raises:
-        ValueError: an unknown dtype, a speed outside (0, 1], no batches, a non-positive count.
+        ValueError: an unknown dtype, a speed outside (0, 1], no batches or rows, a non-positive count.
     """
     _check(speeds, batch_sizes, dtypes, repeats)
-    early = functools.partial(early_exit_pass, criterion=criterion, top_n=top_n)
-    rows: list[BenchmarkRow] = []
+    batched = [_Batches(list(batches_of(size)), size, model.device) for size in batch_sizes]
+    streamed = None if rows is None else _Streamed(rows)
+    measured: list[BenchmarkRow] = []
     for dtype in dtypes:
         cast = copy.deepcopy(model).eval()
         nn.Module.to(cast, DTYPES[dtype])
-        for batch_size in batch_sizes:
-            batches = [_moved(batch, model.device) for batch in batches_of(batch_size)]
-            if not batches:
-                raise ValueError("batches_of: gave no batches; expected at least one row of data")
-            setting = _Setting(cast, batches, dtype, batch_size, early)
-            rows += setting.measure(speeds, repeats, lambda what: on_progress(what))
-    return Benchmark(rows, machine_facts(model.device), criterion or model.config.criterion)
+        races: list[tuple[_Form, Sequence[_Form]]] = [(form, [form]) for form in batched]
+        if streamed is not None:
+            races.insert(0, (streamed, [streamed, *batched]))
+        for form, rivals in races:
+            setting = _Setting(cast, form, rivals, dtype, criterion, top_n)
+            measured += setting.measure(speeds, repeats, on_progress)
+    return Benchmark(measured, machine_facts(model.device), criterion or model.config.criterion)
 
 
 def benchmark_rows(
@@ -109,7 +120,7 @@ def benchmark_rows(
     max_length: int | None = None,
     **options: Any,
 ) -> Benchmark:
-    """`benchmark` on the rows of a table, tokenised once.
+    """`benchmark` on the rows of a table, tokenised once, as a stream in their order and in batches sorted by length.
 
     Args:
         model: as for `benchmark`, as are `options`.
@@ -121,69 +132,125 @@ def benchmark_rows(
         ValueError: as `benchmark`.
     """
     encoded = tokenize(rows, tokenizer, max_length or length_limit(model, tokenizer))
-    return benchmark(model, lambda size: LengthSortedBatches(encoded, tokenizer, size), **options)
+    batches_of = functools.partial(LengthSortedBatches, encoded, tokenizer)
+    return benchmark(model, batches_of, rows=encoded.to_list(), **options)
 
 
-def passes(speeds: Sequence[float], batch_sizes: Sequence[int], dtypes: Sequence[str], repeats: int) -> int:
-    """How often `benchmark` calls `on_progress`."""
-    return len(dtypes) * len(batch_sizes) * (len(speeds) + 2) * (repeats + 1)
+def passes(
+    speeds: Sequence[float], batch_sizes: Sequence[int], dtypes: Sequence[str], repeats: int, stream: bool = True
+) -> int:
+    """How often `benchmark` calls `on_progress`; `stream` says whether it gets `rows`."""
+    in_batches = len(batch_sizes) * (len(speeds) + 2)
+    as_stream = len(speeds) + 1 + 2 * len(batch_sizes) if stream else 0
+    return len(dtypes) * (as_stream + in_batches) * (repeats + 1)
+
+
+class _Batches:
+    """The rows in batches of one size; answers, labels and lengths are in the order of the batches."""
+
+    def __init__(self, batches: Sequence[Batch], batch_size: int, device: torch.device) -> None:
+        if not batches:
+            raise ValueError("batches_of: gave no batches; expected at least one row of data")
+        moved = [_moved(batch, device) for batch in batches]
+        self.batch_size: int | None = batch_size
+        self.name = f"batch {batch_size}"
+        self.inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in moved]
+        labels = [batch["labels"] for batch in moved if "labels" in batch]
+        self.labels = torch.cat(labels).cpu() if len(labels) == len(moved) else None
+        ids = [batch["input_ids"] for batch in moved]
+        self.lengths = torch.cat([torch.full((len(rows),), rows.shape[1]) for rows in ids])
+
+    def full(self, model: EarlyExitForSequenceClassification) -> dict[str, Contestant]:
+        return {
+            OUR_FULL: functools.partial(early_exit_pass, model, self.inputs, 0.0),
+            TRANSFORMERS_FULL: functools.partial(transformers_pass, model, self.inputs),
+        }
+
+    def early(
+        self, model: EarlyExitForSequenceClassification, speed: float, criterion: str | None, top_n: int | None
+    ) -> Contestant:
+        return functools.partial(early_exit_pass, model, self.inputs, speed, criterion, top_n)
+
+
+class _Streamed:
+    """The rows one by one, as `predict` gives them to the stream; nothing is padded."""
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        if not rows:
+            raise ValueError("rows: got none; expected at least one row of data")
+        self.batch_size: int | None = None
+        self.name = STREAM
+        self.rows = [{name: row[name] for name in _STREAMED_COLUMNS if name in row} for row in rows]
+        labels = [row["labels"] for row in rows if "labels" in row]
+        self.labels = torch.tensor(labels) if len(labels) == len(rows) else None
+        self.lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+
+    def full(self, model: EarlyExitForSequenceClassification) -> dict[str, Contestant]:
+        return {STREAM: functools.partial(stream_pass, model, self.rows, 0.0)}
+
+    def early(
+        self, model: EarlyExitForSequenceClassification, speed: float, criterion: str | None, top_n: int | None
+    ) -> Contestant:
+        return functools.partial(stream_pass, model, self.rows, speed, criterion, top_n)
+
+
+_Form = _Batches | _Streamed
 
 
 class _Setting:
-    """One dtype at one batch size: the contestants and their clock."""
+    """One dtype and one form of the rows: the contestants and their clock."""
 
     def __init__(
         self,
         model: EarlyExitForSequenceClassification,
-        batches: list[dict[str, Tensor]],
+        form: _Form,
+        rivals: Sequence[_Form],
         dtype: str,
-        batch_size: int,
-        early_exit: Callable[..., Pass],
+        criterion: str | None,
+        top_n: int | None,
     ) -> None:
+        """`rivals` are the forms in which the full model may run."""
         self.model = model
-        self.inputs = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
-        labels = [batch["labels"] for batch in batches if "labels" in batch]
-        self.labels = torch.cat(labels).cpu() if len(labels) == len(batches) else None
-        self.lengths = torch.cat([torch.full((len(ids),), ids.shape[1]) for ids in self._ids()])
+        self.form = form
         self.dtype = dtype
-        self.batch_size = batch_size
-        self.early_exit = early_exit
+        self.criterion = criterion
+        self.top_n = top_n
+        self.full = {
+            engine if rival is form else f"{engine}, {rival.name}": (engine, rival, contestant)
+            for rival in rivals
+            for engine, contestant in rival.full(model).items()
+        }
 
     def measure(self, speeds: Sequence[float], repeats: int, on_progress: Callable[[str], None]) -> list[BenchmarkRow]:
-        full: dict[str, Contestant] = {
-            OUR_FULL: lambda: early_exit_pass(self.model, self.inputs, 0.0),
-            TRANSFORMERS_FULL: lambda: transformers_pass(self.model, self.inputs),
-        }
-        early: dict[str, Contestant] = {
-            f"speed {speed:g}": functools.partial(self.early_exit, self.model, self.inputs, speed) for speed in speeds
-        }
-        place = f"{self.dtype}, batch {self.batch_size}"
+        full = {name: contestant for name, (_, _, contestant) in self.full.items()}
+        early = {f"speed {speed:g}": self.form.early(self.model, speed, self.criterion, self.top_n) for speed in speeds}
         seconds, answers = interleaved(
             full | early,
             repeats,
-            lambda name: on_progress(f"{place}, {name}"),
+            lambda name: on_progress(f"{self.dtype}, {self.form.name}, {name}"),
             functools.partial(synchronise, self.model.device),
         )
-        engine = min(full, key=lambda name: statistics.median(seconds[name]))
+        best = min(full, key=lambda name: statistics.median(seconds[name]))
         return [
-            self._row(speed, seconds[name], answers[name], statistics.median(seconds[engine]), engine, answers[engine])
+            self._row(speed, seconds[name], answers[name], best, statistics.median(seconds[best]), answers[best])
             for speed, name in zip(speeds, early, strict=True)
         ]
 
     def _row(
-        self, speed: float, seconds: list[float], answer: Pass, full_seconds: float, engine: str, full: Pass
+        self, speed: float, seconds: list[float], answer: Pass, best: str, full_seconds: float, full: Pass
     ) -> BenchmarkRow:
         assert answer.exit_layers is not None
+        engine, rival, _ = self.full[best]
         median = statistics.median(seconds)
         speedups = self._flops_speedups(answer.exit_layers)
         return BenchmarkRow(
             device=device_name(self.model.device),
             dtype=self.dtype,
-            batch_size=self.batch_size,
+            batch_size=self.form.batch_size,
             speed=float(speed),
-            rows=len(self.lengths),
-            accuracy=self._accuracy(answer),
-            full_accuracy=self._accuracy(full),
+            rows=len(self.form.lengths),
+            accuracy=self._accuracy(answer, self.form),
+            full_accuracy=self._accuracy(full, rival),
             average_layers=answer.exit_layers.double().mean().item(),
             flops_speedup=speedups["fastbert"],
             flops_speedups=speedups,
@@ -192,14 +259,15 @@ class _Setting:
             seconds_p80=quantile(seconds, 0.8),
             full_seconds=full_seconds,
             full_engine=engine,
+            full_batch_size=rival.batch_size,
             speedup=full_seconds / median,
-            pearson=self._pearson(answer),
-            full_pearson=self._pearson(full),
+            pearson=self._pearson(answer, self.form),
+            full_pearson=self._pearson(full, rival),
         )
 
     def _flops_speedups(self, exit_layers: Tensor) -> dict[str, float]:
         """FLOPs of the full model (all layers, last head) over those of each row's way out, by convention."""
-        pairs, counts = torch.stack([self.lengths, exit_layers.long()]).unique(dim=1, return_counts=True)
+        pairs, counts = torch.stack([self.form.lengths, exit_layers.long()]).unique(dim=1, return_counts=True)
         config, exits = self.model.config, self.model.exit_layers
         speedups = {}
         for convention in CONVENTIONS:
@@ -211,18 +279,15 @@ class _Setting:
             speedups[convention] = full / spent
         return speedups
 
-    def _accuracy(self, answer: Pass) -> float | None:
-        if self.labels is None or self.model.config.num_classes == 1:
+    def _accuracy(self, answer: Pass, form: _Form) -> float | None:
+        if form.labels is None or self.model.config.num_classes == 1:
             return None
-        return (answer.predictions.cpu() == self.labels).double().mean().item()
+        return (answer.predictions.cpu() == form.labels).double().mean().item()
 
-    def _pearson(self, answer: Pass) -> float | None:
-        if self.labels is None or self.model.config.num_classes > 1:
+    def _pearson(self, answer: Pass, form: _Form) -> float | None:
+        if form.labels is None or self.model.config.num_classes > 1:
             return None
-        return correlation(answer.predictions.cpu(), self.labels)
-
-    def _ids(self) -> list[Tensor]:
-        return [batch["input_ids"] for batch in self.inputs]
+        return correlation(answer.predictions.cpu(), form.labels)
 
 
 @torch.inference_mode()
@@ -240,6 +305,25 @@ def early_exit_pass(
         answers.append(predictions(output.logits))
         exit_layers.append(output.exit_layer)
     return Pass(torch.cat(answers).cpu(), torch.cat(exit_layers).cpu())
+
+
+def stream_pass(
+    model: EarlyExitForSequenceClassification,
+    rows: Sequence[Mapping[str, Any]],
+    speed: float,
+    criterion: str | None = None,
+    top_n: int | None = None,
+) -> Pass:
+    """Our model on rows with `input_ids` as `predict` runs it; at speed 0 it is the full model.
+
+    A row without an answer (not a finite number) counts as wrong, and as run through every layer.
+    """
+    answers = list(model.stream(rows, speed=speed, criterion=criterion, top_n=top_n, look_ahead=WINDOW))
+    exit_layers = torch.tensor([answer.exit_layer or model.num_layers for answer in answers])
+    if model.config.num_classes == 1:
+        return Pass(torch.tensor([float("nan") if row.label is None else row.label for row in answers]), exit_layers)
+    classes: dict[Any, int] = {name: int(index) for index, name in (model.config.id2label or {}).items()}
+    return Pass(torch.tensor([classes.get(row.label, -1) for row in answers]), exit_layers)
 
 
 @torch.inference_mode()

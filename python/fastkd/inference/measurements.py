@@ -1,4 +1,4 @@
-"""What a benchmark measured: one row for each speed, batch size and dtype, and the machine it was measured on."""
+"""What a benchmark measured: one row for each speed, form of the rows and dtype, and the machine it was measured on."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ from typing import Any
 from fastkd.data.files import atomic_path, write_json
 from fastkd.exits.flops import CONVENTIONS
 
+STREAM = "stream"
+"""What tables call rows that run as a stream, and the full model that does."""
+
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """One speed at one batch size in one dtype."""
+    """One speed in one dtype, as a stream or at one batch size."""
 
     device: str
     dtype: str
-    batch_size: int
+    batch_size: int | None
+    """None for the stream, which is what `predict` runs; files for tables say "stream" there."""
     speed: float
     rows: int
     accuracy: float | None
@@ -36,12 +40,26 @@ class BenchmarkRow:
     full_seconds: float
     """Median of a pass over all rows, full model at its best."""
     full_engine: str
-    """Which full model was the faster one: "fastkd" or "transformers"."""
+    """Which full model was the fastest one: "fastkd", "transformers", or for the stream perhaps "stream"."""
     speedup: float
     """`full_seconds / seconds`."""
     pearson: float | None = None
     full_pearson: float | None = None
     """Correlation of answers and labels, for regression."""
+    full_batch_size: int | None = None
+    """Batches of the fastest full model; None for the stream."""
+
+    @property
+    def form(self) -> str:
+        """How the rows ran, as pictures and their legends name it."""
+        return STREAM if self.batch_size is None else f"batch {self.batch_size}"
+
+    @property
+    def full_form(self) -> str:
+        """The fastest full model; with its batch size where that is not the row's own."""
+        if self.full_batch_size in (None, self.batch_size):
+            return self.full_engine
+        return f"{self.full_engine}, {self.full_batch_size}"
 
     @property
     def realised(self) -> float:
@@ -78,11 +96,15 @@ class Benchmark:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Benchmark:
-        """What `to_dict` gave; files of versions that did not write the criterion were measured with entropy."""
+        """What `to_dict` gave, or an older version's.
+
+        Those that did not write the criterion measured with entropy; those without the full model's batch size ran it
+        in the row's own batches.
+        """
         known = {field.name for field in fields(BenchmarkRow)}
         rows = [
             BenchmarkRow(
-                **{name: item for name, item in row.items() if name in known},
+                **{"full_batch_size": row["batch_size"]} | {name: item for name, item in row.items() if name in known},
                 flops_speedups={name: row[f"flops_speedup_{name}"] for name in CONVENTIONS},
             )
             for row in value["rows"]
@@ -94,7 +116,11 @@ class Benchmark:
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write the table; the file is either whole or absent."""
-        rows = [row.to_dict() for row in self.rows]
+        named = ("batch_size", "full_batch_size")
+        rows = [
+            {name: STREAM if name in named and value is None else value for name, value in row.to_dict().items()}
+            for row in self.rows
+        ]
         with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
             writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
             writer.writeheader()

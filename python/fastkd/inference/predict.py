@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fastkd.model.modeling import EarlyExitForSequenceClassification
 
 BAD_ROWS = ("mark", "stop")
+WINDOW = 1024  # rows that are read, tokenised and sorted by length together
 
 _WATCHED_TOGETHER = 32  # rows that a monitor runs to full depth in one batch
 _REPORTED = 20  # bad rows listed by line; the rest are counted
@@ -77,7 +78,7 @@ def predict(
     exit_layers: Sequence[int] | None = None,
     batch_size: int | None = None,
     max_length: int | None = None,
-    window: int = 1024,
+    window: int = WINDOW,
     monitor: DriftMonitor | None = None,
     counts: TextCounts | None = None,
 ) -> Iterator[Prediction]:

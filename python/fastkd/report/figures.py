@@ -122,7 +122,7 @@ def exits_by_group(groups: Mapping[str, Sequence[int]], layers: int, path: PathL
 
 
 def wall_clock(rows: Sequence[BenchmarkRow], path: PathLike) -> None:
-    """Measured speed-up against FLOPs speed-up, one curve for each dtype and batch size.
+    """Measured speed-up against FLOPs speed-up, one curve for each dtype, as a stream and at each batch size.
 
     The dashed diagonal is where FLOPs would turn into time without loss; below 1x early exit costs time.
 
@@ -133,7 +133,7 @@ def wall_clock(rows: Sequence[BenchmarkRow], path: PathLike) -> None:
         raise ValueError("rows: got none; run the benchmark first")
     curves: dict[str, list[BenchmarkRow]] = {}
     for row in rows:
-        curves.setdefault(f"{row.dtype}, batch {row.batch_size}", []).append(row)
+        curves.setdefault(f"{row.dtype}, {row.form}", []).append(row)
 
     def draw(axes: Axes) -> None:
         for number, (name, points) in enumerate(curves.items()):

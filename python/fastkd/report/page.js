@@ -33,11 +33,18 @@
   const curve = () => content.curves[state.curve];
   const speed = () => speeds[state.step];
 
-  /** Measurements grouped by dtype and batch size. */
+  /** How measured rows ran; no batch size is the stream. */
+  const form = (row) => (row.batch_size === null ? "stream" : `batch ${row.batch_size}`);
+
+  /** The fastest full model; with its batch size where that is not the row's own. */
+  const fullForm = (row) =>
+    (row.full_engine ?? "") + (row.full_batch_size == null || row.full_batch_size === row.batch_size ? "" : `, ${row.full_batch_size}`);
+
+  /** Measurements grouped by dtype, as a stream and by batch size. */
   function settings() {
     const groups = new Map();
     for (const row of curve().benchmark?.rows ?? []) {
-      const name = `${row.dtype}, batch ${row.batch_size}`;
+      const name = `${row.dtype}, ${form(row)}`;
       groups.set(name, [...(groups.get(name) ?? []), row]);
     }
     return [...groups].map(([name, rows]) => ({ name, rows: rows.sort((a, b) => a.speed - b.speed) }));
@@ -277,7 +284,7 @@
   function bench() {
     const groups = settings();
     const rows = groups.map((group) => nearest(group.rows));
-    const names = groups.map((group) => group.name.replace(", batch ", "<br>"));
+    const names = groups.map((group) => group.name.replace(/, (batch )?/, "<br>"));
     const bar = (name, key, paint) => ({
       type: "bar", name, x: names, y: rows.map((row) => row[key]), marker: { color: paint }, cliponaxis: false,
       text: rows.map((row) => `${row[key].toFixed(1)}×`), textposition: "outside", textfont: { size: 10.5, color: colour("--muted") },
@@ -286,7 +293,7 @@
     const data = [bar("FLOPs", "flops_speedup", colour("--stays")), bar("measured", "speedup", colour("--accent"))];
     const shapes = [{ ...speedLine(), x0: 0, x1: 1, xref: "paper", y0: 1, y1: 1, yref: "y", line: { color: colour("--muted"), width: 1.5 } }];
     const highest = Math.max(...(curve().benchmark?.rows ?? []).flatMap((row) => [row.speedup, row.flops_speedup]));
-    return [data, layout(axis("dtype and batch size", { type: "category", showgrid: false, tickangle: 0 }), axis("", { range: [0, highest * 1.12], ticksuffix: "×" }), {
+    return [data, layout(axis("dtype, and stream or batch size", { type: "category", showgrid: false, tickangle: 0 }), axis("", { range: [0, highest * 1.12], ticksuffix: "×" }), {
       shapes, barmode: "group", bargap: 0.3, showlegend: true, margin: { l: 48, r: 14, t: 34, b: 40 },
       legend: { orientation: "h", y: 1.03, yanchor: "bottom", x: 0, font: { size: 11.5 } },
     })];
@@ -365,15 +372,16 @@
     const machine = measured.machine ?? {};
     const place = machine.device === "cpu" ? `${machine.processor ?? "a processor"}, ${count(machine.threads ?? 1, "thread")}` : machine.device;
     const at = [...new Set(settings().map((group) => nearest(group.rows).speed))].join(", ");
+    const streams = measured.rows.some((row) => row.batch_size === null) ? " The stream is what fastkd predict runs." : "";
     const gpu = machine.gpu_columns === "not yet measured" ? " On a GPU: not yet measured." : "";
     $("bench-lead").textContent =
-      `Measured on ${place}, torch ${machine.torch ?? "?"}, ${count(measured.rows[0].rows, "row")} a pass; shown at speed ${at}, the measured one nearest to the slider. Below 1× early exit costs time.${gpu}`;
+      `Measured on ${place}, torch ${machine.torch ?? "?"}, ${count(measured.rows[0].rows, "row")} a pass; shown at speed ${at}, the measured one nearest to the slider.${streams} Below 1× early exit costs time.${gpu}`;
     const headings = ["dtype", "batch", "speed", "accuracy", "FLOPs", "measured", "seconds", "full model", "rows/s", "best full model"];
     table($("bench-table"), headings, measured.rows.map((row) => ({
       chosen: Math.abs(row.speed - speed()) < 1e-9,
-      cells: [row.dtype, String(row.batch_size), String(row.speed), percent(row.accuracy), times(row.flops_speedup),
+      cells: [row.dtype, row.batch_size === null ? "stream" : String(row.batch_size), String(row.speed), percent(row.accuracy), times(row.flops_speedup),
         { text: times(row.speedup), attributes: row.speedup < 1 ? { class: "loses" } : {} },
-        row.seconds.toPrecision(3), row.full_seconds.toPrecision(3), whole(Math.round(row.rows / row.seconds)), row.full_engine ?? ""],
+        row.seconds.toPrecision(3), row.full_seconds.toPrecision(3), whole(Math.round(row.rows / row.seconds)), fullForm(row)],
     })));
   }
 

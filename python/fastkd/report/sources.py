@@ -97,12 +97,13 @@ def read_benchmark(path: Path) -> dict[str, Any]:
     """
     measured = read_json(path, "bench", "write one with `fastkd bench`")
     remedy = "name the bench.json that `fastkd bench` wrote"
-    numbers = ("batch_size", "speed", "rows", "flops_speedup", "speedup", "seconds", "full_seconds")
+    fields: dict[str, type | tuple[type, ...]] = {"dtype": str, "batch_size": (int, type(None))}
+    numbers = ("speed", "rows", "flops_speedup", "speedup", "seconds", "full_seconds")
     rows = measured.get("rows")
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"bench: {path} holds no measurements; {remedy}")
     for row in rows:
-        check_fields(row, {"dtype": str, **dict.fromkeys(numbers, (int, float))}, path, "bench", remedy)
+        check_fields(row, {**fields, **dict.fromkeys(numbers, (int, float))}, path, "bench", remedy)
     return measured
 
 
