@@ -99,6 +99,7 @@ def benchmark(
     _check(speeds, batch_sizes, dtypes, repeats)
     batched = [_Batches(list(batches_of(size)), size, model.device) for size in batch_sizes]
     streamed = None if rows is None else _Streamed(rows)
+    decision = {"criterion": criterion, "top_n": top_n}
     measured: list[BenchmarkRow] = []
     for dtype in dtypes:
         cast = copy.deepcopy(model).eval()
@@ -107,7 +108,7 @@ def benchmark(
         if streamed is not None:
             races.insert(0, (streamed, [streamed, *batched]))
         for form, rivals in races:
-            setting = _Setting(cast, form, rivals, dtype, criterion, top_n)
+            setting = _Setting(cast, form, rivals, dtype, decision)
             measured += setting.measure(speeds, repeats, on_progress)
     return Benchmark(measured, machine_facts(model.device), criterion or model.config.criterion)
 
@@ -166,10 +167,8 @@ class _Batches:
             TRANSFORMERS_FULL: functools.partial(transformers_pass, model, self.inputs),
         }
 
-    def early(
-        self, model: EarlyExitForSequenceClassification, speed: float, criterion: str | None, top_n: int | None
-    ) -> Contestant:
-        return functools.partial(early_exit_pass, model, self.inputs, speed, criterion, top_n)
+    def early(self, model: EarlyExitForSequenceClassification, speed: float, decision: Mapping[str, Any]) -> Contestant:
+        return functools.partial(early_exit_pass, model, self.inputs, speed, **decision)
 
 
 class _Streamed:
@@ -188,10 +187,8 @@ class _Streamed:
     def full(self, model: EarlyExitForSequenceClassification) -> dict[str, Contestant]:
         return {STREAM: functools.partial(stream_pass, model, self.rows, 0.0)}
 
-    def early(
-        self, model: EarlyExitForSequenceClassification, speed: float, criterion: str | None, top_n: int | None
-    ) -> Contestant:
-        return functools.partial(stream_pass, model, self.rows, speed, criterion, top_n)
+    def early(self, model: EarlyExitForSequenceClassification, speed: float, decision: Mapping[str, Any]) -> Contestant:
+        return functools.partial(stream_pass, model, self.rows, speed, **decision)
 
 
 _Form = _Batches | _Streamed
@@ -206,15 +203,13 @@ class _Setting:
         form: _Form,
         rivals: Sequence[_Form],
         dtype: str,
-        criterion: str | None,
-        top_n: int | None,
+        decision: Mapping[str, Any],
     ) -> None:
-        """`rivals` are the forms in which the full model may run."""
+        """`rivals` are the forms in which the full model may run, `decision` options of `forward` beside the speed."""
         self.model = model
         self.form = form
         self.dtype = dtype
-        self.criterion = criterion
-        self.top_n = top_n
+        self.decision = decision
         self.full = {
             engine if rival is form else f"{engine}, {rival.name}": (engine, rival, contestant)
             for rival in rivals
@@ -223,7 +218,7 @@ class _Setting:
 
     def measure(self, speeds: Sequence[float], repeats: int, on_progress: Callable[[str], None]) -> list[BenchmarkRow]:
         full = {name: contestant for name, (_, _, contestant) in self.full.items()}
-        early = {f"speed {speed:g}": self.form.early(self.model, speed, self.criterion, self.top_n) for speed in speeds}
+        early = {f"speed {speed:g}": self.form.early(self.model, speed, self.decision) for speed in speeds}
         seconds, answers = interleaved(
             full | early,
             repeats,
