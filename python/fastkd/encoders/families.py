@@ -17,7 +17,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from fastkd.encoders.catalogue import check_family
 from fastkd.encoders.layout import NO_PADDING, TokenLayout
-from fastkd.encoders.untouched import is_untouched
+from fastkd.encoders.untouched import are_untouched
 
 
 def _bert_embed(
@@ -164,7 +164,7 @@ def embedding_tables(embeddings: nn.Module) -> tuple[nn.Embedding, ...] | None:
 
     Also None where something is hooked to them or wraps them.
     """
-    if not all(map(is_untouched, embeddings.modules())):
+    if not are_untouched(embeddings):
         return None
     tables = {name for name, child in embeddings.named_children() if isinstance(child, nn.Embedding)}
     for names in (_TABLES, _TABLES[:2]):

@@ -16,6 +16,11 @@ def is_untouched(module: nn.Module) -> bool:
     )
 
 
+def are_untouched(module: nn.Module) -> bool:
+    """Whether the module and all modules inside it are untouched."""
+    return all(map(is_untouched, module.modules()))
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether it is torch's own linear layer with a bias: no adapter, quantised weight, hook or patch."""
     return type(module) is nn.Linear and module.bias is not None and is_untouched(module)

@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 import fastkd_kernels as fk
 from fastkd.encoders import families
 from fastkd.encoders.layout import TokenLayout
-from fastkd.encoders.untouched import is_untouched
+from fastkd.encoders.untouched import are_untouched
 
 ATTENTION = "fastkd_packed"
 """The name under which the packed attention is registered with transformers."""
@@ -167,7 +167,7 @@ def _is_plain(layer: nn.Module, parts: families.LayerParts) -> bool:
     return (
         all(type(module) is nn.Linear for module in linear)
         and all(type(module) is nn.LayerNorm and module.bias is not None for module in norms)
-        and all(is_untouched(module) for module in layer.modules())
+        and are_untouched(layer)
     )
 
 
