@@ -28,7 +28,7 @@ from fastkd.engines import packed_layers
 from fastkd.engines.graphs import CudaGraphs
 from fastkd.engines.stream_batches import BatchStream, size_of_run
 from fastkd_kernels import _triton
-from fastkd_kernels.ops import exit_gate, student_head
+from fastkd_kernels.ops import compact, exit_gate, layer_norm, packed, student_head
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: a stream on a CPU captures nothing")
@@ -303,8 +303,8 @@ def test_a_run_is_few_launches_and_asks_the_device_nothing(monkeypatch: pytest.M
     monkeypatch.setattr(fk, "varlen_attention", not_interpreted)
     monkeypatch.setattr(packed_layers, "linear_on", lambda device: packed_layers.JoinedLinear)
     # values are looked at on a CPU only
-    monkeypatch.setattr(student_head, "_check_values", lambda *_: None)
-    monkeypatch.setattr(exit_gate, "_values_are_free", lambda *_: False)
+    for op in (compact, exit_gate, layer_norm, packed, student_head):
+        monkeypatch.setattr(op, "values_are_free", lambda *_: False)
     # a captured launch has its counters from memory that was zeroed before
     counters = torch.zeros(64, dtype=torch.int32)
     monkeypatch.setattr(student_head.tickets, "take", lambda *_: counters)
