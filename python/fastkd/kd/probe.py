@@ -152,7 +152,7 @@ class LayerProbe:
         self._wants_gradient = torch.is_grad_enabled()
         self._listening = True
         try:
-            logits = self.model(**batch, **self._whole).logits
+            logits = self.model(**{**self._whole, **batch}).logits
             missing = sorted(set(range(self.num_layers)) - set(self._pooled))
             if missing:
                 raise RuntimeError(f"layers {missing} (0-based) did not run, so that they have no hidden states")
