@@ -34,6 +34,7 @@ from fastkd.data.errors import DataError
 from fastkd.data.rows import Rows
 from fastkd.kd.cache import StaleCacheError
 from fastkd.kd.options import KDOptions
+from fastkd.kd.stage_run import stage_length
 from fastkd.kd.students import student_from_teacher
 from fastkd.kd.teacher import Teacher
 from fastkd.kd.trainer import KDTrainer, evaluate
@@ -341,6 +342,9 @@ def test_an_early_exit_model_can_teach(tmp_path: Path) -> None:
 def test_takd_without_room_for_an_assistant_is_refused(teacher: Path) -> None:
     with pytest.raises(ValueError, match=r"assistants: no size lies between 3 layers and the teacher's 4; use"):
         KDTrainer(teacher, "layers:3", "takd", OPTIONS)
+    for assistants, culprit in ((("layers:2", "layers:3"), "layers:3"), (("layers:4",), "layers:4")):
+        with pytest.raises(ValueError, match=f"assistants: '{culprit}' has . layers and .* before it"):
+            KDTrainer(Teacher.load(teacher), "layers:1", "takd", replace(OPTIONS, assistants=assistants))
     with pytest.raises(ValueError, match=r"assistants: a student 'bilstm' has no obvious one; name them"):
         KDTrainer(teacher, "bilstm", "takd", OPTIONS)
 
@@ -527,3 +531,12 @@ def test_a_student_of_peft_is_refused(teacher: Path) -> None:
     student: Any = type("PeftModel", (torch.nn.Module,), {"__module__": "peft.peft_model"})()
     with pytest.raises(TypeError, match="student: got a PeftModel of peft"):
         KDTrainer(teacher, student, "kd", OPTIONS)
+
+
+@pytest.mark.parametrize("whole", [2, 2.5, 3, 5, 10, 7.25])
+def test_stages_are_as_long_as_the_whole(whole: float) -> None:
+    first = stage_length(whole, 0.0, 2 / 3, is_last=False)
+    second = stage_length(whole, 2 / 3, 1 / 3, is_last=True)
+    assert first == round(first)
+    assert first + second == whole
+    assert abs(first - 2 * whole / 3) <= 0.5

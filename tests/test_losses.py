@@ -415,6 +415,7 @@ def test_alp_kd_buckets_cover_every_teacher_layer() -> None:
             assert seen.any(1).all()
             assert (seen.sum(0) == 1).all() == (variant == "NO")
     assert visible_layers("NO", 4, 12).int().argmax(1).tolist() == [0, 3, 6, 9]
+    assert visible_layers("NO", 4, 10).sum(1).tolist() == [3, 3, 2, 2]
 
 
 def test_alp_kd_of_huge_hidden_states_is_finite() -> None:
@@ -435,10 +436,20 @@ def test_projection_bridges_widths() -> None:
         assert list(loss.parameters()), "an optimizer has to find the projection"
 
 
+@pytest.mark.parametrize("classes", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_label_loss_sums_half_precision_in_float32(dtype: torch.dtype, classes: int) -> None:
+    logits = (3 * torch.randn(2, 1000, classes)).to(dtype)
+    labels = torch.randint(3, (1000,)) if classes > 1 else torch.randn(1000)
+    loss = label_loss(logits, labels)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), label_loss(logits.double(), labels), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("variant", ["layerwise", "concatenated"])
 def test_rail_kd(variant: str) -> None:
     student, teacher = double(M, B, H), double(N, B, H + 1)
-    loss = RAILKDLoss(M, H, H + 1, 4, variant, seed=3).double()
+    loss = RAILKDLoss(M, H, H + 1, 4, variant, train_teacher_projection=True, seed=3).double()
     loss.resample(2)
     layers = loss.layers(N)
     w_s, w_t = loss.student_projection.weight.detach(), loss.teacher_projection.weight.detach()
@@ -456,6 +467,30 @@ def test_rail_kd(variant: str) -> None:
     assert_equal_with_gradients(loss, formula, [student], (teacher,))
     loss(student, teacher).backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in loss.parameters())
+
+
+def test_rail_kd_cannot_be_closed_without_the_student() -> None:
+    teacher = torch.randn(4, 64, 32)
+    unrelated = torch.randn(3, 64, 32)
+
+    def distance_of_a_student_that_never_moves(**options: bool) -> float:
+        loss = RAILKDLoss(3, 32, 32, 16, **options)
+        optimizer = torch.optim.Adam((weight for weight in loss.parameters() if weight.requires_grad), lr=0.02)
+        for _ in range(300):
+            optimizer.zero_grad()
+            value = loss(unrelated, teacher)
+            value.backward()
+            optimizer.step()
+        return value.item()
+
+    trained = distance_of_a_student_that_never_moves(train_teacher_projection=True)
+    assert distance_of_a_student_that_never_moves() > 2 * trained
+
+
+def test_rail_kd_keeps_the_teachers_projection() -> None:
+    loss = RAILKDLoss(M, H, H, 4)
+    assert [name for name, weight in loss.named_parameters() if weight.requires_grad] == ["student_projection.weight"]
+    torch.testing.assert_close(loss.teacher_projection.weight @ loss.teacher_projection.weight.T, torch.eye(4))
 
 
 def test_rail_kd_draws_are_a_function_of_seed_and_epoch() -> None:

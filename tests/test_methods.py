@@ -120,10 +120,12 @@ def test_gradients_reach_what_the_method_trains_and_nothing_else(
         value.backward()
         without = [
             key for key, parameter in objective.named_parameters()
-            if parameter.grad is None or not parameter.grad.any()
+            if parameter.requires_grad and (parameter.grad is None or not parameter.grad.any())
         ]  # fmt: skip
         # softmax does not see a bias that all keys share, and a sum of squares of 0 has no slope
         assert [key for key in without if not key.endswith("key.bias")] == [], f"no gradient in stage {stage.name}"
+        frozen = [key for key, parameter in objective.named_parameters() if not parameter.requires_grad]
+        assert all(key.endswith("teacher_projection.weight") for key in frozen)
         assert all(
             parameter.grad.isfinite().all() for parameter in objective.parameters() if parameter.grad is not None
         )

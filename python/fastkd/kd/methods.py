@@ -256,10 +256,17 @@ def _rail(
     temperature: float = TEMPERATURE,
     projection_size: int | None = 128,
     variant: str = "layerwise",
+    train_teacher_projection: bool = False,
     seed: int = 0,
 ) -> StageLoss:
     inner = losses.RAILKDLoss(
-        shapes.student_layers, shapes.student_width, shapes.teacher_width, projection_size, variant, seed=seed
+        shapes.student_layers,
+        shapes.student_width,
+        shapes.teacher_width,
+        projection_size,
+        variant,
+        train_teacher_projection=train_teacher_projection,
+        seed=seed,
     )
     return _Mixture(label_weight, kd_weight, temperature, intermediate_weight, inner)
 

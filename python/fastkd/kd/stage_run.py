@@ -202,10 +202,14 @@ class StageRun:
         options, stages = self.options, self.method.stages
         if len(stages) == 1:
             return options
+        before = sum(stage.share for stage in stages[: stages.index(self.stage)])
+        is_last = self.stage is stages[-1]
         if options.max_steps is not None:
-            return replace(options, max_steps=max(1, round(options.max_steps * self.stage.share)))
-        epochs = options.epochs * self.stage.share
-        return replace(options, epochs=max(1.0, round(epochs)) if options.epochs >= len(stages) else epochs)
+            steps = stage_length(options.max_steps, before, self.stage.share, is_last)
+            return replace(options, max_steps=max(1, round(steps)))
+        if options.epochs < len(stages):
+            return replace(options, epochs=options.epochs * self.stage.share)
+        return replace(options, epochs=stage_length(options.epochs, before, self.stage.share, is_last))
 
     def _loss(self) -> StageLoss:
         teacher = self.teacher
@@ -240,6 +244,12 @@ def num_labels_of(model: PreTrainedModel) -> int:
 
 def default_metric(model: PreTrainedModel) -> tuple[str, ...]:
     return ("pearson",) if model.config.num_labels == 1 else ("accuracy",)
+
+
+def stage_length(whole: float, before: float, share: float, is_last: bool) -> float:
+    """What a stage gets of the whole: stages begin at whole numbers, and together they are the whole."""
+    begin = round(whole * before)
+    return (whole if is_last else round(whole * (before + share))) - begin
 
 
 def _head_names(objective: StudentObjective) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ from fastkd.kd.label_order import common_order
 from fastkd.kd.methods import Method, method_of
 from fastkd.kd.options import KDOptions
 from fastkd.kd.stage_run import BEST_METRIC, StageRun, default_metric, num_labels_of
-from fastkd.kd.students import is_made_of_teacher, student_from_teacher
+from fastkd.kd.students import chosen_layers, is_made_of_teacher, student_from_teacher
 from fastkd.kd.teacher import Teacher, tokenizer_fingerprint
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.model.tokenizers import load_tokenizer
@@ -237,10 +237,11 @@ class KDTrainer:
         return self.cache if number == 0 else self._is_cached
 
     def _assistants(self) -> Sequence[str]:
-        if self.options.assistants:
-            return self.options.assistants
         assert self.teacher is not None
         layers = self.teacher.num_layers
+        if self.options.assistants:
+            _check_that_they_shrink(self.options.assistants, str(self.student), layers)
+            return self.options.assistants
         name, _, kept = str(self.student).partition(":")
         if name != "layers" or not kept.isdigit():
             raise ValueError(
@@ -345,6 +346,21 @@ def _describe(student: EarlyExitForSequenceClassification, train: Rows, dev: Row
 
 
 # Checks before the work
+
+
+def _check_that_they_shrink(assistants: Sequence[str], student: str, teacher_layers: int) -> None:
+    """Of specs "layers:..." each must have fewer layers than the one before; of others the size is not asked."""
+    larger, name = teacher_layers, "the teacher"
+    for spec in [*assistants, student]:
+        if not spec.startswith("layers:"):
+            continue
+        layers = len(chosen_layers(spec, teacher_layers))
+        if layers >= larger:
+            raise ValueError(
+                f"assistants: {spec!r} has {layers} layers and {name} before it {larger}; models get smaller on "
+                "the way from the teacher to the student, so name the largest assistant first"
+            )
+        larger, name = layers, repr(spec)
 
 
 def _check_length(model: PreTrainedModel, max_length: int) -> None:

@@ -28,7 +28,8 @@ def comparable(
     if projection is not None:
         student_hidden = projection(student_hidden)
     check_same_width(student_hidden, teacher_hidden)
-    return widen(student_hidden, teacher_hidden)
+    student, teacher = widen(student_hidden, teacher_hidden)
+    return student, teacher
 
 
 def check_same_width(student_hidden: Tensor, teacher_hidden: Tensor) -> None:
@@ -45,9 +46,10 @@ def check_no_gradient(name: str, teacher: Tensor) -> None:
         raise ValueError(f"{name}: got a tensor that requires grad; run the teacher under torch.no_grad()")
 
 
-def widen(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-    return student.to(dtype), teacher.to(dtype)
+def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All in float32, or in float64 where one of them is."""
+    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    return tuple(tensor.to(dtype) for tensor in tensors)
 
 
 def squared_distance(student: Tensor, target: Tensor, reduction: str) -> Tensor:

@@ -23,8 +23,8 @@ class ALPKDLoss(nn.Module):
 
     Args:
         variant: "ALP", attention over all N teacher layers; "NO", student layer j sees only the j-th of M consecutive
-            buckets of teacher layers; "PO", those buckets with one more layer on either side. The paper does not number
-            the layers of the last two; the buckets here are layers floor((j-1) N / M) + 1 to floor(j N / M).
+            buckets of teacher layers; "PO", those buckets with one more layer on either side. The paper does not say
+            how N is divided where M does not divide it; here the first N mod M buckets hold one layer more.
         scale: factor of the scores, or "rsqrt_h" for 1 / sqrt(H).
         projection: applied to the student's hidden states where widths differ (not in the paper).
         layer_reduction: "mean" or "sum".
@@ -106,7 +106,8 @@ def visible_layers(variant: str, student_layers: int, teacher_layers: int) -> Te
         )
     overlap = 1 if variant == "PO" else 0
     student = torch.arange(student_layers).unsqueeze(1)
-    first = student * teacher_layers // student_layers - overlap
-    end = (student + 1) * teacher_layers // student_layers + overlap
+    size, larger = divmod(teacher_layers, student_layers)
+    first = student * size + student.clamp(max=larger)
+    end = first + size + (student < larger)
     teacher = torch.arange(teacher_layers)
-    return (teacher >= first) & (teacher < end)
+    return (teacher >= first - overlap) & (teacher < end + overlap)

@@ -16,6 +16,8 @@ class AnnealingKDLoss(nn.Module):
     tempered, and neither a softmax nor labels take part. Stage 2 takes the best checkpoint of stage 1 and trains on
     labels alone (`fastkd.losses.label_loss`) with a fresh optimizer. Scores (C = 1) need nothing special. Pinned:
     reduction "mean", over B * C, as `F.mse_loss` in the authors' script; the equation is "sum". There is no T^2.
+    `fastkd kd` spreads the temperatures evenly over the steps of stage 1 instead of over epochs, so that ten fit into
+    its default two; where the epochs are a multiple of tau_max, both are the same.
 
     Args:
         max_temperature: tau_max; the authors' NLP runs take 10.

@@ -15,9 +15,10 @@ from fastkd_kernels.checks import check_choice
 class DIHLoss(nn.Module):
     """sum_m [(1 - w) CE(s, y) + w tau_m^2 KL(softmax(t_m / tau_m) || softmax(s / tau_m))] (arXiv:2103.00497).
 
-    Over the k + 1 classifiers t_m of a teacher whose k heads were trained on its frozen layers. The code of Asadian and
-    Salehi-Abari, which this follows, sums, cross entropy included; others describe the method as an average. Pinned:
-    head_reduction "sum", reduction "batchmean", T^2 on, w 0.1, tau 5.
+    Over the k + 1 classifiers t_m of a teacher whose k heads were trained on its frozen layers, here one on every layer
+    below the last. The code of Asadian and Salehi-Abari, which this follows, sums, cross entropy included, so that the
+    labels weigh (k + 1)(1 - w) in all; others describe the method as an average. Pinned: head_reduction "sum",
+    reduction "batchmean", T^2 on, w 0.1, tau 5.
 
     Args:
         temperature: tau, one for all classifiers or one each.

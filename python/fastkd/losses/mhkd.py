@@ -17,8 +17,9 @@ class MHKDLoss(nn.Module):
 
     With KD(s, t) = (1 - a) CE(s, y) + a tau^2 KL(softmax(t / tau) || softmax(s / tau)). Follows the version in
     the code of DIH's authors, a 0.1, tau 4, b 0.5: the teacher's body is frozen, the heads of both networks are
-    trained by this loss. That code matches stages of equal number; PKD's skip map is this project's port to encoders.
-    Pinned: reduction "batchmean", T^2 on.
+    trained by this loss. `fastkd kd` has `teacher_head_ce` 0 instead: the teacher's heads are trained beforehand and
+    stay, as for every other method. That code matches stages of equal number; PKD's skip map is this project's port to
+    encoders. Pinned: reduction "batchmean", T^2 on.
 
     Args:
         kd_weight: a, of the divergence within each pair of classifiers, the paper's alpha; the labels weigh 1 - a.

@@ -21,6 +21,11 @@ class RAILKDLoss(nn.Module):
     network, shared by its layers, and the normalisation are this project's reading. Pinned: reduction "batchmean" with
     a sum over layers.
 
+    W_T is drawn once and stays, which departs from the paper. A W_T that is trained may throw away what the networks
+    differ in: the distance of a student that never moves then falls to 0, even against the hidden states of other
+    sentences, and the term teaches nothing. A projection with orthonormal rows keeps the angles between sentences, so
+    that only the student can close the distance.
+
     Which layers are drawn is a function of `seed` and the number given to `resample` alone, so that resumed runs and
     all processes of a distributed one draw the same.
 
@@ -30,6 +35,7 @@ class RAILKDLoss(nn.Module):
         projection_size: width that both networks are projected to; None: not projected, which needs equal widths.
         variant: "layerwise" as above, or "concatenated": all layers of a sample side by side, then one projection and
             one distance.
+        train_teacher_projection: train W_T along with W_S, as the paper has it.
         reduction: "batchmean", "mean" (over features and layers too), "sum", or "none".
         seed: of the draws.
     """
@@ -42,6 +48,7 @@ class RAILKDLoss(nn.Module):
         projection_size: int | None = 128,
         variant: str = "layerwise",
         *,
+        train_teacher_projection: bool = False,
         reduction: str = "batchmean",
         seed: int = 0,
     ) -> None:
@@ -58,10 +65,17 @@ class RAILKDLoss(nn.Module):
         joined = self.inner_layers if variant == "concatenated" else 1
         self.student_projection = self._projection(joined * student_hidden_size, projection_size)
         self.teacher_projection = self._projection(joined * teacher_hidden_size, projection_size)
+        if not train_teacher_projection:
+            self._anchor()
 
     @staticmethod
     def _projection(width: int, projection_size: int | None) -> nn.Module:
         return nn.Identity() if projection_size is None else nn.Linear(width, projection_size, bias=False)
+
+    def _anchor(self) -> None:
+        for weight in self.teacher_projection.parameters():
+            nn.init.orthogonal_(weight)
+            weight.requires_grad_(False)
 
     def resample(self, draw: int) -> None:
         """Draw the teacher's layers for epoch (or step) number `draw`."""

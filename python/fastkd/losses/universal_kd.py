@@ -39,6 +39,10 @@ class UniversalKDLoss(nn.Module):
 
     Pinned: reduction "batchmean", layer_reduction "sum", T^2 on, temperature 1.
 
+    Attention on raw logits sees what no softmax sees: a constant added to all of a layer's logits changes lambda, and
+    with it the loss, though not one probability. `attn_space="log_probs"` does not depend on it. In a regression the
+    attention depends on the unit of the labels for the same reason: give scores of about unit variance.
+
     Args:
         temperature, reduction, layer_reduction, direction, t2_scale: see `fastkd_kernels.universal_kd_loss`.
         mix, attn, attn_space, attn_scale, attn_temperature, detach_attention: see there.
