@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -40,6 +42,20 @@ CXX_FLAGS = [
     "-Wno-psabi",
 ]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden", "-Xptxas=-warn-spills"]
+
+# what csrc asks of a compiler beside C++17: vectors as types, and functions for one instruction set
+COMPILER_PROBE = """
+#include <cstdint>
+#include <optional>
+#include <string_view>
+typedef float Vector __attribute__((vector_size(32)));
+inline constexpr std::string_view name = "probe";
+template <typename T> std::optional<T> first(T value) {
+  if constexpr (sizeof(T) > 1) return value;
+  return std::nullopt;
+}
+int main() { Vector sum = {}; return static_cast<int>(sum[0]) + first(0).value_or(name.size()); }
+"""
 
 ROOT = Path(__file__).parent
 
@@ -76,6 +92,39 @@ def import_torch() -> ModuleType:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise BuildProblemError(f"PyTorch {torch.__version__} is too old: torch>={oldest} is needed. {remedy}")
     return torch
+
+
+def check_platform() -> None:
+    if sys.platform == "win32":
+        raise BuildProblemError(
+            "the compiled kernels are not built on Windows yet. Use WSL, or install the Python packages alone, whose "
+            "ops then run on PyTorch and Triton: set FASTKD_SKIP_EXT=1 and install again."
+        )
+
+
+def check_compiler() -> None:
+    """Compile a few lines, which takes a tenth of a second, before ninja starts minutes of them."""
+    command = shlex.split(os.environ.get("CXX", "c++"))
+    remedy = (
+        "Install g++ 10 or clang 14 or newer (Debian and Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++; "
+        "macOS: xcode-select --install) or point CXX at one, then build again. FASTKD_SKIP_EXT=1 installs the Python "
+        "packages without the compiled kernels."
+    )
+    probe = [*command, "-x", "c++", "-fsyntax-only", "-std=c++17", "-"]
+    try:
+        tried = subprocess.run(probe, input=COMPILER_PROBE, capture_output=True, text=True)
+    except OSError as error:
+        raise BuildProblemError(f"no C++ compiler can be started as {command[0]!r} ({error}). {remedy}") from error
+    if tried.returncode:
+        reason = next((line.strip() for line in tried.stderr.splitlines() if "error" in line), "no reason given")
+        raise BuildProblemError(f"{command[0]!r} cannot compile C++17 ({reason}). {remedy}")
+    headers = Path(sysconfig.get_paths()["include"])
+    if not (headers / "Python.h").exists():
+        raise BuildProblemError(
+            f"Python's own headers are missing: there is no Python.h in {headers}. Install them (Debian and Ubuntu: "
+            "apt-get install python3-dev; Fedora: dnf install python3-devel), then build again. FASTKD_SKIP_EXT=1 "
+            "installs the Python packages without the compiled kernels."
+        )
 
 
 def find_cuda_home() -> Path | None:
@@ -161,6 +210,8 @@ def build_settings() -> dict[str, Any]:
     Raises:
         BuildProblemError: what is missing for it, and the remedy.
     """
+    check_platform()
+    check_compiler()
     torch = import_torch()
     cpp_extension = import_module("torch.utils.cpp_extension")
     cuda_home = choose_cuda(torch)

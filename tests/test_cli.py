@@ -179,10 +179,17 @@ def test_choices_on_the_command_line_are_those_of_the_library(choices: type[Enum
 
 
 def test_every_command_has_a_file_and_a_function_of_its_name() -> None:
+    registered = [command for panel in app.PANELS.values() for command in panel]
     for name in typer.main.get_command(app.app).commands:  # type: ignore[attr-defined]
         identifier = name.replace("-", "_")
         module = importlib.import_module(f"fastkd.commands.{identifier}")
-        assert getattr(module, identifier) in app.NEXT_STEPS
+        assert getattr(module, identifier) in registered
+
+
+def test_help_has_its_panels_in_the_order_of_a_models_life() -> None:
+    shown = succeeded("--help").stdout
+    titles = [line.split()[1] for line in shown.splitlines() if line.startswith("╭─")]
+    assert titles == ["Options", *app.PANELS]
 
 
 def test_version() -> None:

@@ -438,3 +438,26 @@ def test_info_prints_every_op(capsys: pytest.CaptureFixture[str]) -> None:
         assert op in text
         for device, used in of_op["uses"].items():
             assert used == device or of_op["missing"][device] in text
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [("no-such-compiler", "no C++ compiler can be started as 'no-such-compiler'"), ("false", "cannot compile C++17")],
+)
+def test_a_compiler_that_cannot_is_one_paragraph(tmp_path: Path, compiler: str, said: str) -> None:
+    result = build(stub_torch(tmp_path, "2.13.0", None), CXX=compiler)
+    assert_readable(result, said, "apt-get install g++", "xcode-select --install", "FASTKD_SKIP_EXT=1")
+
+
+def test_an_old_compiler_says_what_it_stumbles_over(tmp_path: Path) -> None:
+    compiler = tmp_path / "c++98"
+    compiler.write_text('#!/bin/sh\nexec c++ "$@" -std=c++98\n')
+    compiler.chmod(0o755)
+    result = build(stub_torch(tmp_path, "2.13.0", None), CXX=str(compiler))
+    assert_readable(result, "cannot compile C++17", "error")
+
+
+def test_windows_is_one_paragraph(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.platform = 'win32'\n")
+    result = build(stub_torch(tmp_path, "2.13.0", None))
+    assert_readable(result, "not built on Windows yet", "FASTKD_SKIP_EXT=1")

@@ -1,4 +1,4 @@
-"""The command `fastkd`, and every command that it has, in the order of `NEXT_STEPS`.
+"""The command `fastkd`, and every command that it has, in the order of `PANELS`.
 
 Every command has a file of its name with a function of its name, which is registered here. Results go to standard
 output, progress and warnings to standard error. With --json standard output is one JSON value and nothing else. Bad
@@ -32,25 +32,35 @@ from fastkd.commands.table2 import table2
 from fastkd.commands.trace import trace
 from fastkd.engines.allocator import keep_freed_memory
 
-NEXT_STEPS: dict[Callable[..., None], str] = {
-    finetune: "[cyan]fastkd distill OUTPUT --data DATA -o DISTILLED[/] trains the early exits.",
-    distill: "[cyan]fastkd sweep DISTILLED --data DATA[/] shows what each speed costs.",
-    trace: "[cyan]fastkd sweep TRACE[/] reads the trace at every speed, without the model.",
-    sweep: "pick the fastest speed whose accuracy you accept, then "
-    "[cyan]fastkd bench MODEL DATA --speeds 0.3,0.5[/] to see it in seconds.",
-    predict: "[cyan]fastkd sweep MODEL --data DATA[/] shows what another --speed would cost in accuracy.",
-    bench: "[cyan]fastkd predict MODEL INPUT --speed S[/] with the speed that pays here.",
-    demo: "the demo prints a [cyan]fastkd predict[/] command that uses the model it leaves behind.",
-    report: "[cyan]fastkd predict MODEL INPUT --speed S[/] with the speed that you chose on the page.",
-    table2: "[cyan]fastkd report OUTPUT/DATA[/] shows every speed of a data set's model.",
-    kd: "[cyan]fastkd kd-table GRID.yaml[/] compares methods on your tasks, with several seeds.",
-    kd_table: "[cyan]fastkd kd --method METHOD --teacher DIR[/] trains the student that you liked best.",
-    import_fastbert: "[cyan]fastkd sweep MODEL --data DATA[/] shows what each speed costs and wins.",
-    calibrate: "[cyan]fastkd info MODEL[/] shows the certificate that the model now carries.",
-    compare: "[cyan]fastkd calibrate MODEL --data DATA --criterion C[/] with the one you chose.",
-    info: "[cyan]fastkd calibrate MODEL --data DATA[/] finds a speed with a guarantee.",
+PANELS: dict[str, dict[Callable[..., None], str]] = {
+    "Start": {
+        demo: "the demo prints a [cyan]fastkd predict[/] command that uses the model it leaves behind.",
+    },
+    "Train": {
+        finetune: "[cyan]fastkd distill OUTPUT --data DATA -o DISTILLED[/] trains the early exits.",
+        distill: "[cyan]fastkd sweep DISTILLED --data DATA[/] shows what each speed costs.",
+        kd: "[cyan]fastkd kd-table GRID.yaml[/] compares methods on your tasks, with several seeds.",
+        import_fastbert: "[cyan]fastkd sweep MODEL --data DATA[/] shows what each speed costs and wins.",
+    },
+    "Understand": {
+        trace: "[cyan]fastkd sweep TRACE[/] reads the trace at every speed, without the model.",
+        sweep: "pick the fastest speed whose accuracy you accept, then "
+        "[cyan]fastkd bench MODEL DATA --speeds 0.3,0.5[/] to see it in seconds.",
+        compare: "[cyan]fastkd calibrate MODEL --data DATA --criterion C[/] with the one you chose.",
+        calibrate: "[cyan]fastkd info MODEL[/] shows the certificate that the model now carries.",
+        bench: "[cyan]fastkd predict MODEL INPUT --speed S[/] with the speed that pays here.",
+        report: "[cyan]fastkd predict MODEL INPUT --speed S[/] with the speed that you chose on the page.",
+        info: "[cyan]fastkd calibrate MODEL --data DATA[/] finds a speed with a guarantee.",
+    },
+    "Use": {
+        predict: "[cyan]fastkd sweep MODEL --data DATA[/] shows what another --speed would cost in accuracy.",
+    },
+    "Papers": {
+        table2: "[cyan]fastkd report OUTPUT/DATA[/] shows every speed of a data set's model.",
+        kd_table: "[cyan]fastkd kd --method METHOD --teacher DIR[/] trains the student that you liked best.",
+    },
 }
-"""Every command, in the order of --help, and what its own help says to do next."""
+"""The panels of --help with their commands, both in the order of a model's life, and what each says to do next."""
 
 app = typer.Typer(
     name="fastkd",
@@ -59,8 +69,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command, next_step in NEXT_STEPS.items():
-    app.command(epilog=f"[bold]Next:[/] {next_step}")(command)
+for panel, commands in PANELS.items():
+    for command, next_step in commands.items():
+        app.command(rich_help_panel=panel, epilog=f"[bold]Next:[/] {next_step}")(command)
 
 
 def _version(wanted: bool) -> None:

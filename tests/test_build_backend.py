@@ -1,0 +1,99 @@
+"""What an isolated build fetches and sees: hooks run by the interpreter of an environment made for the test."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import setuptools
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Path:
+    """A virtual environment with nothing in it."""
+    folder = tmp_path / "an environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    return folder
+
+
+def site_packages(environment: Path) -> Path:
+    (folder,) = environment.glob("lib/python*/site-packages")
+    return folder
+
+
+def install_torch(environment: Path) -> Path:
+    torch = site_packages(environment) / "torch"
+    torch.mkdir()
+    (torch / "__init__.py").write_text("__version__ = '2.13.0'")
+    (torch / "version.py").touch()
+    return torch
+
+
+def hook(environment: Path, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Code after `import build_backend`, behind a path that hides what is installed, as pip runs it."""
+    tools = environment / "tools"
+    if not tools.exists():
+        tools.mkdir()
+        packages = Path(setuptools.__file__).parents[1]
+        for name in ("setuptools", "_distutils_hack"):
+            (tools / name).symlink_to(packages / name)
+    hidden = "import sys; sys.path = [entry for entry in sys.path if 'site-packages' not in entry]"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("FASTKD_")}
+    return subprocess.run(
+        [environment / "bin" / "python", "-c", f"{hidden}\nimport build_backend\n{code}"],
+        env=clean | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tools}"} | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+        start_new_session=True,
+    )
+
+
+REQUIRED = "print(build_backend.get_requires_for_build_wheel(), build_backend.get_requires_for_build_editable())"
+
+
+def test_an_installed_torch_is_taken(environment: Path) -> None:
+    torch = install_torch(environment)
+    result = hook(environment, f"{REQUIRED}\nbuild_backend._reach_torch()\nimport torch\nprint(torch.__file__)")
+    required, found = result.stdout.splitlines()
+    assert required == "[] []"
+    assert Path(found) == torch / "__init__.py"
+    assert result.stderr == ""
+
+
+def test_a_missing_torch_is_fetched_and_said(environment: Path) -> None:
+    result = hook(environment, REQUIRED)
+    assert re.fullmatch(r"\['torch==[\d.]+'\] \['torch==[\d.]+'\]\n", result.stdout)
+    for text in ("no torch is installed in", "is fetched to compile against", "pip install torch", "FASTKD_SKIP_EXT=1"):
+        assert text in result.stderr
+
+
+def test_a_build_without_the_extension_and_a_source_archive_fetch_nothing(environment: Path) -> None:
+    assert hook(environment, REQUIRED, FASTKD_SKIP_EXT="1").stdout == "[] []\n"
+    assert hook(environment, "print(build_backend.get_requires_for_build_sdist())").stdout == "[]\n"
+
+
+def test_a_torch_of_the_system_counts_where_the_environment_sees_it(environment: Path) -> None:
+    folders = "import site\nsite.getsitepackages = lambda prefixes: [f'{prefix}/packages' for prefix in prefixes]\n"
+    torch = environment / "system" / "packages" / "torch"
+    torch.mkdir(parents=True)
+    (torch / "version.py").touch()
+    code = f"{folders}sys.base_prefix = {str(environment / 'system')!r}\nprint(build_backend.installed_torch())"
+    assert hook(environment, code).stdout == "None\n"
+    settings = environment / "pyvenv.cfg"
+    settings.write_text(settings.read_text().replace("packages = false", "packages = true"))
+    assert hook(environment, code).stdout == f"{torch.parent}\n"
+
+
+def test_makefile_and_backend_name_one_torch() -> None:
+    in_makefile = re.search(r"^TORCH := (\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    in_backend = re.search(r'^TORCH = "(\S+)"$', (ROOT / "build_backend.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert in_makefile is not None
+    assert in_backend is not None
+    assert in_makefile.group(1) == in_backend.group(1)
