@@ -461,3 +461,14 @@ def test_windows_is_one_paragraph(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.platform = 'win32'\n")
     result = build(stub_torch(tmp_path, "2.13.0", None))
     assert_readable(result, "not built on Windows yet", "FASTKD_SKIP_EXT=1")
+
+
+def test_every_environment_variable_is_documented() -> None:
+    page = (ROOT / "docs" / "environment-variables.md").read_text(encoding="utf-8")
+    sources = [ROOT / "setup.py", ROOT / "build_backend.py"]
+    for folder, pattern in (("fastkd_kernels", "*.py"), ("python", "*.py"), ("csrc", "*.[ch]*")):
+        sources += (ROOT / folder).rglob(pattern)
+    reads = re.compile(r"""(?:environ(?:\.get\(|\.setdefault\(|\[)|getenv\()\s*["']([A-Z][A-Z0-9_]+)""")
+    found = {name for path in sources for name in reads.findall(path.read_text(encoding="utf-8"))}
+    assert {"FASTKD_SKIP_EXT", "FASTKD_DEBUG", "TRITON_INTERPRET"} <= found
+    assert [name for name in sorted(found) if f"`{name}" not in page] == []
