@@ -66,7 +66,7 @@ FASTKD_INLINE void distillation_rows_inline(
     if (call.classes_of || call.scores_of) value += label_loss(call, samples, work);
     write_losses(value, samples, losses + last_row);
     if (call.student_gradient.data) narrow(work.student_gradient, samples, size, call.student_gradient);
-    universal_samples_of(call.universal, samples, work, losses);
+    universal_rows(call.universal, samples, work, losses);
   }
 }
 

@@ -5,18 +5,6 @@ namespace fastkd::distillation {
 namespace {
 
 template <typename V>
-FASTKD_INLINE void universal_rows_inline(
-    const UniversalCall& call, Samples range, UniversalWorkspace<V>& work, Scalar<V>* losses) {
-  const int64_t end = range.first + range.count;
-  for (int64_t first = range.first; first < end; first += kLanes<V>)
-    universal_samples_of(call, Samples{first, std::min<int64_t>(kLanes<V>, end - first)}, work, losses);
-}
-
-FASTKD_DISPATCH(
-    universal_rows, (const UniversalCall& call, Samples range, UniversalWorkspace<V>& work, Scalar<V>* losses),
-    (call, range, work, losses))
-
-template <typename V>
 Tensor losses_of(const UniversalCall& call, const Tensor& losses, double factor, bool reduce) {
   const auto layers = static_cast<int64_t>(call.students.size()), teachers = static_cast<int64_t>(call.teachers.size());
   parallel_samples(
