@@ -30,11 +30,11 @@ TESTS_OF_OP: Mapping[str, tuple[str, ...]] = {
     "universal_kd_loss": ("test_launch", "test_universal_kd_loss"),
     "distillation_loss": ("test_launch", "test_distillation_loss"),
     "early exit": (
-        *("test_launch", "test_model", "test_engine_graphs"),
+        *("test_launch", "test_model", "test_engine_graphs", "test_cuda_graphs"),
         *("test_student_head", "test_exit_gate", "test_compact"),
     ),
     "early exit, stream": ("test_stream", *_PACKED_TESTS),
-    "early exit, stream_batches": ("test_stream_batches", *_PACKED_TESTS),
+    "early exit, stream_batches": ("test_stream_batches", "test_cuda_graphs", *_PACKED_TESTS),
 }
 """Files of tests/ whose failure withholds the rows of an op."""
 

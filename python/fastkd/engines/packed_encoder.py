@@ -110,6 +110,11 @@ class PackedEncoder:
         """Whether every layer runs from its parts, which is where packed tokens beat padded batches."""
         return all(isinstance(layer, LayerFromParts) for layer in self._layers)
 
+    @property
+    def copies(self) -> list[Tensor]:
+        """What its layers read beside the parameters of the model; whoever captures them has to keep it."""
+        return [tensor for layer in self._layers if isinstance(layer, LayerFromParts) for tensor in layer.copies]
+
     def compaction_pays(self, tokens: int, kept: int, layers: int) -> bool:
         """Whether dropping all but `kept` of `tokens` tokens before the next `layers` layers saves time."""
         return self._compaction_cost.pays(round_up_tokens(tokens), round_up_tokens(kept), layers)
