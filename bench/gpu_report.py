@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import resource
 import shutil
@@ -55,6 +56,8 @@ BUILDING = 110.0
 CHECKPOINT = 10.0
 """Seconds between two writings within a step."""
 GIB_A_TEST_WORKER, GIB_A_WARM_UP = 2.0, 4.0
+FEW_THREADS = {"OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
+"""Of each process while many share the cores."""
 BLAMED = {DEAD_CONTEXT: "it left a dead CUDA context"}
 
 
@@ -159,8 +162,8 @@ class Run:
 
     def _caches(self) -> dict[str, str]:
         """New ones: nothing stale is loaded, and a home that cannot be written does not matter."""
-        cache = self.work / "cache"
-        return {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
+        new = {name: str(self.work / "cache" / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+        return {**new, **{name: os.environ[name] for name in new if name in os.environ}}
 
     # --- build and bundle check ---
 
@@ -222,8 +225,7 @@ class Run:
             return "failed", "pytest is not installed"
         self._warm_up_after(step, deadline)
         folder = self.work / f"tests of {step.name}".replace(" ", "-")
-        # many processes share the cores here
-        few = {**self._caches(), "OMP_NUM_THREADS": "2"}
+        few = {**self._caches(), **FEW_THREADS}
         seconds_a_test = 3 * SECONDS_A_TEST if self.options.rehearse else SECONDS_A_TEST
         tests = Proof(self._pytest(step), folder, self.work, self._test_workers(), few, seconds_a_test)
         tests.start()
@@ -275,7 +277,7 @@ class Run:
             self._count += 1
             part = self.work / f"compiled-{self._count}.json"
             command = [*self._work_command(work, part, self.started + self.options.budget), "--warm-up"]
-            child = Child(f"compile {self._count}", [*command, "--shard", f"{shard}/{count}"], {"OMP_NUM_THREADS": "2"})
+            child = Child(f"compile {self._count}", [*command, "--shard", f"{shard}/{count}"], FEW_THREADS)
             self.warm_ups.append(self._start(child))
 
     def _timed_after(self, step: Step) -> list[str]:

@@ -114,6 +114,16 @@ def test_workers_share_the_tests(tmp_path: Path) -> None:
     assert set(begun.values()) == {1}, "none runs twice"
 
 
+def test_machine_code_for_other_gpus_costs_no_time_of_this_one(tmp_path: Path) -> None:
+    suite = {
+        "cubins": "def compile_kernels(specs): raise AssertionError('minutes')",
+        "conftest": "import pathlib, sys; sys.path.insert(0, str(pathlib.Path(__file__).parent)); import cubins",
+        "test_it": "from cubins import compile_kernels\ndef test_a(): compile_kernels([])\ndef test_b(): pass",
+    }
+    _, _, found = run_tests(tmp_path, suite)
+    assert found == {"test_it": Outcomes(passed=1, skipped=1)}
+
+
 KILLERS = {
     "raises": "torch.break_device(); torch.cuda.synchronize()",
     "passes": "torch.break_device()",
@@ -484,6 +494,10 @@ def test_the_order_of_a_first_call() -> None:
         assert list(mode.steps) == [name for name in names if name in mode.steps], "every mode keeps the order"
 
 
+def test_the_notes_have_the_estimates_of_the_steps() -> None:
+    assert plan.table() in (ROOT / "NOTES-performance.md").read_text(encoding="utf-8")
+
+
 def test_every_mode_has_a_budget_that_holds_what_it_is_for() -> None:
     assert (MODES["prove"].budget, MODES["measure"].budget) == (240, 450)
     assert MODES["all"].budget < 600
@@ -715,6 +729,7 @@ def test_what_is_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert work[0] == "models:large"
     assert set(work) == {one for name in ("compaction", "gates and heads", "models") for one in STEPS[name].work}
     assert command[-3:] == ["--warm-up", "--shard", "0/4"]
+    assert run.warm_ups[0].environment["TORCHINDUCTOR_COMPILE_THREADS"] == "2", "Inductor would start one a core"
     run._warm_up_after(STEPS["early exit"], 0.0)
     assert len(run.warm_ups) == 4, "that was begun already"
     run._warm_up_after(STEPS["streams"], 0.0)

@@ -43,12 +43,17 @@ class Scale:
 
     config: Mapping[str, int]
     tokens: int
-    batch_sizes: Mapping[str, Sequence[int]]
-    """"large" and "small" ones"""
+    batch_sizes: Sequence[int]
     average_layers: Sequence[float]
     dtype: torch.dtype
     repeats: int
     compile_backend: str
+    large: int = 32
+    """Batches of so many rows and more have a goal."""
+
+    def group(self, name: str) -> list[int]:
+        """The "large" batch sizes, or the others."""
+        return [size for size in self.batch_sizes if (size >= self.large) == (name == "large")]
 
     def rows(self, batch_size: int) -> int:
         """Rows of the workload: enough batches that their random mixtures average out.
@@ -60,8 +65,7 @@ class Scale:
         return 4096 if batch_size >= 32 else 64 + 8 * batch_size
 
 
-# the large ones have a goal
-FULL = Scale({}, 128, {"large": (32, 128), "small": (8, 1)}, (1.14, 2.79), torch.bfloat16, 7, "inductor")
+FULL = Scale({}, 128, (32, 128, 8, 1), (1.14, 2.79), torch.bfloat16, 7, "inductor")
 REHEARSAL = Scale(
     {
         "vocab_size": 40,
@@ -71,7 +75,7 @@ REHEARSAL = Scale(
         "intermediate_size": 48,
         "max_position_embeddings": 16,
     },
-    6, {"large": (4,), "small": (1,)}, (1.5,), torch.float32, 2, "eager",
+    6, (1, 4), (1.5,), torch.float32, 2, "eager", large=4,
 )  # fmt: skip
 
 

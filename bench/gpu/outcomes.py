@@ -11,10 +11,12 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from hashlib import sha1
+from importlib import import_module
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -33,6 +35,17 @@ CHUNK = 8
 def rank(stem: str) -> int:
     """When the tests of a file run."""
     return FIRST.index(stem) if stem in FIRST else len(FIRST)
+
+
+def pytest_collection() -> None:
+    """What a compiler makes of a kernel for other GPUs was looked at elsewhere: here it would cost minutes."""
+    with suppress(ImportError):
+        cubins = import_module("cubins")
+        cubins.compile_kernels = _compile_nothing  # type: ignore[attr-defined]
+
+
+def _compile_nothing(*_: Any, **__: Any) -> NoReturn:
+    pytest.skip("machine code of all architectures needs no GPU and is looked at without one")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -54,7 +67,7 @@ def chunks(items: Sequence[pytest.Item]) -> Iterator[list[pytest.Item]]:
     """Neighbours that one worker runs: a few of a file, or all that share costly fixtures."""
 
     def whole(item: pytest.Item) -> bool:
-        return item.path.stem in TOGETHER or "cubins" in getattr(item, "fixturenames", ())
+        return item.path.stem in TOGETHER
 
     for (_, together), group in groupby(items, lambda item: (item.path, whole(item))):
         of_file = list(group)

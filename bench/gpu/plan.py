@@ -47,7 +47,7 @@ LOSS_TESTS = ("test_kd_loss", "test_universal_kd_loss", "test_distillation_loss"
 
 ORDER: tuple[Step, ...] = (
     Step("build", 15, 20, "builds what is missing; says what is not there or not used"),
-    Step("sanitizers", 35, 60, "memcheck and racecheck on one small case of each kernel"),
+    Step("sanitizers", 40, 60, "memcheck and racecheck on one small case of each kernel"),
     Step("early exit", 60, 500, "tests of the early-exit ops, graphs and models", tests=EARLY_EXIT_TESTS),
     Step("ceilings", 12, 14, "copy, product and empty kernel, once the clocks are up", ("ceilings",)),
     Step(
@@ -91,6 +91,15 @@ MODES: Mapping[str, Mode] = {
     ),
     "all": Mode(530, tuple(STEPS), "everything, as far as it fits"),
 }
+
+
+def table() -> str:
+    """The steps with their estimates and the modes that have them, in Markdown."""
+    lines = ["| step | s | CPU-s | `--prove` | `--measure` | what |", "|---|---|---|---|---|---|"]
+    for step in ORDER:
+        has = ["yes" if step.name in MODES[mode].steps else "" for mode in ("prove", "measure")]
+        lines.append(f"| {step.name} | {step.seconds:g} | {step.cpu_seconds:g} | {has[0]} | {has[1]} | {step.does} |")
+    return "\n".join(lines)
 
 
 def limit(step: Step, remaining: float) -> float | None:

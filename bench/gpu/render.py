@@ -30,7 +30,8 @@ def summary(report: Report) -> str:
     """What has to arrive even where no file does: a page at most, the most important last."""
     failed = [test for outcomes in report.tests.values() for test in outcomes.failed]
     proven = report.proven()
-    lines = [f"failed: {test}" for test in failed[:20]]
+    lines = ["A rehearsal: no GPU produced these numbers."] if report.rehearsal else []
+    lines += [f"failed: {test}" for test in failed[:20]]
     lines += [f"... and {len(failed) - 20} more failed" for _ in failed[20:21]]
     lines += [f"problem: {problem[:200]}" for problem in report.problems[:20]]
     lines += [f"... and {len(report.problems) - 20} more problems" for _ in report.problems[20:21]]

@@ -196,7 +196,7 @@ def run_models(context: Context, group: str) -> None:
     from gpu import early_exit
 
     scale: early_exit.Scale = getattr(early_exit, context.plan.models)
-    for number, batch_size in enumerate(scale.batch_sizes[group]):
+    for number, batch_size in enumerate(scale.group(group)):
         what = f"early exit, batch {batch_size}"
         if not context.mine(number) or not context.begin_case(what):
             continue

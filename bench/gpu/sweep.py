@@ -234,3 +234,9 @@ OF_OP: Mapping[str, Callable[[Scale, torch.device], Iterator[Swept]]] = {
     "exit_gate": _exit_gates,
 }
 """Every shape of an op."""
+
+
+def cases_of(scale: Scale, device: torch.device) -> Iterator[Swept]:
+    """Every shape of every op."""
+    for of_op in OF_OP.values():
+        yield from of_op(scale, device)
