@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from gpu.records import TESTS_OF_OP
+
 RESERVE = 12.0
 """Seconds that no step gets: for ending what hangs and for writing."""
 SLACK = 1.5
@@ -32,18 +34,17 @@ class Step:
     tests: tuple[str, ...] = ()
 
 
+def _tests(*ops: str, but: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Files that prove rows of `ops`, in the order of the first op that needs them."""
+    return tuple(dict.fromkeys(name for op in ops for name in TESTS_OF_OP[op] if name not in but))
+
+
 EARLY_EXIT_TESTS = (
-    "test_launch",
-    "test_exit_gate",
     "test_look_back",
-    "test_student_head",
-    "test_compact",
-    "test_engine_graphs",
-    "test_model",
+    *_tests("exit_gate", "student_head", "student_head_exit", "compact", "compaction step", "early exit"),
 )
-STREAM_TESTS = ("test_stream_batches", "test_stream", "test_engine_packed", "test_packed",
-                "test_varlen_attention", "test_layer_norm")  # fmt: skip
-LOSS_TESTS = ("test_kd_loss", "test_universal_kd_loss", "test_distillation_loss")
+STREAM_TESTS = _tests("early exit, stream_batches", "early exit, stream", but=EARLY_EXIT_TESTS)
+LOSS_TESTS = _tests("kd_loss", "universal_kd_loss", "distillation_loss", but=EARLY_EXIT_TESTS)
 
 ORDER: tuple[Step, ...] = (
     Step("build", 15, 20, "builds what is missing; says what is not there or not used"),
