@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastkd_kernels import _distillation_triton
 from fastkd_kernels._arguments import plain
-from fastkd_kernels._derivatives import differentiated_once, wants_gradient
+from fastkd_kernels._derivatives import differentiated_once, is_batched, wants_gradient
 from fastkd_kernels.checks import check_same_device
 
 # the position in these tuples is the code that the kernels understand
@@ -210,32 +210,44 @@ def dense_rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which a gradient for `dtype` waits for its backward pass.
+
+    In float16 it would underflow before a `GradScaler` can lift it: its scale arrives in the backward pass only.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def gradient_like(logits: Tensor, wanted: bool) -> Tensor:
     """Room for a contiguous gradient; without elements where it is not wanted."""
-    return logits.new_empty(logits.shape if wanted else (0,))
+    return logits.new_empty(logits.shape if wanted else (0,), dtype=gradient_dtype(logits.dtype))
 
 
-def scaled_gradient(gradient: Tensor, grad_output: Tensor, factor: float) -> Tensor:
-    """gradient * grad_output * factor in a new tensor, rounded to the dtype of `gradient` once.
+def scaled_gradient(gradient: Tensor, dtype: torch.dtype, grad_output: Tensor, factor: float) -> Tensor:
+    """gradient * grad_output * factor in a new tensor, rounded to `dtype` once.
 
     Args:
         gradient: [..., C] of the sum of all rows. Never written to, as a second backward pass reads it again.
+        dtype: of what the gradient is for.
         grad_output: a scalar, or one value a row, broadcast from the left; any strides.
         factor: of the reduction.
     """
     scale = grad_output if factor == 1 else grad_output * factor
     if not scale.dim():
         # a scalar is multiplied with at its own precision, and without a copy of the gradient at that precision
-        return gradient * scale
+        return (gradient * scale).to(dtype)
     scale = scale.unsqueeze(-1)
     if gradient.dtype in (torch.float32, torch.float64):
-        return gradient * scale
-    return (gradient.float() * scale).to(gradient.dtype)
+        return (gradient * scale).to(dtype)
+    return (gradient.float() * scale).to(dtype)
 
 
-def scaled_gradients(gradients: Sequence[Tensor], grad_output: Tensor, factor: float) -> list[Tensor]:
+def scaled_gradients(
+    gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype], grad_output: Tensor, factor: float
+) -> list[Tensor]:
     """`scaled_gradient` of gradients that share their number of classes, or a scalar `grad_output`."""
-    return [scaled_gradient(gradient, grad_output, factor) for gradient in gradients]
+    pairs = zip(gradients, dtypes, strict=True)
+    return [scaled_gradient(gradient, dtype, grad_output, factor) for gradient, dtype in pairs]
 
 
 def summed_over_layers(gradient: Tensor, grad_output: Tensor, factor: float) -> Tensor:
@@ -256,7 +268,7 @@ class FusedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         compute: Callable[..., tuple[Tensor, ...]],
-        scale: Callable[[Sequence[Tensor], Tensor, float], list[Tensor]],
+        scale: Callable[[Sequence[Tensor], Sequence[torch.dtype], Tensor, float], list[Tensor]],
         factor: float,
         reported: int,
         options: tuple[Any, ...],
@@ -286,18 +298,22 @@ class FusedLoss(torch.autograd.Function):
         if grad_of_loss is None:
             return None, None, None, None, None, *results
         link, *gradients = ctx.saved_tensors
-        grad_output = grad_of_loss.detach()
-        whole = []
-        for position, gradient in enumerate(gradients):
-            if not ctx.needs_input_grad[5 + position]:
-                continue
-            dims, dtype = ctx.differentiable[position]
-            if gradient.dim() == dims:
-                whole.append((position, gradient))
-            else:
-                results[position] = summed_over_layers(gradient, grad_output, ctx.factor).to(dtype)
-        scaled = ctx.scale([gradient for _, gradient in whole], grad_output, ctx.factor)
-        for (position, _), result in zip(whole, scaled, strict=True):
+        # a batch of gradients at a time is a tensor that no kernel can read
+        scale = scaled_gradients if is_batched(grad_of_loss) else ctx.scale
+        whole: list[tuple[int, torch.dtype, Tensor]] = []
+        # batched tensors cannot be detached
+        with torch.no_grad():
+            for position, gradient in enumerate(gradients):
+                if not ctx.needs_input_grad[5 + position]:
+                    continue
+                dims, dtype = ctx.differentiable[position]
+                if gradient.dim() == dims:
+                    whole.append((position, dtype, gradient))
+                else:
+                    results[position] = summed_over_layers(gradient, grad_of_loss, ctx.factor).to(dtype)
+            positions, dtypes, kept = zip(*whole, strict=True) if whole else ((), (), ())
+            scaled = scale(kept, dtypes, grad_of_loss, ctx.factor)
+        for position, result in zip(positions, scaled, strict=True):
             results[position] = result
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             results = differentiated_once(results, (link, grad_of_loss))

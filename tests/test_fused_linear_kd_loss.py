@@ -75,7 +75,7 @@ def test_as_accurate_as_torch(backend: str, direction: str, teacher_classes: int
     inputs = tensors(teacher_classes=teacher_classes, dtype=dtype)
     for labels, label_weight in ((None, 0.0), (some_labels(9, 13), 0.6)):
         loss = loss_with(labels, label_weight=label_weight, temperature=2.0, direction=direction, chunk_tokens=4)
-        assert_as_accurate_as_torch(backend, loss, inputs, STUDENT, rounds_within=True)
+        assert_as_accurate_as_torch(backend, loss, inputs, STUDENT, rounds_within=True, divergences=4.0)
 
 
 SCALED: dict[str, Any] = {

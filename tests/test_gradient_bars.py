@@ -166,6 +166,50 @@ def test_a_language_model_near_its_teacher(
     assert error(ours, exact) <= 3e-3 * norm(exact) + 1e-5 * scale
 
 
+def float16_losses() -> dict[str, tuple[tuple[Tensor, ...], int, Callable[..., Tensor]]]:
+    """Students near their teachers: tensors, how many of them are the student's, and the loss."""
+    hidden, weight = torch.randn(256, 32), torch.randn(300, 32) / 6
+    layers, logits = torch.randn(3, 4, 900), torch.randn(4, 2000)
+    head = hidden + 0.02 * torch.randn_like(hidden), weight + 0.003 * torch.randn_like(weight), hidden, weight
+    student = layers[:2] + 0.02 * torch.randn(2, 4, 900)
+    last = layers[2] + 0.02 * torch.randn(4, 900)
+
+    def mixed(student: Tensor, student_layers: Tensor, teacher: Tensor, teacher_layers: Tensor) -> Tensor:
+        return fk.distillation_loss(student, teacher, None, student_layers, teacher_layers, 0.0, 1.0, 1.0)
+
+    return {
+        "kd_loss": ((logits + 0.02 * torch.randn_like(logits), logits), 1, fk.kd_loss),
+        "universal_kd_loss": ((student, layers), 1, fk.universal_kd_loss),
+        "distillation_loss": ((last, student, layers[2], layers), 2, mixed),
+        "fused_linear_kd_loss": (head, 2, fk.fused_linear_kd_loss),
+        "fused_linear_kd_loss tokens": (head, 2, lambda *t: fk.fused_linear_kd_loss(*t, reduction="none").mean()),
+    }
+
+
+@pytest.mark.parametrize("name", list(float16_losses()))
+def test_the_scale_of_a_grad_scaler_lifts_what_float16_would_lose(name: str) -> None:
+    """It arrives in the backward pass, when kernels have computed their gradients already."""
+    tensors, students, loss = float16_losses()[name]
+    tensors = tuple(tensor.half() for tensor in tensors)
+    scale = 2.0**16
+
+    def scaled(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        device = device_of(backend)
+        given = [tensor.to(device, dtype).requires_grad_(i < students) for i, tensor in enumerate(tensors)]
+        with fk.backend(backend):
+            value = loss(*given) * scale
+        return [gradient.cpu().double() / scale for gradient in torch.autograd.grad(value, given[:students])]
+
+    exact = scaled("reference", torch.float64)
+    for backend in ["reference", "cpu", "cuda"]:
+        try:
+            gradients = scaled(backend, torch.float16)
+        except fk.BackendUnavailableError:
+            continue
+        for ours, truth in zip(gradients, exact, strict=True):
+            assert error([ours], [truth]) <= 3e-3 * norm([truth]), f"{name}, {backend}"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_product_is_summed_and_returned_in_float32(dtype: torch.dtype) -> None:
     left, right = torch.randn(33, 70).to(dtype), torch.randn(70, 130).to(dtype)

@@ -54,6 +54,7 @@ def test_as_accurate_as_torch(backend: str, task: str, direction: str, classes: 
             (True, teacher_gradient),
             reduction=reduction,
             detach_teacher=not teacher_gradient,
+            divergences=4.0,
             **options,
         )
 
@@ -425,6 +426,7 @@ def test_cubins_of_every_architecture_have_no_spills() -> None:
     specs += [_scale_spec(dtype, per_row) for dtype, per_row in (("bf16", True), ("fp32", False))]
     for cubin in compile_kernels(specs):
         cubin.assert_no_spills()
+        cubin.assert_arithmetic_is_imitated()
 
 
 def _spec(dtype: str, divergence: int, config: module.KDLossConfig, teacher_gradient: bool) -> KernelSpec:

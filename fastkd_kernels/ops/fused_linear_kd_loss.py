@@ -15,7 +15,8 @@ the head, with z = W_s h + b_s and ds/dz = c (1 - (s / k)^2):
 The backward pass scales these. Losses of single tokens (reduction="none") are weighed by what comes from behind them,
 which the sum over t has to know: then the backward pass goes through the chunks once more. Logits are float32 whatever
 the dtype of their factors, and so are the sums of the head's gradients: near its teacher a student's dL/ds is the
-difference of two nearly equal distributions.
+difference of two nearly equal distributions. Gradients of a float16 head stay float32 until the backward pass, whose
+`GradScaler` lifts what would underflow.
 
 Vocabularies of different sizes: the smaller one is padded with -inf, so its missing classes have probability 0. Classes
 that only one side has can cost an infinite divergence, whatever the other side does; they are left out where they
@@ -38,7 +39,7 @@ from torch.nn import functional as F
 
 from fastkd_kernels import _backend, _distillation, _extension, _triton
 from fastkd_kernels._arguments import values_are_free
-from fastkd_kernels._derivatives import differentiated_once, wants_gradient
+from fastkd_kernels._derivatives import differentiated_once, is_batched, wants_gradient
 from fastkd_kernels._distillation import kept
 from fastkd_kernels._launch import as_op
 from fastkd_kernels._library import library
@@ -251,8 +252,31 @@ def _fake(
         losses(report and labels is not None),
         _distillation.gradient_like(hidden, hidden_gradient),
         _distillation.gradient_like(weight, weight_gradient),
-        weight.new_empty(weight.shape[:1] if bias_gradient else (0,)),
+        weight.new_empty(weight.shape[:1] if bias_gradient else (0,), dtype=_distillation.gradient_dtype(weight.dtype)),
     )
+
+
+class _Slope(NamedTuple):
+    """dL/ds of a chunk in the dtype of the head."""
+
+    values: Tensor
+    unit: Tensor | None
+    """A scalar on the device, by which `values` are to be multiplied; None where it is 1."""
+
+    @classmethod
+    def rounded(cls, slope: Tensor, dtype: torch.dtype) -> _Slope:
+        """Float16 counts in units of a power of two, in which the largest value is near the end of its range."""
+        if dtype != torch.float16:
+            return cls(slope.to(dtype), None)
+        exponent = torch.frexp(slope.abs().amax()).exponent - 15
+        return cls(torch.ldexp(slope, -exponent).to(dtype), torch.ldexp(slope.new_ones(()), exponent))
+
+    def write_product(self, weight: Tensor, out: Tensor) -> None:
+        """out = dL/ds @ weight"""
+        if self.unit is None:
+            torch.mm(self.values, weight, out=out)
+        else:
+            torch.mul(_product(self.values, weight), self.unit, out=out)
 
 
 @dataclass
@@ -266,9 +290,13 @@ class _HeadGradient:
         if self.bias is not None:
             self.bias += slope.sum(0)
 
-    def add_weight(self, slope: Tensor, hidden: Tensor) -> None:
-        if self.weight is not None:
-            _add_product(self.weight, slope.t(), hidden)
+    def add_weight(self, slope: _Slope, hidden: Tensor) -> None:
+        if self.weight is None:
+            return
+        if slope.unit is None:
+            _add_product(self.weight, slope.values.t(), hidden)
+        else:
+            self.weight.addcmul_(_product(slope.values.t(), hidden), slope.unit)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -443,10 +471,10 @@ def _compute(
             if keep is not None:
                 slope.masked_fill_(~keep[:, None], 0)
             head.add_bias(slope)
-            slope = slope.to(weight.dtype)
+            rounded = _Slope.rounded(slope, weight.dtype)
             if hidden_gradient:
-                torch.mm(slope, weight, out=for_hidden[rows])
-            head.add_weight(slope, h)
+                rounded.write_product(weight, for_hidden[rows])
+            head.add_weight(rounded, h)
 
     if kd_weight not in (0, 1):
         soft.div_(kd_weight)
@@ -459,13 +487,16 @@ def _compute(
         return rows.sum() if reduce else rows
 
     factor: float | Tensor = 1.0 if scale is None or by_token else scale
+    dtype = _distillation.gradient_dtype(weight.dtype)
     return (
         reduced(_weighted(soft, hard, kd_weight, label_weight)),
         reduced(soft) if report else soft.new_empty(0),
         reduced(hard) if report and hard is not None else soft.new_empty(0),
         for_hidden.mul_(factor),
-        hidden.new_empty(0) if head.weight is None else head.weight.mul_(factor).to(weight.dtype),
-        hidden.new_empty(0) if head.bias is None else head.bias.mul_(factor).to(weight.dtype),
+        *(
+            weight.new_empty(0, dtype=dtype) if gradient is None else gradient.mul_(factor).to(dtype)
+            for gradient in (head.weight, head.bias)
+        ),
     )
 
 
@@ -524,11 +555,13 @@ class _TokenLosses(torch.autograd.Function):
         if grad_of_loss is None:
             return None, None, *results
         wanted = ctx.needs_input_grad[2:5]
-        detached = [None if tensor is None else tensor.detach() for tensor in tensors]
-        _, _, _, *gradients = ctx.compute(*detached, grad_of_loss.detach(), *ctx.options, *wanted)
+        # the dispatcher takes a batch of gradients apart, and batched tensors cannot be detached
+        compute = _forward if is_batched(grad_of_loss) else ctx.compute
+        with torch.no_grad():
+            _, _, _, *gradients = compute(*tensors, grad_of_loss, *ctx.options, *wanted)
         for position, gradient in enumerate(gradients):
             if wanted[position]:
-                results[position] = gradient
+                results[position] = gradient.to(tensors[position].dtype)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             results = differentiated_once(results, (link, grad_of_loss))
         return None, None, *results
