@@ -148,6 +148,7 @@ class Cuda:
         return Event(self)
 
     def synchronize(self, device: Any = None) -> None:
+        assert not self.recording, "CUDA error: operation not permitted when stream is capturing"
         self.log.append(("synchronize", self._index(device)))
 
     def empty_cache(self) -> None:
@@ -216,7 +217,7 @@ class Cuda:
         with pytest.MonkeyPatch.context() as patch:
             for owner, name, value in replaced:
                 patch.setattr(owner, name, value, raising=False)
-            with on_cpu():
+            with on_cpu(self):
                 yield
 
 
@@ -254,8 +255,15 @@ class Event:
 class on_cpu(TorchFunctionMode):
     """Tensors that are asked for on a GPU lie on the CPU, which has nothing to pin."""
 
+    def __init__(self, cuda: Cuda) -> None:
+        super().__init__()
+        self._cuda = cuda
+
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if getattr(function, "__name__", "") in ("linear", "matmul", "__matmul__"):
+            capturing = self._cuda.current_stream().capturing
+            self._cuda.workspace(None if capturing is None else capturing.pool)
         if function is Tensor.pin_memory:
             return args[0]
         kwargs.pop("pin_memory", None)
@@ -312,7 +320,7 @@ class _Capture(TorchDispatchMode):
         if function.name() in PRODUCTS:
             graph.workspaces.add(graph.cuda.workspace(graph.pool))
         if changes or fresh:
-            graph.operations.append((function, *tree_map_only(Tensor, graph.remember, (args, kwargs)), fresh, changes))
+            graph.operations.append((function, *tree_map_only(Tensor, graph.remember, (args, kwargs)), fresh))
         return result
 
 
@@ -361,9 +369,10 @@ class Graph:
         self.replays += 1
         if any(workspace.is_lost for workspace in self.workspaces):
             raise RuntimeError("CUDA error: an illegal memory access was encountered (cuBLAS' workspace was freed)")
-        for function, args, kwargs, results, _ in self.operations:
+        for function, args, kwargs, results in self.operations:
             args, kwargs = tree_map_only(_Address, _Address.read, (args, kwargs))
-            out = function(*args, **kwargs)
+            with torch.autocast("cpu", enabled=False):  # what it does was captured
+                out = function(*args, **kwargs)
             made = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor) and not leaf.is_mkldnn]
             before = _storages((args, kwargs))
             again = [tensor for tensor in made if tensor.untyped_storage()._cdata not in before]
