@@ -24,6 +24,9 @@ from fastkd.engines.protocol import ExitModel
 
 _USUAL_LENGTH = 32  # tokens of the sequences on which costs are measured
 
+MOST_ADDED = 63
+"""Rows that `round_up_tokens` adds at most."""
+
 
 def round_up_tokens(tokens: int) -> int:
     """`tokens` rounded up to one of few sizes: by at most 15 below 64, 31 below 256 and 63 above."""
