@@ -64,7 +64,7 @@ def test_files_and_folders_without_a_model_are_called_what_they_are(here: Path) 
     (here / "data" / "train.tsv").touch()
     with pytest.raises(NotADirectoryError, match=r"data/train.tsv is a file; name the folder that holds the model"):
         check_path("data/train.tsv")
-    with pytest.raises(FileNotFoundError, match="checkpoint: no config.json in data; expected a folder that"):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint: no config.json in data; expected a folder that"):
         load_config("data")
     (here / "data" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"data/config.json is no configuration .*; correct it, or save or download"):
