@@ -255,6 +255,8 @@ def test_a_model_built_from_a_saved_configuration_is_held_against_it(tmp_path: P
     assert_warned(built)
     built.save_pretrained(tmp_path / "again")
     assert_warned(load(tmp_path / "again"))
+    model.save_pretrained(tmp_path / "handed", state_dict={name: value * 1.5 for name, value in state.items()})
+    assert_warned(load(tmp_path / "handed"))
     # rounded weights have another fingerprint, which says nothing
     rounded = AutoModelForSequenceClassification.from_config(config)
     rounded.load_state_dict(state)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 import fastkd_kernels as fk
 from fastkd.encoders.configuration import EarlyExitConfig
@@ -61,13 +63,14 @@ class WeightsClaims:
         """Whether nothing is known yet."""
         return self._sketch is None
 
-    def problem(self, model: DescribedModel) -> str | None:
-        """How the weights differ from those described; None where they do not, or where nothing is known."""
+    def problem(self, model: DescribedModel, state: Mapping[str, Tensor] | None = None) -> str | None:
+        """How the weights, or those in `state`, differ from what is described; None where they do not."""
         if self._problem is not None:
             return self._problem
+        now = WeightsSketch.of(model.state_dict() if state is None else state)
         if self._sketch is None:
-            return _problem_of_built(model)
-        changed = self._sketch.changed(WeightsSketch.of(model.state_dict()))
+            return _problem_of_built(model.config, now)
+        changed = self._sketch.changed(now)
         if not changed:
             return None
         return f"{len(changed)} tensors changed since, among them {changed[0]}"
@@ -95,13 +98,12 @@ class WeightsClaims:
             )
 
 
-def _problem_of_built(model: DescribedModel) -> str | None:
+def _problem_of_built(config: EarlyExitConfig, now: WeightsSketch) -> str | None:
     """As `WeightsClaims.problem` for a model that was built from a saved configuration, not loaded from its file."""
-    described = model.config.weights_fingerprint
+    described = config.weights_fingerprint
     if described is None:
         return None
-    now = WeightsSketch.of(model.state_dict())
-    saved_as = str(model.config.dtype or torch.float32).removeprefix("torch.")
+    saved_as = str(config.dtype or torch.float32).removeprefix("torch.")
     has_other_dtype = any(f"{value.dtype}" != f"torch.{saved_as}" for value in now.samples.values())
     # the same weights have another fingerprint in another dtype
     if has_other_dtype or now.fingerprint == described:

@@ -238,7 +238,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         **kwargs: Any,
     ) -> None:
         """As `PreTrainedModel.save_pretrained`, with the fingerprint of the weights in the configuration."""
-        if self.changed_weights() is None:
+        if self._claims.problem(self, state_dict) is None:
             if self._claims.is_open:
                 self.confirm_weights()
             sketch = WeightsSketch.of(self.state_dict() if state_dict is None else state_dict)
