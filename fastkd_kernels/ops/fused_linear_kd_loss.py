@@ -488,17 +488,17 @@ def _compute(
 
     factor: float | Tensor = 1.0 if scale is None or by_token else scale
     dtype = _distillation.gradient_dtype(weight.dtype)
-
-    def finished(gradient: Tensor | None) -> Tensor:
-        return weight.new_empty(0, dtype=dtype) if gradient is None else gradient.mul_(factor).to(dtype)
-
+    for_weight, for_bias = (
+        weight.new_empty(0, dtype=dtype) if gradient is None else gradient.mul_(factor).to(dtype)
+        for gradient in (head.weight, head.bias)
+    )
     return (
         reduced(_weighted(soft, hard, kd_weight, label_weight)),
         reduced(soft) if report else soft.new_empty(0),
         reduced(hard) if report and hard is not None else soft.new_empty(0),
         for_hidden.mul_(factor),
-        finished(head.weight),
-        finished(head.bias),
+        for_weight,
+        for_bias,
     )
 
 
