@@ -208,7 +208,7 @@ def test_one_capture_at_a_time(cuda: Cuda) -> None:
     recorders = [CudaGraphs(torch.device("cuda", index)) for index in range(2)]
 
     def captured() -> None:
-        if cuda.recording:
+        if cuda.current_stream().capturing is not None:
             with contextlib.suppress(threading.BrokenBarrierError):
                 meeting.wait()
 

@@ -65,4 +65,5 @@ def _seconds(run: Callable[[int], object], tokens: int, device: torch.device) ->
 
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        # not for the whole device, which may be where another thread captures a graph
+        torch.cuda.current_stream(device).synchronize()

@@ -426,6 +426,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         Raises:
             ValueError: as `forward`, at the batch concerned; bounds that cannot be kept; a criterion that only
                 `stream` has.
+            RuntimeError: the weights of a model whose runs are CUDA graphs were moved before the stream ended.
         """
         return stream_batches.BatchStream(
             self,
