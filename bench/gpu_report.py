@@ -39,6 +39,7 @@ from gpu.children import DEAD_CONTEXT, Child, workers
 from gpu.parts import Part, progress_of
 from gpu.plan import MODES, RESERVE, STEPS, Step, limit
 from gpu.proof import SECONDS_A_TEST, Proof
+from gpu.races import ALL_RIGHT, Races
 from gpu.records import Ceilings, Report, StepResult
 
 REHEARSED = (
@@ -201,7 +202,9 @@ class Run:
             if tool is None:
                 return "skipped", "compute-sanitizer is not installed"
             kinds = ("memcheck", "racecheck")
-            children = [Child(kind, [tool, "--tool", kind, "--error-exitcode", "86", *script]) for kind in kinds]
+            # all reports are printed, because a race may come behind a hundred known ones
+            options = ("--error-exitcode", "86", "--print-limit", "0")
+            children = [Child(kind, [tool, "--tool", kind, *options, *script]) for kind in kinds]
         for child in children:
             self._start(child)
         results = [self._sanitizer_result(child, deadline) for child in children]
@@ -409,11 +412,20 @@ def _running(part: Path, since: float) -> str | None:
 
 
 def sanitizer_result(status: str, note: str, log: str) -> tuple[str, str]:
-    """Status and note; a tool that this machine refuses has found nothing, which is not the same as a finding."""
+    """Status and note.
+
+    A tool that this machine refuses has found nothing, which is not the same as a finding; and what racecheck says of
+    Triton's own reductions (`gpu.races`) is counted, but fails nothing where the script came to its end.
+    """
     refused = re.search(r"Device not supported|not supported on this|Unable to find|InsufficientPrivileges", log)
     if status == "failed" and refused:
         return "skipped", f"the tool does not run here: {refused.group()}"
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", log)
+    races = Races.of(log)
+    if status == "failed" and races.are_known(summary[-1] if summary else "") and ALL_RIGHT in log:
+        return "done", f"{len(races.known)} known reports of Triton's reductions, no other"
+    if races.true:
+        return status, f"{len(races.true)} races, and {len(races.known)} known reports; the first: {races.true[0]}"
     if summary:
         return status, summary[-1]
     return status, "" if status == "done" else note

@@ -67,6 +67,42 @@ def test_one_compiled_function_with_and_without_a_transform() -> None:
     torch.testing.assert_close(tangent, (expected * direction).sum(), check_dtype=False)
 
 
+LOSSES = ("kd_loss", "universal_kd_loss", "distillation_loss", "fused_linear_kd_loss")
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_modes_of_the_compiler(mode: str, device: str) -> None:
+    """All losses and a gate in one step, some times over, with gradients.
+
+    On a GPU the step is one of Inductor's own CUDA graphs, which raise where a call leaves memory in their pool.
+    """
+    chosen = {op.name: op for op in OPS if op.name in LOSSES}
+    tensors = {name: {key: t.to(device) for key, t in op.make().items()} for name, op in chosen.items()}
+    wanted = [tensors[name][op.differentiable[0]].requires_grad_() for name, op in chosen.items()]
+
+    def step() -> tuple[Tensor, Tensor, Tensor]:
+        loss = torch.stack([total(op, tensors[name]) for name, op in chosen.items()]).sum()
+        decided = fk.exit_gate(tensors["kd_loss"]["teacher_logits"], 0.5)
+        return loss, decided.uncertainty, decided.count
+
+    compiled = torch.compile(step, fullgraph=True, mode=mode)
+    for _ in range(3):
+        torch.compiler.cudagraph_mark_step_begin()
+        loss, *decided = compiled()
+        gradients = [gradient.clone() for gradient in torch.autograd.grad(loss, wanted)]
+        expected, *decided_eagerly = step()
+        torch.testing.assert_close([loss.detach(), *decided], [expected.detach(), *decided_eagerly])
+        torch.testing.assert_close(gradients, list(torch.autograd.grad(expected, wanted)), rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            for tensor in wanted:
+                tensor.mul_(0.9)
+
+
 def test_a_column_major_head_of_a_language_model() -> None:
     weight = torch.randn(16, 40).t().detach().requires_grad_()
     hidden, teacher = torch.randn(9, 16), (torch.randn(9, 16), torch.randn(40, 16))

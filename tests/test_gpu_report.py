@@ -745,6 +745,47 @@ def test_what_a_sanitizer_found(status: str, log: str, expected: str, note: str)
     assert gpu_report.sanitizer_result(status, said, log) == (expected, note)
 
 
+def race(first: str, second: str, kind: str = "Error") -> str:
+    return f"========= {kind}: Race reported between {first}\n=========     and {second} [6136 hazards]\n=========\n"
+
+
+STANDARD = "/env/lib/python3.12/site-packages/triton/language/standard.py:237"
+REDUCTION = race(
+    f"Write access at _head_kernel+0x5ad20 in {STANDARD}", f"Write access at _head_kernel+0x5ad20 in {STANDARD}"
+)
+TRUE_RACES = [
+    # as NVIDIA's documentation shows it, without lines
+    race("Write access at _head_kernel+0x5ad20", "Write access at _head_kernel+0x5ad20"),
+    race(f"Write access at _head_kernel+0x10 in {STANDARD}", f"Write access at _head_kernel+0x20 in {STANDARD}"),
+    race(f"Read access at _head_kernel+0x10 in {STANDARD}", f"Write access at _head_kernel+0x10 in {STANDARD}"),
+    race(
+        "Write access at _k+0x1 in /x/student_head.py:281",
+        "Write access at _k+0x1 in /x/student_head.py:281",
+        "Warning",
+    ),
+    "========= Error: Potential WAW hazard detected at __shared__ 0x404 in block (0,0,0) :\n"
+    "=========     Write Thread (23,0,0) at kernel+0x1a0 in kernel.ttgir:32\n",
+]
+
+
+def raced(*reports: str, counted: int | None = None, end: str = "sanitize: every result is right\n") -> str:
+    hazards = len(reports) if counted is None else counted
+    summary = f"{hazards} hazards displayed ({hazards} errors, 0 warnings)"
+    return f"{end}{''.join(reports)}========= RACECHECK SUMMARY: {summary}\n"
+
+
+def test_known_reports_of_racecheck_hide_no_race() -> None:
+    known = gpu_report.sanitizer_result("failed", "x", raced(REDUCTION, REDUCTION))
+    assert known == ("done", "2 known reports of Triton's reductions, no other")
+    for report in TRUE_RACES:
+        status, note = gpu_report.sanitizer_result("failed", "x", raced(REDUCTION, report, REDUCTION))
+        assert status == "failed"
+        assert note.startswith("1 races, and 2 known reports; the first: ========= "), note
+    # more than were printed, and a script that did not come to its end
+    assert gpu_report.sanitizer_result("failed", "x", raced(REDUCTION, counted=2))[0] == "failed"
+    assert gpu_report.sanitizer_result("failed", "x", raced(REDUCTION, end="Traceback\n"))[0] == "failed"
+
+
 def test_sanitize_names_its_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     assert sanitize.main(["attention"]) == 2
     assert "got attention, expected some of student_head_exit, exit_gate, compact" in capsys.readouterr().err
