@@ -3,6 +3,7 @@
 #   make test    the test suite            (PYTEST_ARGS="tests/test_compact.py -x")
 #   make bench   the benchmarks            (BENCH_ARGS="bench/bench_compact.py --save-results")
 #   make gpu     on a CUDA machine: tests, sanitizers, benchmarks and their report (GPU_ARGS=--prove, then GPU_ARGS=--measure)
+#   make gpu-bundle   beforehand and without a GPU: what `make gpu` would otherwise build and compile (GPU_PYTHON=python3.12)
 #   make lint    ruff and mypy
 #   make docs    the documentation, into build/site
 #   make setup   only the environment and the compiled kernels
@@ -27,7 +28,13 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?= $(wildcard bench/bench_*.py)
 GPU_ARGS ?=
 
-.PHONY: demo test bench gpu lint docs setup clean
+# what the lent GPU machine has; on Linux this torch is the one for CUDA 13.0, and brings the Triton that it was built with
+GPU_PYTHON ?= python3.12
+GPU_PACKAGES := torch==2.11.0 'setuptools>=77,<82' wheel ninja 'pybind11>=3.0' 'transformers>=5.17,<6' 'scipy>=1.12' \
+	'datasets>=3' 'accelerate>=1.1' pytest pytest-benchmark hypothesis
+BUNDLE_ARGS ?=
+
+.PHONY: demo test bench gpu gpu-bundle lint docs setup clean
 
 demo: $(STAMP)
 	$(ENVIRONMENT)/bin/fastkd demo
@@ -41,6 +48,15 @@ bench: $(STAMP)
 # a lent GPU machine has its own torch and often no network: nothing is installed, and the kernels are built in place
 gpu:
 	$(or $(wildcard $(PYTHON)),$(SYSTEM_PYTHON)) bench/gpu_report.py $(GPU_ARGS)
+
+# Python and torch of that machine, in an environment of its own; the bundle goes where the ignored build outputs are
+gpu-bundle: build/gpu-environment/ready
+	PYTHONPATH=bench build/gpu-environment/bin/python -m gpu.bundle $(BUNDLE_ARGS)
+
+build/gpu-environment/ready: Makefile
+	$(GPU_PYTHON) -m venv build/gpu-environment
+	build/gpu-environment/bin/python -m pip install $(GPU_PACKAGES)
+	touch $@
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .

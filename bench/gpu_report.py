@@ -34,7 +34,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-from gpu import ROOT, outcome_lines, probe, render, store
+from gpu import ROOT, bundle, outcome_lines, probe, render, store
 from gpu.children import DEAD_CONTEXT, Child, workers
 from gpu.parts import Part, progress_of
 from gpu.plan import MODES, RESERVE, STEPS, Step, limit
@@ -99,6 +99,7 @@ class Run:
         self.children: list[Child] = []
         self._written = time.monotonic()
         self._count = 0
+        self.kernels = bundle.News(Path(self._caches()["TRITON_CACHE_DIR"]))
         for line in (f"results: {self.folder}", f"logs of the steps until they are there: {self.work}", *said):
             print(line, flush=True)
 
@@ -138,6 +139,7 @@ class Run:
             status, note = "failed", f"{type(error).__name__}: {error}"
         elapsed, used = time.monotonic() - began, _cpu_seconds() - spent
         self.note(StepResult(step.name, status, elapsed, note, used, step.seconds, step.cpu_seconds))
+        self.tell(self.kernels.sentence(step.name))
         self.write()
 
     def _limit(self, step: Step) -> float | None:
@@ -168,6 +170,17 @@ class Run:
 
     # --- build and bundle check ---
 
+    def take_kernels(self) -> None:
+        """Those of the bundle, if they fit."""
+        self.kernels, why_not = bundle.take_kernels(self.kernels.cache)
+        self.tell(why_not)
+
+    def tell(self, sentence: str | None) -> None:
+        """Aloud and in the report."""
+        if sentence is not None:
+            print(sentence, flush=True)
+            self.report.problems.append(sentence)
+
     def build(self, step: Step, deadline: float) -> tuple[str, str]:
         """The extension with its CUDA kernels where it is missing; whatever is missing then is said loudly."""
         if self.options.rehearse:
@@ -185,8 +198,7 @@ class Run:
                 self.report.problems.append(f"building the extension: {child.note or child.last_line()}")
         loud = [f"NO KERNEL OF {op} HERE: {reason}" for op, reason in self.report.fallbacks.items()]
         for line in loud:
-            print(line, flush=True)
-        self.report.problems += loud
+            self.tell(line)
         return status, f"no kernel of {', '.join(self.report.fallbacks)}" if loud else "every op has its kernel"
 
     # --- sanitizers ---
@@ -509,6 +521,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 where every step was done, skipped or left out, 1 where one was not, 2 where nothing could be done."""
     started = time.monotonic()
     options = _arguments(arguments)
+    # before anything imports the package
+    no_extension = None if options.rehearse else bundle.take_extension()
     try:
         facts, missing = ask(started + 90)
         if not options.rehearse and facts["device"] == "cpu":
@@ -525,6 +539,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (RuntimeError, OSError) as error:
         print(f"gpu_report: {error}, or with --rehearse to see on the CPU that its steps work.", file=sys.stderr)
         return 2
+    if not options.rehearse:
+        run.tell(no_extension)
+        run.take_kernels()
     run.go()
     report = run.found()
     print(render.summary(report))
