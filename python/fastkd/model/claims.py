@@ -16,6 +16,7 @@ import fastkd_kernels as fk
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.encoders.heads import ExitHead
 from fastkd.exits.fingerprints import HasWeights, WeightsSketch
+from fastkd.exits.merged_state import merged_state
 
 
 class DescribedModel(HasWeights, Protocol):
@@ -35,7 +36,7 @@ OTHER_FILE = "the weights in the file are not those that its config.json describ
 
 
 class WeightsClaims:
-    """Which weights the configuration of one model describes; nothing is known of a model that was just built."""
+    """Which weights, adapters merged, the configuration of one model describes; of a new model nothing is known."""
 
     def __init__(self) -> None:
         self._sketch: WeightsSketch | None = None
@@ -43,7 +44,7 @@ class WeightsClaims:
 
     def confirm(self, model: DescribedModel) -> None:
         """The configuration describes the weights as they are now."""
-        self._sketch, self._problem = WeightsSketch.of(model.state_dict()), None
+        self._sketch, self._problem = WeightsSketch.of(merged_state(model)), None
         _stamps.pop(model, None)
 
     def loaded(self, model: DescribedModel, fingerprint: str | None) -> None:
@@ -67,7 +68,7 @@ class WeightsClaims:
             return self._problem
         if self._sketch is None:
             return _problem_of_built(model)
-        changed = self._sketch.changed(WeightsSketch.of(model.state_dict()))
+        changed = self._sketch.changed(WeightsSketch.of(merged_state(model)))
         if not changed:
             return None
         return f"{len(changed)} tensors changed since, among them {changed[0]}"
@@ -100,7 +101,7 @@ def _problem_of_built(model: DescribedModel) -> str | None:
     described = model.config.weights_fingerprint
     if described is None:
         return None
-    now = WeightsSketch.of(model.state_dict())
+    now = WeightsSketch.of(merged_state(model))
     saved_as = str(model.config.dtype or torch.float32).removeprefix("torch.")
     has_other_dtype = any(f"{value.dtype}" != f"torch.{saved_as}" for value in now.samples.values())
     # the same weights have another fingerprint in another dtype
