@@ -111,7 +111,7 @@ def test_certificate_of_other_weights_is_refused(tmp_path: Path) -> None:
     model, trace = traced_model()
     certificate = fastkd.calibrate(trace, 0.6)
     with torch.no_grad():
-        model.last_head.classifier.bias[0] += 1e-3
+        model.last_head.out_proj.bias[0] += 1e-3
     with pytest.raises(ValueError, match="it is for other weights"):
         certificate.apply(model)
     model.save_pretrained(tmp_path)

@@ -84,7 +84,7 @@ def by_merging(model: fastkd.EarlyExitForSequenceClassification) -> None:
     for layer in model.layers:
         query = layer.attention.self.query
         query.weight.data += 0.1 * torch.randn(32, 2) @ torch.randn(2, 32)
-    model.last_head.classifier.weight.data += 0.1
+    model.last_head.out_proj.weight.data += 0.1
 
 
 def by_resizing(model: fastkd.EarlyExitForSequenceClassification) -> None:

@@ -205,7 +205,7 @@ def test_stages_are_recorded_once_until_a_weight_changes() -> None:
     answer(engine, batch, 0.5)
     assert plain.recorded == recorded
     with torch.no_grad():
-        model.heads["0"].classifier.bias += 1.0
+        model.heads["0"].out_proj.bias += 1.0
     assert_same(answer(engine, batch, 0.5), infer(model, batch, 0.5, engine="batch"))
     assert plain.recorded > recorded
     recorded = plain.recorded
@@ -239,7 +239,7 @@ def test_nan_logits_stay_and_are_reported(head: str) -> None:
     model = early_exit_model(head=head).to(DEVICE)
     batch = on_device(random_batch())
     with torch.no_grad():
-        model.heads[str(LAYERS - 1)].classifier.bias.fill_(torch.nan)
+        model.heads[str(LAYERS - 1)].out_proj.bias.fill_(torch.nan)
     with pytest.warns(RuntimeWarning, match="NaN logits"):
         record = answer(GraphEngine(model, recorder()), batch, 1e-9)
     assert record.exit_layer.tolist() == [LAYERS] * 13

@@ -266,7 +266,7 @@ def test_nan_logits_stay_and_are_reported(head: str) -> None:
     batch = random_batch()
     speed = mixed_speed(model, batch)
     with torch.no_grad():
-        model.heads["1"].classifier.bias.fill_(torch.nan)
+        model.heads["1"].out_proj.bias.fill_(torch.nan)
     with pytest.warns(RuntimeWarning, match=r"NaN logits.*check the checkpoint"):
         output = infer(model, batch, speed)
     assert 2 not in output.exit_layer.tolist()
@@ -315,7 +315,7 @@ def test_all_exit_logits_train_every_head() -> None:
 
 def test_head_parameters_have_their_public_names() -> None:
     names = {name for name, _ in early_exit_model().named_parameters() if name.startswith("heads.")}
-    layers = ("narrow", "query", "key", "value", "output", "dense", "classifier")
+    layers = ("narrow", "query", "key", "value", "output", "dense", "out_proj")
     assert names == {
         f"heads.{i}.{layer}.{part}" for i in range(LAYERS) for layer in layers for part in ("weight", "bias")
     }
@@ -351,6 +351,37 @@ def test_plain_checkpoint_to_saved_model_and_back(tmp_path: Path, family: str, h
         assert torch.equal(output.exit_layer, expected.exit_layer)
         assert torch.equal(output.uncertainty, expected.uncertainty)
     assert isinstance(AutoConfig.from_pretrained(tmp_path / "saved"), fastkd.EarlyExitConfig)
+
+
+@pytest.mark.parametrize("family", MAIN_FAMILIES)
+def test_hidden_states_are_those_of_the_encoder(family: str) -> None:
+    model, batch = early_exit_model(family), random_batch(family)
+    with torch.no_grad():
+        expected = model.backbone(**batch, output_hidden_states=True).hidden_states
+        output = model(**batch, output_hidden_states=True)
+        plain = model(**batch)
+    assert plain.hidden_states is None
+    assert len(output.hidden_states) == LAYERS + 1
+    assert all(map(torch.equal, output.hidden_states, expected))
+    torch.testing.assert_close(output.logits, plain.logits)
+    assert torch.equal(output.exit_layer, plain.exit_layer)
+    as_tuple = model(**batch, output_hidden_states=True, return_dict=False)
+    assert isinstance(as_tuple[1], tuple)
+    model.config.output_hidden_states = True
+    assert len(model(**batch).hidden_states) == LAYERS + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output_attentions": True}, "output_attentions: .*model.backbone"),
+        ({"output_hidden_states": True, "speed": 0.5}, "output_hidden_states: .*use speed=0"),
+        ({"output_hidden_states": True, "engine": "packed"}, "only engine 'batch' keeps them"),
+    ],
+)
+def test_what_the_model_does_not_keep_is_one_sentence(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        early_exit_model()(**random_batch(), **options)
 
 
 def test_head_keeps_its_numbers_across_dtypes(tmp_path: Path) -> None:

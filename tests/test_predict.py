@@ -278,7 +278,7 @@ def test_regression_answers_a_number(tokenizer: PreTrainedTokenizerBase) -> None
 def test_answer_that_is_no_number_is_a_problem(tokenizer: PreTrainedTokenizerBase) -> None:
     model = early_exit_model()
     with torch.no_grad():
-        model.last_head.classifier.weight.fill_(math.nan)
+        model.last_head.out_proj.weight.fill_(math.nan)
     (answer,) = predict.predict(model, tokenizer, [InputRow(1, "good")])
     assert answer.label is None
     assert answer.problem is not None

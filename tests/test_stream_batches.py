@@ -253,7 +253,7 @@ def test_nan_is_warned_of_at_the_end() -> None:
     model, batches = early_exit_model().to(DEVICE), some_batches()
     with torch.no_grad():
         for head in model.heads.values():
-            head.classifier.bias[0] = float("nan")
+            head.out_proj.bias[0] = float("nan")
     with pytest.warns(RuntimeWarning, match="NaN"):
         outputs = list(stream(model, batches, 0.6, tokens_per_run=64))
     assert (torch.cat([output.exit_layer for output in outputs]) == LAYERS).all()

@@ -277,7 +277,7 @@ def test_distillation_of_a_regression_keeps_its_teacher_to_the_bit(plain: Path, 
     assert {name.split(".")[1] for name in _changed(model, before)} == {"0", "1", "2"}
     again = _state(model)
     finetune(model, train_rows, None, tmp_path / "again", options_of("finetune", max_steps=1), tokenizer)
-    weight, moved = again["heads.3.classifier.weight"], model.state_dict()["heads.3.classifier.weight"]
+    weight, moved = again["heads.3.out_proj.weight"], model.state_dict()["heads.3.out_proj.weight"]
     # one warm-up step moves it by a learning rate of the standardised unit; scaling it once more would by far more
     torch.testing.assert_close(moved, weight, rtol=0, atol=0.05)
 
@@ -668,6 +668,8 @@ def test_options_of_the_trainer_reach_the_model(
         lambda module, *_: seen.add((model.is_activation_checkpointing, hasattr(module, "neftune_noise_alpha")))
     )
     train(stage, model, tmp_path / "out", max_steps=2, trainer_arguments=arguments)
+    if stage == "distill":
+        seen.discard((False, False))  # the table of speeds, which is measured afterwards
     assert seen == {("gradient_checkpointing" in arguments, "neftune_noise_alpha" in arguments)}
     # the model is given back as it was
     assert not model.is_activation_checkpointing

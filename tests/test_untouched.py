@@ -72,7 +72,7 @@ def assert_same(first: Any, second: Any) -> None:
 def test_adapters_in_heads_act_before_they_are_merged(head: str, speed: float, engine: str) -> None:
     model = early_exit_model(head=head)
     plain = answers(model, speed, engine)
-    names = ("query", "value", "narrow") if head == "fastbert" else ("classifier",)
+    names = ("query", "value", "narrow") if head == "fastbert" else ("out_proj",)
     wrap(model, Adapter, names)
     adapted = answers(model, speed, engine)
     assert not torch.allclose(plain.logits, adapted.logits, atol=1e-2)
@@ -109,7 +109,7 @@ def test_a_quantised_model_answers_about_the_same(speed: float, engine: str | No
     assert not torch.equal(expected.logits, got.logits)
 
 
-@pytest.mark.parametrize("place", ["head", "narrow", "classifier"])
+@pytest.mark.parametrize("place", ["head", "narrow", "out_proj"])
 def test_hooks_in_heads_fire(place: str) -> None:
     model, seen = early_exit_model(), []
     expected = answers(model, 0.4)

@@ -120,7 +120,7 @@ def early_exit_model(
             for parameter, base in zip(head.parameters(), common, strict=True):
                 # related heads, so that a label is sometimes repeated and sometimes not
                 parameter.copy_(0.3 * base + 0.15 * torch.randn_like(base))
-            head.classifier.weight.mul_(4 if config.head == "fastbert" else 1)
+            head.out_proj.weight.mul_(4 if config.head == "fastbert" else 1)
     return model
 
 

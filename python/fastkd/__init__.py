@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         UniversalKDMixtureLoss,
         VanillaKDLoss,
     )
+    from fastkd.model.loading import load_model
     from fastkd.model.modeling import EarlyExitForSequenceClassification
     from fastkd.training.finetune import FinetuneOptions, finetune
     from fastkd.training.self_distillation import DistillOptions, distill
@@ -77,6 +78,7 @@ _HOME = dict.fromkeys(LOSSES, "fastkd.losses") | {
     "finetune": "fastkd.training.finetune",
     "flops": "fastkd.exits.flops",
     "load_folder": "fastkd.data.rows",
+    "load_model": "fastkd.model.loading",
     "load_rows": "fastkd.data.rows",
     "student_from_teacher": "fastkd.kd.students",
     "threshold_path": "fastkd.exits.threshold_path",
@@ -98,7 +100,7 @@ def _is_command() -> bool:
 
 
 if not _is_command():
-    importlib.import_module("fastkd.model.modeling")  # registers the model
+    importlib.import_module("fastkd.model.pipeline")  # registers the model too
     importlib.import_module("fastkd.kd.students")
 
 __all__ = [
@@ -136,6 +138,7 @@ __all__ = [
     "finetune",
     "flops",
     "load_folder",
+    "load_model",
     "load_rows",
     "student_from_teacher",
     "threshold_path",

@@ -46,7 +46,7 @@ def text_columns(columns: Sequence[str], chosen: Columns, source: str) -> tuple[
     if found is None:
         _check_separated(columns, source)
         raise DataError(
-            f"{source}, header: no text column among {_listed(columns)}; expected one of {_usual_texts()}; "
+            f"{source}: no text column among {_listed(columns)}; expected one of {_usual_texts()}; "
             "rename a column or say which one holds the text with text_a="
         )
     return found
@@ -66,8 +66,8 @@ def find_text_columns(columns: Iterable[str], chosen: Columns = USUAL) -> tuple[
     return next(((known[name], chosen.text_b) for name in TEXT_COLUMNS if name in known), None)
 
 
-def label_column(columns: Sequence[str], chosen: str | None, required: bool, source: str) -> str | None:
-    """The column of the label; None where there is none and none is required.
+def label_column(columns: Sequence[str], chosen: str | None, required: bool, source: str, hint: str = "") -> str | None:
+    """The column of the label; None where there is none and none is required. Errors end with the hint.
 
     Raises:
         DataError: the chosen column, or a required one, is missing.
@@ -77,8 +77,9 @@ def label_column(columns: Sequence[str], chosen: str | None, required: bool, sou
     if found is None and required:
         _check_separated(columns, source)
         raise DataError(
-            f"{source}, header: no label column among {_listed(columns)}; "
-            f"expected one of {', '.join(LABEL_COLUMNS)}; rename a column or say which one holds the label with label="
+            f"{source}: no label column among {_listed(columns)}; "
+            f"expected one of {', '.join(LABEL_COLUMNS)}; rename a column or say which one holds the label "
+            f"with label={hint}"
         )
     return found
 

@@ -83,7 +83,7 @@ def resolve_labels(
     labelled: _Labelled = []
     missing: _Labelled = []
     for position, value in zip(positions, raw, strict=True):
-        value = value.strip() if isinstance(value, str) else value
+        value = _python_value(value)
         (missing if is_missing(value, rule) else labelled).append((position, value))
     if not labelled and not required:
         return None
@@ -121,6 +121,11 @@ def names_of_classes(id2label: Mapping[Any, str] | None) -> tuple[str, ...] | No
     return None if is_generic or len(names) < 2 else names
 
 
+def label_rule(config: Any) -> dict[str, Any]:
+    """What the configuration of a model says about the labels of its rows, as arguments of `fastkd.load_rows`."""
+    return {"label_names": names_of_classes(config.id2label), "num_labels": config.num_labels}
+
+
 def is_missing(value: Any, rule: LabelRule) -> bool:
     """Whether a raw label says that there is none; what `rule.label_names` lists is a name."""
     if value is None or value == "":
@@ -131,6 +136,13 @@ def is_missing(value: Any, rule: LabelRule) -> bool:
         return True
     is_marked = (isinstance(value, str) and value in _MISSING) or _as_integer(value) == _UNLABELLED
     return is_marked and _as_text(value) not in (rule.label_names or ())
+
+
+def _python_value(value: Any) -> Any:
+    """A label as Python has it: without spaces around it, and no scalar of NumPy or tensor with one number."""
+    if isinstance(value, str):
+        return value.strip()
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", None) == 0 else value
 
 
 def _no_label(value: Any) -> Problem:

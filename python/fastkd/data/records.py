@@ -65,6 +65,7 @@ class Records:
         columns: None where every record brings its own.
         read: gives the records, of these columns only where the format allows it; to be called once.
         class_names: of columns whose integers are numbers of named classes (Parquet, as `datasets` writes it).
+        hint: what an error about a missing label adds.
     """
 
     source: str
@@ -72,6 +73,7 @@ class Records:
     columns: list[str] | None
     read: Callable[[Sequence[str] | None], Iterator[Record]]
     class_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    hint: str = ""
 
 
 class _Line(NamedTuple):

@@ -1,7 +1,8 @@
-"""Rows of text and their labels, read from files or the hub and checked one by one.
+"""Rows of text and their labels, read from files, the hub or memory and checked one by one.
 
 A file is UTF-8 with a header (TSV, CSV), one object a line (JSONL), one text a line (.txt), or Parquet; its suffix,
-in any case, says which (`fastkd.data.records`). Columns are found by their usual names:
+in any case, says which (`fastkd.data.records`). Data sets, data frames and lists are read as they are
+(`fastkd.data.tables`). Columns are found by their usual names:
 
     text_a, text_b   text_a | text_b, sentence1 | sentence2, premise | hypothesis, question1 | question2,
                      text1 | text2, question | sentence; or one text: text, sentence, content
@@ -19,10 +20,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 
@@ -30,11 +32,14 @@ from fastkd.data.columns import Columns, label_column, text_columns
 from fastkd.data.errors import BadRows, DataError
 from fastkd.data.labels import LABELS_ARE, LabelRule, check_label_names, resolve_labels
 from fastkd.data.records import SUFFIXES, Record, Records, format_of, open_records
+from fastkd.data.tables import records_of
 from fastkd.data.texts import text_problem
 
 SPLIT_NAMES = {"train": ("train",), "dev": ("dev", "validation"), "test": ("test",)}
 # lines of text have no columns, and a folder may hold notes
 _SPLIT_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".txt")
+RowSource = Any
+"""What `load_rows` takes: `Rows`, a path, a name on the hub, or rows in memory."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Rows:
             regression; absent in unlabelled data).
         label_names: the name of each class in order; None for unnamed integer labels, regression, unlabelled data.
         num_labels: the number of classes; 1 is regression; None is unlabelled.
-        source: the file or hub name, for messages.
+        source: the file, hub name or argument, for messages.
         labels_are: whether the source had "names" or "indices", so that other splits are read alike; None: neither.
     """
 
@@ -58,6 +63,10 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Each row as a dictionary of the columns of `dataset`."""
+        return iter(self.dataset)
 
     @property
     def is_pair(self) -> bool:
@@ -117,7 +126,7 @@ class DataFolder:
 
 
 def load_rows(
-    path_or_hub_name: str | os.PathLike[str],
+    source: RowSource,
     *,
     split: str | None = None,
     label_names: Sequence[str] | None = None,
@@ -128,13 +137,17 @@ def load_rows(
     text_b: str | None = None,
     label: str | None = None,
     hub_config: str | None = None,
+    name: str | None = None,
 ) -> Rows:
-    """Read and check one file, one split of a folder, or one split of a dataset on the hub.
+    """Read and check one file, one split of a folder or of a dataset on the hub, or rows in memory.
 
     Args:
-        path_or_hub_name: a .tsv, .csv, .jsonl, .parquet or .txt file; a folder (then `split` says which file); or a
-            name that `datasets.load_dataset` knows.
-        split: "train", "dev" or "test" of a folder, or any split of a hub dataset.
+        source: a .tsv, .csv, .jsonl, .parquet or .txt file; a folder (then `split` says which file); a name that
+            `datasets.load_dataset` knows; a `datasets.Dataset`, an `IterableDataset` (which is read to its end), a
+            `DatasetDict`; a DataFrame of pandas or polars, an Arrow table, a dictionary of columns; texts, dictionaries
+            or tuples (text, text), (text, label number) or (text, text, label) one by one; or `Rows`, which are given
+            back.
+        split: "train", "dev" or "test" of a folder, or any split of a hub dataset or `DatasetDict`.
         label_names: the classes in order. The labels of a source are these names, or all of them indices.
         num_labels: the number of classes, where a model fixes it or the source lacks some; 1 means regression (float
             labels).
@@ -142,11 +155,15 @@ def load_rows(
         require_labels: False accepts data without a label column or with all labels empty.
         text_a, text_b, label: names of the columns; default: the usual ones.
         hub_config: the configuration of a hub dataset, such as "sst2" of "nyu-mll/glue".
+        name: what messages call rows in memory; default: their type.
 
     Raises:
         DataError: anything wrong with the data.
+        TypeError: a source of another kind.
         ValueError: `label_names` and `num_labels` contradict each other; an unknown `labels_are`.
     """
+    if isinstance(source, Rows):
+        return source
     if label_names is not None:
         check_label_names(label_names, num_labels)
         num_labels = len(label_names)
@@ -158,16 +175,47 @@ def load_rows(
         rule=LabelRule(label_names, num_labels, labels_are),
         require_labels=require_labels,
     )
-    path = Path(path_or_hub_name)
+    if not isinstance(source, str | os.PathLike):
+        return check(records_of(_split_in_memory(source, split), name or type(source).__name__))
+    path = Path(source)
     if path.is_dir():
         path = _split_file(path, split)
     if path.is_file():
         with path.open("rb") as stream:
             return check(open_records(stream, format_of(path), str(path)))
-    if path.suffix.lower() in SUFFIXES or path.is_absolute() or str(path_or_hub_name).startswith("."):
+    if path.suffix.lower() in SUFFIXES or path.is_absolute() or str(source).startswith("."):
         raise DataError(f"{path}: no such file or folder")
-    dataset = _load_from_hub(str(path_or_hub_name), hub_config, split)
-    return check(_hub_records(dataset, f"{path_or_hub_name} ({split})"))
+    dataset = _load_from_hub(str(source), hub_config, split)
+    return check(records_of(dataset, f"{source} ({split})"))
+
+
+def load_splits(
+    given: Mapping[str, RowSource],
+    *,
+    label_names: Sequence[str] | None = None,
+    num_labels: int | None = None,
+    labels_are: str | None = None,
+    require_labels: bool = True,
+    text_a: str | None = None,
+    text_b: str | None = None,
+    label: str | None = None,
+) -> dict[str, Rows]:
+    """The splits of one task by name, read alike: the first fixes the classes, and what its labels mean.
+
+    Args:
+        given: the sources by the name that messages give them; those that are `Rows` or None stay what they are.
+        label_names, num_labels, labels_are, require_labels, text_a, text_b, label: as in `load_rows`.
+    """
+    read = partial(load_rows, require_labels=require_labels, text_a=text_a, text_b=text_b, label=label)
+    rows: dict[str, Rows] = {}
+    for name, source in given.items():
+        if source is None:
+            continue
+        rows[name] = read(source, label_names=label_names, num_labels=num_labels, labels_are=labels_are, name=name)
+        if len(rows) == 1 and rows[name].num_labels is not None:
+            first = rows[name]
+            label_names, num_labels, labels_are = first.label_names, first.num_labels, first.labels_are
+    return rows
 
 
 def load_folder(
@@ -192,16 +240,24 @@ def load_folder(
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; expected one with train.tsv (or .csv, .jsonl, .parquet)")
-    read = partial(load_rows, require_labels=require_labels, text_a=text_a, text_b=text_b, label=label)
-    train = read(folder, split="train", label_names=label_names, num_labels=num_labels, labels_are=labels_are)
-    if train.num_labels is not None:
-        label_names, num_labels, labels_are = train.label_names, train.num_labels, train.labels_are
-    others = {
-        split: read(folder, split=split, label_names=label_names, num_labels=num_labels, labels_are=labels_are)
-        for split in ("dev", "test")
-        if _split_candidates(folder, split)
-    }
-    return DataFolder(train, others.get("dev"), others.get("test"))
+    files = {"train": _split_file(folder, "train")}
+    files |= {split: _split_file(folder, split) for split in ("dev", "test") if _split_candidates(folder, split)}
+    rows = load_splits(
+        files,
+        label_names=label_names, num_labels=num_labels, labels_are=labels_are, require_labels=require_labels,
+        text_a=text_a, text_b=text_b, label=label,
+    )  # fmt: skip
+    return DataFolder(rows["train"], rows.get("dev"), rows.get("test"))
+
+
+def _split_in_memory(source: Any, split: str | None) -> Any:
+    if split is None:
+        return source
+    if not isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
+        raise DataError(f"split: got {split!r}, but a {type(source).__name__} has no splits; leave it out")
+    if split not in source:
+        raise DataError(f"split: got {split!r}, expected one of {', '.join(map(str, source))}")
+    return source[split]
 
 
 def _split_file(folder: Path, split: str | None) -> Path:
@@ -239,19 +295,6 @@ def _load_from_hub(name: str, config: str | None, split: str | None) -> datasets
     return loaded
 
 
-def _hub_records(dataset: datasets.Dataset, source: str) -> Records:
-    def read(columns: Sequence[str] | None) -> Iterator[Record]:
-        wanted = dataset if columns is None else dataset.select_columns(list(columns))
-        return (Record(number, row) for number, row in enumerate(wanted, 1))
-
-    class_names = {
-        name: list(feature.names)
-        for name, feature in dataset.features.items()
-        if isinstance(feature, datasets.ClassLabel)
-    }
-    return Records(source, "row", dataset.column_names, read, class_names)
-
-
 def _checked_rows(records: Records, *, chosen: Columns, rule: LabelRule, require_labels: bool) -> Rows:
     bad = BadRows(records.source, records.unit)
     read = list(records.read(None)) if records.columns is None else None
@@ -259,8 +302,9 @@ def _checked_rows(records: Records, *, chosen: Columns, rule: LabelRule, require
     if not columns:
         _note_problems(read or (), bad)
         bad.raise_if_any()
+        raise DataError(f"{records.source}: no rows; expected at least one")
     text_a, text_b = text_columns(columns, chosen, records.source)
-    label = label_column(columns, chosen.label, require_labels, records.source)
+    label = label_column(columns, chosen.label, require_labels, records.source, records.hint)
     used = [name for name in dict.fromkeys((text_a, text_b, label)) if name is not None]
     read = list(records.read(used)) if read is None else read
     _note_problems(read, bad)
@@ -282,7 +326,8 @@ def _checked_rows(records: Records, *, chosen: Columns, rule: LabelRule, require
         )
     bad.raise_if_any()
     if not good:
-        raise DataError(f"{records.source}: no rows after the header; expected at least one")
+        header = " after the header" if records.unit == "line" else ""
+        raise DataError(f"{records.source}: no rows{header}; expected at least one")
     features = {name: datasets.Value("string") for name in values}
     if labels is None:
         dataset = datasets.Dataset.from_dict(values, features=datasets.Features(features))

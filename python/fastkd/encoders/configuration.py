@@ -43,6 +43,8 @@ class EarlyExitConfig(PreTrainedConfig):
             `fastkd.encoders.label_scale`; None: not fine-tuned, or no regression.
         training_data: fingerprints (`Rows.digest`) of the rows that the weights have seen, by their part in training
             ("finetune train", "finetune dev", "distill train"...).
+        speed_table: what some speeds cost and are worth on the dev rows, as `fastkd.distill` measures it, for the model
+            card.
         weights_fingerprint: of the weights that `exits_trained`, `certificate`, `label_scale` and `training_data`
             describe (`fastkd.exits.fingerprints.WeightsSketch`); `save_pretrained` writes it.
         kwargs: what every Hugging Face configuration takes (`num_labels`, `id2label`, `problem_type`...).
@@ -72,6 +74,7 @@ class EarlyExitConfig(PreTrainedConfig):
         certificate: Mapping[str, Any] | None = None,
         label_scale: Sequence[float] | None = None,
         training_data: Mapping[str, str] | None = None,
+        speed_table: Sequence[Mapping[str, Any]] | None = None,
         weights_fingerprint: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -98,6 +101,7 @@ class EarlyExitConfig(PreTrainedConfig):
         self.certificate = None if certificate is None else dict(certificate)
         self.label_scale = None if label_scale is None else _checked_label_scale(label_scale)
         self.training_data = dict(training_data or {})
+        self.speed_table = None if speed_table is None else [dict(row) for row in speed_table]
         self.weights_fingerprint = weights_fingerprint
         super().__init__(**kwargs)
         self.criterion = criterion or default_criterion(self.num_classes)
@@ -112,6 +116,7 @@ class EarlyExitConfig(PreTrainedConfig):
         """Take back what is no longer true once the last head learned anew: the heads below it say what it said."""
         self.exits_trained = False
         self.certificate = None
+        self.speed_table = None
         # a model that leaves early where a call names no speed would refuse every such call
         self.speed = 0.0
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,11 +18,13 @@ from fastkd.exits.rule import ExitRule
 
 
 class FastBertHead(nn.Module):
-    """FastBERT's head (ACL 2020, section 3.2): narrow, two-head self-attention read at [CLS], dense, classifier.
+    """FastBERT's head (ACL 2020, section 3.2): narrow, two-head self-attention read at [CLS], dense, `out_proj`.
+
+    No module here ends in `classifier` or `score`: peft wraps those once more inside heads that it keeps already.
 
     Inference runs the op `fastkd_kernels.student_head` folded, training unfolded, with dropout on the attention. Where
     a linear layer is not torch's own, or something is hooked to it (adapters, offloading, quantisation), all of them
-    are called.
+    are called; so are they in an export, which then holds no op of fastkd_kernels.
     """
 
     def __init__(self, config: EarlyExitConfig) -> None:
@@ -33,7 +38,7 @@ class FastBertHead(nn.Module):
         self.value = nn.Linear(width, width)
         self.output = nn.Linear(width, width)
         self.dense = nn.Linear(width, width)
-        self.classifier = nn.Linear(width, config.num_classes)
+        self.out_proj = nn.Linear(width, config.num_classes)
 
     def weights(self) -> fk.StudentHeadWeights:
         """The parameters in the form of `fastkd_kernels.student_head`."""
@@ -44,13 +49,13 @@ class FastBertHead(nn.Module):
             value=(self.value.weight, self.value.bias),
             output=(self.output.weight, self.output.bias),
             dense=(self.dense.weight, self.dense.bias),
-            classifier=(self.classifier.weight, self.classifier.bias),
+            classifier=(self.out_proj.weight, self.out_proj.bias),
             num_attention_heads=self.num_attention_heads,
         )
 
     def forward(self, hidden_states: Tensor, layout: TokenLayout = NO_PADDING) -> Tensor:
         """Logits [B, C] in float32 of hidden states [B, T, H], or packed [N, H]."""
-        if not self._is_plain():
+        if torch.compiler.is_exporting() or not self._is_plain():
             return self._called(hidden_states, layout)
         return fk.student_head(
             hidden_states,
@@ -83,7 +88,7 @@ class FastBertHead(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
         )
         pooled = self.output(attended.transpose(1, 2).flatten(1))
-        return _at_least_float32(self.classifier(self.dense(pooled).tanh()))
+        return _at_least_float32(self.out_proj(self.dense(pooled).tanh()))
 
     def decide(
         self,
@@ -126,11 +131,11 @@ class LinearHead(nn.Module):
     def __init__(self, config: EarlyExitConfig) -> None:
         super().__init__()
         self.dropout = nn.Dropout(config.head_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_classes)
+        self.out_proj = nn.Linear(config.hidden_size, config.num_classes)
 
     def forward(self, hidden_states: Tensor, layout: TokenLayout = NO_PADDING) -> Tensor:
         """Logits [B, C] in float32 of hidden states [B, T, H], or packed [N, H]; padding cannot touch [CLS]."""
-        return _at_least_float32(self.classifier(self.dropout(layout.first_tokens(hidden_states))))
+        return _at_least_float32(self.out_proj(self.dropout(layout.first_tokens(hidden_states))))
 
     def decide(
         self,
@@ -187,6 +192,39 @@ def _margin(logits: Tensor) -> Tensor:
 
 
 ExitHead = FastBertHead | LinearHead
+
+
+class ExitHeads(nn.Module):
+    """The heads of a model, "0" after the first layer: an `nn.ModuleDict` that peft can keep as a whole.
+
+    peft wraps no `ModuleDict` (`modules_to_save`), and its wrapper passes on attributes alone, so `after` is the door.
+    """
+
+    def __init__(self, config: EarlyExitConfig) -> None:
+        super().__init__()
+        for layer in config.exit_layers:
+            self.add_module(str(layer - 1), build_head(config))
+
+    def after(self, layer: int) -> ExitHead:
+        """The head after `layer`, from 1."""
+        return self[str(layer - 1)]
+
+    def __getitem__(self, name: str) -> ExitHead:
+        return cast(ExitHead, self._modules[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def values(self) -> list[ExitHead]:
+        """In the order of the layers."""
+        return [self[name] for name in self]
+
+    def items(self) -> list[tuple[str, ExitHead]]:
+        """Name and head, in the order of the layers."""
+        return [(name, self[name]) for name in self]
 
 
 def build_head(config: EarlyExitConfig) -> ExitHead:

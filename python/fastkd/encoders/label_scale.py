@@ -50,16 +50,16 @@ class LabelScale:
     @torch.no_grad()
     def put_into(self, head: nn.Module) -> None:
         """Make `head`, which answers in standardised units, answer in the labels' unit."""
-        classifier = cast(nn.Linear, head.classifier)
-        classifier.weight.mul_(self.std)
-        classifier.bias.mul_(self.std).add_(self.mean)
+        linear = cast(nn.Linear, head.out_proj)
+        linear.weight.mul_(self.std)
+        linear.bias.mul_(self.std).add_(self.mean)
 
     @torch.no_grad()
     def take_out_of(self, head: nn.Module) -> None:
         """The inverse of `put_into`."""
-        classifier = cast(nn.Linear, head.classifier)
-        classifier.weight.div_(self.std)
-        classifier.bias.sub_(self.mean).div_(self.std)
+        linear = cast(nn.Linear, head.out_proj)
+        linear.weight.div_(self.std)
+        linear.bias.sub_(self.mean).div_(self.std)
 
     @contextmanager
     def taken_out_of(self, heads: Sequence[nn.Module]) -> Iterator[None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+
+_PLAIN = (nn.Parameter, Tensor)  # torchao quantises by putting a tensor of another class into a linear layer
 
 
 def is_untouched(module: nn.Module) -> bool:
@@ -26,4 +28,9 @@ def are_untouched(module: nn.Module) -> bool:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether it is torch's own linear layer with a bias: no adapter, quantised weight, hook or patch."""
-    return type(module) is nn.Linear and module.bias is not None and is_untouched(module)
+    return has_plain_weight(module) and module.bias is not None and is_untouched(module)
+
+
+def has_plain_weight(module: nn.Module) -> bool:
+    """Whether it is torch's own linear layer with a tensor of torch's own in it."""
+    return type(module) is nn.Linear and type(module.weight) in _PLAIN

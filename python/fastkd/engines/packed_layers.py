@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 import fastkd_kernels as fk
 from fastkd.encoders import families
 from fastkd.encoders.layout import TokenLayout
-from fastkd.encoders.untouched import are_untouched
+from fastkd.encoders.untouched import are_untouched, has_plain_weight
 
 ATTENTION = "fastkd_packed"
 """The name under which the packed attention is registered with transformers."""
@@ -182,7 +182,7 @@ def _is_plain(layer: nn.Module, parts: families.LayerParts) -> bool:
     linear = (parts.query, parts.key, parts.value, parts.output, parts.expand, parts.contract)
     norms = (parts.attention_norm, parts.feed_forward_norm)
     return (
-        all(type(module) is nn.Linear for module in linear)
+        all(map(has_plain_weight, linear))
         and all(type(module) is nn.LayerNorm and module.bias is not None for module in norms)
         and are_untouched(layer)
     )

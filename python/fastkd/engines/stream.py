@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 import fastkd_kernels as fk
+from fastkd.data.columns import USUAL, Columns
 from fastkd.data.text_counts import TextCounts
 from fastkd.encoders.layout import TokenLayout
 from fastkd.engines.batch import warn_about_nan
@@ -151,10 +152,11 @@ class Stream(Iterator[StreamRow]):
     def __init__(
         self,
         model: ExitModel,
-        rows: Iterable[Any],
+        rows: Any,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         rule: ExitRule,
+        columns: Columns = USUAL,
         max_length: int | None = None,
         truncate: bool = True,
         tokens_per_run: int = 4096,
@@ -175,7 +177,7 @@ class Stream(Iterator[StreamRow]):
                 raise ValueError(f"{argument}: got {value}, expected at least 1")
         self._schedule = Schedule(tokens_per_run, max_tokens_in_flight)
         self._stages = rule.stages
-        self._reader = StreamReader(rows, tokenizer, longest_row(config, tokenizer, max_length), truncate)
+        self._reader = StreamReader(rows, tokenizer, longest_row(config, tokenizer, max_length), truncate, columns)
         self._look_ahead = look_ahead
         self._deadline = deadline
         self._max_rows_waiting = max_rows_waiting

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from types import FunctionType
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from fastkd.data.columns import texts_of
+from fastkd.data.columns import USUAL, Columns, texts_of
 from fastkd.data.errors import Problem
 from fastkd.data.input_format import encode
+from fastkd.data.tables import Table, rows_to_stream, values_of_row
 from fastkd.data.text_counts import TextCounts
 from fastkd.data.texts import text_problem
 from fastkd.encoders.configuration import EarlyExitConfig
@@ -63,12 +64,19 @@ class StreamReader:
     """Pulls rows from the input and encodes them."""
 
     def __init__(
-        self, rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase | None, limit: int, truncate: bool
+        self,
+        rows: Any,
+        tokenizer: PreTrainedTokenizerBase | None,
+        limit: int,
+        truncate: bool,
+        columns: Columns = USUAL,
     ) -> None:
+        rows = rows_to_stream(rows, columns, "rows")
         self._rows = iter(rows)
         self._tokenizer = tokenizer
         self._limit = limit
         self._truncate = truncate
+        self._text_columns = columns
         # in one attribute, which changes in one step: where the pulled rows begin, and those rows
         self._pulled: tuple[int, list[Any]] = 0, []
         self._error: Exception | None = None
@@ -76,7 +84,7 @@ class StreamReader:
         self._is_pulling = False
         self.counts = TextCounts()
         # these go on after an interrupt; a generator, and what may hold one, ends there
-        self._goes_on = isinstance(rows, (list, tuple)) or isinstance(
+        self._goes_on = isinstance(rows, (list, tuple, Table)) or isinstance(
             getattr(type(self._rows), "__next__", None), FunctionType
         )
 
@@ -114,7 +122,7 @@ class StreamReader:
                 if isinstance(row, Mapping) and "input_ids" in row:
                     encoded.append(self._checked(position, line, row["input_ids"], row.get("token_type_ids"), now))
                 else:
-                    texts.append((position, line, _texts(row)))
+                    texts.append((position, line, _texts(row, self._text_columns)))
             except ValueError as error:
                 problems.append(RowProblem(position, line, str(error)))
         self._encode(texts, encoded, problems, now)
@@ -204,7 +212,7 @@ class StreamReader:
         return EncodedRow(position, line, len(ids), ids, segments if segments and any(segments) else None, now)
 
 
-def _texts(row: Any) -> Text:
+def _texts(row: Any, columns: Columns) -> Text:
     """The one or two texts of a row.
 
     Raises:
@@ -213,20 +221,23 @@ def _texts(row: Any) -> Text:
     problem = getattr(row, "problem", None)
     if problem is not None:
         raise ValueError(problem)
+    found = _found_texts(row, columns)
+    if isinstance(found, Problem):
+        raise ValueError(str(found))
+    return found
+
+
+def _found_texts(row: Any, columns: Columns) -> Text | Problem:
     if isinstance(row, Mapping):
-        found = texts_of(row)
-        if isinstance(found, Problem):
-            raise ValueError(str(found))
-        return found
-    first: Any
-    second: Any
-    if isinstance(row, str):
-        first, second = row, None
-    elif isinstance(row, tuple) and len(row) == 2:
-        first, second = row
+        return texts_of(row, columns)
+    if hasattr(row, "text_a"):
+        first, second = row.text_a, row.text_b
     else:
-        first, second = getattr(row, "text_a", None), getattr(row, "text_b", None)
+        values = values_of_row(row)
+        if isinstance(values, Problem):
+            return values
+        first, second = values["text_a"], values.get("text_b")
     for text in (first,) if second is None else (first, second):
         if wrong := text_problem(text):
-            raise ValueError(str(wrong))
+            return wrong
     return first, second

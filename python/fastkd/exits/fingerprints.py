@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastkd.exits.merged_state import merged_state
+
 _BLOCKS, _BLOCK = 4, 16  # of a tensor, so many values lying together at so many places
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -40,9 +42,9 @@ class HasWeights(Protocol):
 
 
 def model_fingerprint(model: HasWeights) -> str:
-    """A SHA-256 of all weights, whatever device they are on: another dtype is another model."""
+    """A SHA-256 of all weights, adapters merged, whatever device they are on: another dtype is another model."""
     sha = hashlib.sha256()
-    for name, parameter in model.state_dict().items():
+    for name, parameter in merged_state(model).items():
         sha.update(name.encode())
         sha.update(tensor_bytes(parameter))
     return sha.hexdigest()

@@ -22,7 +22,7 @@ from fastkd.data.files import check_output_file, is_special, reading
 from fastkd.data.input_format import encode
 from fastkd.data.text_counts import TextCounts
 from fastkd.inference.answers import BadRowError, Prediction, output_stream, writer_of
-from fastkd.inference.row_reader import STANDARD_STREAM, InputRow, format_of, read_rows
+from fastkd.inference.row_reader import STANDARD_STREAM, InputRow, format_of, input_rows, read_rows
 from fastkd.model.tokenizers import length_limit
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class PredictSummary:
 def predict(
     model: EarlyExitForSequenceClassification,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[InputRow],
+    rows: Any,
     *,
     speed: float | None = None,
     criterion: str | None = None,
@@ -87,7 +87,7 @@ def predict(
     Args:
         model: in evaluation mode on its device.
         tokenizer: of the model.
-        rows: from `read_rows`.
+        rows: from `read_rows`, or of any kind that `input_rows` takes.
         speed: FastBERT's speed in [0, 1]; None takes the model's.
         criterion: uncertainty criterion; None takes the model's.
         top_n: classes that the "top_n" criterion looks at.
@@ -111,6 +111,7 @@ def predict(
         if value is not None and value < 1:
             raise ValueError(f"{argument}: got {value}, expected at least 1")
     exits: dict[str, Any] = {"speed": speed, "criterion": criterion, "top_n": top_n, "exit_layers": exit_layers}
+    rows = input_rows(rows)
     if monitor is None:
         if model.config.certificate is not None:
             from fastkd.exits.certificate import warn_if_uncertified  # brings scipy

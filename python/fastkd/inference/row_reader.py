@@ -1,16 +1,17 @@
-"""Rows to be answered, one by one, from a file or pipe of any format of `fastkd.data.records`."""
+"""Rows to be answered, one by one: from a file or pipe of any format of `fastkd.data.records`, or from memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from fastkd.data import records
-from fastkd.data.columns import Columns, text_columns, texts_of
+from fastkd.data.columns import USUAL, Columns, text_columns, texts_of
 from fastkd.data.errors import DataError, Problem
 from fastkd.data.files import is_special
 from fastkd.data.records import FORMATS, Record, open_records
+from fastkd.data.tables import rows_to_stream, values_of_row
 
 STANDARD_STREAM = "-"
 
@@ -76,6 +77,31 @@ def read_rows(
         yield _row(record, chosen)
     if is_empty:
         raise DataError(f"{name} has a header and no rows; expected at least one text")
+
+
+def input_rows(rows: Any, *, text_a: str | None = None, text_b: str | None = None) -> Iterator[InputRow]:
+    """Rows of any kind that `EarlyExitForSequenceClassification.stream` takes, one by one; an `InputRow` as it is.
+
+    Args:
+        rows: not read whole.
+        text_a, text_b: names of the columns; default: the usual ones.
+
+    Raises:
+        DataError: a table without a text column.
+        TypeError: rows that are none.
+    """
+    chosen = Columns(text_a, text_b)
+    given = rows_to_stream(rows, chosen, "rows")
+    return (_in_memory(number, row, chosen) for number, row in enumerate(given, 1))
+
+
+def _in_memory(number: int, row: Any, chosen: Columns) -> InputRow:
+    if isinstance(row, InputRow):
+        return row
+    values = values_of_row(row)
+    is_table = hasattr(row, "keys")
+    texts = values if isinstance(values, Problem) else texts_of(values, chosen if is_table else USUAL)
+    return InputRow(number, problem=str(texts)) if isinstance(texts, Problem) else InputRow(number, *texts)
 
 
 def _row(record: Record, chosen: Columns) -> InputRow:

@@ -32,7 +32,7 @@ from transformers import (
 from fastkd.data.batches import LengthSortedBatches, tokenize
 from fastkd.data.labels import names_of_classes
 from fastkd.data.row_hashes import warn_about_duplicates
-from fastkd.data.rows import Rows
+from fastkd.data.rows import Rows, RowSource, load_rows, load_splits
 from fastkd.encoders.families import FAMILIES, longest_input
 from fastkd.encoders.label_scale import LabelScale
 from fastkd.kd.cache import CACHED_KINDS, TeacherCache
@@ -129,8 +129,8 @@ class KDTrainer:
 
     def train(
         self,
-        train: Rows,
-        dev: Rows | None,
+        train: RowSource,
+        dev: RowSource | None,
         output_dir: str | os.PathLike[str],
         callbacks: Sequence[TrainerCallback] = (),
         on_teacher: Callable[[int, int], None] | None = None,
@@ -138,7 +138,7 @@ class KDTrainer:
         """Train the student and save it; keep the weights of the best evaluation of each stage where `dev` is given.
 
         Args:
-            train, dev: labelled rows.
+            train, dev: labelled rows; what `fastkd.load_rows` takes, which also chooses among columns.
             output_dir: made at the end, under a temporary name first; holds the student, its tokenizer and a log.
             callbacks: added to those of `transformers.Trainer`.
             on_teacher: called with the rows that the teacher has answered for the cache, and all of them.
@@ -150,6 +150,7 @@ class KDTrainer:
             ValueError: a resumed run was started with other rows or options; a tokenizer that does not fit.
         """
         options, output_dir = self.options, Path(output_dir)
+        train, dev = self._read(train, dev)
         transformers.set_seed(options.seed)
         student = self._make_student(train)
         first_teacher, train, dev = common_order(student, self.teacher, train, dev)
@@ -157,7 +158,7 @@ class KDTrainer:
         metrics.check_names(options.metric or default_metric(student), num_labels_of(student))
         check_evaluation(options.early_stopping_patience, dev)
         check_tokenizer(self.tokenizer, student)
-        check_dtypes([student])
+        check_dtypes(student.parameters())
         for model in [student] if self.teacher is None else [student, self.teacher.model]:
             _check_length(model, options.max_length)
 
@@ -183,6 +184,14 @@ class KDTrainer:
         if isinstance(student, EarlyExitForSequenceClassification):
             _describe(student, train, dev, run)
         return run.finish(student, self.tokenizer, _joined(results))
+
+    def _read(self, train: RowSource, dev: RowSource | None) -> tuple[Rows, Rows | None]:
+        """The rows; names bring their classes into one order afterwards, and numbers stay numbers until then."""
+        model = self.student if isinstance(self.student, PreTrainedModel) else None
+        if model is None and self.teacher is not None:
+            model = self.teacher.model
+        rows = load_splits({"train": train, "dev": dev}, num_labels=None if model is None else num_labels_of(model))
+        return rows["train"], rows.get("dev")
 
     def _default_tokenizer(self) -> PreTrainedTokenizerBase:
         is_folder = isinstance(self.student, str | os.PathLike) and not is_made_of_teacher(str(self.student))
@@ -291,17 +300,18 @@ class KDTrainer:
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
+    rows: RowSource,
     *,
     max_length: int = 128,
     batch_size: int = 64,
     bf16: bool = False,
 ) -> dict[str, float]:
-    """Every fitting metric of `fastkd.training.metrics` of a classifier on labelled rows.
+    """Every fitting metric of `fastkd.training.metrics` of a classifier on labelled rows, which `load_rows` takes.
 
     Raises:
         DataError: the names of the rows' classes are not the model's.
     """
+    rows = load_rows(rows, name="rows", num_labels=num_labels_of(model))
     names = names_of_classes(model.config.id2label)
     if names is not None and rows.label_names is not None:
         rows = rows.in_order_of(names)

@@ -18,6 +18,7 @@ import fastkd_kernels as fk
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.encoders.heads import ExitHead
 from fastkd.exits.fingerprints import HasWeights, WeightsSketch
+from fastkd.exits.merged_state import merged_state
 
 
 class DescribedModel(HasWeights, Protocol):
@@ -37,7 +38,7 @@ OTHER_FILE = "the weights in the file are not those that its config.json describ
 
 
 class WeightsClaims:
-    """Which weights the configuration of one model describes; nothing is known of a model that was just built."""
+    """Which weights, adapters merged, the configuration of one model describes; of a new model nothing is known."""
 
     def __init__(self) -> None:
         self._sketch: WeightsSketch | None = None
@@ -45,7 +46,7 @@ class WeightsClaims:
 
     def confirm(self, model: DescribedModel) -> None:
         """The configuration describes the weights as they are now."""
-        self._sketch, self._problem = WeightsSketch.of(model.state_dict()), None
+        self._sketch, self._problem = WeightsSketch.of(merged_state(model)), None
         _stamps.pop(model, None)
 
     def loaded(self, model: DescribedModel, fingerprint: str | None) -> None:
@@ -67,7 +68,7 @@ class WeightsClaims:
         """How the weights, or those in `state`, differ from what is described; None where they do not."""
         if self._problem is not None:
             return self._problem
-        now = WeightsSketch.of(model.state_dict() if state is None else state)
+        now = WeightsSketch.of(merged_state(model) if state is None else state)
         if self._sketch is None:
             return _problem_of_built(model.config, now)
         changed = self._sketch.changed(now)

@@ -81,7 +81,7 @@ _LINEAR_OF_HEAD = {
     "self_atten.linear_layers.2": "value",
     "self_atten.final_linear": "output",
     "output_layer_1": "dense",
-    "output_layer_2": "classifier",
+    "output_layer_2": "out_proj",
 }
 _LINEAR_THAT_SIZE = (
     "encoder.transformer.0.feed_forward.linear_1.weight",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,17 +14,22 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 import fastkd_kernels as fk
+from fastkd.data.columns import Columns
 from fastkd.data.row_hashes import Hashes
 from fastkd.encoders import families
 from fastkd.encoders.configuration import EarlyExitConfig
-from fastkd.encoders.heads import ExitHead, LearnedExit, build_head
+from fastkd.encoders.heads import ExitHead, ExitHeads, LearnedExit
 from fastkd.encoders.layout import TokenLayout
 from fastkd.engines import batch, graphs, packed, packed_encoder, stream, stream_batches
 from fastkd.engines.output import EarlyExitOutput, fields_of
+from fastkd.engines.stream_reader import longest_row
 from fastkd.exits import criteria
 from fastkd.exits.fingerprints import WeightsSketch
+from fastkd.exits.merged_state import is_adapter, merged_state
 from fastkd.exits.rule import ExitRule, stages_of
 from fastkd.exits.trace import ExitTrace
+from fastkd.model import card
+from fastkd.model.adapters import adapter_base, merge_adapter
 from fastkd.model.claims import WeightsClaims, asks_about_weights
 from fastkd.model.inputs import check_tokens, checked_mask
 from fastkd.model.pretrained import (
@@ -34,7 +41,7 @@ from fastkd.model.pretrained import (
     weights_fingerprint,
 )
 from fastkd.model.seen_rows import SEEN_ROWS, load_seen_rows, save_seen_rows
-from fastkd.model.tracing import record_trace
+from fastkd.model.tracing import OnBatch, record_rows, record_trace
 
 if TYPE_CHECKING:
     from fastkd.data.rows import Rows
@@ -51,6 +58,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
     config_class = EarlyExitConfig
     accepts_loss_kwargs = False
     supports_gradient_checkpointing = True
+    model_tags: ClassVar[list[str] | None] = list(card.TAGS)  # type: ignore[misc]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -77,7 +85,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         # transformers maps the keys of plain checkpoints by this prefix
         self.base_model_prefix = backbone.base_model_prefix
         setattr(self, self.base_model_prefix, backbone)
-        self.heads = nn.ModuleDict({str(layer - 1): build_head(config) for layer in config.exit_layers})
+        self.heads = ExitHeads(config)
         self.learned_exit = LearnedExit(config) if config.learned_exit else None
         if heads_are_new:
             self._keys_to_ignore_on_load_missing = [r"^heads\.", r"^learned_exit\."]
@@ -111,7 +119,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         return [self._head(layer) for layer in self.exit_layers[:-1]]
 
     def _head(self, layer: int) -> ExitHead:
-        return cast(ExitHead, self.heads[str(layer - 1)])
+        return self.heads.after(layer)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()
@@ -133,6 +141,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         top_n: int | None = None,
         exit_layers: Sequence[int] | None = None,
         engine: str | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
     ) -> EarlyExitOutput | tuple[Tensor, ...]:
         """Classify a batch, leaving early where `speed` > 0.
@@ -152,6 +162,9 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
                 replays CUDA graphs of everything between two decisions (first calls capture them); default:
                 packed where that is faster, on a CPU where nothing is hooked to the layers or wraps them.
                 Where a gradient is wanted, padding is kept.
+            output_hidden_states: also give the hidden states before the first layer and after each, [B, T, H], padding
+                included; of the full model only (speed 0, engine "batch"). Default: the configuration's.
+            output_attentions: refused; `model.backbone` gives them.
             return_dict: False for a plain tuple.
 
         Returns:
@@ -162,16 +175,24 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
                 a model whose heads were never distilled; a criterion that this model cannot run; neither or both of
                 `input_ids` and `inputs_embeds`, or more tokens than the encoder has positions; a mask of another shape
                 or whose first token is masked; another number of labels than rows; `exit_layers` without a head; an
-                unknown engine, or "packed" where it cannot run.
+                unknown engine, or "packed" where it cannot run; hidden states of rows that leave early; attentions.
         """
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError(
+                "output_attentions: got True, but the early-exit model keeps none; ask its encoder, loaded with "
+                "attn_implementation='eager': model.backbone(**batch, output_attentions=True).attentions"
+            )
         rule = self.exit_rule(speed, criterion, top_n, exit_layers)
         mask = self.check_input(input_ids, attention_mask, inputs_embeds)
         rows = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]  # type: ignore[union-attr]
         if labels is not None and labels.numel() != rows:
             raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected [{rows}], one a row")
-        answers = self._run(engine, rule, mask, input_ids, token_type_ids, position_ids, inputs_embeds)
+        states: list[Tensor] | None = None
+        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
+            engine, states = self._engine_with_states(engine, rule), []
+        answers = self._run(engine, rule, mask, input_ids, token_type_ids, position_ids, inputs_embeds, states)
         loss = None if labels is None else self._loss(answers["logits"], labels)
-        output = EarlyExitOutput(loss=loss, **answers)
+        output = EarlyExitOutput(loss=loss, hidden_states=None if states is None else tuple(states), **answers)
         as_tuple = not (self.config.return_dict if return_dict is None else return_dict)
         return output.to_tuple() if as_tuple else output
 
@@ -215,6 +236,30 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         self.learned_exit = LearnedExit(self.config).to(self.device, self.dtype)
         self.learned_exit.start()
 
+    def first_layers(self, layer: int) -> EarlyExitForSequenceClassification:
+        """A model of the first layers alone, whose last head is the one after `layer`; its weights are copies.
+
+        Its full model answers what this one answers to rows that leave after `layer`, and can be exported. Certificate
+        and measurements stay behind.
+
+        Raises:
+            ValueError: no head after `layer`.
+        """
+        if layer not in self.exit_layers:
+            raise ValueError(f"layer: got {layer!r}, but this model has heads after the layers {self.exit_layers}")
+        config = copy.deepcopy(self.config)
+        config.backbone.num_hidden_layers = layer
+        config.exit_layers = [number for number in self.exit_layers if number <= layer]
+        config.certificate = config.speed_table = config.weights_fingerprint = None
+        config.speed = 0.0
+        part = EarlyExitForSequenceClassification(config)
+        cast(nn.Module, part).to(self.device, self.dtype)
+        weights = merged_state(self)
+        part.load_state_dict({name: weights[name] for name in part.state_dict()})
+        part.seen_rows = dict(self.seen_rows)
+        part.name_or_path = ""
+        return part.train(self.training)
+
     def confirm_weights(self) -> None:
         """Say that the configuration (`exits_trained`, `certificate`...) describes the weights as they are now.
 
@@ -237,15 +282,41 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         state_dict: Mapping[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        """As `PreTrainedModel.save_pretrained`, with the fingerprint of the weights in the configuration."""
-        if self._claims.problem(self, state_dict) is None:
-            if self._claims.is_open:
-                self.confirm_weights()
-            sketch = WeightsSketch.of(self.state_dict() if state_dict is None else state_dict)
-            self.config.weights_fingerprint = sketch.fingerprint
+        """As `PreTrainedModel.save_pretrained`, with a model card, and the fingerprint of the weights in config.json.
+
+        Adapters of peft are merged into what is saved; `PeftModel.save_pretrained` saves them alone.
+        """
+        weights = merged_state(self) if state_dict is None else state_dict
+        self.describe_weights(weights)
         if is_main_process:
             save_seen_rows(self.seen_rows, save_directory)
-        super().save_pretrained(save_directory, is_main_process, cast(Any, state_dict), **kwargs)
+            self.write_card(save_directory)
+        super().save_pretrained(save_directory, is_main_process, cast(Any, weights), **kwargs)
+        if not self.name_or_path and not any(map(is_adapter, self.modules())):
+            self.name_or_path = os.fspath(save_directory)  # where an adapter finds its base again
+
+    def write_card(self, folder: str | os.PathLike[str], **options: Any) -> None:
+        """Write the model card of `folder`, unless somebody else wrote one; options of `fastkd.model.card`."""
+        seen = {part: len(hashes) for part, hashes in load_seen_rows(folder).items()}
+        options |= {"prefix": self.base_model_prefix, "changed": self.changed_weights()}
+        card.write_card(folder, self.config, seen, **options)
+
+    def _upload_modified_files(
+        self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any
+    ) -> Any:
+        # just before, push_to_hub has put the card of transformers in the place of ours
+        self.write_card(working_dir, name=repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+    def describe_weights(self, weights: Mapping[str, Any] | None = None) -> None:
+        """Write the fingerprint of `weights`, default its own, into the configuration, unless that describes others."""
+        weights = merged_state(self) if weights is None else weights
+        if self._claims.problem(self, weights) is not None:
+            return
+        if self._claims.is_open:
+            self.confirm_weights()
+        sketch = WeightsSketch.of(weights)
+        self.config.weights_fingerprint = sketch.fingerprint
 
     # What engines ask, see `fastkd.engines.protocol.ExitModel`
 
@@ -322,28 +393,47 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
 
     def trace(
         self,
-        batches: Iterable[Mapping[str, Tensor]],
+        batches: Any,
         fingerprint: str | None = None,
         rows: Rows | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        max_length: int | None = None,
+        batch_size: int = 32,
+        on_batch: OnBatch = lambda done, total: None,
     ) -> ExitTrace:
-        """Run every head on every batch once, see `ExitTrace`.
+        """Run every head on every row once, see `ExitTrace`.
 
         Args:
-            batches: keyword arguments of `forward`, with or without `labels`; moved to the model's device.
+            batches: keyword arguments of `forward`, with or without `labels`, moved to the model's device; with
+                `tokenizer` rows of any kind that `fastkd.load_rows` takes: their order is in `ExitTrace.rows`.
             fingerprint: of the rows (`Rows.digest`), so that a calibration can tell whether training has seen just
                 them; default: that of `rows`, or one of the tokens.
             rows: those in the batches, in any order, so that a calibration can tell how many of them training saw.
+            tokenizer: of the model, where rows are given.
+            max_length, batch_size: of rows: tokens after which a text is cut (default what tokenizer and encoder take),
+                and how many run together.
+            on_batch: called after each batch of rows with how many are done, and how many there are.
 
         Raises:
+            DataError: rows that cannot be used, or with labels that are not the model's.
+            TypeError: batches that are no dictionaries.
             ValueError: no batches, or labels in some batches only.
         """
-        return record_trace(self, batches, fingerprint, rows)
+        if tokenizer is None:
+            return record_trace(self, batches, fingerprint, rows)
+        length = max_length or longest_row(self.config, tokenizer, None)
+        return record_rows(
+            self, batches, tokenizer, fingerprint, max_length=length, batch_size=batch_size, on_batch=on_batch
+        )
 
     def stream(
         self,
-        rows: Iterable[Any],
+        rows: Any,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
+        text_a: str | None = None,
+        text_b: str | None = None,
         speed: float | Sequence[float] | None = None,
         criterion: str | None = None,
         top_n: int | None = None,
@@ -358,10 +448,13 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         """Answer rows one by one in their order; the survivors of each layer share runs across the whole input.
 
         Args:
-            rows: texts, pairs of texts, dictionaries as `fastkd.data.columns` names their columns, or dictionaries with
-                `input_ids`; a list, a generator or a `datasets.Dataset`. An input that has nothing right now may give
-                None after a while, so that what waits can run.
+            rows: texts, tuples (text, text) or with a label as in `fastkd.load_rows`, dictionaries as
+                `fastkd.data.columns` names their columns, or dictionaries with `input_ids`; one by one from a list or a
+                generator, or in a `datasets.Dataset` or `IterableDataset`, a DataFrame of pandas or polars, an Arrow
+                table, a dictionary of columns, `Rows`. None is read whole; labels are passed over. An input that has
+                nothing right now may give None after a while, so that what waits can run.
             tokenizer: of the model; not needed where the rows have `input_ids`.
+            text_a, text_b: names of the columns of the texts; default: the usual ones.
             speed, criterion, top_n: as in `forward`.
             exit_layers: after which layers to decide, a choice of those that have a head; default all.
             max_length: tokens after which a text is cut; default what tokenizer and encoder take.
@@ -376,12 +469,15 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             An iterator of `StreamRow` (`.label`, `.score`, `.exit_layer`), one a row, in input order.
 
         Raises:
+            DataError: a table without a column of texts.
+            TypeError: rows that are none, such as a single text.
             ValueError: as `forward`; bounds that cannot be kept.
         """
         return stream.Stream(
             self,
             rows,
             tokenizer,
+            columns=Columns(text_a, text_b),
             rule=self.exit_rule(speed, criterion, top_n, exit_layers),
             max_length=max_length,
             truncate=truncate,
@@ -445,8 +541,12 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         token_type_ids: Tensor | None,
         position_ids: Tensor | None,
         inputs_embeds: Tensor | None,
+        states: list[Tensor] | None,
     ) -> dict[str, Any]:
-        """What the engine that was asked for, or is fastest, answers; as fields of EarlyExitOutput."""
+        """What the engine that was asked for, or is fastest, answers; as fields of EarlyExitOutput.
+
+        The hidden states go to `states`, where that is a list.
+        """
         leaves_early = rule.leaves_early and not self.training
         encoder = self._packed_encoder(engine, input_ids, position_ids, mask, leaves_early)
         if engine == "graphs":
@@ -467,7 +567,16 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         hidden_states = self.embed(input_ids, token_type_ids, position_ids, inputs_embeds)
         if leaves_early:
             return fields_of(batch.run(self, hidden_states, mask, rule))
-        return self._full(hidden_states, mask, rule)
+        return self._full(hidden_states, mask, rule, states)
+
+    def _engine_with_states(self, engine: str | None, rule: ExitRule) -> str:
+        """The engine that keeps hidden states; ValueError where it cannot answer."""
+        if engine not in (None, "batch") or (rule.leaves_early and not self.training):
+            raise ValueError(
+                "output_hidden_states: got True, but rows that leave early have no states after that, and only engine "
+                "'batch' keeps them; use speed=0 without another engine, or output_hidden_states=False"
+            )
+        return "batch"
 
     def _packed_encoder(
         self,
@@ -498,12 +607,21 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         encoder = packed_encoder.encoder_of(self) if can_pack else None
         return encoder if encoder is not None and (engine == "packed" or encoder.is_faster) else None
 
-    def _full(self, hidden_states: Tensor, mask: Tensor | None, rule: ExitRule) -> dict[str, Any]:
+    def _full(
+        self, hidden_states: Tensor, mask: Tensor | None, rule: ExitRule, states: list[Tensor] | None
+    ) -> dict[str, Any]:
         """What the last head says after all layers, as fields of EarlyExitOutput; differentiable."""
         layout = self.layout(hidden_states, mask)
-        hidden_states = self.run_layers(range(1, self.num_layers + 1), hidden_states, layout)
+        if states is None:
+            hidden_states = self.run_layers(range(1, self.num_layers + 1), hidden_states, layout)
+        else:
+            states.append(hidden_states)
+            for number in range(1, self.num_layers + 1):
+                hidden_states = self.run_layers(range(number, number + 1), hidden_states, layout)
+                states.append(hidden_states)
         logits = self.last_head(hidden_states, layout)
-        if self.training:
+        # what is exported runs where fastkd_kernels is not, and has one answer a row
+        if self.training or torch.compiler.is_exporting():
             return {"logits": logits}
         rows, num_labels = logits.shape
         exit_layer = torch.full((rows,), self.num_layers, dtype=torch.int32, device=logits.device)
@@ -591,7 +709,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
 
         Args:
             pretrained_model_name_or_path: a folder or hub name; a checkpoint of any task of a supported family, or
-                one that `save_pretrained` of this class wrote.
+                one that `save_pretrained` of this class wrote; or a folder with an adapter of peft, which is loaded
+                upon its base and merged.
             config: used as it is; the four arguments below must then be left out.
             head: "fastbert" (default) or "linear".
             exit_layers: 1-based numbers of the layers that get a head; the last one always does. Default: every layer.
@@ -606,6 +725,9 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         """
         path = pretrained_model_name_or_path
         added = {"head": head, "exit_layers": exit_layers, "num_labels": num_labels, "id2label": id2label}
+        base = None if path is None else adapter_base(path)
+        if base is not None:
+            return cls._load_merged(path, base, *model_args, config=config, added=added, **kwargs)
         saved = None if path is None else saved_config(path, kwargs)
         config = config_to_load(saved, path, config, added, kwargs)
         heads_are_new = saved is not None and not isinstance(saved, EarlyExitConfig)
@@ -616,6 +738,32 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             model.seen_rows = {} if folder is None else load_seen_rows(folder)
             model._claims.loaded(model, None if folder is None else weights_fingerprint(folder, kwargs))
         return loaded
+
+    @classmethod
+    def _load_merged(
+        cls,
+        folder: str | os.PathLike[str],
+        base: str,
+        *model_args: Any,
+        config: EarlyExitConfig | None,
+        added: Mapping[str, Any],
+        **kwargs: Any,
+    ) -> Any:
+        """The model of an adapter folder: the base that it names, with the adapter merged into it."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        plain = saved_config(base, {})
+        saved = saved_config(folder, {}) if (Path(folder) / "config.json").is_file() else plain
+        config = config_to_load(saved, folder, config, added, kwargs)
+        heads_are_new = not isinstance(plain, EarlyExitConfig)
+        model, info = cls._load(
+            base, *model_args, config=config, heads_are_new=heads_are_new, output_loading_info=True, **kwargs
+        )
+        model = merge_adapter(model, folder, heads_are_new=heads_are_new)
+        model.name_or_path = str(folder)
+        model.seen_rows = load_seen_rows(folder)
+        is_as_saved = "dtype" not in kwargs and "torch_dtype" not in kwargs
+        model._claims.loaded(model, WeightsSketch.of(model.state_dict()).fingerprint if is_as_saved else None)
+        return (model, info) if wants_info else model
 
     @classmethod
     def _load(cls, path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any) -> Any:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from fastkd.data.labels import label_rule
 from fastkd.data.row_hashes import Hashes, row_hashes
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.exits.certificate import CalibrationWarning
@@ -20,7 +22,8 @@ from fastkd.exits.trace import ExitTrace, TraceSource
 from fastkd.model.seen_rows import count_seen
 
 if TYPE_CHECKING:
-    from fastkd.data.rows import Rows
+    from fastkd.data.batches import LengthSortedBatches
+    from fastkd.data.rows import Rows, RowSource
 
 
 class TracedModel(HasWeights, Protocol):
@@ -49,6 +52,10 @@ class TracedModel(HasWeights, Protocol):
     def train(self, mode: bool = True) -> Any: ...
 
 
+OnBatch = Callable[[int, int], None]
+"""Called after each batch with how many are done, and how many there are."""
+
+
 @torch.no_grad()
 def record_trace(
     model: TracedModel,
@@ -68,6 +75,7 @@ def record_trace(
         CalibrationWarning: the weights were changed by a training that left no record of its rows.
 
     Raises:
+        TypeError: batches that are no dictionaries.
         ValueError: no batches, or labels in some of them only.
     """
     changed = model.changed_weights()
@@ -124,7 +132,47 @@ class _Recorder:
     tokens: Any = field(default_factory=hashlib.sha256)
 
 
+def record_rows(
+    model: TracedModel,
+    rows: RowSource,
+    tokenizer: PreTrainedTokenizerBase,
+    fingerprint: str | None = None,
+    *,
+    max_length: int,
+    batch_size: int,
+    on_batch: OnBatch = lambda done, total: None,
+) -> ExitTrace:
+    """`record_trace` of rows of any kind that `fastkd.load_rows` takes, longest first; `ExitTrace.rows` says which.
+
+    Args:
+        model, fingerprint: as in `record_trace`.
+        rows: with or without labels, which must be the model's.
+        tokenizer: of the model.
+        max_length: tokens after which a text is cut.
+        batch_size: rows run together.
+        on_batch: see `OnBatch`.
+    """
+    from fastkd.data.batches import LengthSortedBatches, tokenize  # brings datasets
+    from fastkd.data.rows import load_rows
+
+    rows = load_rows(rows, require_labels=False, name="rows", **label_rule(model.config))
+    batches = LengthSortedBatches(tokenize(rows, tokenizer, max_length), tokenizer, batch_size)
+    trace = record_trace(model, _counted(batches, on_batch), fingerprint, rows)
+    return replace(trace, rows=torch.tensor(batches.order))
+
+
+def _counted(batches: LengthSortedBatches, on_batch: OnBatch) -> Iterator[Mapping[str, Tensor]]:
+    for number, batch in enumerate(batches, start=1):
+        yield batch
+        on_batch(number, len(batches))
+
+
 def _record_batch(model: TracedModel, batch: Mapping[str, Tensor], recorder: _Recorder) -> None:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batches: got a {type(batch).__name__} in the place of a batch; expected dictionaries of tensors, or rows "
+            "together with tokenizer="
+        )
     inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
     logits, log_odds = model.all_exits(**inputs)
     tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, cast
@@ -15,8 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.data.errors import DataError
 from fastkd.data.files import check_fields, check_output_folder, read_json, write_json
-from fastkd.data.labels import names_of_classes
-from fastkd.data.rows import Rows
+from fastkd.data.labels import label_rule, names_of_classes
+from fastkd.data.rows import Rows, RowSource, load_splits
+from fastkd.exits.merged_state import is_adapter
+from fastkd.model.adapters import check_adapter, is_peft_model
+from fastkd.model.modeling import EarlyExitForSequenceClassification
 
 _RUN_FILE = "run.json"
 # what may differ between a killed run and its continuation without changing the weights
@@ -27,6 +30,21 @@ def require(name: str, value: Any, is_right: bool, expected: str) -> None:
     """Raise ValueError about the argument `name` unless `is_right`; an infinite or undefined float never is."""
     if not is_right or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"{name}: got {value!r}, expected {expected}")
+
+
+def rows_for(
+    model: PreTrainedModel, train: RowSource, dev: RowSource | None, *, require_labels: bool
+) -> tuple[Rows, Rows | None]:
+    """Rows to train `model` on, read and checked; labels mean the same in both.
+
+    Raises:
+        DataError: rows that cannot be used, or labels that are missing or not the model's.
+    """
+    given = {"train": train, "dev": dev}
+    rows = load_splits(given, require_labels=require_labels, **label_rule(model.config))
+    for argument in given:
+        check_labels(model, rows.get(argument), argument, required=require_labels)
+    return rows["train"], rows.get("dev")
 
 
 def check_labels(model: PreTrainedModel, rows: Rows | None, argument: str, *, required: bool) -> None:
@@ -58,9 +76,9 @@ def _described(num_labels: int) -> str:
     return "a number as its label (regression)" if num_labels == 1 else f"{num_labels} labels"
 
 
-def check_dtypes(trained: Sequence[nn.Module]) -> None:
+def check_dtypes(trained: Iterable[nn.Parameter]) -> None:
     """Raise ValueError unless all weights to be trained are float32."""
-    wrong = {parameter.dtype for module in trained for parameter in module.parameters()} - {torch.float32}
+    wrong = {parameter.dtype for parameter in trained} - {torch.float32}
     if wrong:
         raise ValueError(
             f"model: the weights to be trained are {', '.join(map(str, wrong))}, expected torch.float32; load the "
@@ -84,15 +102,45 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
 
 
 def check_trainable(model: object, argument: str = "model") -> None:
-    """Raise TypeError or ValueError for a model with adapters: peft's trainings and ours undo each other's freezing."""
-    remedy = "merge the adapter first (model.merge_and_unload()), or train it with transformers.Trainer"
-    if any(base.__module__.startswith("peft.") for base in type(model).__mro__):
+    """Raise TypeError or ValueError for a model with adapters, whose frozen weights would train."""
+    remedy = "merge the adapter first (model.merge_and_unload()), or train it with fastkd.finetune or a Trainer"
+    if is_adapter(model):
         raise TypeError(f"{argument}: got a {type(model).__name__} of peft, whose frozen weights would train; {remedy}")
     if not isinstance(model, nn.Module):
         return
     for name, module in model.named_modules():
-        if any(base.__module__.startswith("peft.") for base in type(module).__mro__):
-            raise ValueError(f"{argument}: {name} is a peft adapter, whose frozen weights would train; {remedy}")
+        if is_adapter(module):
+            raise ValueError(
+                f"{argument}: {name} is a peft adapter, whose frozen weights would train; pass the PeftModel that "
+                f"get_peft_model gave, or {remedy}"
+            )
+
+
+def opened(model: Any) -> tuple[EarlyExitForSequenceClassification, Any]:
+    """The early-exit model to train, and the `PeftModel` around it, or None.
+
+    Raises:
+        TypeError, ValueError: adapters that cannot be trained so, see `check_adapter`.
+    """
+    if is_peft_model(model):
+        check_adapter(model)
+        return model.get_base_model(), model
+    check_trainable(model)
+    return model, None
+
+
+def parameters_to_train(trained: Sequence[nn.Module], adapter: Any, remedy: str) -> list[nn.Parameter]:
+    """All parameters of these modules; around an adapter those that peft trains.
+
+    Raises:
+        ValueError: none, or other than float32.
+    """
+    everything = dict.fromkeys(parameter for module in trained for parameter in module.parameters())
+    chosen = [parameter for parameter in everything if adapter is None or parameter.requires_grad]
+    if not chosen:
+        raise ValueError(f"model: its adapter trains nothing of what is trained here; {remedy}")
+    check_dtypes(chosen)
+    return chosen
 
 
 def check_evaluation(early_stopping_patience: int | None, dev: Rows | None) -> None:

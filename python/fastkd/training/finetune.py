@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback
 
-from fastkd.data.rows import Rows
+from fastkd.data.rows import RowSource
 from fastkd.encoders.label_scale import LabelScale
 from fastkd.losses import label_loss
 from fastkd.model.modeling import EarlyExitForSequenceClassification
-from fastkd.training.checks import check_labels, check_trainable
+from fastkd.training.checks import opened, parameters_to_train, rows_for
 from fastkd.training.harness import HeadTrainOptions, Objective, TrainResult, take_labels
 from fastkd.training.metrics import head_scores
 from fastkd.training.model_parts import PartTraining, check_part, train_part
@@ -44,9 +44,9 @@ class FinetuneOptions(HeadTrainOptions):
 
 
 def finetune(
-    model: EarlyExitForSequenceClassification,
-    train: Rows,
-    dev: Rows | None,
+    model: EarlyExitForSequenceClassification | Any,
+    train: RowSource,
+    dev: RowSource | None,
     output_dir: str | os.PathLike[str],
     options: FinetuneOptions,
     tokenizer: PreTrainedTokenizerBase,
@@ -58,8 +58,10 @@ def finetune(
     untrained (`config.exits_trained`); a default speed above 0 goes, because they cannot answer.
 
     Args:
-        model: with float32 weights; its number of labels must be that of the rows.
-        train, dev: labelled rows.
+        model: with float32 weights; its number of labels must be that of the rows. Or a `PeftModel` around one: what
+            peft trains of the backbone and the last head is trained, and `output_dir` holds the adapter, which
+            `from_pretrained` loads upon its base.
+        train, dev: labelled rows; what `fastkd.load_rows` takes, which also chooses among columns.
         output_dir: made at the end, under a temporary name first.
         options: see there.
         tokenizer: the model's; saved with it.
@@ -68,14 +70,14 @@ def finetune(
     Raises:
         DataError: rows without labels, or with labels that are not the model's.
         FileExistsError: `output_dir`, or the checkpoints of an unfinished run, would be lost.
-        TypeError: a model of peft.
+        TypeError: a model of peft around something else.
         ValueError: a resumed run was started with other rows or options; a tokenizer that is not the model's or pads on
-            the left; a model with adapters.
+            the left; an adapter that cannot be trained or loaded again so.
     """
-    check_trainable(model)
-    check_labels(model, train, "train", required=True)
-    check_labels(model, dev, "dev", required=True)
-    check_part(model, [model.backbone, model.last_head], dev, options, tokenizer)
+    model, adapter = opened(model)
+    train, dev = rows_for(model, train, dev, require_labels=True)
+    check_part(model, dev, options, tokenizer)
+    trained = parameters_to_train([model.backbone, model.last_head], adapter, "let it target layers of the encoder")
     config = model.config
     take_labels(model, train)
     config.last_head_was_trained()
@@ -92,7 +94,8 @@ def finetune(
         name="finetune",
         model=model,
         objective=_LastHead(model, scale),
-        trained=[model.backbone, model.last_head],
+        adapter=adapter,
+        trained=trained,
         scale=scale,
         scaled=[model.last_head],
         head_learning_rate=options.learning_rate * options.head_learning_rate_factor,

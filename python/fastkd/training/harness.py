@@ -40,6 +40,7 @@ from transformers import (
 from fastkd.data.batches import LengthGroupedSampler, ShuffledOnceSampler
 from fastkd.data.files import atomic_folder, read_json, write_json
 from fastkd.data.rows import Rows
+from fastkd.model.adapters import save_adapter
 from fastkd.training.checks import check_outputs, clear_failed_start, require
 from fastkd.training.log import LOG_FILE
 from fastkd.training.optimizers import BiasedAdamW
@@ -363,15 +364,24 @@ class Run:
             if self.record[part] is not None
         }
 
-    def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, result: TrainResult) -> TrainResult:
-        """Leave a whole model folder with its log, and no checkpoints; the result names that folder."""
+    def finish(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, result: TrainResult, adapter: Any = None
+    ) -> TrainResult:
+        """Leave a whole model folder with its log, and no checkpoints; the result names that folder.
+
+        Of a model in an adapter, a `PeftModel`, the adapter is saved.
+        """
         if self.arguments.process_index == 0:
-            self._save(model, tokenizer, result)
+            self._save(model, tokenizer, result, adapter)
             shutil.rmtree(self.checkpoints)
         PartialState().wait_for_everyone()
+        if adapter is None:
+            model.name_or_path = str(self.output_dir)  # an adapter that is trained next names its base by it
         return replace(result, output_dir=self.output_dir)
 
-    def _save(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, result: TrainResult) -> None:
+    def _save(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, result: TrainResult, adapter: Any
+    ) -> None:
         log = {
             **self.record,
             "steps": result.steps,
@@ -382,7 +392,10 @@ class Run:
             "log_history": result.log_history,
         }
         with atomic_folder(self.output_dir) as folder:
-            model.save_pretrained(folder)
+            if adapter is None:
+                model.save_pretrained(folder)
+            else:
+                save_adapter(adapter, folder)
             tokenizer.save_pretrained(folder)
             write_json(folder / LOG_FILE, log)
 
@@ -511,9 +524,9 @@ def asking_for_gradients(wanted: Mapping[nn.Parameter, bool]) -> Iterator[None]:
             parameter.requires_grad_(required)
 
 
-def only_trainable(model: nn.Module, trained: Sequence[nn.Module]) -> AbstractContextManager[None]:
-    """Inside, exactly the parameters of `trained` ask for gradients; afterwards each parameter does as before."""
-    chosen = {parameter for module in trained for parameter in module.parameters()}
+def only_trainable(model: nn.Module, trained: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+    """Inside, exactly the parameters `trained` ask for gradients; afterwards each parameter does as before."""
+    chosen = set(trained)
     return asking_for_gradients({parameter: parameter in chosen for parameter in model.parameters()})
 
 

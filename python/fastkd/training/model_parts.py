@@ -16,7 +16,7 @@ from fastkd.data.row_hashes import Hashes, row_hashes, warn_about_duplicates
 from fastkd.data.rows import Rows
 from fastkd.encoders.label_scale import LabelScale
 from fastkd.model.modeling import EarlyExitForSequenceClassification
-from fastkd.training.checks import check_dtypes, check_evaluation, check_tokenizer
+from fastkd.training.checks import check_evaluation, check_tokenizer
 from fastkd.training.harness import (
     Objective,
     Run,
@@ -27,6 +27,8 @@ from fastkd.training.harness import (
     train_stage,
 )
 
+_SPEEDS = (0.0, 0.1, 0.3, 0.5, 0.8)
+
 
 @dataclass(frozen=True)
 class PartTraining:
@@ -36,7 +38,8 @@ class PartTraining:
         name: "finetune" or "distill", for the log.
         model: trained in place.
         objective: the model as the Trainer sees it, so that the user's model is never wrapped or patched.
-        trained: the modules that learn; all others are frozen.
+        adapter: the `PeftModel` around it, or None.
+        trained: the parameters that learn; all others are frozen.
         scale: of the labels of a regression.
         scaled: the heads that learn in standardised units.
         head_learning_rate: of all heads that learn.
@@ -49,7 +52,8 @@ class PartTraining:
     name: str
     model: EarlyExitForSequenceClassification
     objective: Objective
-    trained: Sequence[nn.Module]
+    adapter: Any
+    trained: Sequence[nn.Parameter]
     scale: LabelScale
     scaled: Sequence[nn.Module]
     head_learning_rate: float
@@ -61,7 +65,6 @@ class PartTraining:
 
 def check_part(
     model: EarlyExitForSequenceClassification,
-    trained: Sequence[nn.Module],
     dev: Rows | None,
     options: TrainOptions,
     tokenizer: PreTrainedTokenizerBase,
@@ -71,7 +74,6 @@ def check_part(
     check_tokenizer(tokenizer, model)
     _check_input_format(tokenizer, model)
     _check_max_length(options.max_length, model)
-    check_dtypes(trained)
 
 
 def train_part(
@@ -111,7 +113,34 @@ def train_part(
     if training.trains_exits:
         config.exits_trained = True
     model.confirm_weights()
-    return run.finish(model, tokenizer, done)
+    config.speed_table = _speed_table(model, dev, tokenizer, options) if training.trains_exits else None
+    return run.finish(model, tokenizer, done, training.adapter)
+
+
+def _speed_table(
+    model: EarlyExitForSequenceClassification,
+    dev: Rows | None,
+    tokenizer: PreTrainedTokenizerBase,
+    options: TrainOptions,
+) -> list[dict[str, Any]] | None:
+    """Quality and cost of a few speeds on labelled dev rows, as the configuration holds them."""
+    if dev is None or not dev.is_labelled:
+        return None
+    trace = model.trace(dev, tokenizer=tokenizer, max_length=options.max_length, batch_size=options.eval_batch_size)
+    sweep = trace.sweep(_SPEEDS)
+    measure = "pearson" if model.config.num_labels == 1 else "accuracy"
+    return [
+        {
+            "speed": row.speed,
+            "measure": measure,
+            "quality": row.quality,
+            "average_layers": row.average_layers,
+            "speedup": row.speedup["fastbert"],
+            "criterion": sweep.criterion,
+            "rows": len(dev),
+        }
+        for row in sweep
+    ]
 
 
 def seen_by(name: str, train: Rows, dev: Rows | None) -> dict[str, Hashes]:

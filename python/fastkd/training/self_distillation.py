@@ -20,16 +20,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback
 
-from fastkd.data.rows import Rows
+from fastkd.data.rows import RowSource
 from fastkd.encoders.label_scale import LabelScale
 from fastkd.exits.flops import FlopsShape
 from fastkd.exits.trace import ExitTrace
 from fastkd.model.modeling import EarlyExitForSequenceClassification
-from fastkd.training.checks import check_labels, check_trainable, require
+from fastkd.training.checks import opened, parameters_to_train, require, rows_for
 from fastkd.training.harness import Objective, TrainOptions, TrainResult
 from fastkd.training.log import RECORDED_SPEED
 from fastkd.training.metrics import head_scores
 from fastkd.training.model_parts import PartTraining, check_part, train_part
+
+_KEEP_HEADS = "keep the heads by modules_to_save=['heads'] in its configuration"
+_MERGE = "merge the adapter first (model.merge_and_unload())"
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,9 @@ class DistillOptions(TrainOptions):
 
 
 def distill(
-    model: EarlyExitForSequenceClassification,
-    train: Rows,
-    dev: Rows | None,
+    model: EarlyExitForSequenceClassification | Any,
+    train: RowSource,
+    dev: RowSource | None,
     output_dir: str | os.PathLike[str],
     options: DistillOptions,
     tokenizer: PreTrainedTokenizerBase,
@@ -83,16 +86,17 @@ def distill(
     Raises:
         ValueError: also for a model whose only head is the last one.
     """
-    check_trainable(model)
+    model, adapter = opened(model)
     if not model.early_heads:
         raise ValueError(
             f"model: it has heads after the layers {model.exit_layers} only, so there is none to distil into; "
             "load it with exit_layers=None for a head after every layer"
         )
-    check_labels(model, train, "train", required=False)
-    check_labels(model, dev, "dev", required=False)
-    learned = [] if model.learned_exit is None else [model.learned_exit]
-    check_part(model, [*model.early_heads, *learned], dev, options, tokenizer)
+    train, dev = rows_for(model, train, dev, require_labels=False)
+    check_part(model, dev, options, tokenizer)
+    parameters_to_train(model.early_heads, adapter, _KEEP_HEADS)
+    if adapter is not None and (options.learned_exit or model.learned_exit is not None):
+        raise ValueError(f"learned_exit: an adapter does not keep it; {_MERGE}")
     if options.learned_exit:
         model.add_learned_exit()
     learned = [] if model.learned_exit is None else [model.learned_exit]
@@ -101,7 +105,8 @@ def distill(
         name="distill",
         model=model,
         objective=_SelfDistillation(model, options, scale),
-        trained=[*model.early_heads, *learned],
+        adapter=adapter,
+        trained=parameters_to_train([*model.early_heads, *learned], adapter, _KEEP_HEADS),
         scale=scale,
         scaled=model.early_heads,
         head_learning_rate=options.learning_rate,
