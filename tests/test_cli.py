@@ -768,7 +768,7 @@ def test_names_that_look_like_markup_are_shown_as_they_are(model: Path, tmp_path
     for arguments, shown in (
         (["info", folder / "[bold]"], [", ".join(names), quoted(folder / "[bold]")]),
         (["trace", folder / "[bold]", rows, "-o", folder / "[/].safetensors"], [folder / "[/].safetensors"]),
-        (["sweep", folder / "[/].safetensors", "-o", folder / "s"], ["[/]: 40 rows", folder / "s"]),
+        (["sweep", folder / "[/].safetensors", "-o", folder / "s"], ["entropy: 40 rows", folder / "s"]),
         (["predict", folder / "[bold]", rows, "-o", folder / "[a].tsv", "--speed", "0.5"], []),
     ):
         output = " ".join(succeeded(*arguments).output.split())
