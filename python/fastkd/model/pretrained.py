@@ -24,6 +24,7 @@ _CONFIG_OPTIONS = (
     "criterion",
     "top_n",
     "input_format",
+    "pool",
     "problem_type",
 )
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
@@ -31,6 +32,11 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "rev
 
 def saved_config(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> PreTrainedConfig:
     """The configuration beside the weights, of an encoder or of an early-exit model."""
+    if kwargs.get("trust_remote_code"):
+        raise ValueError(
+            "trust_remote_code: got True, but fastkd runs no code of a checkpoint; use an encoder that transformers has "
+            "itself"
+        )
     folder = Path(path) / kwargs.get("subfolder", "")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise FileNotFoundError(
@@ -156,7 +162,12 @@ def _config_of(
         return saved
     labels = dict(_labels_of(saved, added))
     return EarlyExitConfig(
-        backbone=saved, head=added.get("head", "fastbert"), exit_layers=added.get("exit_layers"), **labels, **options
+        backbone=saved,
+        head=added.get("head", "fastbert"),
+        exit_layers=added.get("exit_layers"),
+        layers=added.get("layers"),
+        **labels,
+        **options,
     )
 
 
@@ -219,6 +230,8 @@ def _check_same_heads(saved: EarlyExitConfig, path: str | os.PathLike[str] | Non
         )
     if wanted.get("head", saved.head) != saved.head:
         raise ValueError(f"head: got {wanted['head']!r}, but the model in {path} has {saved.head} heads; {remedy}")
+    if wanted.get("layers", saved.layers) != saved.layers:
+        raise ValueError(f"layers: got {wanted['layers']!r}, but the model in {path} has {saved.layers!r}; {remedy}")
     if "exit_layers" in wanted and sorted({*wanted["exit_layers"], saved.num_hidden_layers}) != saved.exit_layers:
         raise ValueError(
             f"exit_layers: got {wanted['exit_layers']}, but the model in {path} has heads after {saved.exit_layers}; "
