@@ -213,13 +213,13 @@ def tables(outcomes: dict[str, Outcome]) -> str:
         ("refused", "| family | model | refused, because |"),
         ("not built", "| family | model | not tested: no small model comes of small sizes alone |"),
     ):
-        rows = [
-            f"| `{family}` | {found.title} | {_cell(found.note)} |"
-            for family, found in outcomes.items()
-            if found.status == status
-        ]
+        rows = [row_of_table(family, found) for family, found in outcomes.items() if found.status == status]
         lines += [heading, "|---|---|---|", *rows, ""]
     return "\n".join(lines)
+
+
+def row_of_table(family: str, found: Outcome) -> str:
+    return f"| `{family}` | {found.title} | {_cell(found.note)} |"
 
 
 def rows_of_page() -> dict[str, str]:

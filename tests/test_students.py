@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from every_encoder import random_inputs, tiny_config
 from tiny_models import (
     CONFIGS,
     HIDDEN,
@@ -360,7 +361,7 @@ def test_layers_of_any_encoder_make_a_student(family: str) -> None:
     torch.testing.assert_close(whole(**inputs).logits, teacher(**inputs).logits)
     student = student_from_teacher(teacher, "layers:1,2")
     before = LayerProbe(teacher)(**inputs).hidden_states
-    assert len(LayerProbe(student)(**inputs).hidden_states) == 2 and len(before) == 3
+    assert (len(LayerProbe(student)(**inputs).hidden_states), len(before)) == (2, 3)
     kinds = getattr(config, "layer_types", None)
     assert kinds is None or student.config.layer_types == kinds[1:]
 

@@ -61,7 +61,7 @@ class Replay:
         self.path = layer_path(encoder, layers, num_layers)
         self.num_layers = num_layers
         self._kind = type(encoder).__name__
-        self._parameters = inspect.signature(type(encoder).forward).parameters
+        self._parameters = tuple(inspect.signature(type(encoder).forward).parameters)
         for name, why in (("input_ids", "it is no encoder of text"), ("attention_mask", "padding would be read")):
             if name not in self._parameters:
                 raise ValueError(f"backbone: {self._kind} takes no {name}, so {why}; use another encoder")
@@ -211,8 +211,8 @@ class Replay:
         called = len(seen.calls)
         if called != self.num_layers:
             raise ValueError(
-                f"layers: {self._kind} calls the modules in {self.path} {called} times, but its configuration says that "
-                f"it has {self.num_layers} layers; {REMEDY}, or use another encoder"
+                f"layers: {self._kind} calls the modules in {self.path} {called} times, but its configuration says "
+                f"that it has {self.num_layers} layers; {REMEDY}, or use another encoder"
             )
 
     def _check_shapes(self, seen: Observation) -> None:

@@ -154,6 +154,7 @@ class TeacherCache:
             **self.teacher.fingerprint,
             "max_length": self.max_length,
             "pool": str(self.teacher.pool),
+            **({} if self.teacher.layers is None else {"layers": self.teacher.layers}),
             "precision": "bfloat16" if self.bf16 else "float32",
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -77,6 +78,10 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         setattr(self, self.base_model_prefix, backbone)
         self.heads = nn.ModuleDict({str(layer - 1): build_head(config) for layer in config.exit_layers})
         self.learned_exit = LearnedExit(config) if config.learned_exit else None
+        if heads_are_new and not config.has_own_path:
+            # whatever a plain checkpoint carries for its own task
+            others = [re.escape(name) for name in (self.base_model_prefix, "heads", "learned_exit")]
+            self._keys_to_ignore_on_load_unexpected = [rf"^(?!({'|'.join(others)})\.)", r"pooler\."]
         if heads_are_new:
             self._keys_to_ignore_on_load_missing = [r"^heads\.", r"^learned_exit\."]
         self.post_init()

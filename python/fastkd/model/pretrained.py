@@ -34,8 +34,8 @@ def saved_config(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Pre
     """The configuration beside the weights, of an encoder or of an early-exit model."""
     if kwargs.get("trust_remote_code"):
         raise ValueError(
-            "trust_remote_code: got True, but fastkd runs no code of a checkpoint; use an encoder that transformers has "
-            "itself"
+            "trust_remote_code: got True, but fastkd runs no code of a checkpoint; use an encoder that transformers "
+            "has itself"
         )
     folder = Path(path) / kwargs.get("subfolder", "")
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -43,7 +43,9 @@ def saved_config(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Pre
             f"pretrained_model_name_or_path: no config.json in {folder}; expected a folder that save_pretrained wrote"
         )
     with config_explained(path):
-        return AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs})
+        options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        # else transformers would ask whoever sits before the terminal
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
 
 
 @contextmanager
@@ -57,6 +59,11 @@ def config_explained(path: str | os.PathLike[str] | None) -> Iterator[None]:
         place = (
             f"{Path(path) / 'config.json'}" if path is not None and Path(path).is_dir() else f"config.json of {path}"
         )
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{place} asks for code of its own, which fastkd does not run; use an encoder that transformers has "
+                "itself"
+            ) from error
         # torch appends the stack of its C++
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
