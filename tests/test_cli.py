@@ -240,14 +240,15 @@ def test_any_encoder_walks_from_finetune_to_predict(work: Path, tmp_path: Path, 
     data = ("--data", work / "data")
     layers = {"albert": "encoder.albert_layer_groups", "deberta-v2": "encoder.layer"}[family]
     succeeded(
-        "finetune", tmp_path / "plain", *data, "-o", tmp_path / "tuned", "--max-length", 24, *steps, "--layers", layers
-    )
+        "finetune", tmp_path / "plain", *data, "-o", tmp_path / "tuned", "--max-length", 24, *steps,
+        "--head", "linear", "--layers", layers,
+    )  # fmt: skip
     model = tmp_path / "model"
     succeeded("distill", tmp_path / "tuned", *data, "-o", model, *steps)
     succeeded("calibrate", model, *data, "--split", "test", "--max-drop", 0.5)
     done = json.loads(succeeded("info", model, "--json").stdout)
     assert (done["encoder"], done["layers"]) == (family, 3)
-    succeeded("trace", model, *data, "-o", tmp_path / "trace.safetensors")
+    succeeded("trace", model, work / "data", "-o", tmp_path / "trace.safetensors")
     succeeded("sweep", tmp_path / "trace.safetensors", "--speeds", "0,0.5")
     lines = succeeded("predict", model, "--speed", 0.5, stdin="a film\nthe actor was not very good\n").stdout
     assert len(lines.splitlines()) == 2

@@ -293,7 +293,9 @@ def student_from_teacher(
     if not os.path.isdir(spec):
         raise ValueError(f"spec: got {spec!r}, expected {SPECS}")
     labels = {name: getattr(teacher.config, name) for name in ("id2label", "label2id", "problem_type")}
-    student = AutoModelForSequenceClassification.from_pretrained(spec, num_labels=teacher.config.num_labels, **labels)
+    student = AutoModelForSequenceClassification.from_pretrained(
+        spec, num_labels=teacher.config.num_labels, trust_remote_code=False, **labels
+    )
     return _like(student, teacher)
 
 

@@ -116,7 +116,9 @@ class Teacher:
         # the configuration is read first, so that what is wrong with it is said of it
         config = saved_config(folder, {})
         with damage_explained(folder, lambda: AutoModelForSequenceClassification.from_config(config)):
-            model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                folder, config=config, dtype=torch.float32, trust_remote_code=False
+            )
         return cls(model, load_tokenizer(folder), pool, layers=layers)
 
     @property
