@@ -2,7 +2,7 @@
 #   make demo    the whole story on generated text
 #   make test    the test suite            (PYTEST_ARGS="tests/test_compact.py -x")
 #   make bench   the benchmarks            (BENCH_ARGS="bench/bench_compact.py --save-results")
-#   make gpu     on a CUDA machine: tests, sanitizers, benchmarks and their report (GPU_ARGS="--only ops")
+#   make gpu     on a CUDA machine: tests, sanitizers, benchmarks and their report (GPU_ARGS=--prove, then GPU_ARGS=--measure)
 #   make lint    ruff and mypy
 #   make docs    the documentation, into build/site
 #   make setup   only the environment and the compiled kernels

@@ -376,11 +376,13 @@ inline ScalarType accumulate_type(const Tensor& one, const Tensor& other) {
   return wide ? ScalarType::Double : ScalarType::Float;
 }
 
-// A contiguous tensor of the shape of `input`, or an empty one where no gradient is wanted.
+// A contiguous tensor of the shape of `input`, or an empty one where no gradient is wanted. That of float16 waits in
+// float32 for the backward pass, whose scale may lift what would underflow.
 inline Tensor gradient_like(const Tensor& input, bool wanted) {
-  if (!wanted) return torch::stable::new_empty(input, {0});
+  const ScalarType type = input.scalar_type() == ScalarType::Half ? ScalarType::Float : input.scalar_type();
+  if (!wanted) return torch::stable::new_empty(input, {0}, type);
   const std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
-  return torch::stable::new_empty(input, shape);
+  return torch::stable::new_empty(input, shape, type);
 }
 
 inline void check_floating(const Tensor& tensor, const char* name) {

@@ -91,7 +91,10 @@ void check_sequences(
     int64_t batch, int64_t padded, int64_t total, const std::optional<Tensor>& lengths,
     const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens) {
   STD_TORCH_CHECK(batch >= 0 && padded >= 0, "batch, padded: expected at least 0");
-  if (!cu_seqlens) STD_TORCH_CHECK(total >= batch * padded, "rows: fewer than B * T tokens");
+  if (!cu_seqlens) {
+    STD_TORCH_CHECK(batch == 0 || padded > 0, "T: got 0, expected a first token in every sequence");
+    STD_TORCH_CHECK(batch == 0 || total / padded >= batch, "rows: fewer than B * T tokens");
+  }
   if (mask) {
     check_values(*mask, ScalarType::Bool, "mask");
     STD_TORCH_CHECK(mask->numel() == batch * padded, "mask: expected [B, T]");

@@ -11,7 +11,7 @@ from fastkd_kernels._student_head_weights import StudentHeadWeights
 from fastkd_kernels.ops.compact import compact
 from fastkd_kernels.ops.distillation_loss import distillation_loss
 from fastkd_kernels.ops.exit_gate import CRITERIA, ExitGateOutput, ExitRecord, exit_gate
-from fastkd_kernels.ops.fused_linear_kd_loss import fused_linear_kd_loss
+from fastkd_kernels.ops.fused_linear_kd_loss import SoftHardLoss, fused_linear_kd_loss
 from fastkd_kernels.ops.kd_loss import kd_loss
 from fastkd_kernels.ops.layer_norm import add_layer_norm, embed_layer_norm
 from fastkd_kernels.ops.packed import compact_packed, pack, unpack
@@ -27,6 +27,7 @@ __all__ = [
     "ExitGateOutput",
     "ExitRecord",
     "ParameterStamp",
+    "SoftHardLoss",
     "StudentHeadWeights",
     "__version__",
     "add_layer_norm",

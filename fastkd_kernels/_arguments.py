@@ -26,6 +26,11 @@ def dense(tensor: Tensor) -> Tensor:
     return plain(tensor).contiguous()
 
 
+def select_rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    """tensor[rows], of any dtype: `index_select` knows no vector of unsigned integers, but matrices of them."""
+    return tensor.unsqueeze(-1).index_select(0, rows).squeeze(-1)
+
+
 def values_are_free(tensor: Tensor) -> bool:
     """Whether looking at values costs no waiting for a GPU and no graph break, and is not hidden by a transform."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not _derivatives.transforming()

@@ -18,10 +18,21 @@ TRANSFORM_REASON = "forward-mode AD and torch.func see into plain PyTorch only"
 
 
 def transforming() -> bool:
-    """Whether forward-mode AD or a transform of `torch.func` is under way, outside of a compiler."""
+    """Whether forward-mode AD or a transform of `torch.func` is under way, inside a compiled function too."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+# what `torch.compiler.assume_constant_result` sets, which would import the compiler; Dynamo enters transforms while it
+# traces them, and guards what it traced by the transforms around it
+transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a vmap hides several tensors in this one, as `is_grads_batched` does to a backward pass."""
     if torch.compiler.is_compiling():
         return False
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(tensor) or functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def wants_gradient(tensors: Sequence[Tensor | None]) -> bool:

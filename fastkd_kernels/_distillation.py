@@ -29,7 +29,8 @@ from torch import Tensor
 
 from fastkd_kernels import _distillation_triton
 from fastkd_kernels._arguments import plain
-from fastkd_kernels._derivatives import differentiated_once, wants_gradient
+from fastkd_kernels._derivatives import differentiated_once, is_batched, wants_gradient
+from fastkd_kernels.checks import check_same_device
 
 # the position in these tuples is the code that the kernels understand
 DIRECTIONS = ("forward", "reverse", "jsd")
@@ -49,11 +50,13 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_logits(name: str, logits: Tensor, shape: str) -> None:
-    """`shape` is written like "[M, B, C]"."""
+    """`shape` is written like "[M, B, C]"; dots stand for one dimension or more."""
     if not logits.is_floating_point():
         raise TypeError(f"{name}: got dtype {logits.dtype}, expected a floating-point dtype")
-    if logits.dim() != shape.count(",") + 1:
-        raise ValueError(f"{name}: got shape {tuple(logits.shape)}, expected {shape}")
+    needed = shape.count(",") + 1
+    if logits.dim() < needed or (logits.dim() > needed and "..." not in shape):
+        of_rows = ", at least one dimension before the last" if "..." in shape else ""
+        raise ValueError(f"{name}: got shape {tuple(logits.shape)}, expected {shape}{of_rows}")
 
 
 def check_classes(name: str, logits: Tensor, task: str) -> None:
@@ -96,6 +99,33 @@ def divergence_code(direction: str, task: str, beta: float | None = None) -> tup
     return DIRECTIONS.index(direction), share
 
 
+def check_num_items(num_items_in_batch: float | Tensor | None, reduction: str) -> None:
+    if num_items_in_batch is None:
+        return
+    if reduction != "batchmean":
+        raise ValueError(
+            f'num_items_in_batch: got a number with reduction="{reduction}", but it is what "batchmean" divides by; '
+            "leave it out"
+        )
+    if isinstance(num_items_in_batch, Tensor):
+        if num_items_in_batch.numel() != 1:
+            raise ValueError(
+                f"num_items_in_batch: got shape {tuple(num_items_in_batch.shape)}, expected a number or a tensor of one"
+            )
+        return
+    if not num_items_in_batch >= 0:
+        raise ValueError(f"num_items_in_batch: got {num_items_in_batch}, expected 0 or more")
+
+
+def check_token_labels(labels: Tensor, leading: torch.Size, name: str, other: Tensor) -> None:
+    """`name` and `other` are the tensor whose leading dimensions the labels share."""
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels: got dtype {labels.dtype}, expected torch.int64")
+    if labels.shape != leading:
+        raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected {list(leading)}")
+    check_same_device("labels", labels, name, other)
+
+
 def loss_scale(temperature: float, t2_scale: bool) -> float:
     return temperature**2 if t2_scale else 1.0
 
@@ -105,6 +135,36 @@ def reduction_factor(reduction: str, batch: int, classes: int) -> float:
     if reduction == "batchmean":
         return 1 / max(batch, 1)
     return 1 / max(batch * classes, 1) if reduction == "mean" else 1.0
+
+
+def reduction_scale(
+    reduction: str, rows: Tensor, classes: int, keep: Tensor | None, num_items_in_batch: float | Tensor | None
+) -> float | Tensor:
+    """`reduction_factor` where only the rows of `keep` count, or where somebody else has counted them.
+
+    Args:
+        rows: [B, ...], of the losses' dtype; its length and device are asked for.
+        keep: [B] bool; None keeps all.
+
+    Returns:
+        A number, or a scalar tensor where the count is on the device: waiting for it would stop the host.
+    """
+    if reduction in ("sum", "none"):
+        return 1.0
+    if num_items_in_batch is None:
+        if keep is None:
+            return reduction_factor(reduction, len(rows), classes)
+        count = keep.sum().clamp(min=1).to(accumulate_dtype(rows))
+        return (count * classes if reduction == "mean" else count).reciprocal()
+    if isinstance(num_items_in_batch, Tensor):
+        count = num_items_in_batch.detach().reshape(()).to(rows.device, accumulate_dtype(rows))
+        return count.clamp(min=1).reciprocal()
+    return 1 / max(num_items_in_batch, 1)
+
+
+def kept(rows: Tensor, keep: Tensor | None) -> Tensor:
+    """Zeros in the place of ignored rows, which may hold anything."""
+    return rows if keep is None else rows.masked_fill(~keep[:, None], 0)
 
 
 def widen(*tensors: Tensor) -> list[Tensor]:
@@ -150,32 +210,44 @@ def dense_rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which a gradient for `dtype` waits for its backward pass.
+
+    In float16 it would underflow before a `GradScaler` can lift it: its scale arrives in the backward pass only.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def gradient_like(logits: Tensor, wanted: bool) -> Tensor:
     """Room for a contiguous gradient; without elements where it is not wanted."""
-    return logits.new_empty(logits.shape if wanted else (0,))
+    return logits.new_empty(logits.shape if wanted else (0,), dtype=gradient_dtype(logits.dtype))
 
 
-def scaled_gradient(gradient: Tensor, grad_output: Tensor, factor: float) -> Tensor:
-    """gradient * grad_output * factor in a new tensor, rounded to the dtype of `gradient` once.
+def scaled_gradient(gradient: Tensor, dtype: torch.dtype, grad_output: Tensor, factor: float) -> Tensor:
+    """gradient * grad_output * factor in a new tensor, rounded to `dtype` once.
 
     Args:
         gradient: [..., C] of the sum of all rows. Never written to, as a second backward pass reads it again.
+        dtype: of what the gradient is for.
         grad_output: a scalar, or one value a row, broadcast from the left; any strides.
         factor: of the reduction.
     """
     scale = grad_output if factor == 1 else grad_output * factor
     if not scale.dim():
         # a scalar is multiplied with at its own precision, and without a copy of the gradient at that precision
-        return gradient * scale
+        return (gradient * scale).to(dtype)
     scale = scale.unsqueeze(-1)
     if gradient.dtype in (torch.float32, torch.float64):
-        return gradient * scale
-    return (gradient.float() * scale).to(gradient.dtype)
+        return (gradient * scale).to(dtype)
+    return (gradient.float() * scale).to(dtype)
 
 
-def scaled_gradients(gradients: Sequence[Tensor], grad_output: Tensor, factor: float) -> list[Tensor]:
+def scaled_gradients(
+    gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype], grad_output: Tensor, factor: float
+) -> list[Tensor]:
     """`scaled_gradient` of gradients that share their number of classes, or a scalar `grad_output`."""
-    return [scaled_gradient(gradient, grad_output, factor) for gradient in gradients]
+    pairs = zip(gradients, dtypes, strict=True)
+    return [scaled_gradient(gradient, dtype, grad_output, factor) for gradient, dtype in pairs]
 
 
 def summed_over_layers(gradient: Tensor, grad_output: Tensor, factor: float) -> Tensor:
@@ -196,16 +268,19 @@ class FusedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         compute: Callable[..., tuple[Tensor, ...]],
-        scale: Callable[[Sequence[Tensor], Tensor, float], list[Tensor]],
+        scale: Callable[[Sequence[Tensor], Sequence[torch.dtype], Tensor, float], list[Tensor]],
         factor: float,
+        reported: int,
         options: tuple[Any, ...],
         *tensors: Any,
-    ) -> tuple[Tensor, Tensor]:
-        """compute(*tensors, *options) returns the loss and the gradients of the first tensors, in their order.
+    ) -> tuple[Tensor, ...]:
+        """compute(*tensors, *options) returns the loss, what is `reported` without a gradient, and the gradients.
 
-        The second result has no elements: it links what the backward pass makes to the inputs without keeping them.
+        Gradients are those of the first tensors, in their order. The last result has no elements: it links what the
+        backward pass makes to the inputs without keeping them.
         """
-        loss, *gradients = compute(*tensors, *options)
+        loss, *others = compute(*tensors, *options)
+        reports, gradients = others[:reported], others[reported:]
         link = loss.new_empty(0)
         ctx.save_for_backward(link, *gradients)
         ctx.set_materialize_grads(False)
@@ -213,52 +288,70 @@ class FusedLoss(torch.autograd.Function):
         differentiable = tensors[: len(gradients)]
         ctx.differentiable = [None if tensor is None else (tensor.dim(), tensor.dtype) for tensor in differentiable]
         ctx.inputs = len(tensors)
-        return loss, link
+        if reports:
+            ctx.mark_non_differentiable(*reports)
+        return loss, *reports, link
 
     @staticmethod
-    def backward(ctx: Any, grad_of_loss: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_of_loss: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
         results: list[Tensor | None] = [None] * ctx.inputs
         if grad_of_loss is None:
-            return None, None, None, None, *results
+            return None, None, None, None, None, *results
         link, *gradients = ctx.saved_tensors
-        grad_output = grad_of_loss.detach()
-        whole = []
-        for position, gradient in enumerate(gradients):
-            if not ctx.needs_input_grad[4 + position]:
-                continue
-            dims, dtype = ctx.differentiable[position]
-            if gradient.dim() == dims:
-                whole.append((position, gradient))
-            else:
-                results[position] = summed_over_layers(gradient, grad_output, ctx.factor).to(dtype)
-        scaled = ctx.scale([gradient for _, gradient in whole], grad_output, ctx.factor)
-        for (position, _), result in zip(whole, scaled, strict=True):
+        # a batch of gradients at a time is a tensor that no kernel can read
+        scale = scaled_gradients if is_batched(grad_of_loss) else ctx.scale
+        whole: list[tuple[int, torch.dtype, Tensor]] = []
+        # batched tensors cannot be detached
+        with torch.no_grad():
+            for position, gradient in enumerate(gradients):
+                if not ctx.needs_input_grad[5 + position]:
+                    continue
+                dims, dtype = ctx.differentiable[position]
+                if gradient.dim() == dims:
+                    whole.append((position, dtype, gradient))
+                else:
+                    results[position] = summed_over_layers(gradient, grad_of_loss, ctx.factor).to(dtype)
+            positions, dtypes, kept = zip(*whole, strict=True) if whole else ((), (), ())
+            scaled = scale(kept, dtypes, grad_of_loss, ctx.factor)
+        for position, result in zip(positions, scaled, strict=True):
             results[position] = result
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             results = differentiated_once(results, (link, grad_of_loss))
-        return None, None, None, None, *results
+        return None, None, None, None, None, *results
 
 
-def fused_loss(
+def fused_losses(
     backend: str,
     op: Callable[..., tuple[Tensor, ...]],
     launch: Callable[..., tuple[Tensor, ...]],
     factor: float,
     options: tuple[Any, ...],
     tensors: tuple[Tensor | None, ...],
-) -> Tensor:
-    """compute(*tensors, *options)[0], differentiable in those tensors that require grad.
+    reported: int = 0,
+) -> tuple[Tensor, ...]:
+    """compute(*tensors, *options)[: 1 + reported], the first differentiable in those tensors that require grad.
 
     Args:
         backend: "cuda" or "cpu".
         op: the registered op.
         launch: the Triton kernel behind it, which eager mode calls without the cost of the dispatcher, and the
             interpreter for tensors that are not on a GPU.
+        reported: how many results without a gradient come behind the loss.
     """
-    compute, scale = op, scaled_gradients
-    if backend == "cuda" and not torch.compiler.is_compiling():
-        compute, scale = launch, _distillation_triton.scaled_gradients
+    compute = compute_of(backend, op, launch)
+    scale = _distillation_triton.scaled_gradients if compute is launch else scaled_gradients
     if wants_gradient(tensors):
-        loss, _ = FusedLoss.apply(compute, scale, factor, options, *tensors)
-        return loss
-    return compute(*tensors, *options)[0]
+        return FusedLoss.apply(compute, scale, factor, reported, options, *tensors)[: 1 + reported]
+    return compute(*tensors, *options)[: 1 + reported]
+
+
+def compute_of(
+    backend: str, op: Callable[..., tuple[Tensor, ...]], launch: Callable[..., tuple[Tensor, ...]]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Which of the two runs, see `fused_losses`."""
+    return launch if backend == "cuda" and not torch.compiler.is_compiling() else op
+
+
+def fused_loss(*arguments: Any) -> Tensor:
+    """The loss alone of `fused_losses`, whose arguments it has."""
+    return fused_losses(*arguments)[0]

@@ -241,9 +241,11 @@ def _scale_kernel(
 _launch_scale = Launcher(_scale_kernel)
 
 
-def scaled_gradients(gradients: Sequence[Tensor], grad_output: Tensor, factor: float) -> list[Tensor]:
+def scaled_gradients(
+    gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype], grad_output: Tensor, factor: float
+) -> list[Tensor]:
     """`_distillation.scaled_gradients`, two contiguous gradients a launch."""
-    results = [torch.empty_like(gradient) for gradient in gradients]
+    results = [torch.empty_like(gradient, dtype=dtype) for gradient, dtype in zip(gradients, dtypes, strict=True)]
     pairs = [(gradient, out) for gradient, out in zip(gradients, results, strict=True) if out.numel()]
     for first, second in zip_longest(pairs[::2], pairs[1::2]):
         _scale(first, second, grad_output, factor)

@@ -35,7 +35,8 @@ class ParameterStamp:
     """What a copy of parameters keeps, to know later whether it still says what they say.
 
     Recognises other tensors, changes in place, moved memory and the steps of any `torch.optim` optimizer. Changes
-    through `parameter.data` leave no trace in PyTorch, and tensors made in inference mode count no changes.
+    through `parameter.data` leave no trace in PyTorch, and tensors made in inference mode count no changes. Keeps
+    neither the parameters nor their memory alive.
 
     Args:
         parameters: taken note of before they are copied.
@@ -46,18 +47,31 @@ class ParameterStamp:
             _optimizer_steps.watch()
         self._steps = _optimizer_steps.count
         self._marks = tuple((weakref.ref(p), _version(p), p.data_ptr()) for p in parameters)
-        # keeps the memory, so that no later one can have its address
-        self._storage = tuple(parameter.untyped_storage() for parameter in parameters)
+        # told when memory is freed, because a later tensor may have its address
+        self._freed: list[Any] = []
+        self._memory = tuple(weakref.ref(parameter.untyped_storage(), self._freed.append) for parameter in parameters)
 
-    def is_current(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether `parameters` are the same as then, and unchanged."""
-        if self._steps != _optimizer_steps.count or len(parameters) != len(self._marks):
+    @property
+    def memory_was_freed(self) -> bool:
+        """Whether any of the parameters has moved or gone since then, and its memory with it; costs next to nothing."""
+        return bool(self._freed)
+
+    def is_current(self, parameters: Sequence[Tensor] | None = None) -> bool:
+        """Whether the parameters are the same as then, and unchanged.
+
+        Args:
+            parameters: what they are now; default those of then, as far as they are alive.
+        """
+        if self._freed or self._steps != _optimizer_steps.count:
+            return False
+        if parameters is not None and len(parameters) != len(self._marks):
             return False
         # a plain loop without a call of its own, because every call of a head asks for its 14 parameters
-        for parameter, (reference, version, address) in zip(parameters, self._marks, strict=True):
-            if reference() is not parameter or address != parameter.data_ptr():
+        for number, (reference, version, address) in enumerate(self._marks):
+            parameter = reference()
+            if parameter is None or (parameters is not None and parameter is not parameters[number]):
                 return False
-            if version != _NO_VERSION and version != parameter._version:
+            if address != parameter.data_ptr() or (version != _NO_VERSION and version != parameter._version):
                 return False
         return True
 

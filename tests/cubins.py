@@ -87,6 +87,13 @@ class Cubin:
             f"{self.registers} registers"
         )
 
+    def assert_arithmetic_is_imitated(self) -> None:
+        """What is approximate in this kernel is what `gpu_arithmetic` knows of; it would miss a lg2.approx."""
+        ptx = Path(self.path).with_suffix(".ptx").read_text()
+        approximate = set(re.findall(r"\b\w+\.(?:approx|full)\.[\w.]+", ptx))
+        unknown = approximate - {"ex2.approx.f32", "div.full.f32", "sqrt.approx.f32", "rsqrt.approx.f32"}
+        assert not unknown, f"{self.spec} for sm_{self.capability}: {unknown}"
+
 
 def compile_kernels(specs: Iterable[KernelSpec], capabilities: Iterable[int] = CAPABILITIES) -> list[Cubin]:
     """Every spec compiled for every compute capability, in that order.

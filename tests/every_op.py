@@ -66,6 +66,9 @@ def _losses() -> list[Op]:
     def layers() -> Tensors:
         return {"student_logits": torch.randn(2, 3, 5), "teacher_logits": torch.randn(2, 3, 5)}
 
+    def tokens() -> Tensors:
+        return {**layers(), "labels": torch.tensor([[1, -100, 0], [4, 2, -100]])}
+
     def mixture() -> Tensors:
         return {
             "student_logits": torch.randn(3, 5),
@@ -95,6 +98,11 @@ def _losses() -> list[Op]:
             "teacher_bias": torch.randn(11),
         }
 
+    def known() -> Tensors:
+        student = {name: tensor for name, tensor in linear().items() if not name.startswith("teacher")}
+        values, indices = torch.randn(6, 11).topk(4)
+        return {**student, "teacher_logits": values, "teacher_indices": indices}
+
     def mixed(tensors: Tensors, **options: str) -> list[Tensor]:
         weights = {"label_weight": 0.2, "kd_weight": 0.3, "intermediate_weight": 0.5}
         return [fk.distillation_loss(**tensors, **weights, temperature=2.0, **options)]
@@ -105,6 +113,14 @@ def _losses() -> list[Op]:
         Op("kd_loss", "kd_loss", pair, lambda t: [fk.kd_loss(**t, temperature=2.0)], student),
         Op("kd_loss jsd", "kd_loss", pair, lambda t: [fk.kd_loss(**t, direction="jsd", beta=0.2)], student),
         Op("kd_loss rows", "kd_loss", pair, lambda t: [fk.kd_loss(**t, reduction="none")], student, varied=student),
+        Op(
+            "kd_loss tokens",
+            "kd_loss",
+            tokens,
+            lambda t: [fk.kd_loss(**t, temperature=2.0)],
+            student,
+            varied=("labels", *student),
+        ),
         Op("universal_kd_loss", "universal_kd_loss", layers, lambda t: [fk.universal_kd_loss(**t)], student),
         Op("distillation_loss", "distillation_loss", mixture, mixed, last),
         Op(
@@ -121,6 +137,32 @@ def _losses() -> list[Op]:
             linear,
             lambda t: [fk.fused_linear_kd_loss(**t, label_weight=0.5, chunk_tokens=4)],
             head,
+        ),
+        Op(
+            "fused_linear_kd_loss tokens",
+            "fused_linear_kd_loss",
+            linear,
+            lambda t: [
+                fk.fused_linear_kd_loss(
+                    **t,
+                    label_weight=0.5,
+                    chunk_tokens=4,
+                    reduction="none",
+                    student_softcap=2.0,
+                    teacher_logit_scale=0.5,
+                )
+            ],
+            head,
+            varied=("labels", *head),
+        ),
+        Op(
+            "fused_linear_kd_loss known",
+            "fused_linear_kd_loss",
+            known,
+            lambda t: [fk.fused_linear_kd_loss(**t, label_weight=0.5, chunk_tokens=4)],
+            head,
+            distinct=("teacher_indices",),
+            varied=("teacher_logits", "teacher_indices"),
         ),
     ]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import gpu_arithmetic
 import pytest
 import torch
 from error_budget import assert_within_budget
@@ -54,6 +56,7 @@ def assert_as_accurate_as_torch(
     wanted: tuple[bool, ...],
     slack: float = 2.0,
     rounds_within: bool = False,
+    divergences: float = 0.0,
     **options: Any,
 ) -> None:
     """Value and gradients of `backend` against float64, with plain PyTorch in the tensors' dtype as the bar.
@@ -64,6 +67,9 @@ def assert_as_accurate_as_torch(
 
     `rounds_within`: both round to the tensors' dtype on the way, as between matrix products. What that does to one
     element is chance, so `slack` times PyTorch's largest error in the tensor's own dtype is allowed instead.
+
+    `divergences`: how many times a value counts a divergence of two distributions, for kernels whose exponentials and
+    logarithms are approximate (`error_of_a_divergence`).
     """
     actual, actual_gradients = run(backend, loss, tensors, wanted, **options)
     wide = tuple(tensor.double() for tensor in tensors)
@@ -71,16 +77,30 @@ def assert_as_accurate_as_torch(
     truth, true_gradients = run("reference", loss, wide, wanted, **options)
     plain, plain_gradients = run("reference", loss, tensors, wanted, **options)
     fine, fine_gradients = run("reference", loss, single, wanted, **options)
-    for ours, exact, torch_result, in_float32 in zip(
+    approximate = divergences * error_of_a_divergence(backend, max(tensor.shape[-1] for tensor in tensors))
+    for ours, exact, torch_result, in_float32, more in zip(
         [actual, *actual_gradients],
         [truth, *true_gradients],
         [plain, *plain_gradients],
         [fine, *fine_gradients],
+        [approximate] + [0.0] * len(actual_gradients),
         strict=True,
     ):
         quantum = torch.finfo(ours.dtype).smallest_normal * torch.finfo(ours.dtype).eps
-        absolute = slack * _largest_error(torch_result if rounds_within else in_float32, exact) + quantum
+        absolute = slack * _largest_error(torch_result if rounds_within else in_float32, exact) + quantum + more
         assert_within_budget(ours, exact, torch_result, slack=slack, absolute=absolute)
+
+
+def error_of_a_divergence(backend: str, classes: int) -> float:
+    """What the instructions of a GPU may add to sum_c p_c (ln p_c - ln q_c), by the bounds in `gpu_arithmetic`.
+
+    ln p_c = x_c - ln sum exp x. Exponentials are off by at most 2.5 eps of themselves and so is their sum, which moves
+    its logarithm by 2.5 eps; the logarithm is off by eps of itself, at most eps ln C. As sum_c p_c = 1, the divergence
+    moves by as much, once for p and once for q.
+    """
+    if backend != "cuda" or not (torch.cuda.is_available() or gpu_arithmetic.is_on()):
+        return 0.0
+    return 2 * torch.finfo(torch.float32).eps * (2.5 + math.log(classes))
 
 
 def _largest_error(result: Tensor, exact: Tensor) -> float:

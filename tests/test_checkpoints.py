@@ -57,3 +57,15 @@ def test_a_model_that_was_being_replaced_is_put_back_before_it_is_loaded(here: P
     (here / "tuned").rename(holder / "old")
     check_path("tuned")
     assert (here / "tuned" / "config.json").is_file()
+
+
+def test_files_and_folders_without_a_model_are_called_what_they_are(here: Path) -> None:
+    (here / "data").mkdir()
+    (here / "data" / "train.tsv").touch()
+    with pytest.raises(NotADirectoryError, match=r"data/train.tsv is a file; name the folder that holds the model"):
+        check_path("data/train.tsv")
+    with pytest.raises(FileNotFoundError, match=r"checkpoint: no config.json in data; expected a folder that"):
+        load_config("data")
+    (here / "data" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"data/config.json is no configuration .*; correct it, or save or download"):
+        load_config("data")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 
 pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
 
+import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import (
     CONFIGS,
     early_exit_model,
@@ -22,7 +25,7 @@ from tiny_models import (
     tokenizer_of,
 )
 from training_worker import rows
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 import fastkd
@@ -181,3 +184,83 @@ def test_an_early_exit_student_of_kd_says_only_what_it_learned(tmp_path: Path, n
         assert model.changed_weights() is None
         with pytest.raises(ValueError, match="never trained"):
             model(**random_batch(), speed=0.5)
+
+
+def weights_of_others(folder: Path) -> None:
+    """Put other weights under the configuration of a saved model, as a stray copy does."""
+    path = folder / "model.safetensors"
+    state = {name: value + 0.01 for name, value in load_file(path).items()}
+    save_file(state, path, {"format": "pt"})
+
+
+def as_on_the_hub(cache: Path, folder: Path) -> dict[str, Any]:
+    """The arguments that load a folder by a hub name, from a cache as the hub's client leaves it."""
+    place = cache / "models--someone--news"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("0" * 40)
+    (place / "snapshots").mkdir()
+    (place / "snapshots" / ("0" * 40)).symlink_to(folder.resolve(), target_is_directory=True)
+    return {"cache_dir": cache, "local_files_only": True}
+
+
+def test_models_by_hub_name_are_held_against_their_file(tmp_path: Path) -> None:
+    model = certified(tmp_path / "model")
+    model.seen_rows = {"finetune train": np.array([1, 2], np.int64)}
+    model.save_pretrained(tmp_path / "model")
+    hub = as_on_the_hub(tmp_path / "cache", tmp_path / "model")
+    loaded = load(Path("someone/news"), **hub)
+    assert_silent(loaded)
+    assert loaded.seen_rows["finetune train"].tolist() == [1, 2]
+    weights_of_others(tmp_path / "model")
+    assert_warned(load(Path("someone/news"), **hub))
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_legacy_files_are_held_against_their_configuration(tmp_path: Path, shards: int, zipped: bool) -> None:
+    certified(tmp_path)
+    for change in (False, True):
+        if change:
+            weights_of_others(tmp_path)
+        state = load_file(tmp_path / "model.safetensors")
+        names = sorted(state)
+        parts = [names[:9], names[9:]] if shards == 2 else [names]
+        files = ["pytorch_model.bin"] if shards == 1 else ["pytorch_model-1.bin", "pytorch_model-2.bin"]
+        for file, part in zip(files, parts, strict=True):
+            chosen = {name: state[name] for name in part}
+            torch.save(chosen, tmp_path / file, _use_new_zipfile_serialization=zipped)
+        if shards == 2:
+            index = {"metadata": {}, "weight_map": {n: f for f, part in zip(files, parts, strict=True) for n in part}}
+            (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+        (tmp_path / "model.safetensors").rename(tmp_path / "kept")
+        model = load(tmp_path)
+        told = CliRunner().invoke(app.app, ["info", str(tmp_path)])
+        (tmp_path / "kept").rename(tmp_path / "model.safetensors")
+        # the format before torch 1.6 cannot be mapped, and reading it a second time would take as long as the first
+        if change and zipped:
+            assert_warned(model)
+        else:
+            assert_silent(model)
+        assert ("void:" in told.output) == (change and zipped)
+
+
+def test_a_model_built_from_a_saved_configuration_is_held_against_it(tmp_path: Path) -> None:
+    model = certified(tmp_path)
+    config, state = model.config, model.state_dict()
+    built = AutoModelForSequenceClassification.from_config(config).eval()
+    assert_warned(built)
+    built.load_state_dict(state)
+    assert_silent(built)
+    built.load_state_dict({name: value + 0.01 for name, value in state.items()})
+    assert_warned(built)
+    built.save_pretrained(tmp_path / "again")
+    assert_warned(load(tmp_path / "again"))
+    model.save_pretrained(tmp_path / "handed", state_dict={name: value * 1.5 for name, value in state.items()})
+    assert_warned(load(tmp_path / "handed"))
+    # rounded weights have another fingerprint, which says nothing
+    rounded = AutoModelForSequenceClassification.from_config(config)
+    rounded.load_state_dict(state)
+    assert_silent(rounded.bfloat16().eval())
+    fresh = early_exit_model()
+    assert fresh.config.weights_fingerprint is None
+    assert_silent(fresh)

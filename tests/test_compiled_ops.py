@@ -36,6 +36,37 @@ def test_one_graph_with_a_gradient(op: Op) -> None:
     torch.testing.assert_close(torch.autograd.grad(compiled, wanted), torch.autograd.grad(eager, wanted))
 
 
+@pytest.mark.parametrize("op", [op for op in OPS if op.differentiable], ids=lambda op: op.name)
+def test_transforms_inside_a_compiled_function(op: Op) -> None:
+    """Dynamo enters the transforms that it traces, and kernels have no tangents there either."""
+    tensors, name = op.make(), op.differentiable[0]
+    at, direction = tensors[name], torch.randn_like(tensors[name])
+
+    def function(value: Tensor) -> Tensor:
+        return total(op, {**tensors, name: value})
+
+    leaf = at.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(function(leaf), leaf)
+    # compiled, PyTorch's own jvp of layer_norm raises
+    if op.backends != "layer_norm":
+        tangent = torch.compile(lambda x: torch.func.jvp(function, (x,), (direction,))[1], backend="eager")(at)
+        torch.testing.assert_close(tangent, (expected * direction).sum(), rtol=1e-3, atol=1e-4, check_dtype=False)
+    if op.backends in ("packed", "compact") or "packed" in op.name:
+        return  # looking at values ends a graph, which a compiled gradient cannot
+    gradient = torch.compile(torch.func.grad(function), backend="eager")(at)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_one_compiled_function_with_and_without_a_transform() -> None:
+    student, teacher, direction = (torch.randn(4, 3) for _ in range(3))
+    compiled = torch.compile(lambda logits: fk.kd_loss(logits, teacher), backend="eager")
+    torch.testing.assert_close(compiled(student), fk.kd_loss(student, teacher))
+    expected = torch.func.grad(lambda logits: fk.kd_loss(logits, teacher))(student)
+    torch.testing.assert_close(torch.func.grad(compiled)(student), expected)
+    tangent = torch.func.jvp(compiled, (student,), (direction,))[1]
+    torch.testing.assert_close(tangent, (expected * direction).sum(), check_dtype=False)
+
+
 def test_a_column_major_head_of_a_language_model() -> None:
     weight = torch.randn(16, 40).t().detach().requires_grad_()
     hidden, teacher = torch.randn(9, 16), (torch.randn(9, 16), torch.randn(40, 16))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 import fastkd_kernels as fk
+from fastkd_kernels import _backend, _triton
 
 DIFFERENTIABLE = [(op, name) for op in OPS if op.differentiable for name in op.differentiable[:1]]
 every_op = pytest.mark.parametrize(("op", "argument"), DIFFERENTIABLE, ids=[op.name for op, _ in DIFFERENTIABLE])
@@ -76,6 +78,24 @@ def test_the_hessian_is_the_slope_of_the_gradient(op: Op, argument: str) -> None
     hessian = torch.func.hessian(function)(at).reshape(at.numel(), at.numel())
     product = (hessian @ direction.flatten()).view_as(at)
     torch.testing.assert_close(product, slope, rtol=0.02, atol=0.02 * float(slope.abs().max()) + 1e-3)
+
+
+@every_op
+@pytest.mark.parametrize("backend", [None, "cuda"])
+def test_gradients_of_many_outputs_at_once(op: Op, argument: str, backend: str | None) -> None:
+    """`is_grads_batched`, and a vmap over a backward pass: no kernel can read such a tensor."""
+    if backend is not None and not (_backend.registered_ops()[op.backends].interpretable and _triton.interpreting):
+        pytest.skip("needs Triton's interpreter")
+    function, at, _ = prepared(op, argument)
+    expected = gradient_of(function, at)
+    scales = torch.tensor([1.0, -2.0])
+    with fk.backend(backend) if backend else nullcontext():
+        leaf = at.detach().clone().requires_grad_()
+        loss = function(leaf)
+        (batched,) = torch.autograd.grad(loss, leaf, scales, retain_graph=True, is_grads_batched=True)
+        mapped = torch.func.vmap(lambda scale: torch.autograd.grad(loss, leaf, scale, retain_graph=True)[0])(scales)
+    for result in (batched, mapped):
+        torch.testing.assert_close(result, torch.stack([expected, -2 * expected]), rtol=1e-3, atol=1e-4)
 
 
 @every_op

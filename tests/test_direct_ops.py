@@ -104,6 +104,8 @@ HEAD = [
         ("varlen_attention_", (*[torch.randn(4, 1, 8)] * 3, int32(0, 9), 1.0, torch.empty(4, 1, 8))),
         ("student_head_pool", (torch.randn(4, 4), None, 2, 2, 2, *HEAD, torch.tensor([9, 9]), None, None)),
         ("student_head_pool", (torch.randn(4, 4), None, 2, 2, 2, *HEAD, None, None, torch.tensor([0, 9, 4]))),
+        ("student_head_pool", (torch.randn(4, 4), None, 2, 0, 2, *HEAD, None, None, None)),
+        ("student_head_pool", (torch.randn(4, 4), None, 2**40, 2**40, 2, *HEAD, None, None, None)),
         (
             "student_head_pool",
             (torch.randn(4, 4), None, 2, 2, 2, *HEAD, None, torch.ones(1, 1, dtype=torch.bool), None),

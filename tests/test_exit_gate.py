@@ -862,6 +862,7 @@ def test_no_kernel_spills(cubins: dict[tuple[str, torch.dtype, int], list[Cubin]
     for group in cubins.values():
         for cubin in group:
             cubin.assert_no_spills()
+            cubin.assert_arithmetic_is_imitated()
 
 
 @needs_triton

@@ -6,17 +6,25 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import test_distillation_loss as distillation
 import test_exit_gate as gate
+import test_fused_linear_kd_loss as linear
+import test_kd_loss as kd
 import test_layer_norm as layer_norm
 import test_student_head as head
+import test_universal_kd_loss as universal
 import torch
 from gpu_arithmetic import gpu_arithmetic, tensor_core
 
 from fastkd_kernels import _triton
 
-pytestmark = pytest.mark.skipif(
-    not _triton.interpreting or torch.cuda.is_available(), reason="needs Triton's interpreter"
-)
+pytestmark = [
+    pytest.mark.skipif(not _triton.interpreting or torch.cuda.is_available(), reason="needs Triton's interpreter"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+
+DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(params=range(3), autouse=True)
@@ -35,6 +43,36 @@ def test_exit_gate(criterion: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layer_norm(dtype: torch.dtype) -> None:
     layer_norm.test_add_layer_norm("cuda", dtype, 3, 384, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embed_layer_norm(dtype: torch.dtype) -> None:
+    layer_norm.test_embed_layer_norm("cuda", dtype, 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [2, 20, 1500])
+@pytest.mark.parametrize(("task", "direction"), kd.KINDS)
+def test_kd_loss(task: str, direction: str, classes: int, dtype: torch.dtype) -> None:
+    kd.test_as_accurate_as_torch("cuda", task, direction, classes, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [2, 300])
+def test_universal_kd_loss(classes: int, dtype: torch.dtype) -> None:
+    universal.test_as_accurate_as_torch("cuda", classes, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [2, 20])
+def test_distillation_loss(classes: int, dtype: torch.dtype) -> None:
+    distillation.test_as_accurate_as_torch("cuda", classes, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("direction", "teacher_classes"), [("forward", 13), ("reverse", 11), ("jsd", 15)])
+def test_fused_linear_kd_loss(direction: str, teacher_classes: int, dtype: torch.dtype) -> None:
+    linear.test_as_accurate_as_torch("cuda", direction, teacher_classes, dtype)
 
 
 @pytest.mark.parametrize(("hidden", "width", "labels", "heads"), [(768, 128, 2, 2), (384, 128, 40, 2), (100, 32, 3, 1)])

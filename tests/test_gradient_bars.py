@@ -5,6 +5,11 @@ The error budget of other tests asks for what plain PyTorch reaches, and cannot 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from every_op import OPS, Op, Tensors
@@ -32,7 +37,7 @@ def brought_near(tensors: Tensors, distance: float | None) -> Tensors:
         return tensors
     near = dict(tensors)
     for student, teacher in TEACHERS.items():
-        if student not in tensors:
+        if student not in tensors or teacher not in tensors:
             continue
         target = tensors[teacher]
         # of layers the student has fewer
@@ -69,17 +74,41 @@ LOSSES = [op for op in OPS if op.differentiable and "student" in op.differentiab
 OTHERS = [op for op in OPS if op.differentiable and op not in LOSSES]
 
 
+def _mixed(tensors: Tensors) -> list[Tensor]:
+    weights = {"label_weight": 0.0, "kd_weight": 0.3, "intermediate_weight": 0.5}
+    return [fk.distillation_loss(**tensors, labels=None, **weights, temperature=2.0)]
+
+
+def _linear(tensors: Tensors, **options: Any) -> list[Tensor]:
+    return [fk.fused_linear_kd_loss(**tensors, chunk_tokens=4, **options)]
+
+
+UNLABELLED: dict[str, Callable[[Tensors], list[Tensor]]] = {
+    "distillation_loss": _mixed,
+    "fused_linear_kd_loss": _linear,
+    # one softcap for both, without which equal hidden states would not have equal logits
+    "fused_linear_kd_loss tokens": partial(
+        _linear,
+        reduction="none",
+        student_softcap=2.0,
+        teacher_softcap=2.0,
+        student_logit_scale=0.5,
+        teacher_logit_scale=0.5,
+    ),
+    "fused_linear_kd_loss known": _linear,
+}
+
+
 @pytest.mark.parametrize("distance", [None, 0.05, 0.0], ids=["far", "near", "equal"])
 @pytest.mark.parametrize("op", LOSSES, ids=lambda op: op.name)
 def test_gradients_of_a_loss_in_bfloat16(op: Op, distance: float | None) -> None:
     far = op.make()
-    if op.name == "fused_linear_kd_loss":
-        # both as wide, so that they can be equal; without labels, whose gradient would hide that of the divergence
+    if "teacher_hidden_states" in far:
+        # both as wide, so that they can be equal
         far["teacher_hidden_states"], far["teacher_weight"] = torch.randn(6, 8), torch.randn(11, 8)
-        op = next(op for op in unlabelled() if op.name == "fused_linear_kd_loss")
-        del far["labels"]
-    elif "labels" in far:
-        op = next(other for other in unlabelled() if other.name == op.name)
+    if "labels" in far and op.name in UNLABELLED:
+        # the labels' gradient would hide that of the divergence
+        op = replace(op, call=UNLABELLED[op.name])
         del far["labels"]
     tensors = in_bfloat16(brought_near(far, distance))
     exact = gradients(op, tensors, torch.float64, None)
@@ -90,18 +119,6 @@ def test_gradients_of_a_loss_in_bfloat16(op: Op, distance: float | None) -> None
         assert error(ours, exact) <= LARGEST_ERROR * norm(exact) + 1e-5 * scale, f"{op.name}, {backend}"
 
 
-def unlabelled() -> list[Op]:
-    def mixed(tensors: Tensors) -> list[Tensor]:
-        weights = {"label_weight": 0.0, "kd_weight": 0.3, "intermediate_weight": 0.5}
-        return [fk.distillation_loss(**tensors, labels=None, **weights, temperature=2.0)]
-
-    def linear(tensors: Tensors) -> list[Tensor]:
-        return [fk.fused_linear_kd_loss(**tensors, chunk_tokens=4)]
-
-    calls = {"distillation_loss": mixed, "fused_linear_kd_loss": linear}
-    return [Op(op.name, op.backends, op.make, calls[op.name], op.differentiable) for op in OPS if op.name in calls]
-
-
 @pytest.mark.parametrize("op", OTHERS, ids=lambda op: op.name)
 def test_gradients_of_other_ops_in_bfloat16(op: Op) -> None:
     tensors = in_bfloat16(op.make())
@@ -110,25 +127,87 @@ def test_gradients_of_other_ops_in_bfloat16(op: Op) -> None:
     assert error(ours, exact) <= LARGEST_ERROR * norm(exact)
 
 
+CAPPED = {"student_softcap": 3.0, "teacher_softcap": 3.0, "student_logit_scale": 1.5, "teacher_logit_scale": 1.5}
+
+
+@pytest.mark.parametrize("distance", [1.0, 0.02, 0.0], ids=["far", "near", "equal"])
+@pytest.mark.parametrize("options", [{}, CAPPED, {"reduction": "none"}, {"known": 50}], ids=str)
 @pytest.mark.parametrize("backend", ["reference", *kernel_backends("fused_linear_kd_loss")])
 @pytest.mark.parametrize("direction", ["forward", "reverse", "jsd"])
-def test_a_language_model_near_its_teacher(backend: str, direction: str) -> None:
+def test_a_language_model_near_its_teacher(
+    backend: str, direction: str, options: dict[str, Any], distance: float
+) -> None:
     """Logits rounded to bfloat16 would make 2 to 12 % of the gradient noise."""
-    device = device_of(backend)
-    teacher_hidden, teacher_weight = torch.randn(32, 128), torch.randn(1000, 128) / 128**0.5
-    hidden = (teacher_hidden + 0.02 * torch.randn(32, 128)).bfloat16().to(device)
-    weight = (teacher_weight + 0.02 * torch.randn(1000, 128) / 128**0.5).bfloat16().to(device)
-    teacher = teacher_hidden.bfloat16().to(device), teacher_weight.bfloat16().to(device)
+    options, device = dict(options), device_of(backend)
+    teacher = (torch.randn(32, 128).bfloat16(), (torch.randn(1000, 128) / 128**0.5).bfloat16())
+    noise = torch.randn(32, 128), torch.randn(1000, 128) / 128**0.5
+    student = tuple((t + distance * n).bfloat16() for t, n in zip(teacher, noise, strict=True))
+    known = options.pop("known", None)
+    values, indices = (teacher[0].float() @ teacher[1].float().t()).topk(known or 1)
 
-    def computed(backend: str, dtype: torch.dtype) -> list[Tensor]:
-        student = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+    def computed(backend: str, dtype: torch.dtype, distant: bool = False) -> list[Tensor]:
+        leaves = [one.to(device, dtype).requires_grad_() for one in (noise if distant else student)]
+        if known is None:
+            given: dict[str, Any] = dict(
+                zip(
+                    ("teacher_hidden_states", "teacher_weight"), (one.to(device, dtype) for one in teacher), strict=True
+                )
+            )
+        else:
+            given = {"teacher_logits": values.to(device), "teacher_indices": indices.to(device)}
         with fk.backend(backend):
-            loss = fk.fused_linear_kd_loss(*student, *(one.to(dtype) for one in teacher), direction=direction)
-        return list(torch.autograd.grad(loss, student))
+            loss = fk.fused_linear_kd_loss(*leaves, **given, direction=direction, **options)
+        weights = torch.linspace(0.5, 2, loss.numel(), device=device).view(loss.shape)
+        return list(torch.autograd.grad((weights * loss).sum(), leaves))
 
-    exact = computed("reference", torch.float64)
-    for ours, truth in zip(computed(backend, torch.bfloat16), exact, strict=True):
-        assert error([ours], [truth]) <= 3e-3 * norm([truth])
+    exact, scale = computed("reference", torch.float64), norm(computed("reference", torch.float64, distant=True))
+    ours = computed(backend, torch.bfloat16)
+    # where both are equal the gradient is zero but for float32's own rounding
+    assert error(ours, exact) <= 3e-3 * norm(exact) + 1e-5 * scale
+
+
+def float16_losses() -> dict[str, tuple[tuple[Tensor, ...], int, Callable[..., Tensor]]]:
+    """Students near their teachers: tensors, how many of them are the student's, and the loss."""
+    hidden, weight = torch.randn(256, 32), torch.randn(300, 32) / 6
+    layers, logits = torch.randn(3, 4, 900), torch.randn(4, 2000)
+    head = hidden + 0.02 * torch.randn_like(hidden), weight + 0.003 * torch.randn_like(weight), hidden, weight
+    student = layers[:2] + 0.02 * torch.randn(2, 4, 900)
+    last = layers[2] + 0.02 * torch.randn(4, 900)
+
+    def mixed(student: Tensor, student_layers: Tensor, teacher: Tensor, teacher_layers: Tensor) -> Tensor:
+        return fk.distillation_loss(student, teacher, None, student_layers, teacher_layers, 0.0, 1.0, 1.0)
+
+    return {
+        "kd_loss": ((logits + 0.02 * torch.randn_like(logits), logits), 1, fk.kd_loss),
+        "universal_kd_loss": ((student, layers), 1, fk.universal_kd_loss),
+        "distillation_loss": ((last, student, layers[2], layers), 2, mixed),
+        "fused_linear_kd_loss": (head, 2, fk.fused_linear_kd_loss),
+        "fused_linear_kd_loss tokens": (head, 2, lambda *t: fk.fused_linear_kd_loss(*t, reduction="none").mean()),
+    }
+
+
+@pytest.mark.parametrize("name", list(float16_losses()))
+def test_the_scale_of_a_grad_scaler_lifts_what_float16_would_lose(name: str) -> None:
+    """It arrives in the backward pass, when kernels have computed their gradients already."""
+    tensors, students, loss = float16_losses()[name]
+    tensors = tuple(tensor.half() for tensor in tensors)
+    scale = 2.0**16
+
+    def scaled(backend: str, dtype: torch.dtype) -> list[Tensor]:
+        device = device_of(backend)
+        given = [tensor.to(device, dtype).requires_grad_(i < students) for i, tensor in enumerate(tensors)]
+        with fk.backend(backend):
+            value = loss(*given) * scale
+        return [gradient.cpu().double() / scale for gradient in torch.autograd.grad(value, given[:students])]
+
+    exact = scaled("reference", torch.float64)
+    for backend in ["reference", "cpu", "cuda"]:
+        try:
+            gradients = scaled(backend, torch.float16)
+        except fk.BackendUnavailableError:
+            continue
+        for ours, truth in zip(gradients, exact, strict=True):
+            assert error([ours], [truth]) <= 3e-3 * norm([truth]), f"{name}, {backend}"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -1,4 +1,4 @@
-"""direction="jsd": `beta` is the interpolation of the published definitions, and weights have names of their own."""
+"""The losses of TRL and Liger, as formulas: `beta` is their interpolation, and weights have names of their own."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ BACKENDS = ["reference", *kernel_backends("kd_loss")]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-def as_in_trl(student: Tensor, teacher: Tensor, beta: float, temperature: float) -> Tensor:
-    """`GKDTrainer.generalized_jsd_loss` of TRL with reduction "batchmean": the sum divided by B."""
+def as_in_trl(
+    student: Tensor, teacher: Tensor, beta: float, temperature: float, labels: Tensor | None = None
+) -> Tensor:
+    """`GKDTrainer.generalized_jsd_loss` of TRL with "batchmean": the sum divided by the labels that count, or by B."""
     log_q, log_p = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
     if beta == 0:
         jsd = F.kl_div(log_q, log_p, reduction="none", log_target=True)
@@ -29,7 +31,10 @@ def as_in_trl(student: Tensor, teacher: Tensor, beta: float, temperature: float)
         of_teacher = F.kl_div(mixture, log_p, reduction="none", log_target=True)
         of_student = F.kl_div(mixture, log_q, reduction="none", log_target=True)
         jsd = beta * of_teacher + (1 - beta) * of_student
-    return jsd.sum() / len(student)
+    if labels is None:
+        return jsd.sum() / len(student)
+    counted = labels != -100
+    return jsd[counted].sum() / counted.sum()
 
 
 def as_in_liger(student: Tensor, teacher: Tensor, beta: float, temperature: float) -> Tensor:
@@ -38,6 +43,29 @@ def as_in_liger(student: Tensor, teacher: Tensor, beta: float, temperature: floa
     mixture = beta * p + (1 - beta) * q
     rows = beta * (p * (p / mixture).log()).sum(-1) + (1 - beta) * (q * (q / mixture).log()).sum(-1)
     return rows.mean()
+
+
+def as_in_minillm(student: Tensor, teacher: Tensor, temperature: float, labels: Tensor) -> Tensor:
+    """The single-step term of TRL's `MiniLLMTrainer` (Gu et al., 2024): KL(student || teacher) by label."""
+    log_q, log_p = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+    counted = labels != -100
+    return (log_q.exp() * (log_q - log_p)).sum(-1)[counted].sum() / counted.sum()
+
+
+def as_fused_in_liger(
+    hidden: tuple[Tensor, Tensor],
+    heads: tuple[Tensor, Tensor],
+    labels: Tensor,
+    weights: tuple[float, float],
+    beta: float,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`LigerFusedLinearJSDLoss`: w_hard CE + w_soft JSD per label that counts, and both terms without their weights."""
+    counted = labels != -100
+    student, teacher = ((h @ head.t())[counted] for h, head in zip(hidden, heads, strict=True))
+    hard = F.cross_entropy(student, labels[counted])
+    soft = as_in_trl(student, teacher, beta, temperature)
+    return weights[0] * hard + weights[1] * soft, soft, hard
 
 
 def assert_same(loss: Tensor, leaf: Tensor, expected: Tensor, expected_leaf: Tensor) -> None:
@@ -92,6 +120,125 @@ def test_every_loss_takes_the_same_interpolation(backend: str, beta: float) -> N
     with fk.backend(backend):
         loss = fk.fused_linear_kd_loss(leaf, eye, teacher.to(device), eye, kd_weight=0.7, chunk_tokens=3, **options)
     assert_same(loss, leaf, expected, wide)
+
+
+def a_batch_of_tokens() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states and head of the student, those of the teacher, and labels of which some do not count."""
+    labels = torch.randint(9, (2, 5))
+    labels[0, 3:], labels[1, 0] = -100, -100
+    return torch.randn(2, 5, 4), torch.randn(9, 4), torch.randn(2, 5, 6), torch.randn(9, 6), labels
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_as_in_trl(backend: str, beta: float) -> None:
+    hidden, head, teacher_hidden, teacher_head, labels = a_batch_of_tokens()
+    student, teacher = hidden @ head.t(), teacher_hidden @ teacher_head.t()
+    device = device_of(backend)
+    options: dict[str, Any] = {"t2_scale": False, "direction": "jsd", "beta": beta}
+    wide = student.double().requires_grad_()
+    expected = as_in_trl(wide, teacher.double(), beta, 2.0, labels)
+    leaf = student.to(device).requires_grad_()
+    with fk.backend(backend):
+        loss = fk.kd_loss(leaf, teacher.to(device), 2.0, labels=labels.to(device), **options)
+    assert_same(loss, leaf, expected, wide)
+
+    wide = student.double().requires_grad_()
+    expected = as_in_trl(wide, teacher.double(), beta, 2.0)
+    with fk.backend(backend):
+        # without labels TRL divides by the sequences, and `kd_loss` by the tokens
+        loss = 5 * fk.kd_loss(leaf, teacher.to(device), 2.0, **options)
+    assert_same(loss, leaf, expected, wide)
+
+    wide = hidden.double().requires_grad_()
+    expected = as_in_trl(wide @ head.double().t(), teacher.double(), beta, 2.0, labels)
+    leaf = hidden.to(device).requires_grad_()
+    given = [x.to(device) for x in (head, teacher_hidden, teacher_head, labels)]
+    with fk.backend(backend):
+        loss = fk.fused_linear_kd_loss(leaf, *given, temperature=2.0, chunk_tokens=3, **options)
+    assert_same(loss, leaf, expected, wide)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_as_in_minillm(backend: str) -> None:
+    hidden, head, teacher_hidden, teacher_head, labels = a_batch_of_tokens()
+    device = device_of(backend)
+    wide = hidden.double().requires_grad_()
+    teacher = (teacher_hidden @ teacher_head.t()).double()
+    expected = as_in_minillm(wide @ head.double().t(), teacher, 2.0, labels)
+    leaf = hidden.to(device).requires_grad_()
+    given = [x.to(device) for x in (head, teacher_hidden, teacher_head, labels)]
+    with fk.backend(backend):
+        loss = fk.fused_linear_kd_loss(leaf, *given, temperature=2.0, t2_scale=False, direction="reverse")
+    assert_same(loss, leaf, expected, wide)
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.0, 1.0), (0.3, 0.7)])
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_as_in_liger(backend: str, beta: float, weights: tuple[float, float]) -> None:
+    hidden, head, teacher_hidden, teacher_head, labels = a_batch_of_tokens()
+    device = device_of(backend)
+    wide = hidden.double().requires_grad_()
+    expected, *terms = as_fused_in_liger(
+        (wide, teacher_hidden.double()), (head.double(), teacher_head.double()), labels, weights, beta, 2.0
+    )
+    leaf = hidden.to(device).requires_grad_()
+    given = [x.to(device) for x in (head, teacher_hidden, teacher_head, labels)]
+    with fk.backend(backend):
+        loss, *ours = fk.fused_linear_kd_loss(
+            leaf,
+            *given,
+            label_weight=weights[0],
+            kd_weight=weights[1],
+            direction="jsd",
+            beta=beta,
+            temperature=2.0,
+            t2_scale=False,
+            chunk_tokens=3,
+            return_soft_hard_loss=True,
+        )
+    assert_same(loss, leaf, expected, wide)
+    for one, other in zip(ours, terms, strict=True):
+        torch.testing.assert_close(one.double().cpu(), other.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_only_the_soft_term_of_the_default_is_t2_times_that_of_trl_and_liger() -> None:
+    hidden, head, teacher_hidden, teacher_head, labels = a_batch_of_tokens()
+    given = (hidden, head, teacher_hidden, teacher_head, labels)
+    options: dict[str, Any] = {"temperature": 3.0, "label_weight": 0.5, "return_soft_hard_loss": True}
+    ours, theirs = (
+        fk.fused_linear_kd_loss(*given, **options),
+        fk.fused_linear_kd_loss(*given, t2_scale=False, **options),
+    )
+    torch.testing.assert_close(ours.soft_loss, 9 * theirs.soft_loss)
+    torch.testing.assert_close(ours.hard_loss, theirs.hard_loss)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sparse_teacher_as_published(backend: str) -> None:
+    """KL(p || q) = sum of p (ln p - ln q) over the K classes of the teacher, q over all (forward, as in axolotl and
+    DistillKit); both over the K (reverse, as in TRL's top-k)."""
+    hidden, head, teacher_hidden, teacher_head, _ = a_batch_of_tokens()
+    device = device_of(backend)
+    values, indices = (teacher_hidden @ teacher_head.t()).topk(3)
+    known = {"teacher_logits": values.to(device), "teacher_indices": indices.to(device)}
+    for direction in ("forward", "reverse"):
+        wide = hidden.double().requires_grad_()
+        student = wide @ head.double().t() / 2
+        log_p = (values.double() / 2).log_softmax(-1)
+        if direction == "forward":
+            log_q = student.log_softmax(-1).gather(-1, indices)
+            expected = (log_p.exp() * (log_p - log_q)).sum() / 10
+        else:
+            log_q = student.gather(-1, indices).log_softmax(-1)
+            expected = (log_q.exp() * (log_q - log_p)).sum() / 10
+        leaf = hidden.to(device).requires_grad_()
+        with fk.backend(backend):
+            loss = fk.fused_linear_kd_loss(
+                leaf, head.to(device), temperature=2.0, t2_scale=False, direction=direction, **known
+            )
+        assert_same(loss, leaf, expected, wide)
 
 
 def test_the_default_is_one_half() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,7 @@ def test_as_accurate_as_torch(backend: str, task: str, direction: str, classes: 
             (True, teacher_gradient),
             reduction=reduction,
             detach_teacher=not teacher_gradient,
+            divergences=4.0,
             **options,
         )
 
@@ -67,12 +69,13 @@ def test_as_accurate_as_torch(backend: str, task: str, direction: str, classes: 
     task=st.sampled_from(["classification", "regression"]),
     teacher_gradient=st.booleans(),
     masked=st.booleans(),
+    labelled=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=60, deadline=None)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_option_means_the_same_to_kernel_and_reference(
-    backend, batch, classes, temperature, reduction, t2_scale, direction, task, teacher_gradient, masked, seed
+    backend, batch, classes, temperature, reduction, t2_scale, direction, task, teacher_gradient, masked, labelled, seed
 ) -> None:
     torch.manual_seed(seed)
     if task == "classification":
@@ -88,6 +91,7 @@ def test_every_option_means_the_same_to_kernel_and_reference(
         "direction": direction,
         "task": task,
         "detach_teacher": not teacher_gradient,
+        "labels": some_labels(batch).to(device_of(backend)) if labelled else None,
     }
     wanted = (True, teacher_gradient)
     assert_parity(backend, kd_loss, (student, teacher), wanted, **options)
@@ -115,6 +119,81 @@ def test_reference_jensen_shannon_is_symmetric_and_at_most_ln_2() -> None:
     middle = ((student.softmax(-1) + teacher.softmax(-1)) / 2).log()
     parts = [F.kl_div(middle, z.log_softmax(-1), reduction="none", log_target=True).sum(-1) for z in (student, teacher)]
     torch.testing.assert_close(value, sum(parts) / 2)
+
+
+REDUCTIONS = ("batchmean", "mean", "sum", "none")
+
+
+def some_labels(*shape: int) -> torch.Tensor:
+    """Every third row is ignored."""
+    labels = torch.randint(9, shape)
+    labels.view(-1)[::3] = -100
+    return labels
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_leading_dimensions_are_rows(backend: str, reduction: str) -> None:
+    student, teacher = logits(24, 5)
+    value, (gradient,) = run(backend, kd_loss, (student, teacher), (True, False), reduction=reduction)
+    for leading in ((4, 6), (2, 3, 4), (24, 1)):
+        shaped = (student.view(*leading, 5), teacher.view(*leading, 5))
+        other, (other_gradient,) = run(backend, kd_loss, shaped, (True, False), reduction=reduction)
+        assert other.shape == (leading if reduction == "none" else ())
+        assert torch.equal(other.flatten(), value.flatten())
+        assert torch.equal(other_gradient.view(24, 5), gradient)
+    empty = torch.zeros(0, 3, 5), torch.zeros(0, 3, 5)
+    other, _ = run(backend, kd_loss, empty, (True, False), reduction=reduction)
+    assert other.shape == ((0, 3) if reduction == "none" else ())
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("task", ["classification", "regression"])
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_ignored_rows_count_for_nothing_whatever_they_hold(
+    backend: str, dtype: torch.dtype, task: str, reduction: str
+) -> None:
+    student, teacher = (x.view(2, 5, 7) for x in logits(10, 7, dtype))
+    labels, weights = some_labels(2, 5), torch.linspace(0.5, 1.5, 10).view(2, 5)
+    keep = labels != -100
+    student[~keep], teacher[~keep] = torch.nan, torch.inf
+    options = {"temperature": 2.0, "reduction": reduction, "task": task, "detach_teacher": False}
+
+    def weighed(student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor, **given: Any) -> torch.Tensor:
+        loss = kd_loss(student, teacher, **options, **given)
+        if reduction == "none" and given:
+            assert not loss[~keep].any()
+        return (loss * weights.to(loss.device)).sum() if reduction == "none" else loss
+
+    given = {"labels": labels.to(device_of(backend)), "weights": weights}
+    value, gradients = run(backend, weighed, (student, teacher), (True, True), **given)
+    alone, kept = run(backend, weighed, (student[keep], teacher[keep]), (True, True), weights=weights[keep])
+    torch.testing.assert_close(value, alone)
+    for gradient, of_kept in zip(gradients, kept, strict=True):
+        assert not gradient[~keep].any()
+        torch.testing.assert_close(gradient[keep], of_kept)
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_rows_are_divided_by_the_number_of_items_in_all(backend: str) -> None:
+    student, teacher = (x.view(2, 5, 7) for x in logits(10, 7))
+    labels = some_labels(2, 5)
+    for labelled, items in itertools.product((None, labels), (0, 1, 7, 2.5, torch.tensor(7), torch.tensor([0]))):
+        options = {"labels": None if labelled is None else labelled.to(device_of(backend))}
+        total, (of_total,) = run(backend, kd_loss, (student, teacher), (True, False), reduction="sum", **options)
+        value, (gradient,) = run(
+            backend, kd_loss, (student, teacher), (True, False), num_items_in_batch=items, **options
+        )
+        by = max(float(items), 1)
+        torch.testing.assert_close(value, total / by)
+        torch.testing.assert_close(gradient, of_total / by)
+    all_ignored = torch.full((2, 5), -1, device=device_of(backend))
+    for reduction in REDUCTIONS:
+        options = {"labels": all_ignored, "ignore_index": -1, "reduction": reduction}
+        value, (gradient,) = run(backend, kd_loss, (student, teacher), (True, False), **options)
+        assert not value.any()
+        assert not gradient.any()
 
 
 def test_regression_is_the_mean_squared_error() -> None:
@@ -253,7 +332,9 @@ def test_a_vocabulary_needs_the_gradient_twice_and_no_float32_copy() -> None:
     student.requires_grad_()
     logits = student.numel() * student.element_size()
     for direction in DIRECTIONS:
-        assert peak_bytes(lambda by=direction: kd_loss(student, teacher, 2.0, direction=by).backward()) < 2.5 * logits
+        for labels in (None, some_labels(128)):
+            options = {"direction": direction, "labels": labels}
+            assert peak_bytes(lambda given=options: kd_loss(student, teacher, 2.0, **given).backward()) < 2.5 * logits
     with fk.backend("reference"):
         assert peak_bytes(lambda: kd_loss(student, teacher, 2.0).backward()) > 8 * logits
 
@@ -279,7 +360,7 @@ def test_no_gradient_is_computed_where_none_is_wanted() -> None:
     ("change", "error", "message"),
     [
         ({"student_logits": torch.zeros(4, 3, dtype=torch.int64)}, TypeError, "student_logits: got dtype torch.int64"),
-        ({"student_logits": torch.zeros(4)}, ValueError, r"student_logits: got shape \(4,\), expected \[B, C\]"),
+        ({"student_logits": torch.zeros(4)}, ValueError, r"student_logits: got shape \(4,\), expected \[..., C\]"),
         ({"teacher_logits": torch.zeros(4, 2)}, ValueError, r"teacher_logits: got shape \(4, 2\)"),
         ({"teacher_logits": torch.zeros(4, 3, device="meta")}, ValueError, "teacher_logits: got device meta"),
         ({"temperature": 0.0}, ValueError, "temperature: got 0.0"),
@@ -287,6 +368,12 @@ def test_no_gradient_is_computed_where_none_is_wanted() -> None:
         ({"reduction": "avg"}, ValueError, "reduction: got 'avg', expected one of batchmean"),
         ({"direction": "backward"}, ValueError, "direction: got 'backward'"),
         ({"task": "ranking"}, ValueError, "task: got 'ranking'"),
+        ({"labels": torch.zeros(4)}, TypeError, "labels: got dtype torch.float32"),
+        ({"labels": torch.zeros(3).long()}, ValueError, r"labels: got shape \(3,\), expected \[4\]"),
+        ({"labels": torch.zeros(4, device="meta").long()}, ValueError, "labels: got device meta"),
+        ({"reduction": "none", "num_items_in_batch": 3}, ValueError, 'num_items_in_batch: .*reduction="none"'),
+        ({"num_items_in_batch": float("nan")}, ValueError, "num_items_in_batch: got nan, expected 0 or more"),
+        ({"num_items_in_batch": torch.ones(2)}, ValueError, r"num_items_in_batch: got shape \(2,\)"),
         (
             {"student_logits": torch.zeros(4, 1), "teacher_logits": torch.zeros(4, 1)},
             ValueError,
@@ -315,13 +402,16 @@ def test_opcheck(backend: str, flags: tuple[bool, bool, bool], dtype: torch.dtyp
     torch.library.opcheck(module.forward, (student, teacher.T.contiguous().T, 2.0, 4.0, 0, 0.5, 0.2, *flags))
 
 
+@pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("reduction", ["batchmean", "none"])
-def test_compiles_into_one_graph(reduction: str) -> None:
+def test_compiles_into_one_graph(reduction: str, labelled: bool) -> None:
+    torch._dynamo.reset()
     student, teacher = logits(5, 4)
     student.requires_grad_()
+    labels = some_labels(5) if labelled else None
 
     def step(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        return kd_loss(student * 2, teacher, 2.0, reduction).sum()
+        return kd_loss(student * 2, teacher, 2.0, reduction, labels=labels).sum()
 
     assert_compiles_into_one_graph(step, (student, teacher))
 
@@ -336,6 +426,7 @@ def test_cubins_of_every_architecture_have_no_spills() -> None:
     specs += [_scale_spec(dtype, per_row) for dtype, per_row in (("bf16", True), ("fp32", False))]
     for cubin in compile_kernels(specs):
         cubin.assert_no_spills()
+        cubin.assert_arithmetic_is_imitated()
 
 
 def _spec(dtype: str, divergence: int, config: module.KDLossConfig, teacher_gradient: bool) -> KernelSpec:

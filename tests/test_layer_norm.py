@@ -140,6 +140,7 @@ def test_machine_code() -> None:
         ]  # fmt: skip
     for cubin in compile_kernels(specs):
         cubin.assert_no_spills()
+        cubin.assert_arithmetic_is_imitated()
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the CPU backend is used for CPU tensors only")

@@ -15,7 +15,16 @@ from fastkd_kernels.ops.packed import pack_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ["reference", *(["cuda"] if _triton.available else []), *([] if DEVICE.type == "cuda" else ["cpu"])]
-DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64)
+DTYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float64,
+    torch.int64,
+    torch.bool,
+    torch.complex64,
+    torch.uint16,
+    torch.uint32,
+)
 
 
 def ints(values: list[int]) -> Tensor:
@@ -41,11 +50,12 @@ def test_pack_and_unpack_are_inverse(name: str, dtype: torch.dtype) -> None:
         (packed, ids), bounds = fk.pack([padded, padded[..., 0]], ints(lengths), total=18)
         unpacked, unpacked_ids = fk.unpack([packed, ids], bounds, 8)
     assert bounds.tolist() == [0, 3, 3, 10, 11, 18]
+    assert {packed.dtype, ids.dtype, unpacked.dtype, unpacked_ids.dtype} == {dtype}
     assert packed.equal(expected_rows(padded, lengths))
     assert ids.equal(expected_rows(padded, lengths)[:, 0])
     for b, length in enumerate(lengths):
         assert unpacked[b, :length].equal(padded[b, :length])
-        assert not unpacked[b, length:].any()
+        assert not unpacked[b, length:].to(torch.complex64).any()
         assert unpacked_ids[b, :length].equal(padded[b, :length, 0])
 
 

@@ -23,7 +23,7 @@ from fastkd.exits.calibration import CalibrationError
 from fastkd.exits.certificate import CalibrationWarning
 from fastkd.exits.trace import ExitTrace
 from fastkd.inference.trace_rows import trace_rows
-from fastkd.model.seen_rows import FILE, load_seen_rows
+from fastkd.model.seen_rows import SEEN_ROWS, load_seen_rows
 from fastkd.training.finetune import finetune
 from fastkd.training.self_distillation import distill
 
@@ -87,8 +87,8 @@ def test_a_calibration_knows_the_rows_of_the_training(tmp_path: Path) -> None:
 
 def test_damaged_hashes_are_one_sentence(tmp_path: Path) -> None:
     assert load_seen_rows(tmp_path) == {}
-    (tmp_path / FILE).write_bytes(b"broken")
-    with pytest.raises(ValueError, match=rf"{FILE} is damaged .*; copy the model again"):
+    (tmp_path / SEEN_ROWS).write_bytes(b"broken")
+    with pytest.raises(ValueError, match=rf"{SEEN_ROWS} is damaged .*; copy the model again"):
         load_seen_rows(tmp_path)
 
 

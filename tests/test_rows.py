@@ -486,6 +486,44 @@ def test_bad_json_is_named_by_line(tmp_path: Path, line: str, message: str) -> N
     assert f"rows.jsonl, line 2: {message}" in _error(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "separator"),
+    [
+        ("a.csv", "text;label\na;0\n", "semicolons"),
+        ("a.csv", "text\tlabel\na\t0\n", "tabs"),
+        ("a.tsv", "text,label\na,0\n", "commas"),
+        ("a.tsv", "text|label\na|0\n", "bars"),
+        ("a.tsv", "text\tlabel\ra\t0\r", "carriage returns"),
+        ("a.csv", "label,other\rx,0\r", "carriage returns"),
+    ],
+)
+def test_other_separators_are_told(tmp_path: Path, name: str, text: str, separator: str) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    with pytest.raises(DataError, match=f"in which {separator} seem to separate; expected commas between"):
+        load_rows(tmp_path / name)
+
+
+def test_a_column_or_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"]), pyarrow.array([0])]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_arrays(columns, names=["text", "text", "label"]), tmp_path / "a.parquet"
+    )
+    with pytest.raises(DataError, match=r"a.parquet: repeated column names \(text, text, label\); rename them"):
+        load_rows(tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 0}\n{"text": "b", "text": "c", "label": 1}\n')
+    with pytest.raises(DataError, match="line 2: the key 'text' twice; expected one value for each key"):
+        load_rows(tmp_path / "a.jsonl")
+
+
+def test_damage_in_parquet_with_checksums_is_seen(tmp_path: Path) -> None:
+    path, text = tmp_path / "a.parquet", "a text that is nowhere else"
+    table = pyarrow.table({"text": [text, "b"], "label": [0, 1]})
+    pyarrow.parquet.write_table(table, path, write_page_checksum=True, compression="none")
+    path.write_bytes(path.read_bytes().replace(text.encode(), text.upper().encode(), 1))
+    with pytest.raises(DataError, match=r"not a readable Parquet file \(.*; write it again"):
+        load_rows(path)
+
+
 def test_text_in_parquet_that_is_not_utf8(tmp_path: Path) -> None:
     raw = pyarrow.array([b"ok", b"caf\xe9"])
     text = pyarrow.StringArray.from_buffers(2, raw.buffers()[1], raw.buffers()[2])

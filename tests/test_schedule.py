@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -59,7 +60,8 @@ def test_everything_leaves_memory_is_bounded_and_runs_are_full(stays: float, max
             arriving -= 5
             continue
         partial += tokens[number] < 100 and arriving > 0
-        batch, queues[number] = queues[number], []
+        fitting = sum(total <= 100 for total in itertools.accumulate(queues[number]))
+        batch, queues[number] = queues[number][: max(1, fitting)], queues[number][max(1, fitting) :]
         staying = [row for row in batch if number + 1 < len(queues) and draw.random() < stays]
         left += len(batch) - len(staying)
         if staying:

@@ -25,7 +25,7 @@ from torch import Tensor
 import fastkd
 import fastkd_kernels as fk
 from fastkd.engines import packed_layers
-from fastkd.engines.graphs import CudaGraphs
+from fastkd.engines.cuda_graphs import CudaGraphs
 from fastkd.engines.stream_batches import BatchStream, size_of_run
 from fastkd_kernels import _triton
 from fastkd_kernels.ops import compact, exit_gate, layer_norm, packed, student_head

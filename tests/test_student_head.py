@@ -1060,6 +1060,7 @@ def test_machine_code_of_the_logits(capabilities: tuple[int, ...], limits: GpuLi
     ]
     for cubin in compile_kernels(specifications, capabilities):
         cubin.assert_no_spills()
+        cubin.assert_arithmetic_is_imitated()
         assert_streams_and_multiplies(cubin)
         assert _launched_shared_memory(cubin) <= limits.shared_memory
 
@@ -1069,6 +1070,7 @@ def test_machine_code_of_the_logits(capabilities: tuple[int, ...], limits: GpuLi
 def test_machine_code_with_the_gate(capabilities: tuple[int, ...], limits: GpuLimits) -> None:
     for cubin in compile_kernels(_gated_specifications(limits), capabilities):
         cubin.assert_no_spills()
+        cubin.assert_arithmetic_is_imitated()
         if cubin.capability == 90:
             assert_streams_and_multiplies(cubin)
 
@@ -1090,6 +1092,7 @@ def test_machine_code_of_other_sizes() -> None:
     ]
     for cubin in compile_kernels(specifications, [90]):
         cubin.assert_no_spills()
+        cubin.assert_arithmetic_is_imitated()
 
 
 def assert_streams_and_multiplies(cubin: Cubin) -> None:
@@ -1132,6 +1135,7 @@ def test_what_the_h200_runs() -> None:
     ]
     for cubin in compile_kernels(specifications, [90]):
         cubin.assert_no_spills()
+        cubin.assert_arithmetic_is_imitated()
         opcodes, arguments = cubin.opcodes(), cubin.spec.arguments
         threads = cubin.spec.options["num_warps"] * 32
         assert threads * cubin.registers <= 65536, "one program must fit a multiprocessor"

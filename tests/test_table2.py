@@ -20,6 +20,7 @@ from fastkd.commands import app
 from fastkd.commands.screen import Screen
 from fastkd.data import corpus
 from fastkd.data.rows import load_rows
+from fastkd.data.work_folders import claim_folder
 from fastkd.encoders.layout import TokenLayout
 from fastkd.exits.flops import flops
 from fastkd.exits.trace import ExitTrace
@@ -196,7 +197,7 @@ def test_markdown_has_models_down_and_data_sets_across() -> None:
 
 
 def test_command(data: Path, options: Table2Options, finished: Path, tmp_path: Path) -> None:
-    (tmp_path / "out" / "topics").mkdir(parents=True)
+    claim_folder(tmp_path / "out" / "topics", "demo")
     for name in ("finetuned", "model"):
         # what a demo left is taken as it is
         (tmp_path / "out" / "topics" / name).symlink_to(finished / "topics" / name)

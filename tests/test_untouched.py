@@ -15,6 +15,7 @@ from tiny_models import (
     random_batch,
 )
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import fastkd
 from fastkd.encoders.untouched import is_plain_linear, is_untouched
@@ -135,6 +136,18 @@ def test_what_untouched_means() -> None:
         assert not is_plain_linear(changed)
     assert not is_plain_linear(nn.Linear(2, 2, bias=False))
     assert not is_plain_linear(nn.Identity())
+
+
+def test_hooks_of_all_modules_see_every_head_and_layer() -> None:
+    model, seen = early_exit_model(), set[nn.Module]()
+    expected = answers(model, 0.0)
+    counter = register_module_forward_hook(lambda module, *_: seen.add(module))
+    try:
+        assert_same(expected, answers(model, 0.0))
+    finally:
+        counter.remove()
+    assert {model.last_head, model.last_head.narrow, model.bert.embeddings, *model.layers} <= seen
+    assert is_untouched(model.last_head)
 
 
 def replica_of(network: nn.Module) -> Any:

@@ -26,10 +26,12 @@ from fastkd.exits.rule import ExitRule
 from fastkd.inference.benchmark import interleaved
 from fastkd_kernels.ops.student_head import student_head_reference
 from gpu.records import LONG_RUNS, STREAM, STREAM_BATCHES, ModelRow
-from gpu.timing import Timer, quantiles
+from gpu.timing import SPIN_UP_SECONDS, Timer, quantiles
 
 SAME_ANSWERS = 0.9
 """Of all rows: random weights are undecided about some, and rounding decides these for each engine."""
+SAME_LOGITS = 0.05
+"""Of a full model in another order of summation; a wrong layer or row moves the logits by more than half."""
 Answers = tuple[Tensor, Tensor | None]
 """Predictions of all rows, and the layers they left after."""
 Contestants = dict[str, Callable[[], Answers]]
@@ -46,6 +48,12 @@ class Scale:
     dtype: torch.dtype
     repeats: int
     compile_backend: str
+    large: int = 32
+    """Batches of so many rows and more have a goal."""
+
+    def group(self, name: str) -> list[int]:
+        """The "large" batch sizes, or the others."""
+        return [size for size in self.batch_sizes if (size >= self.large) == (name == "large")]
 
     def rows(self, batch_size: int) -> int:
         """Rows of the workload: enough batches that their random mixtures average out.
@@ -57,7 +65,6 @@ class Scale:
         return 4096 if batch_size >= 32 else 64 + 8 * batch_size
 
 
-# the batch sizes that have a goal come first, should the time not do for all of them
 FULL = Scale({}, 128, (32, 128, 8, 1), (1.14, 2.79), torch.bfloat16, 7, "inductor")
 REHEARSAL = Scale(
     {
@@ -68,7 +75,7 @@ REHEARSAL = Scale(
         "intermediate_size": 48,
         "max_position_embeddings": 16,
     },
-    6, (1, 4), (1.5,), torch.float32, 2, "eager",
+    6, (1, 4), (1.5,), torch.float32, 2, "eager", large=4,
 )  # fmt: skip
 
 
@@ -86,6 +93,16 @@ def exit_pattern(rows: int, average: float, layers: int, seed: int = 0) -> Tenso
     reached = torch.tensor([low**layer for layer in range(1, layers)], dtype=torch.float64)
     depths = 1 + (beyond[:, None] < reached[None, :]).sum(1)
     return depths[torch.randperm(rows, generator=torch.Generator().manual_seed(seed))]
+
+
+def check_logits(logits: Tensor, expected: Tensor) -> None:
+    """Against eager's: as a whole, because rounding moves single elements of a deep bfloat16 model freely.
+
+    Raises:
+        AssertionError: they differ by more than SAME_LOGITS of eager's norm, or are not numbers.
+    """
+    error = (logits.double() - expected.double()).norm() / expected.double().norm()
+    assert error <= SAME_LOGITS, f"its logits differ from eager's by {error:.1%} of their norm"
 
 
 class Replay:
@@ -159,8 +176,17 @@ class ReplayedBatches(BatchStream):
 class Setting:
     """One batch size: the model, its workload, and all that answer it."""
 
-    def __init__(self, scale: Scale, batch_size: int, timer: Timer) -> None:
+    def __init__(
+        self,
+        scale: Scale,
+        batch_size: int,
+        timer: Timer,
+        begin: Callable[[str], bool] = lambda contestant: True,
+        leave_if_dead: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`begin` is asked before each contestant's first answer, `leave_if_dead` after one that failed."""
         torch.manual_seed(0)
+        self._begin, self._leave_if_dead = begin, leave_if_dead
         self.scale = scale
         self.batch_size = batch_size
         self.timer = timer
@@ -187,15 +213,20 @@ class Setting:
             "torch.compile in a CUDA graph": lambda: self._graphed(compiled),
         }
         contestants: Contestants = {}
+        expected = None
         for name, make in ways.items():
+            if not self._begin(f"full model, {name}"):
+                continue
             try:
                 forward = make()
+                logits = self._logits_in_full(forward)
+                expected = logits if expected is None else expected
+                check_logits(logits, expected)
                 contestants[name] = partial(self._answer_in_full, forward)
-                contestants[name]()
             except Exception as error:  # one way that does not run here must not cost the others
-                contestants.pop(name, None)
                 text = " ".join(str(error).split())[:200]
                 problems.append(f"full model, batch {self.batch_size}: {name}: {type(error).__name__}: {text}")
+                self._leave_if_dead()
         return contestants
 
     def _compile(self, function: Callable[..., Tensor], mode: str | None) -> Callable[[Tensor], Tensor]:
@@ -204,11 +235,11 @@ class Setting:
         return torch.compile(function, backend=self.scale.compile_backend, dynamic=False)
 
     def _full(self, input_ids: Tensor) -> Tensor:
-        return self.model.last_head(self._encode(input_ids)).argmax(-1)
+        return self.model.last_head(self._encode(input_ids))
 
     def _full_in_torch(self, input_ids: Tensor) -> Tensor:
         """The same with the head in plain PyTorch, so that the compiler sees all of it."""
-        return student_head_reference(self._encode(input_ids), self.model.last_head.weights()).argmax(-1)
+        return student_head_reference(self._encode(input_ids), self.model.last_head.weights())
 
     def _encode(self, input_ids: Tensor) -> Tensor:
         hidden_states = self.model.backbone.embeddings(input_ids=input_ids)
@@ -230,8 +261,12 @@ class Setting:
 
         return run
 
+    def _logits_in_full(self, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        """[rows, classes]; a way that replays a graph writes over its last answer, hence the copies."""
+        return torch.cat([forward(ids).clone() for ids in self.batches])
+
     def _answer_in_full(self, forward: Callable[[Tensor], Tensor]) -> Answers:
-        return torch.cat([forward(ids).clone() for ids in self.batches]).cpu(), None
+        return self._logits_in_full(forward).argmax(-1).cpu(), None
 
     # --- early exit ---
 
@@ -302,7 +337,10 @@ class Setting:
     @torch.inference_mode()
     def measure(self, problems: list[str]) -> list[ModelRow]:
         """Every engine at every average depth against the fastest full model, all taking turns."""
-        full = self._fastest(self.full_models(problems))
+        ways = self.full_models(problems)
+        if not self._begin("full models in turn"):
+            return []
+        full = self._fastest(ways)
         rows = []
         for average in self.scale.average_layers:
             pattern = exit_pattern(self.rows, average, self.model.num_layers)
@@ -319,6 +357,8 @@ class Setting:
         right: Contestants = {}
         expected = None
         for engine, answer in self.early_exits(pattern).items():
+            if not self._begin(f"{engine}, {pattern.double().mean().item():.2f} layers"):
+                continue
             try:
                 predictions, layers = answer()
                 assert layers is not None
@@ -330,10 +370,14 @@ class Setting:
             except Exception as error:  # one engine that fails must not cost the others
                 text = " ".join(str(error).split())[:200]
                 problems.append(f"early exit, batch {self.batch_size}: {engine}: {type(error).__name__}: {text}")
+                self._leave_if_dead()
         return right
 
     def _measure_pattern(self, pattern: Tensor, full: Contestants, problems: list[str]) -> list[ModelRow]:
         early = self._right_engines(pattern, problems)
+        if not self._begin(f"all in turn, {pattern.double().mean().item():.2f} layers"):
+            return []
+        self.timer.spin_up(SPIN_UP_SECONDS)
         seconds, _ = interleaved({**full, **early}, self.scale.repeats)
         medians = {name: quantiles(values).median / 1e6 for name, values in seconds.items()}
         best = min(full, key=medians.__getitem__)

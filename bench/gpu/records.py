@@ -30,13 +30,22 @@ TESTS_OF_OP: Mapping[str, tuple[str, ...]] = {
     "universal_kd_loss": ("test_launch", "test_universal_kd_loss"),
     "distillation_loss": ("test_launch", "test_distillation_loss"),
     "early exit": (
-        *("test_launch", "test_model", "test_engine_graphs"),
+        *("test_launch", "test_model", "test_engine_graphs", "test_cuda_graphs"),
         *("test_student_head", "test_exit_gate", "test_compact"),
     ),
     "early exit, stream": ("test_stream", *_PACKED_TESTS),
-    "early exit, stream_batches": ("test_stream_batches", *_PACKED_TESTS),
+    "early exit, stream_batches": ("test_stream_batches", "test_cuda_graphs", *_PACKED_TESTS),
 }
-"""Files of tests/ whose failure withholds the rows of an op."""
+"""Files of tests/ whose failure leaves the rows of an op unproven."""
+
+_MODEL_KERNELS = ("student_head", "student_head_exit", "exit_gate", "compact")
+KERNELS_OF_OP: Mapping[str, tuple[str, ...]] = {
+    "compaction step": ("compact",),
+    "early exit": _MODEL_KERNELS,
+    "early exit, stream": (*_MODEL_KERNELS, "layer_norm"),
+    "early exit, stream_batches": (*_MODEL_KERNELS, "layer_norm"),
+}
+"""What rows of an op launch, where that is not the op of the same name."""
 
 
 @dataclass(frozen=True)
@@ -244,9 +253,12 @@ class StepResult:
     """What became of one step of the run."""
 
     name: str
-    status: str  # "done", "failed", "timed out", "skipped"
+    status: str  # "done", "failed", "timed out", "skipped", "left out"
     seconds: float
     note: str = ""
+    cpu_seconds: float = 0.0
+    estimate: float | None = None  # of its seconds, made before the run
+    cpu_estimate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -257,6 +269,22 @@ class Outcomes:
     failed: tuple[str, ...] = ()
     skipped: int = 0
     not_reached: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows of all kinds."""
+
+    rows: Sequence[Row] = ()
+    sweeps: Sequence[SweepRow] = ()
+    models: Sequence[ModelRow] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "rows": [row.to_dict() for row in self.rows],
+            "sweeps": [asdict(row) for row in self.sweeps],
+            "models": [row.to_dict() for row in self.models],
+        }
 
 
 @dataclass
@@ -273,48 +301,57 @@ class Report:
     steps: list[StepResult] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     """Cases without rows and why, one sentence each."""
+    fallbacks: dict[str, str] = field(default_factory=dict)
+    """Ops without a kernel on this machine, and why: their rows would be those of a fallback."""
 
-    def reason_to_withhold(self, op: str) -> str | None:
-        """Why rows of `op` may not be shown, or None."""
+    def why_unproven(self, op: str) -> str | None:
+        """Why rows of `op` count as unproven, or None."""
         files = TESTS_OF_OP.get(op, ())
+        fallen = [name for name in KERNELS_OF_OP.get(op, (op,)) if name in self.fallbacks]
+        if fallen:
+            return (
+                f"{op}: unproven, because a fallback was measured in place of {fallen[0]}: {self.fallbacks[fallen[0]]}"
+            )
         if not files:
             return f"{op}: no test file is known to prove it; add it to TESTS_OF_OP"
         failed = [name for file in files for name in self.tests.get(file, Outcomes()).failed]
         if failed:
-            return f"{op}: not reported, because {len(failed)} of its tests failed in this run, first {failed[0]}"
+            return f"{op}: unproven, because {len(failed)} of its tests failed in this run, first {failed[0]}"
         unproved = [file for file in files if self.tests.get(file, Outcomes()).passed == 0]
         if unproved:
-            return f"{op}: not reported, because no test of {', '.join(unproved)} passed in this run"
+            return f"{op}: unproven, because no test of {', '.join(unproved)} passed in this run"
         return None
 
-    def withheld(self) -> list[str]:
-        """One sentence for every op that was measured and may not be shown."""
+    def reasons(self) -> list[str]:
+        """One sentence for every op that was measured and is unproven."""
         ops = sorted({row.op for row in self.rows} | {row.op for row in self.sweeps})
         ops += sorted({row.op for row in self.models})
-        return [reason for op in ops if (reason := self.reason_to_withhold(op)) is not None]
+        return [reason for op in ops if (reason := self.why_unproven(op)) is not None]
 
-    def shown_rows(self) -> list[Row]:
-        return [row for row in self.rows if self.reason_to_withhold(row.op) is None]
+    def proven(self, proven: bool = True) -> Measured:
+        """What tests of this run prove, or with False all else that was measured."""
 
-    def shown_sweeps(self) -> list[SweepRow]:
-        return [row for row in self.sweeps if self.reason_to_withhold(row.op) is None]
+        def kept(op: str) -> bool:
+            return (self.why_unproven(op) is None) == proven
 
-    def shown_models(self) -> list[ModelRow]:
-        return [row for row in self.models if self.reason_to_withhold(row.op) is None]
+        return Measured(
+            [row for row in self.rows if kept(row.op)],
+            [row for row in self.sweeps if kept(row.op)],
+            [row for row in self.models if kept(row.op)],
+        )
 
     def to_dict(self) -> dict[str, Any]:
-        """What is written to the results: withheld rows are left out."""
+        """What is written to the results: rows that no test of this run proves stand apart."""
         return {
             "environment": self.environment,
             "rehearsal": self.rehearsal,
             "ceilings": None if self.ceilings is None else asdict(self.ceilings),
-            "rows": [row.to_dict() for row in self.shown_rows()],
-            "sweeps": [asdict(row) for row in self.shown_sweeps()],
-            "models": [row.to_dict() for row in self.shown_models()],
+            **self.proven().to_dict(),
             "tests": {name: asdict(outcomes) for name, outcomes in sorted(self.tests.items())},
             "steps": [asdict(step) for step in self.steps],
             "problems": self.problems,
-            "withheld": self.withheld(),
+            "fallbacks": self.fallbacks,
+            "unproven": {"reasons": self.reasons(), **self.proven(False).to_dict()},
         }
 
 

@@ -5,21 +5,49 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpu.records import OURS, ModelRow, Quantiles, Report, Row, SweepRow, best_of_sweep, by_case
+from gpu.records import OURS, Measured, ModelRow, Quantiles, Report, Row, SweepRow, best_of_sweep, by_case
 
 NOT_MEASURED = "not yet measured"
 
 
 def markdown(report: Report, pictures: Sequence[str] = ()) -> str:
-    """The whole report; rows whose tests failed in the same run are not in it, and it says so."""
-    blocks = [_head(report), _tests(report), _withheld(report)]
-    grouped = by_case(report.shown_rows())
-    for op in dict.fromkeys(op for op, _ in grouped):
-        blocks.append(_op(op, {case: rows for (of, case), rows in grouped.items() if of == op}))
-    blocks += [_models(report.shown_models()), _sweeps(report.shown_sweeps())]
+    """The whole report; rows that no test of the same run proves stand apart at its end."""
+    blocks = [_head(report), _tests(report)]
+    blocks += _measured(report.proven())
     blocks += [f"![{name}]({name})" for name in pictures]
-    blocks += [_steps(report), _problems(report)]
+    blocks += [_steps(report), _problems(report), *_unproven(report)]
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _measured(measured: Measured) -> list[str]:
+    grouped = by_case(measured.rows)
+    ops = dict.fromkeys(op for op, _ in grouped)
+    blocks = [_op(op, {case: rows for (of, case), rows in grouped.items() if of == op}) for op in ops]
+    return [*blocks, _models(measured.models), _sweeps(measured.sweeps)]
+
+
+def summary(report: Report) -> str:
+    """What has to arrive even where no file does: a page at most, the most important last."""
+    failed = [test for outcomes in report.tests.values() for test in outcomes.failed]
+    proven = report.proven()
+    lines = ["A rehearsal: no GPU produced these numbers."] if report.rehearsal else []
+    lines += [f"failed: {test}" for test in failed[:20]]
+    lines += [f"... and {len(failed) - 20} more failed" for _ in failed[20:21]]
+    lines += [f"problem: {problem[:200]}" for problem in report.problems[:20]]
+    lines += [f"... and {len(report.problems) - 20} more problems" for _ in report.problems[20:21]]
+    lines += [reason[:200] for reason in report.reasons()]
+    for row in proven.rows:
+        lines += [
+            f"{row.op} {row.case}: {goal.text}: {goal.value:.3g}, {'met' if goal.met else 'missed'}"
+            for goal in row.goals
+        ]
+    for (op, case), (best, chosen) in best_of_sweep(proven.sweeps).items():
+        if chosen is not None and chosen is not best:
+            lines.append(f"{op} {case}: {best.config} {best.median_us:.2f} us, chosen {chosen.median_us:.2f} us")
+    for model in proven.models:
+        lines.append(f"models B={model.batch_size} {model.average_layers:.2f}: {model.engine} ratio {model.ratio:.2f}")
+    lines += [f"step {step.name}: {step.status}, {step.seconds:.0f} s {step.note[:100]}" for step in report.steps]
+    return "\n".join(lines)
 
 
 def _head(report: Report) -> str:
@@ -50,7 +78,7 @@ def _head(report: Report) -> str:
 
 def _tests(report: Report) -> str:
     if not report.tests:
-        return "No test ran in this run, so no row may be shown."
+        return "No test ran in this run, so every row is unproven."
     lines = [
         "## Tests on the device",
         "",
@@ -64,9 +92,14 @@ def _tests(report: Report) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _withheld(report: Report) -> str:
-    reasons = report.withheld()
-    return "\n".join(["## Withheld", "", *[f"* {reason}" for reason in reasons]]) if reasons else ""
+def _unproven(report: Report) -> list[str]:
+    reasons = report.reasons()
+    if not reasons:
+        return []
+    said = "No test of this run proves what follows, or one failed: numbers to look for the fault with, none to quote."
+    tables = [block.replace("\n## ", "\n### ") for block in _measured(report.proven(False)) if block]
+    tables = [f"#{block}" if block.startswith("## ") else block for block in tables]
+    return ["\n".join(["## Unproven", "", said, "", *[f"* {reason}" for reason in reasons]]), *tables]
 
 
 def _op(op: str, cases: dict[str, dict[str, Row]]) -> str:
@@ -151,8 +184,18 @@ def _sweeps(rows: Sequence[SweepRow]) -> str:
 
 
 def _steps(report: Report) -> str:
-    lines = ["## Steps", "", "| step | status | seconds | note |", "|---|---|---|---|"]
-    lines += [f"| {step.name} | {step.status} | {step.seconds:.0f} | {step.note} |" for step in report.steps]
+    lines = [
+        "## Steps",
+        "",
+        "| step | status | s | estimate | CPU-s | estimate | note |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for step in report.steps:
+        estimates = ["" if value is None else f"{value:.0f}" for value in (step.estimate, step.cpu_estimate)]
+        lines.append(
+            f"| {step.name} | {step.status} | {step.seconds:.0f} | {estimates[0]} | {step.cpu_seconds:.0f} | "
+            f"{estimates[1]} | {step.note} |"
+        )
     return "\n".join(lines)
 
 
@@ -166,9 +209,9 @@ def plot(report: Report, folder: Path, stem: str) -> list[str]:
 
     matplotlib.use("Agg")
     names = []
-    if report.shown_rows():
+    if report.proven().rows:
         names.append(_plot_ops(report, folder / f"{stem}-ops.png"))
-    if report.shown_models():
+    if report.proven().models:
         names.append(_plot_models(report, folder / f"{stem}-models.png"))
     return names
 
@@ -181,7 +224,7 @@ def _title(report: Report, text: str) -> str:
 def _plot_ops(report: Report, path: Path) -> str:
     from matplotlib import pyplot
 
-    grouped = by_case(report.shown_rows())
+    grouped = by_case(report.proven().rows)
     ops = list(dict.fromkeys(op for op, _ in grouped))
     figure, axes = pyplot.subplots(len(ops), 1, figsize=(11, 3.2 * len(ops)), squeeze=False, layout="constrained")
     for op, axis in zip(ops, axes[:, 0], strict=True):
@@ -203,7 +246,7 @@ def _plot_ops(report: Report, path: Path) -> str:
 def _plot_models(report: Report, path: Path) -> str:
     from matplotlib import pyplot
 
-    rows = report.shown_models()
+    rows = report.proven().models
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for depth in dict.fromkeys(round(row.average_layers, 1) for row in rows):
         of_depth = [row for row in rows if round(row.average_layers, 1) == depth]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import torch
@@ -22,7 +22,7 @@ from fastkd_kernels.ops.student_head import GpuLimits, StudentHeadConfig
 from gpu import cases
 from gpu.cases import DTYPES, LABELS, SPEED, WIDTH
 from gpu.records import SweepRow
-from gpu.timing import Provider, Sampling, Timer, measure
+from gpu.timing import Provider, Timer, measure
 
 CHOSEN = "chosen"
 
@@ -75,13 +75,6 @@ class Swept:
     configs: Mapping[str, Callable[..., Any]]
     make_inputs: Callable[[], Sequence[Any]]
     basis: str
-
-
-def cases_of(scale: Scale, device: torch.device) -> Iterator[Swept]:
-    """Every shape of every op."""
-    yield from _student_heads(scale, device)
-    yield from _exit_gates(scale, device)
-    yield from _compactions(scale, device)
 
 
 def _exit_gates(scale: Scale, device: torch.device) -> Iterator[Swept]:
@@ -181,20 +174,42 @@ def compile_all(swept: Swept, mine: Callable[[int], bool], has_time: Callable[[]
                 continue
 
 
-def measure_configs(swept: Swept, timer: Timer, sampling: Sampling, problems: list[str]) -> list[SweepRow]:
+class Beginning(Protocol):
+    """What `steps.Context` offers a sweep."""
+
+    timer: Timer
+    plan: Any
+    part: Any
+
+    def begin(self, detail: str) -> bool:
+        """Whether to launch this configuration; the last one begun is what ended the process, if it ends."""
+
+    def carry_on(self) -> None:
+        """All that is left was launched before."""
+
+    def leave_if_dead(self) -> None:
+        """End the process where the device does not answer any more."""
+
+
+def measure_configs(swept: Swept, context: Beginning) -> list[SweepRow]:
     """Every configuration that runs and agrees with the result of the op's own choice."""
     cases.fresh_tickets()
     inputs = swept.make_inputs()
     expected = swept.configs[CHOSEN](*inputs)
     providers = {}
     for name, run in swept.configs.items():
+        if not context.begin(name):
+            continue
         try:
             _check_same(run(*inputs), expected)
             providers[name] = Provider(run)
         except Exception as error:  # too much shared memory for this GPU, say
             text = " ".join(str(error).split())[:120]
-            problems.append(f"sweep of {swept.op} {swept.name}: {name}: {type(error).__name__}: {text}")
-    times = measure(timer, providers, swept.make_inputs, sampling)
+            context.part.problems.append(f"sweep of {swept.op} {swept.name}: {name}: {type(error).__name__}: {text}")
+            context.part.write()
+        context.leave_if_dead()
+    context.carry_on()
+    times = measure(context.timer, providers, swept.make_inputs, context.plan.sampling)
     rows = []
     for name, measured in times.items():
         quantiles = measured.cold if swept.basis == "cold" and measured.cold is not None else measured.warm
@@ -211,3 +226,17 @@ def _check_same(result: Any, expected: Any) -> None:
     torch.testing.assert_close(uncertainty, expected[0], rtol=1e-3, atol=1e-3)
     kept = (~(uncertainty <= SPEED)).nonzero().flatten()
     assert survivors[: int(count)].tolist() == kept.tolist(), "survivors are not the rows above the speed, in order"
+
+
+OF_OP: Mapping[str, Callable[[Scale, torch.device], Iterator[Swept]]] = {
+    "compact": _compactions,
+    "student_head_exit": _student_heads,
+    "exit_gate": _exit_gates,
+}
+"""Every shape of an op."""
+
+
+def cases_of(scale: Scale, device: torch.device) -> Iterator[Swept]:
+    """Every shape of every op."""
+    for of_op in OF_OP.values():
+        yield from of_op(scale, device)

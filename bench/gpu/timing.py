@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,14 @@ from torch import Tensor
 
 from gpu.records import Ceilings, Quantiles, Times
 
+LAUNCH_SECONDS = 50e-6
+"""How long the device sleeps before the first event, at least: the launch of one graph is over by then."""
+LONGEST_SLEEP = 2e-3
+SPIN_UP_SECONDS = 0.1
+"""Before each case: the clocks fall while the host checks results and captures."""
+BUSY_SIZE = 4096
+CYCLES_PER_SECOND = 3e9
+"""Above the clock of any GPU, so that a sleep is never too short."""
 Call = Callable[[], object]
 Run = Callable[[], None]
 
@@ -26,8 +35,11 @@ class Timer(Protocol):
     def capture(self, calls: Sequence[Call]) -> Run:
         """All `calls` as one run that costs the host next to nothing."""
 
-    def device_seconds(self, run: Run) -> float:
-        """How long the device is busy with one run."""
+    def device_seconds(self, run: Run, ahead: float = LAUNCH_SECONDS) -> float:
+        """How long the device is busy with one run, whose launches take the host `ahead` seconds."""
+
+    def spin_up(self, seconds: float) -> None:
+        """Keep the device busy until its clocks have risen."""
 
     def host_seconds(self, run: Run) -> float:
         """Until one run returns; the device is idle before and waited for after it, outside the clock."""
@@ -46,6 +58,7 @@ class CudaTimer:
         self.device = torch.device(device)
         self.l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
         self._filler = torch.empty(2 * self.l2_bytes, dtype=torch.uint8, device=self.device)
+        self._busy = torch.randn(BUSY_SIZE, BUSY_SIZE, device=self.device).bfloat16()
 
     def capture(self, calls: Sequence[Call]) -> Run:
         graph = torch.cuda.CUDAGraph()
@@ -55,13 +68,24 @@ class CudaTimer:
                 call()
         return graph.replay
 
-    def device_seconds(self, run: Run) -> float:
+    def device_seconds(self, run: Run, ahead: float = LAUNCH_SECONDS) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # the device waits in front of the first event until all is launched: launches are not in the window
+        torch.cuda._sleep(int(min(ahead, LONGEST_SLEEP) * CYCLES_PER_SECOND))
         start.record()
         run()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
+
+    def spin_up(self, seconds: float) -> None:
+        """Products until two bursts take equally long, for `seconds` at least and four times that at most."""
+        started, before = time.perf_counter(), math.inf
+        while (elapsed := time.perf_counter() - started) < 4 * seconds:
+            burst = self.device_seconds(_in_turn([lambda: torch.mm(self._busy, self._busy)] * 20))
+            if elapsed >= seconds and abs(burst - before) <= 0.02 * before:
+                return
+            before = burst
 
     def host_seconds(self, run: Run) -> float:
         torch.cuda.synchronize()
@@ -97,8 +121,11 @@ class WallTimer:
 
         return run
 
-    def device_seconds(self, run: Run) -> float:
+    def device_seconds(self, run: Run, ahead: float = LAUNCH_SECONDS) -> float:
         return self.wall_seconds(run)
+
+    def spin_up(self, seconds: float) -> None:
+        """A rehearsal has no clocks to wait for."""
 
     def host_seconds(self, run: Run) -> float:
         return self.wall_seconds(run)
@@ -145,11 +172,12 @@ class _Sampler:
     run: Run
     calls: int
     base: Run | None = None  # what of `run` is not the calls
+    ahead: float = LAUNCH_SECONDS
 
     def sample(self, timer: Timer) -> float:
-        seconds = timer.device_seconds(self.run)
+        seconds = timer.device_seconds(self.run, self.ahead)
         if self.base is not None:
-            seconds -= timer.device_seconds(self.base)
+            seconds -= timer.device_seconds(self.base, self.ahead)
         return max(seconds, 0.0) / self.calls
 
 
@@ -191,6 +219,7 @@ def measure(
         else:
             visits = max(calls // len(copies), 1)
             cold[name] = _sampler(timer, provider, copies * visits)
+    timer.spin_up(SPIN_UP_SECONDS)
     samples: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in providers}
     for _ in range(sampling.rounds):
         for name in providers:
@@ -231,14 +260,20 @@ def _as_it_can(timer: Timer, provider: Provider, inputs: Sequence[Any]) -> Provi
 
 def _sampler(timer: Timer, provider: Provider, inputs: Sequence[Sequence[Any]]) -> _Sampler:
     calls = [_bind(provider, one) for one in inputs]
-    return _Sampler(timer.capture(calls) if provider.capturable else _in_turn(calls), len(calls))
+    run = timer.capture(calls) if provider.capturable else _in_turn(calls)
+    return _Sampler(run, len(calls), ahead=_ahead(timer, run))
+
+
+def _ahead(timer: Timer, run: Run) -> float:
+    """How long the host takes to launch all of `run`, with room to spare."""
+    return max(2 * min(timer.host_seconds(run) for _ in range(2)), LAUNCH_SECONDS)
 
 
 def _evicting_sampler(timer: Timer, provider: Provider, inputs: Sequence[Any]) -> _Sampler:
     """Each call after an eviction, minus the evictions alone: for inputs too small to rotate."""
     calls = 4
     both = timer.capture([timer.evict, _bind(provider, inputs)] * calls)
-    return _Sampler(both, calls, base=timer.capture([timer.evict] * calls))
+    return _Sampler(both, calls, timer.capture([timer.evict] * calls), _ahead(timer, both))
 
 
 def _bind(provider: Provider, inputs: Sequence[Any]) -> Call:
@@ -279,6 +314,7 @@ def quantiles(seconds: Sequence[float]) -> Quantiles:
 
 def measure_ceilings(timer: Timer, copy_bytes: int, matmul_size: int, samples: int = 15) -> Ceilings:
     """What the device can do: a copy that no cache holds, a bfloat16 product, and kernels that do nothing."""
+    timer.spin_up(10 * SPIN_UP_SECONDS)
     copy_seconds = _copy_seconds(timer, copy_bytes, samples)
     # random, because products of zeros run faster
     a, b = (torch.randn(matmul_size, matmul_size, device=timer.device).bfloat16() for _ in range(2))

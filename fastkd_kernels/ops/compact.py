@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from fastkd_kernels import _extension, _triton
-from fastkd_kernels._arguments import check_written, dense, mark_written, plain, refuse_gradient, values_are_free
+from fastkd_kernels._arguments import (
+    check_written,
+    dense,
+    mark_written,
+    plain,
+    refuse_gradient,
+    select_rows,
+    values_are_free,
+)
 from fastkd_kernels._backend import register_backends, resolve
 from fastkd_kernels._derivatives import transforming, wants_gradient
 from fastkd_kernels._launch import Launcher, next_power_of_2
@@ -44,12 +52,12 @@ def compact_reference(
 def _gather_reference(tensor: Tensor, survivors: Tensor, count: Tensor | None) -> Tensor:
     capacity = survivors.shape[0]
     if count is None:
-        return tensor.index_select(0, survivors)
+        return select_rows(tensor, survivors)
     if tensor.shape[0] == 0:
         return tensor.new_zeros((capacity, *tensor.shape[1:]))
     # the tail of survivors is undefined: row 0 exists, and zeros keep the tail out of every gradient
     live = torch.arange(capacity, device=survivors.device) < count
-    rows = tensor.index_select(0, torch.where(live, survivors, 0))
+    rows = select_rows(tensor, torch.where(live, survivors, 0))
     return torch.where(live.view(capacity, *[1] * (tensor.dim() - 1)), rows, rows.new_zeros(()))
 
 

@@ -1,6 +1,6 @@
 """Knowledge distillation on logits: both log-softmaxes, the temperature, the loss and its gradients in one launch.
 
-For student logits s and teacher logits t, both [..., C] (Hinton, Vinyals and Dean, 2015):
+For student logits s and teacher logits t, both [..., C] (Hinton, Vinyals and Dean, 2015), row by row:
 
     l = tau^2 D(softmax(t / tau), softmax(s / tau)),        D = KL(teacher || student) by default
 
@@ -14,6 +14,7 @@ Nothing but the logits' own dtype is ever written in their size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,17 +39,31 @@ def kd_loss_reference(
     task: str = "classification",
     *,
     beta: float | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    num_items_in_batch: float | Tensor | None = None,
 ) -> Tensor:
     """`kd_loss` in plain PyTorch, differentiable in both logits: the oracle of the tests and the fallback."""
-    student, teacher = _distillation.widen(student_logits, teacher_logits)
+    student, teacher, keep = _flat(student_logits, teacher_logits, labels, ignore_index)
+    student, teacher = _distillation.widen(_distillation.kept(student, keep), _distillation.kept(teacher, keep))
     divergence, share = _distillation.divergence_code(direction, task, beta)
     log_q = _distillation.log_distribution(student, temperature, divergence)
     log_p = _distillation.log_distribution(teacher, temperature, divergence)
     rows = _distillation.divergence_reference(log_p, log_q, divergence, share)
     rows = rows * _distillation.loss_scale(temperature, t2_scale)
+    if keep is not None:
+        rows = rows.masked_fill(~keep, 0)
     if reduction == "none":
-        return rows
-    return rows.sum() * _distillation.reduction_factor(reduction, rows.numel(), student.shape[-1])
+        return rows.reshape(student_logits.shape[:-1])
+    return rows.sum() * _distillation.reduction_scale(reduction, student, student.shape[-1], keep, num_items_in_batch)
+
+
+def _flat(
+    student: Tensor, teacher: Tensor, labels: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logits [B, C], and which of these rows count."""
+    keep = None if labels is None else labels.reshape(-1) != ignore_index
+    return student.flatten(0, -2), teacher.flatten(0, -2), keep
 
 
 @jit
@@ -316,6 +331,32 @@ _backend.register_backends(
 forward: Any = torch.ops.fastkd_kernels.kd_loss_forward.default
 
 
+def _of_kept(
+    compute: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    student: Tensor,
+    teacher: Tensor,
+    keep: Tensor,
+    options: tuple[Any, ...],
+    reduce: bool,
+    gradients: tuple[bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `compute` makes of the rows that count; the others may hold anything, and no copy of the logits is made."""
+    rows, for_student, for_teacher = compute(student, teacher, *options, 1.0, False, *gradients)
+    rows = rows.masked_fill_(~keep, 0)
+    for gradient in (for_student, for_teacher):
+        if gradient.numel():
+            gradient.masked_fill_(~keep[:, None], 0)
+    return rows.sum() if reduce else rows, for_student, for_teacher
+
+
+def _forward_of_kept(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _of_kept(forward, *arguments)
+
+
+def _launch_of_kept(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _of_kept(launch, *arguments)
+
+
 def kd_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -327,16 +368,19 @@ def kd_loss(
     task: str = "classification",
     detach_teacher: bool = True,
     beta: float | None = None,
+    labels: Tensor | None = None,
+    ignore_index: int = -100,
+    num_items_in_batch: float | Tensor | None = None,
 ) -> Tensor:
     """Distillation loss between the logits of a student and of a teacher, in one launch on a GPU; backward is one more.
 
     Args:
-        student_logits: [B, C] float32, bfloat16, float16 or float64, any strides; -inf masks a class. For tokens,
-            flatten [B, T, C] to [B * T, C], and weigh or mask them with reduction="none".
-        teacher_logits: [B, C], of any of these dtypes.
+        student_logits: [..., C] float32, bfloat16, float16 or float64, any strides; -inf masks a class. Samples [B, C],
+            or tokens [B, T, C]; B is below the number of rows in either case.
+        teacher_logits: [..., C], of any of these dtypes.
         temperature: tau, above 0.
         reduction: "batchmean" divides the sum by B, "mean" by B * C (what `KLDivLoss()` and several distillation
-            codes do, C times smaller), "sum" does not, "none" gives [B]. An empty batch has the loss 0.
+            codes do, C times smaller), "sum" does not, "none" gives [...]. An empty batch has the loss 0.
         t2_scale: multiply with tau^2, so that gradients keep their size when tau changes.
         direction: "forward" KL(teacher || student), "reverse" KL(student || teacher), or "jsd", the Jensen-Shannon
             divergence beta KL(teacher || m) + (1 - beta) KL(student || m) with m = beta teacher + (1 - beta) student.
@@ -345,37 +389,66 @@ def kd_loss(
         detach_teacher: False gives the teacher's logits their gradient too.
         beta: of direction="jsd" alone, from 0 (then it is "forward") to 1 ("reverse"), as in GKD (Agarwal et al.,
             2024), TRL and Liger; default 0.5.
+        labels: [...] int64, already shifted to the token they belong to. Rows labelled `ignore_index` count for
+            nothing, whatever they hold, and what else labels say is not looked at. B is then the number of rows that
+            count. On a GPU this takes a few launches more.
+        num_items_in_batch: what "batchmean" divides by instead of B, as the Trainer of transformers passes it where
+            gradients of several batches are added up; a number, or a tensor of one. Below 1 counts as 1.
 
     Returns:
-        A scalar, or [B] for reduction="none"; float32, or float64 if one of the inputs is.
+        A scalar, or [...] for reduction="none"; float32, or float64 if one of the inputs is.
 
     Raises:
         ValueError: wrong shapes, an unknown option, C = 1 in a classification, or a teacher that requires grad while
             detach_teacher is True.
-        TypeError: logits that are not floating-point.
+        TypeError: logits that are not floating-point, or labels that are not int64.
 
     On a GPU float64 is computed by the reference; anywhere forward-mode AD and the transforms of `torch.func` are.
     Gradients of gradients are not available from the kernels and raise; `backend("reference")` has them.
     """
     _check(student_logits, teacher_logits, temperature, reduction, direction, task, detach_teacher, beta)
+    _distillation.check_num_items(num_items_in_batch, reduction)
+    if labels is not None:
+        _distillation.check_token_labels(labels, student_logits.shape[:-1], "student_logits", student_logits)
     name = _resolve(student_logits, teacher_logits)
     if name == "reference":
         return kd_loss_reference(
-            student_logits, teacher_logits, temperature, reduction, t2_scale, direction, task, beta=beta
+            student_logits,
+            teacher_logits,
+            temperature,
+            reduction,
+            t2_scale,
+            direction,
+            task,
+            beta=beta,
+            labels=labels,
+            ignore_index=ignore_index,
+            num_items_in_batch=num_items_in_batch,
         )
-    batch, classes = student_logits.shape
-    factor = _distillation.reduction_factor(reduction, batch, classes)
-    gradients = torch.is_grad_enabled()
+    student, teacher, keep = _flat(student_logits, teacher_logits, labels, ignore_index)
+    scale = _distillation.reduction_scale(reduction, student, student.shape[-1], keep, num_items_in_batch)
     options = (
         temperature,
         _distillation.loss_scale(temperature, t2_scale),
         *_distillation.divergence_code(direction, task, beta),
-        factor,
-        reduction != "none",
-        gradients and student_logits.requires_grad,
-        gradients and teacher_logits.requires_grad,
     )
-    return _distillation.fused_loss(name, forward, launch, factor, options, (student_logits, teacher_logits))
+    reduce = reduction != "none"
+    enabled = torch.is_grad_enabled()
+    gradients = (enabled and student_logits.requires_grad, enabled and teacher_logits.requires_grad)
+    if keep is None:
+        factor = scale if isinstance(scale, float) else 1.0
+        loss = _distillation.fused_loss(
+            name, forward, launch, factor, (*options, factor, reduce, *gradients), (student, teacher)
+        )
+    else:
+        factor = 1.0
+        loss = _distillation.fused_loss(
+            name, _forward_of_kept, _launch_of_kept, factor, (options, reduce, gradients), (student, teacher, keep)
+        )
+    if not reduce:
+        return loss.reshape(student_logits.shape[:-1])
+    # a count on the device, or one of other batches
+    return loss if isinstance(scale, float) and scale == factor else loss * scale
 
 
 def _resolve(student: Tensor, teacher: Tensor) -> str:
@@ -395,8 +468,8 @@ def _check(
     detach_teacher: bool,
     beta: float | None,
 ) -> None:
-    _distillation.check_logits("student_logits", student, "[B, C]")
-    _distillation.check_logits("teacher_logits", teacher, "[B, C]")
+    _distillation.check_logits("student_logits", student, "[..., C]")
+    _distillation.check_logits("teacher_logits", teacher, "[..., C]")
     if student.shape != teacher.shape:
         raise ValueError(
             f"teacher_logits: got shape {tuple(teacher.shape)}, expected that of student_logits, {tuple(student.shape)}"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastkd_kernels import _extension, _triton
-from fastkd_kernels._arguments import check_written, dense, mark_written, refuse_gradient, values_are_free
+from fastkd_kernels._arguments import check_written, dense, mark_written, refuse_gradient, select_rows, values_are_free
 from fastkd_kernels._backend import register_backends, resolve
 from fastkd_kernels._derivatives import wants_gradient
 from fastkd_kernels._launch import Launcher, next_power_of_2
@@ -33,7 +33,7 @@ def pack_reference(tensors: Sequence[Tensor], lengths: Tensor, total: int) -> tu
     sequence, token = _positions(cu_seqlens, total)
     padded = tensors[0].shape[1]
     rows = sequence * padded + token
-    return [tensor.flatten(0, 1).index_select(0, rows) for tensor in tensors], cu_seqlens
+    return [select_rows(tensor.flatten(0, 1), rows) for tensor in tensors], cu_seqlens
 
 
 def unpack_reference(tensors: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
@@ -42,7 +42,8 @@ def unpack_reference(tensors: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: 
     used = token < cu_seqlens.diff()[:, None]
     rows = torch.where(used, cu_seqlens[:-1, None] + token, 0)
     return [
-        torch.where(used.view(*used.shape, *[1] * (tensor.dim() - 1)), _gather(tensor, rows), 0) for tensor in tensors
+        torch.where(used.view(*used.shape, *[1] * (tensor.dim() - 1)), _gather(tensor, rows), tensor.new_zeros(()))
+        for tensor in tensors
     ]
 
 
@@ -86,7 +87,7 @@ def _gather(tensor: Tensor, rows: Tensor) -> Tensor:
     if tensor.shape[0] == 0:
         return tensor.new_zeros((*rows.shape, *tensor.shape[1:]))
     flat = rows.flatten().clamp(0, tensor.shape[0] - 1)
-    return tensor.index_select(0, flat).view(*rows.shape, *tensor.shape[1:])
+    return select_rows(tensor, flat).view(*rows.shape, *tensor.shape[1:])
 
 
 @jit

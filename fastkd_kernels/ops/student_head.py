@@ -980,7 +980,7 @@ def student_head(
         check_head(head)
         _check_values(hidden_states, layout)
         return student_head_reference(hidden_states, head, *layout, dropout_p=dropout_p)
-    if torch.compiler.is_compiling() or (type(hidden_states) is not Tensor and not transforming()):
+    if (torch.compiler.is_compiling() or type(hidden_states) is not Tensor) and not transforming():
         return torch.ops.fastkd_kernels.student_head(
             hidden_states, parameters_of(head), head.num_attention_heads, *layout
         )

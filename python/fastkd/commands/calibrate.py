@@ -31,7 +31,7 @@ from fastkd.commands.options import (
     row_reading,
 )
 from fastkd.commands.predict import predict
-from fastkd.commands.screen import Screen, quieten, screen_for, share
+from fastkd.commands.screen import Screen, quieten, screen_for, share, strong
 
 if TYPE_CHECKING:
     from fastkd.exits.certificate import Certificate
@@ -171,7 +171,7 @@ def _report(
     if folder is None:
         screen.say("not saved: name the model with --model MODEL to write the certificate into its config.json")
     else:
-        screen.out.print(f"saved in [bold]{folder / 'config.json'}[/]", soft_wrap=True)
+        screen.out.print(f"saved in {strong(folder / 'config.json')}", soft_wrap=True)
         is_number = isinstance(certificate.speed, float)
         speed = "" if set_default or not is_number else f" --speed {certificate.speed:g}"
         screen.next_step(f"fastkd predict {quoted(folder)} INPUT{speed}{again} --monitor 1%")
@@ -184,7 +184,7 @@ def print_certificate(screen: Screen, certificate: Certificate, layers: int) -> 
     name = f"speed {speed:g}" if isinstance(speed, float) else f"place {certificate.position:g} on a threshold path"
     top_n = "" if certificate.top_n is None else f" {certificate.top_n}"
     screen.out.print(
-        f"[bold]{name}[/], {certificate.criterion}{top_n}: [bold]{certificate.speedup:.2f}x[/] fewer operations at "
+        f"{strong(name)}, {certificate.criterion}{top_n}: [bold]{certificate.speedup:.2f}x[/] fewer operations at "
         f"{certificate.seq_len} tokens, {certificate.average_layers:.2f} of {layers} layers on average",
         soft_wrap=True,
     )

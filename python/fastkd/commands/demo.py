@@ -68,7 +68,7 @@ def demo(
       [cyan]fastkd demo --data data/ag_news -o ag_news-output[/]
       [cyan]fastkd demo --train-rows 2000 --bench-rows 64 -o quick[/]
     """
-    with screen_for(as_json) as screen:
+    with screen_for(as_json, reads=(data,)) as screen:
         quieten()
 
         from fastkd.commands.demo_story import demo_options, run_demo

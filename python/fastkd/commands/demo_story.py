@@ -8,7 +8,6 @@ with the same settings, goes on where it stopped.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,10 +19,11 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from fastkd.commands.options import quoted
-from fastkd.commands.screen import Screen, benchmark_table, share, sweep_table
+from fastkd.commands.screen import Screen, benchmark_table, share, strong, sweep_table
 from fastkd.data import corpus
 from fastkd.data.files import changed_settings, write_json, write_text
 from fastkd.data.rows import DataFolder, Rows, load_folder
+from fastkd.data.work_folders import claim_folder, forget_folders
 from fastkd.exits.sweep import Sweep
 from fastkd.exits.trace import ExitTrace
 from fastkd.inference.benchmark import benchmark_rows, passes
@@ -167,7 +167,8 @@ def run_demo(
     Raises:
         ModuleNotFoundError: the packaged checkpoint is asked for and not installed.
         DataError: anything wrong with the data.
-        ValueError: `output` holds a run with other settings.
+        FileExistsError: `output` holds what no demo left there.
+        ValueError: `output` holds a run with other settings; starting over would remove an input.
     """
     plan = options.training
     checkpoint_path(plan.checkpoint)
@@ -216,9 +217,10 @@ def _prepare(output: Path, data: Path | None, plan: TrainingPlan, start_over: bo
     chosen = {"data": str(data.resolve()) if data else None, "reading": dict(reading) or None}
     settings = json.loads(json.dumps(asdict(plan) | chosen))
     path = output / _SETTINGS
+    claim_folder(output, "demo")
     if start_over and path.exists():
-        for name in ("corpus", FINETUNED, DISTILLED, f"{FINETUNED}.checkpoints", f"{DISTILLED}.checkpoints"):
-            shutil.rmtree(output / name, ignore_errors=True)
+        left = ("corpus", FINETUNED, DISTILLED, f"{FINETUNED}.checkpoints", f"{DISTILLED}.checkpoints")
+        forget_folders([output / name for name in left])
         path.unlink(missing_ok=True)
     if path.exists():
         different = changed_settings(path, settings)
@@ -228,8 +230,6 @@ def _prepare(output: Path, data: Path | None, plan: TrainingPlan, start_over: bo
                 "--start-over to replace it"
             )
         return
-    if output.is_dir() and any(output.iterdir()):
-        raise ValueError(f"output: {output} is not empty and holds no demo; choose another --output")
     write_json(path, settings)
 
 
@@ -319,7 +319,7 @@ def _tell_end(screen: Screen, result: DemoResult, speed: float) -> None:
             f"At speed {speed:g}: {share(shown.accuracy)} of {share(result.full_accuracy)} ({lost:+.2f} points lost), "
             f"{shown.average_layers:.2f} layers on average, {shown.speedup['fastbert']:.2f}x fewer FLOPs{measured}."
         )
-    screen.out.print(f"pictures and tables: [bold]{result.output}[/]; all of it with a slider: [bold]{result.page}[/]")
+    screen.out.print(f"pictures and tables: {strong(result.output)}; all of it with a slider: {strong(result.page)}")
     screen.next_step(
         result.next_command, f"fastkd sweep {quoted(result.output / 'trace.safetensors')} --criterion margin"
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Collection
 from contextvars import ContextVar
 
 options_of_command: ContextVar[Collection[str]] = ContextVar("options_of_command", default=())
 """The options that the running command has."""
 
-_FLAGS = {
+FLAGS = {
     "text_a": "--text-column",
     "text_b": "--pair-column",
     "label": "--label-column",
@@ -18,8 +19,12 @@ _FLAGS = {
     "num_labels": "--num-labels",
     "resume": "--resume",
     "overwrite": "--overwrite",
+    "pooling": "--pooling",
+    "num_attention_heads": "--attention-heads",
+    "max_length": "--max-length",
 }
-_ARGUMENT = re.compile(rf"\b({'|'.join(_FLAGS)})=(\[[^\]]*\]|'[^']*'|\d+|True|False)?")
+"""How the command line calls arguments of the library."""
+_ARGUMENT = re.compile(rf"\b({'|'.join(FLAGS)})=(\[[^\]]*\]|'[^']*'|\d+|True|False)?")
 _WITH_ALL = "fastkd finetune"
 """The command that has every option about rows."""
 
@@ -35,8 +40,8 @@ def as_flags(message: str) -> str:
 def _flag(match: re.Match[str]) -> str:
     name, value = match[1], match[2] or ""
     if value == "False":
-        return f"without {_FLAGS[name]}" if name != "resume" else "without it"
+        return f"without {FLAGS[name]}" if name != "resume" else "without it"
     words = value.strip("[]'") if value != "True" else ""
-    text = " ".join([_FLAGS[name], *([re.sub(r"',\s*'", ",", words)] if words else [])])
+    text = " ".join([FLAGS[name], *([shlex.quote(re.sub(r"',\s*'", ",", words))] if words else [])])
     has_options = options_of_command.get()
-    return text if not has_options or _FLAGS[name] in has_options else f"{text} of {_WITH_ALL}"
+    return text if not has_options or FLAGS[name] in has_options else f"{text} of {_WITH_ALL}"

@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
+from fastkd.commands.flags import FLAGS
 from fastkd.commands.options import (
     Json,
     Overwrite,
     quoted,
     words,
 )
-from fastkd.commands.screen import screen_for
+from fastkd.commands.screen import screen_for, strong
 
 
 class Pooling(str, Enum):
@@ -24,9 +25,6 @@ class Pooling(str, Enum):
     last = "last"
     max = "max"
     mean = "mean"
-
-
-_FLAGS = {"pooling": "--pooling", "num_attention_heads": "--attention-heads", "max_length": "--max-length"}
 
 
 def import_fastbert(
@@ -77,10 +75,10 @@ def import_fastbert(
         config = done.config
         screen.out.print(
             f"{config.num_hidden_layers} layers, {config.hidden_size} wide, {config.num_classes} classes, a head after "
-            f"every layer: [bold]{done.folder}[/]"
+            f"every layer: {strong(done.folder)}"
         )
         if done.assumed:
-            taken = ", ".join(f"{_FLAGS[name]} {value}" for name, value in done.assumed.items())
+            taken = ", ".join(f"{FLAGS[name]} {value}" for name, value in done.assumed.items())
             screen.say(f"the file does not record all of its training; assumed: {taken}, and UER's bert tokenizer")
         if done.has_tokenizer:
             screen.next_step(f"fastkd predict {quoted(done.folder)} INPUT --speed 0.5")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from fastkd.commands.calibrate import print_certificate
 from fastkd.commands.options import (
@@ -36,14 +37,14 @@ def info(
         quieten()
 
         from fastkd.exits.certificate import Certificate
-        from fastkd.exits.fingerprints import file_fingerprint
         from fastkd.model.loading import load_config
+        from fastkd.model.pretrained import local_folder, weights_fingerprint
 
         config = load_config(checkpoint)
         certificate = Certificate.of(config)
         facts = _facts(config)
         for name, value in facts.items():
-            screen.out.print(f"{name.replace('_', ' '):<16}{_text(value)}", soft_wrap=True)
+            screen.out.print(f"{name.replace('_', ' '):<16}{escape(_text(value))}", soft_wrap=True)
         screen.out.print()
         if certificate is None:
             screen.out.print("certificate     none")
@@ -52,14 +53,16 @@ def info(
             screen.out.print("[bold]certificate[/]")
             print_certificate(screen, certificate, config.num_hidden_layers)
         mismatches = [] if certificate is None else certificate.mismatches(config, config.dtype or "unknown")
-        fingerprint = file_fingerprint(checkpoint)
+        folder = local_folder(checkpoint, {})
+        fingerprint = None if folder is None else weights_fingerprint(folder, {})
         is_described = None
         if None not in (fingerprint, config.weights_fingerprint):
             is_described = fingerprint == config.weights_fingerprint
         if is_described is False:
             screen.out.print(
                 "[bold yellow]void:[/] the weights were changed since: all that is said here about training, speed and "
-                f"certificate is for others; distil and calibrate again: fastkd distill {checkpoint} --data DATA",
+                "certificate is for others; distil and calibrate again: "
+                f"fastkd distill {escape(quoted(checkpoint))} --data DATA",
                 soft_wrap=True,
             )
         for sentence in mismatches:

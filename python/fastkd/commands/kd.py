@@ -31,7 +31,7 @@ from fastkd.commands.options import (
     row_reading,
     words,
 )
-from fastkd.commands.screen import quieten, screen_for
+from fastkd.commands.screen import quieten, screen_for, strong
 from fastkd.data.yaml_text import load_yaml
 from fastkd.kd.catalogue import CATALOGUE
 
@@ -166,7 +166,7 @@ def kd(
             )  # fmt: skip
         shown = ", ".join(f"{name} {value:.4g}" for name, value in done.metrics.items() if name != "score")
         screen.out.print(f"{done.steps} steps in {done.seconds:.0f} s; {shown or 'no dev rows, so nothing evaluated'}")
-        screen.out.print(f"student: [bold]{done.output_dir}[/]")
+        screen.out.print(f"student: {strong(done.output_dir)}")
         screen.next_step(
             f"fastkd kd --teacher {quoted(output)}{carried(context, kd)} -o smaller"
             if method == "none"

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from fastkd.commands.options import Json, words
-from fastkd.commands.screen import quieten, screen_for
+from fastkd.commands.screen import quieten, screen_for, strong
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -53,7 +54,7 @@ def kd_table(
         for block in plan.blocks:
             screen.out.print(_shown(plan, block.title, rows))
         files = [output / "table.md", output / "table.csv"]
-        screen.out.print(f"written: [bold]{files[0]}[/], [bold]{files[1]}[/]", soft_wrap=True)
+        screen.out.print(f"written: {strong(files[0])}, {strong(files[1])}", soft_wrap=True)
         screen.result(
             {
                 "files": [str(path) for path in files],
@@ -69,13 +70,13 @@ def kd_table(
 def _shown(plan: Grid, block: str, rows: list[Row]) -> Table:
     from rich.table import Table
 
-    table = Table(title=block, title_justify="left")
+    table = Table(title=escape(block), title_justify="left")
     table.add_column("model")
     columns = [*plan.tasks, "Avg"]
     for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(escape(name), justify="right", no_wrap=True)
     for row in rows:
         if row.block == block:
             scores = [row.scores.get(name) for name in columns]
-            table.add_row(row.title, *("" if score is None else score.text() for score in scores))
+            table.add_row(escape(row.title), *("" if score is None else score.text() for score in scores))
     return table

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from fastkd.commands.options import (
     Criteria,
@@ -20,7 +21,7 @@ from fastkd.commands.options import (
     row_reading,
     source_names,
 )
-from fastkd.commands.screen import screen_for
+from fastkd.commands.screen import screen_for, strong
 
 
 class PictureFormat(str, Enum):
@@ -102,11 +103,11 @@ def report(
         write_page(curves, output, title=title, speed=speed, top_n=top_n)
         files = [output]
         screen.out.print(
-            f"page: [bold]{output}[/] ({output.stat().st_size / 1e6:.1f} MB, needs no network)", soft_wrap=True
+            f"page: {strong(output)} ({output.stat().st_size / 1e6:.1f} MB, needs no network)", soft_wrap=True
         )
         if figures is not None:
             files += write_pictures(curves, figures, picture_format.value, top_n)
             screen.out.print(
-                f"figures: [bold]{figures}[/] ({', '.join(path.name for path in files[1:])})", soft_wrap=True
+                f"figures: {strong(figures)} ({escape(', '.join(path.name for path in files[1:]))})", soft_wrap=True
             )
         screen.result({"page": str(output), "files": [str(path) for path in files]})

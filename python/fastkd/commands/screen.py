@@ -66,7 +66,7 @@ class Screen:
     def next_step(self, *commands: str) -> None:
         """What to run next."""
         for index, command in enumerate(commands):
-            self.out.print(f"{'next:' if index == 0 else '     '} [bold cyan]{command}[/]", soft_wrap=True)
+            self.out.print(f"{'next:' if index == 0 else '     '} [bold cyan]{escape(command)}[/]", soft_wrap=True)
 
     @contextlib.contextmanager
     def text_warnings(self) -> Iterator[None]:
@@ -92,7 +92,7 @@ class Screen:
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
             warnings.showwarning = lambda message, *_: self.err.print(
-                f"[bold yellow]warning:[/] {message}", soft_wrap=True
+                f"[bold yellow]warning:[/] {escape(str(message))}", soft_wrap=True
             )
             yield
 
@@ -105,7 +105,7 @@ class Screen:
             return
         columns = (
             SpinnerColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -272,6 +272,11 @@ def screen_for(
         raise typer.Exit(BAD_INPUT) from None
 
 
+def strong(value: object) -> str:
+    """`value` in bold; what looks like markup in it, as in a folder called out[1], is text."""
+    return f"[bold]{escape(str(value))}[/]"
+
+
 def quieten() -> None:
     """Libraries keep their progress bars and hints to themselves; errors still come through."""
     import transformers
@@ -291,7 +296,7 @@ def show_training(screen: Screen, done: TrainResult) -> None:
     """What a training did, and where its model is."""
     metrics = ", ".join(f"{name} {value:.4g}" for name, value in done.metrics.items())
     screen.out.print(f"{done.steps} steps in {done.seconds:.0f} s; {metrics or 'no dev rows, so nothing evaluated'}")
-    screen.out.print(f"model: [bold]{done.output_dir}[/]")
+    screen.out.print(f"model: {strong(done.output_dir)}")
     screen.result(
         {"model": str(done.output_dir), "steps": done.steps, "seconds": round(done.seconds, 2)}
         | {"train_loss": done.train_loss, "metrics": done.metrics}
@@ -300,7 +305,7 @@ def show_training(screen: Screen, done: TrainResult) -> None:
 
 def show_written(screen: Screen, folder: Path, files: Sequence[Path]) -> None:
     """The folder that results were written to, and the names of its files."""
-    screen.out.print(f"written: [bold]{folder}[/] ({', '.join(path.name for path in files)})", soft_wrap=True)
+    screen.out.print(f"written: {strong(folder)} ({escape(', '.join(path.name for path in files))})", soft_wrap=True)
 
 
 def quality(accuracy: float | None, pearson: float | None) -> str:
@@ -314,7 +319,7 @@ def sweep_table(sweep: Sweep, name: str, is_narrow: bool = False) -> Table:
     layers = len(rows[0].exits_per_layer)
     conventions = ["fastbert"] if is_narrow else list(rows[0].flops)
     table = Table(
-        title=f"{name}: {sum(rows[0].exits_per_layer)} rows, FLOPs at {sweep.seq_len} tokens",
+        title=f"{escape(name)}: {sum(rows[0].exits_per_layer)} rows, FLOPs at {sweep.seq_len} tokens",
         title_justify="left",
         box=box.SIMPLE_HEAD if is_narrow else box.HEAVY_HEAD,
     )

@@ -21,7 +21,7 @@ from fastkd.commands.options import (
     source_names,
     whole_numbers,
 )
-from fastkd.commands.screen import quieten, screen_for
+from fastkd.commands.screen import quieten, screen_for, strong
 
 
 def table2(
@@ -70,7 +70,7 @@ def table2(
       [cyan]fastkd table2 data/ag_news data/sst2 -o table2[/]
       [cyan]fastkd table2 data/sst2 --students 3 --speeds 0.3,0.5 --student-rows 3000[/]
     """
-    with screen_for(as_json) as screen:
+    with screen_for(as_json, reads=data) as screen:
         quieten()
 
         from fastkd.tables.table2 import TABLE_CSV, TABLE_MARKDOWN, Table2Options, run_table2
@@ -87,5 +87,5 @@ def table2(
         folders = dict(zip(source_names([str(path) for path in data]), data, strict=True))
         table = run_table2(screen, folders, output, options, start_over=start_over, reading=reading.given())
         screen.out.print(table.to_markdown(), markup=False, soft_wrap=True)
-        screen.out.print(f"written: [bold]{output}[/] ({TABLE_MARKDOWN}, {TABLE_CSV})", soft_wrap=True)
+        screen.out.print(f"written: {strong(output)} ({TABLE_MARKDOWN}, {TABLE_CSV})", soft_wrap=True)
         screen.result(table.to_dict())

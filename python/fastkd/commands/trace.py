@@ -25,7 +25,7 @@ from fastkd.commands.options import (
     quoted,
     row_reading,
 )
-from fastkd.commands.screen import quieten, screen_for
+from fastkd.commands.screen import quieten, screen_for, strong
 
 
 def trace(
@@ -68,7 +68,7 @@ def trace(
         recorded = make_trace(screen, checkpoint, data, options)
         recorded.save(output)
         layers = ", ".join(map(str, recorded.exit_layers))
-        screen.out.print(f"{len(recorded)} rows, heads after layers {layers}: [bold]{output}[/]")
+        screen.out.print(f"{len(recorded)} rows, heads after layers {layers}: {strong(output)}")
         screen.next_step(f"fastkd sweep {quoted(output)}")
         screen.result(
             {"trace": str(output), "rows": len(recorded), "exit_layers": recorded.exit_layers}

@@ -20,6 +20,8 @@ PAIR_COLUMNS = (
 TEXT_COLUMNS = ("text_a", "text", "sentence", "content")
 LABEL_COLUMNS = ("label", "labels", "label_id", "class", "category")
 
+_SEPARATORS = {"\t": "tabs", ";": "semicolons", "|": "bars", ",": "commas", "\r": "carriage returns"}
+
 
 class Columns(NamedTuple):
     """Columns that a user names; None takes the usual ones."""
@@ -42,6 +44,7 @@ def text_columns(columns: Sequence[str], chosen: Columns, source: str) -> tuple[
         _check_chosen(columns, argument, getattr(chosen, argument), source)
     found = find_text_columns(columns, chosen)
     if found is None:
+        _check_separated(columns, source)
         raise DataError(
             f"{source}, header: no text column among {_listed(columns)}; expected one of {_usual_texts()}; "
             "rename a column or say which one holds the text with text_a="
@@ -72,6 +75,7 @@ def label_column(columns: Sequence[str], chosen: str | None, required: bool, sou
     _check_chosen(columns, "label", chosen, source)
     found = chosen or next((found for name in LABEL_COLUMNS if (found := find_column(columns, name))), None)
     if found is None and required:
+        _check_separated(columns, source)
         raise DataError(
             f"{source}, header: no label column among {_listed(columns)}; "
             f"expected one of {', '.join(LABEL_COLUMNS)}; rename a column or say which one holds the label with label="
@@ -110,6 +114,20 @@ def texts_of(row: Mapping[str, Any], chosen: Columns = USUAL) -> tuple[str, str 
 def _check_chosen(columns: Sequence[str], argument: str, name: str | None, source: str) -> None:
     if name is not None and name not in columns:
         raise DataError(f"{source}: no column '{name}' ({argument}=); the columns are {_listed(columns)}")
+
+
+def _check_separated(columns: Sequence[str], source: str) -> None:
+    """Raise DataError where the header is in one piece, because something else separates the columns or the lines."""
+    header = "\t".join(columns)
+    mark = (
+        "\r" if "\r" in header else next((mark for mark in _SEPARATORS if len(columns) == 1 and mark in header), None)
+    )
+    if mark is not None:
+        raise DataError(
+            f"{source}, header: {header[:60]!r}, in which {_SEPARATORS[mark]} seem to separate; expected commas "
+            "between the columns of a .csv file, tabs in a .tsv file, and \\n or \\r\\n between lines; convert or "
+            "rename the file"
+        )
 
 
 def _usual_texts() -> str:

@@ -74,13 +74,25 @@ def check_output_file(path: str | os.PathLike[str]) -> None:
 
     Raises:
         IsADirectoryError: it is a folder.
+        NotADirectoryError: its folder is a file.
         ValueError: it is one of the files that are read, see `reading`.
     """
     target = Path(path)
+    _check_parents(target)
     if target.is_dir():
         raise IsADirectoryError(f"output {target} is a folder; give the name of a file in it")
     if _is_input(target):
         raise ValueError(f"output: {target} is also an input, which would be lost; choose another name")
+
+
+def _check_parents(target: Path) -> None:
+    for parent in target.parents:
+        if parent.exists():
+            if parent.is_dir():
+                return
+            raise NotADirectoryError(
+                f"output: {parent} is a file, so nothing can be written into it; choose another place for {target.name}"
+            )
 
 
 def is_special(path: str | os.PathLike[str]) -> bool:
@@ -109,7 +121,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: the disk is full, whatever the writer raised.
     """
     check_output_file(path)
-    with _told_if_full(Path(path)):
+    with told_if_full(path):
         if is_special(path):
             with tempfile.TemporaryDirectory() as folder:
                 temporary = Path(folder) / f"output{Path(path).suffix}"
@@ -144,7 +156,8 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 @contextmanager
-def _told_if_full(target: Path) -> Iterator[None]:
+def told_if_full(target: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside, whatever a writer of `target` raises where there is no room is an OSError that says so."""
     try:
         yield
     except Exception as error:
@@ -232,9 +245,11 @@ def check_output_folder(folder: str | os.PathLike[str], *, overwrite: bool) -> N
 
     Raises:
         FileExistsError: something is there, and `overwrite` is False or fastkd did not write it.
+        NotADirectoryError: what it would lie in is a file.
         ValueError: an input of the command, the working folder or the home folder would be lost.
     """
     target = Path(folder)
+    _check_parents(target)
     restore(target)
     # even an empty one may be where the user stands
     if target.is_dir():
@@ -260,16 +275,21 @@ def _check_replaceable(target: Path) -> None:
             f"output_dir: {target} was not written by fastkd, so it is not replaced; choose another, or remove it "
             "yourself"
         )
-    read = _inputs.get()
-    held = [path for path in (target, *target.rglob("*")) if _identity(path) in read]
-    if held:
-        raise ValueError(f"output_dir: {target} would be replaced, but {held[0]} is an input; choose another output")
+    read = holds_input(target)
+    if read is not None:
+        raise ValueError(f"output_dir: {target} would be replaced, but {read} is an input; choose another output")
     folders = [path for path in target.iterdir() if path.is_dir()]
     if folders:
         raise FileExistsError(
             f"output_dir: {target} holds the folder {folders[0].name}, which fastkd did not write; move it away, or "
             "choose another output"
         )
+
+
+def holds_input(folder: Path) -> Path | None:
+    """What of a folder, the folder itself included, is an input, see `reading`; None where nothing is."""
+    read = _inputs.get()
+    return next((path for path in (folder, *folder.rglob("*")) if _identity(path) in read), None)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -310,7 +330,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     # mkdtemp makes its folder private; one made inside follows the user's umask
     fresh, replaced = holder / _FRESH, holder / _REPLACED
     try:
-        with _told_if_full(named):
+        with told_if_full(named):
             fresh.mkdir()
             yield fresh
         if target.exists():
@@ -359,6 +379,11 @@ def _temporary_prefix(name: str) -> str:
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)-fastkd-(?P<here>[0-9a-f]{8})-(?P<process>\d+)-[^-]*")
 _cleared: set[tuple[int, Path]] = set()
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file or folder is one that `atomic_path` or `atomic_folder` has, or a killed run left."""
+    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def _left_in(folder: Path) -> Iterator[tuple[str, Path]]:

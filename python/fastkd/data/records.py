@@ -199,13 +199,28 @@ def _json_records(lines: Iterator[_Line]) -> Iterator[Record]:
     return (_json_record(line) for line in lines)
 
 
+class _RepeatedKey(ValueError):
+    """A key that an object has twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedKey(next(name for name in names if names.count(name) > 1))
+    return value
+
+
 def _json_record(line: _Line) -> Record:
     if line.problem is not None:
         return Record(line.number, {}, line.problem)
     if not line.text.strip():
         return Record(line.number, {}, Problem("a blank line", "one JSON object", "complete or delete the line"))
     try:
-        value = json.loads(line.text)
+        value = json.loads(line.text, object_pairs_hook=_object)
+    except _RepeatedKey as error:
+        problem = Problem(f"the key '{error}' twice", "one value for each key", "rename or delete one of them")
+        return Record(line.number, {}, problem)
     except json.JSONDecodeError as error:
         got = f"invalid JSON ({error.msg} at column {error.colno})"
     except RecursionError:
@@ -238,8 +253,7 @@ def _delimited(records: Iterator[_Fields], source: str) -> Records:
     columns = header.fields
     if not any(columns):
         raise DataError(f"{source}, line 1: a blank line; expected the column names; delete it or add a header")
-    if len(set(columns)) < len(columns):
-        raise DataError(f"{source}, line 1: repeated column names ({', '.join(columns)}); rename them")
+    _check_different(columns, f"{source}, line 1")
 
     def read(wanted: Sequence[str] | None) -> Iterator[Record]:
         for number, fields, problem in records:
@@ -248,6 +262,11 @@ def _delimited(records: Iterator[_Fields], source: str) -> Records:
             yield Record(number, {} if problem else dict(zip(columns, fields, strict=True)), problem)
 
     return Records(source, "line", columns, read)
+
+
+def _check_different(columns: Sequence[str], place: str) -> None:
+    if len(set(columns)) < len(columns):
+        raise DataError(f"{place}: repeated column names ({', '.join(columns)}); rename them")
 
 
 def _wrong_count(fields: list[str], columns: list[str]) -> Problem:
@@ -362,11 +381,12 @@ def _parquet(stream: BinaryIO, first: bytes, source: str) -> Records:
         return DataError(f"{source}: not a readable Parquet file ({error}); write it again")
 
     try:
-        parquet = pyarrow.parquet.ParquetFile(_seekable(stream, first))
+        parquet = pyarrow.parquet.ParquetFile(_seekable(stream, first), page_checksum_verification=True)
         columns = parquet.schema_arrow.names
         class_names = _class_names(parquet.schema_arrow.metadata or {})
     except damaged as error:
         raise explained(error) from error
+    _check_different(columns, source)
 
     def read(wanted: Sequence[str] | None) -> Iterator[Record]:
         number = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 
 def is_untouched(module: nn.Module) -> bool:
@@ -13,6 +14,8 @@ def is_untouched(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        # of all modules, as profilers and counters set them
+        or torch_module._has_any_global_hook()
     )
 
 

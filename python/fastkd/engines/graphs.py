@@ -5,12 +5,15 @@ captured once for each number of rows, rounded up, and replayed from then on; be
 number, how many rows are left. Rows that only fill up a stage belong to a row of the record that nothing reads, and
 always leave.
 
-Weights may change: stages are captured again when `fastkd_kernels.ParameterStamp` sees it. What is hooked to modules
-runs while a stage is captured and not when it is replayed.
+Weights may change, move and go: stages are captured again when `fastkd_kernels.ParameterStamp` sees it. A model that
+something is hooked to is called. What is hooked to it after its stages were captured waits for that.
+
+Threads may share an engine: one batch runs at a time.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +27,7 @@ from fastkd.encoders import families
 from fastkd.encoders.layout import TokenLayout
 from fastkd.encoders.recording import EncoderInputs
 from fastkd.engines.batch import warn_about_nan
+from fastkd.engines.cuda_graphs import CudaGraphs, Recent, Recorder, Turns, autocast_dtype, capture, obstacle
 from fastkd.engines.packed_encoder import encoder_of
 from fastkd.engines.protocol import ExitModel
 from fastkd.exits.rule import ExitRule
@@ -31,10 +35,7 @@ from fastkd.exits.rule import ExitRule
 TOKEN_STEP = 32
 """Lengths are padded to multiples of this."""
 MAX_SHAPES = 16
-"""Input shapes whose stages are kept; of more, those that came first are forgotten."""
-
-Recorder = Callable[[Callable[[], Any]], Callable[[], None]]
-"""Turns a function without arguments into what replays it on the same memory."""
+"""Input shapes whose stages are kept; of more, those that were not used for longest are forgotten."""
 
 
 def round_up_rows(rows: int) -> int:
@@ -57,6 +58,7 @@ class _Stage:
 
     replay: Callable[[], None]
     count: Tensor | None  # [1] rows that stay; None after the last layer
+    read: list[Tensor]  # copies of weights that the replay reads
 
 
 @dataclass
@@ -92,7 +94,17 @@ class GraphEngine:
     """
 
     def __init__(self, model: ExitModel, recorder: Recorder | None = None) -> None:
-        if recorder is None and model.device.type != "cuda":
+        self._reference = weakref.ref(model)
+        self._given = recorder
+        self._turns = Turns(model.device)
+        self._memories: Recent[tuple[Any, ...], _Memory] = Recent(MAX_SHAPES)
+        self._start()
+
+    def _start(self) -> None:
+        """Take the model as it is now. What was captured is forgotten: a graph holds heads folded, and addresses."""
+        self._memories.clear()
+        model = self._model
+        if self._given is None and model.device.type != "cuda":
             raise ValueError(f"model: got one on {model.device}, CUDA graphs need a CUDA device; use the batch engine")
         attention = model.backbone.config._attn_implementation
         if attention != "sdpa":
@@ -100,11 +112,9 @@ class GraphEngine:
                 f"model: got attention implementation {attention!r}, the graphs engine needs 'sdpa'; call "
                 "model.set_attn_implementation('sdpa') or use the batch engine"
             )
-        self._reference = weakref.ref(model)
-        self._recorder = CudaGraphs() if recorder is None else recorder
-        self._memories: dict[tuple[Any, ...], _Memory] = {}
-        self._parameters = list(model.parameters())
-        self._stamp = fk.ParameterStamp(self._parameters)
+        self._turns.device = model.device
+        self._recorder = CudaGraphs(model.device) if self._given is None else self._given
+        self._stamp = fk.ParameterStamp(list(model.parameters()))
 
     @property
     def _model(self) -> ExitModel:
@@ -134,51 +144,50 @@ class GraphEngine:
             The logits, uncertainty and exit layer of all B sequences, in memory of their own.
         """
         inputs = _Inputs(input_ids, attention_mask, token_type_ids)
-        # outside of inference mode, because its tensors could not be written to by later calls without it
-        with torch.inference_mode(False), torch.no_grad():
-            memory = self._memory(inputs, rule)
-            self._fill(memory, inputs, rule, thresholds)
-            rows = input_ids.shape[0]
-            for number in range(len(rule.stages)):
-                stage = self._stage(memory, number, round_up_rows(rows), rule)
-                stage.replay()
-                if number == 0 and not self._is_current():
-                    return self.run(
-                        input_ids, attention_mask, rule, token_type_ids=token_type_ids, thresholds=thresholds
-                    )
-                if stage.count is None:
-                    break
-                rows = int(stage.count)
-                if rows == 0:
-                    break
-            answers = rows_of(memory.record, slice(input_ids.shape[0]))
-            if rows:
-                warn_about_nan([answers.uncertainty.sum()])
-            return answers
+        while True:
+            # outside of inference mode, because its tensors could not be written to by later calls without it
+            with self._turns.take(), torch.inference_mode(False), torch.no_grad():
+                answers = self._answers(inputs, rule, thresholds)
+                if answers is not None:
+                    return answers
+                self._start()
 
-    def _is_current(self) -> bool:
-        """Whether no weight changed; else everything is forgotten, because a graph holds heads folded and addresses.
-
-        Asked while the device is busy with the first stage, where it costs no time.
-        """
-        if self._stamp.is_current(self._parameters):
-            return True
-        self._memories.clear()
-        self._parameters = list(self._model.parameters())
-        self._stamp = fk.ParameterStamp(self._parameters)
-        return False
+    def _answers(self, inputs: _Inputs, rule: ExitRule, thresholds: Tensor | None) -> fk.ExitRecord | None:
+        """What `run` returns; None where the weights are not those that were captured."""
+        # before a replay, which would read memory that may be gone
+        if self._stamp.memory_was_freed:
+            return None
+        memory = self._memory(inputs, rule)
+        self._fill(memory, inputs, rule, thresholds)
+        rows = batch = inputs.input_ids.shape[0]
+        for number in range(len(rule.stages)):
+            stage = self._stage(memory, number, round_up_rows(rows), rule)
+            stage.replay()
+            # while the device is busy with the first stage, where it costs no time
+            if number == 0 and not self._stamp.is_current():
+                return None
+            if stage.count is None:
+                break
+            rows = int(stage.count)
+            if rows == 0:
+                break
+        answers = rows_of(memory.record, slice(batch))
+        if rows:
+            warn_about_nan([answers.uncertainty.sum()])
+        return answers
 
     def _memory(self, inputs: _Inputs, rule: ExitRule) -> _Memory:
         batch, longest = inputs.input_ids.shape
         rows, tokens = round_up_rows(batch), self._padded(longest)
         masked = inputs.attention_mask is not None or tokens > longest
         segmented = inputs.token_type_ids is not None
-        key = (rows, tokens, masked, segmented, rule.criterion, rule.top_n, rule.layers)
-        if key not in self._memories:
-            if len(self._memories) == MAX_SHAPES:
-                self._memories.pop(next(iter(self._memories)))
-            self._memories[key] = self._allocate(len(rule.stages), rows, tokens, masked, segmented)
-        return self._memories[key]
+        autocast = autocast_dtype(self._turns.device)
+        key = (rows, tokens, masked, segmented, autocast, rule.criterion, rule.top_n, rule.layers)
+        memory = self._memories.find(key)
+        if memory is None:
+            memory = self._allocate(len(rule.stages), rows, tokens, masked, segmented)
+            self._memories.keep(key, memory)
+        return memory
 
     def _padded(self, tokens: int) -> int:
         """Few lengths, so that few stages are captured."""
@@ -239,15 +248,21 @@ class GraphEngine:
         return stage
 
     def _capture(self, memory: _Memory, number: int, rows: int, rule: ExitRule) -> _Stage:
+        model = self._model
+        if isinstance(self._recorder, CudaGraphs):
+            problem = obstacle(model)
+            if problem is not None:
+                self._recorder.refuse(problem)
         is_last = number == len(rule.stages) - 1
-        count = None if is_last else torch.zeros(1, dtype=torch.int32, device=self._model.device)
+        count = None if is_last else torch.zeros(1, dtype=torch.int32, device=model.device)
 
         def run() -> None:
             staying = self._run_stage(memory, number, rows, rule)
             if count is not None and staying is not None:
                 count.copy_(staying)
 
-        return _Stage(capture(self._recorder, run, memory.record), count)
+        replay = capture(self._recorder, run, memory.record)
+        return _Stage(replay, count, encoder_of(model).copies)
 
     def _run_stage(self, memory: _Memory, number: int, rows: int, rule: ExitRule) -> Tensor | None:
         """A stage on the first `rows` rows: its layers, head and compaction.
@@ -284,48 +299,20 @@ class GraphEngine:
         return decided.count
 
 
-def capture(recorder: Recorder, run: Callable[[], Any], record: fk.ExitRecord) -> Callable[[], None]:
-    """What replays `run`, which decides with `record`."""
-    # recording may run it, and what was said before is all that it both reads and writes
-    history = record.history.clone()
-    replay = recorder(run)
-    record.history.copy_(history)
-    return replay
-
-
 def rows_of(record: fk.ExitRecord, rows: slice) -> fk.ExitRecord:
     """Copies of these rows."""
     fields = (record.logits, record.uncertainty, record.exit_layer, record.history)
     return fk.ExitRecord(*(tensor[rows].clone() for tensor in fields))
 
 
-class CudaGraphs:
-    """Captures into CUDA graphs that share one memory pool: they are never replayed at the same time."""
-
-    WARM_UPS = 2
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, run: Callable[[], Any]) -> Callable[[], None]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(self.WARM_UPS):
-                run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            run()
-        return graph.replay
-
-
 _engines: weakref.WeakKeyDictionary[ExitModel, GraphEngine] = weakref.WeakKeyDictionary()
+_engines_lock = threading.Lock()
 
 
 def engine_of(model: ExitModel) -> GraphEngine:
     """The engine of a model, made at its first use and kept as long as the model."""
-    engine = _engines.get(model)
-    if engine is None:
-        engine = _engines[model] = GraphEngine(model)
-    return engine
+    with _engines_lock:
+        engine = _engines.get(model)
+        if engine is None:
+            engine = _engines[model] = GraphEngine(model)
+        return engine

@@ -24,6 +24,9 @@ from fastkd.engines.protocol import ExitModel
 
 _USUAL_LENGTH = 32  # tokens of the sequences on which costs are measured
 
+MOST_ADDED = 63
+"""Rows that `round_up_tokens` adds at most."""
+
 
 def round_up_tokens(tokens: int) -> int:
     """`tokens` rounded up to one of few sizes: by at most 15 below 64, 31 below 256 and 63 above."""
@@ -112,6 +115,11 @@ class PackedEncoder:
     def is_faster(self) -> bool:
         """Whether every layer runs from its parts, which is where packed tokens beat padded batches."""
         return all(isinstance(layer, LayerFromParts) for layer in self._layers)
+
+    @property
+    def copies(self) -> list[Tensor]:
+        """What its layers read beside the parameters of the model; whoever captures them has to keep it."""
+        return [tensor for layer in self._layers if isinstance(layer, LayerFromParts) for tensor in layer.copies]
 
     def compaction_pays(self, tokens: int, kept: int, layers: int) -> bool:
         """Whether dropping all but `kept` of `tokens` tokens before the next `layers` layers saves time."""

@@ -43,18 +43,26 @@ class JoinedLinear:
     def parameters(self) -> list[Tensor]:
         return [p for module in self._modules for p in (module.weight, module.bias) if p is not None]
 
+    @property
+    def copies(self) -> list[Tensor]:
+        """What was made of the parameters, and is not theirs."""
+        return [tensor for tensor in (self._weight, self._bias) if tensor is not None]
+
     def prepare(self) -> None:
         """Take the weights as they are now; needed before the first call, and when they have changed."""
+        if len(self._modules) > 1:  # a view of a single one would keep its memory where the model moves
+            self._weight, self._bias = self._joined()
+
+    def _joined(self) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
             weights: list[Tensor] = [module.weight for module in self._modules]
             biases: list[Tensor] = [module.bias for module in self._modules if module.bias is not None]
-            self._weight = self._prepared((torch.cat(weights) if len(weights) > 1 else weights[0]).detach())
-            self._bias = (torch.cat(biases) if len(biases) > 1 else biases[0]).detach() if biases else None
-
-    def _prepared(self, weight: Tensor) -> Tensor:
-        return weight
+            weight = torch.cat(weights) if len(weights) > 1 else weights[0].detach()
+            return weight, (torch.cat(biases) if len(biases) > 1 else biases[0].detach()) if biases else None
 
     def __call__(self, rows: Tensor) -> Tensor:
+        if self._weight is None:
+            return F.linear(rows, self._modules[0].weight, self._modules[0].bias)
         return F.linear(rows, self._weight, self._bias)
 
 
@@ -65,8 +73,9 @@ class PackedLinear(JoinedLinear):
         super().__init__(modules)
         self._activation = activation
 
-    def _prepared(self, weight: Tensor) -> Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+    def prepare(self) -> None:
+        weight, self._bias = self._joined()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
     def __call__(self, rows: Tensor) -> Tensor:
         attribute, algorithm = self._activation
@@ -117,14 +126,22 @@ class LayerFromParts:
 
     def refresh(self) -> None:
         """Prepare the weights again if they changed since the last time."""
-        products = (self._project, self._output, self._expand, self._contract)
-        parameters = [parameter for linear in products for parameter in linear.parameters]
+        parameters = [parameter for linear in self._products for parameter in linear.parameters]
         if self._stamp is not None and self._stamp.is_current(parameters):
             return
         stamp = fk.ParameterStamp(parameters)
-        for linear in products:
+        for linear in self._products:
             linear.prepare()
         self._stamp = stamp
+
+    @property
+    def copies(self) -> list[Tensor]:
+        """What it reads beside the parameters; kept alive by a CUDA graph of the layer."""
+        return [tensor for linear in self._products for tensor in linear.copies]
+
+    @property
+    def _products(self) -> tuple[JoinedLinear, ...]:
+        return self._project, self._output, self._expand, self._contract
 
     def __call__(self, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
         """The layer's output, packed [R, H], where rows behind the last sequence stay finite, or padded [B, T, H]."""

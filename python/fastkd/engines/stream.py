@@ -25,6 +25,7 @@ from fastkd.data.text_counts import TextCounts
 from fastkd.encoders.layout import TokenLayout
 from fastkd.engines.batch import warn_about_nan
 from fastkd.engines.packed_encoder import (
+    MOST_ADDED,
     PackedEncoder,
     PackedTokens,
     cumulative_lengths,
@@ -81,17 +82,23 @@ class _Queue:
         self.rows: list[EncodedRow] = []
         self.slots: list[int] = []
         self.tokens = 0
-        self.hidden_states: Tensor | None = None
+        self._memory: Tensor | None = None
+        self._start = 0  # of what waits in the memory
+
+    def hidden_states(self, tokens: int) -> Tensor:
+        """Those of the first `tokens` tokens, with the rows that `round_up_tokens` adds."""
+        assert self._memory is not None
+        return self._memory[self._start : self._start + round_up_tokens(tokens)]
 
     def room_for(self, tokens: int, like: Tensor) -> Tensor:
-        """Memory behind the sequences that wait, for `tokens` more; what waits is moved where the memory must grow."""
+        """Memory behind the sequences that wait, for `tokens` more; what waits is moved where there is none."""
         needed = self.tokens + tokens
-        if self.hidden_states is None or self.hidden_states.shape[0] < round_up_tokens(needed):
-            grown = like.new_zeros(round_up_tokens(needed * 3 // 2), like.shape[1])
-            if self.hidden_states is not None:
-                grown[: self.tokens] = self.hidden_states[: self.tokens]
-            self.hidden_states = grown
-        return self.hidden_states[self.tokens : needed]
+        if self._memory is None or self._memory.shape[0] < self._start + needed + MOST_ADDED:
+            moved = like.new_zeros(needed * 2 + MOST_ADDED, like.shape[1])
+            if self._memory is not None:
+                moved[: self.tokens] = self._memory[self._start : self._start + self.tokens]
+            self._memory, self._start = moved, 0
+        return self._memory[self._start + self.tokens : self._start + needed]
 
     def push(self, rows: Sequence[EncodedRow], slots: Sequence[int], tokens: int) -> None:
         self.rows.extend(rows)
@@ -99,9 +106,10 @@ class _Queue:
         self.tokens += tokens
 
     def drop(self, count: int, tokens: int) -> None:
-        """Forget the first `count` rows, of `tokens` tokens; with hidden states, all rows are dropped together."""
+        """Forget the first `count` rows, of `tokens` tokens."""
         del self.rows[:count], self.slots[:count]
         self.tokens -= tokens
+        self._start = self._start + tokens if self.tokens else 0
 
 
 class _Slots:
@@ -301,7 +309,8 @@ class Stream(Iterator[StreamRow]):
 
     def _run(self, stage: int) -> None:
         queue = self._queues[stage]
-        count = _prefix(queue.rows, self._schedule.tokens_per_run) if stage == 0 else len(queue.rows)
+        # runs of any size would make oneDNN keep a kernel for each: it forgets none
+        count = _prefix(queue.rows, self._schedule.tokens_per_run)
         rows, slots = queue.rows[:count], queue.slots[:count]
         lengths = [row.tokens for row in rows]
         tokens = sum(lengths)
@@ -320,8 +329,7 @@ class Stream(Iterator[StreamRow]):
 
     def _waiting(self, stage: int, tokens: int) -> Tensor | None:
         """Packed hidden states before a stage, with the rows that `round_up_tokens` adds; None before the first."""
-        waiting = self._queues[stage].hidden_states
-        return None if waiting is None else waiting[: round_up_tokens(tokens)]
+        return None if stage == 0 else self._queues[stage].hidden_states(tokens)
 
     def _tokens(self, rows: Sequence[EncodedRow], lengths: Sequence[int], cu_seqlens: Tensor) -> PackedTokens:
         input_ids = self._packed(row.input_ids for row in rows)

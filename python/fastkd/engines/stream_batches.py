@@ -18,9 +18,10 @@ A run is rounded up with sequences of one token, which answer into a row of the 
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -32,7 +33,8 @@ import fastkd_kernels as fk
 from fastkd.encoders import families
 from fastkd.encoders.layout import TokenLayout
 from fastkd.engines.batch import warn_about_nan
-from fastkd.engines.graphs import CudaGraphs, Recorder, capture, round_up_rows, rows_of
+from fastkd.engines.cuda_graphs import CudaGraphs, Recent, Recorder, Turns, autocast_dtype, capture, obstacle, on
+from fastkd.engines.graphs import round_up_rows, rows_of
 from fastkd.engines.output import EarlyExitOutput, fields_of
 from fastkd.engines.packed import is_right_padded
 from fastkd.engines.packed_encoder import encoder_of, is_capturable
@@ -44,6 +46,8 @@ TOKEN_STEP = 64
 """The tokens of a run are rounded up to multiples of this, and less finely from nine of them on."""
 TOKENS_PER_RUN = {"cpu": 4096, "cuda": 16384}
 """A CPU is busy with few tokens; on a GPU a run has to take longer than the host needs to prepare one."""
+MAX_RUNS = 256
+"""Captured runs that each lane keeps; of more, those that were not used for longest are forgotten."""
 
 
 def size_of_run(tokens: int) -> int:
@@ -67,6 +71,7 @@ class _Run:
     replay: Callable[[], None] = lambda: None
     survivors: Tensor | None = None  # [S] int32
     count: Tensor | None = None  # [1] int32
+    read: Sequence[Tensor] = ()  # copies of weights that the replay reads
 
 
 @dataclass
@@ -79,7 +84,7 @@ class _Lane:
     count_on_host: Tensor  # [1] int32
     survivors_on_host: Tensor  # [S] int32
     finished: torch.cuda.Event | None  # None on a CPU
-    runs: dict[tuple[int, int, int, int], _Run] = field(default_factory=dict)
+    runs: Recent[tuple[Any, ...], _Run] = field(default_factory=lambda: Recent(MAX_RUNS))
 
 
 class _Kind(NamedTuple):
@@ -102,6 +107,7 @@ class _Memory:
     record: fk.ExitRecord  # rows + 1, the last one for sequences that only fill a run up
     lanes: tuple[_Lane, _Lane]
     recorder: Recorder
+    turns: Turns
     added: np.ndarray[Any, Any]  # [S] how many sequences fill up a run of 1, 2, ... of them
 
     @property
@@ -152,7 +158,7 @@ class BatchStream(Iterator[EarlyExitOutput]):
     """The answers to batches, in their order; made by `EarlyExitForSequenceClassification.stream_batches`.
 
     An error of the input is raised after everything read before it was answered. Any other error, and Ctrl-C, end the
-    stream.
+    stream. Threads may share it: each answer is given once, and no two of them work at a time.
     """
 
     def __init__(
@@ -185,7 +191,9 @@ class BatchStream(Iterator[EarlyExitOutput]):
         self._stages = rule.stages
         self._kind = _Kind(tokens_per_run, max_rows_waiting, rule.criterion, rule.top_n, rule.layers)
         with torch.inference_mode(False), torch.no_grad():
+            self._stamp = fk.ParameterStamp(list(model.parameters()))
             self._memory = _take_memory(model, self._kind, recorder)
+        with self._memory.turns.take(), torch.inference_mode(False), torch.no_grad():
             self._memory.thresholds.copy_(torch.tensor([*rule.thresholds, 0.0])[:, None])
             self._checksum = torch.zeros((), device=self._device)
         self._batches = iter(batches)
@@ -208,7 +216,7 @@ class BatchStream(Iterator[EarlyExitOutput]):
     def __next__(self) -> EarlyExitOutput:
         try:
             # outside of inference mode, because its tensors could not be written to by later calls without it
-            with torch.inference_mode(False), torch.no_grad():
+            with self._memory.turns.take(), torch.inference_mode(False), torch.no_grad():
                 while not (self._waiting and self._is_answered(self._waiting[0])):
                     if not self._advance():
                         self._finish()
@@ -223,7 +231,8 @@ class BatchStream(Iterator[EarlyExitOutput]):
         """All is answered: say what went wrong, if anything did, and stop."""
         if self._queues:
             warn_about_nan([self._checksum])
-            _give_back(self._model, self._kind, self._memory)
+            if self._stamp.is_current():
+                _give_back(self._model, self._kind, self._memory)
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -379,6 +388,8 @@ class BatchStream(Iterator[EarlyExitOutput]):
         if stage == 0:
             self._take_inputs(used)
         run = self._captured(lane, stage, tokens, sequences, 1 << (longest - 1).bit_length())
+        if self._stamp.memory_was_freed and isinstance(memory.recorder, CudaGraphs):
+            raise RuntimeError("model: its weights were moved or replaced while the stream ran; start another stream")
         run.replay()
         if run.survivors is not None and run.count is not None:
             lane.count_on_host.copy_(run.count, non_blocking=True)
@@ -447,17 +458,18 @@ class BatchStream(Iterator[EarlyExitOutput]):
     # Runs
 
     def _captured(self, lane: _Lane, stage: int, tokens: int, sequences: int, longest: int) -> _Run:
-        key = (stage, tokens, sequences, longest)
-        run = lane.runs.get(key)
-        if run is not None:
-            return run
+        key = (stage, tokens, sequences, longest, autocast_dtype(self._device))
+        found = lane.runs.find(key)
+        if found is not None:
+            return found
         run = _Run()
 
         def record() -> None:
-            run.survivors, run.count = self._run_stage(lane, *key)
+            run.survivors, run.count = self._run_stage(lane, stage, tokens, sequences, longest)
 
         run.replay = capture(self._memory.recorder, record, self._memory.record)
-        lane.runs[key] = run
+        run.read = self._encoder.copies
+        lane.runs.keep(key, run)
         return run
 
     def _run_stage(
@@ -506,32 +518,34 @@ class _Kept:
     """Memories of one model that no stream uses, and what its parameters were when their graphs were captured."""
 
     stamp: fk.ParameterStamp
-    memories: dict[_Kind, _Memory] = field(default_factory=dict)
+    memories: Recent[_Kind, _Memory] = field(default_factory=lambda: Recent(_MOST_KEPT))
 
 
-_kept: weakref.WeakKeyDictionary[ExitModel, _Kept] = weakref.WeakKeyDictionary()
 _MOST_KEPT = 4
+_kept: weakref.WeakKeyDictionary[ExitModel, _Kept] = weakref.WeakKeyDictionary()
+_kept_lock = threading.Lock()
 
 
 def _take_memory(model: ExitModel, kind: _Kind, recorder: Recorder | None) -> _Memory:
-    if recorder is None and is_capturable(model):
+    if recorder is not None:
+        return _allocate(model, kind, recorder)
+    if not is_capturable(model) or obstacle(model) is not None:
+        return _allocate(model, kind, _plain_calls)
+    with _kept_lock:
         kept = _kept.get(model)
         if kept is None or not kept.stamp.is_current(list(model.parameters())):
             kept = _kept[model] = _Kept(fk.ParameterStamp(list(model.parameters())))
         memory = kept.memories.pop(kind, None)
-        return _allocate(model, kind, CudaGraphs()) if memory is None else memory
-    return _allocate(model, kind, _plain_calls if recorder is None else recorder)
+    return _allocate(model, kind, CudaGraphs(model.device)) if memory is None else memory
 
 
 def _give_back(model: ExitModel, kind: _Kind, memory: _Memory) -> None:
-    kept = _kept.get(model)
-    if kept is None or not isinstance(memory.recorder, CudaGraphs):
+    if not isinstance(memory.recorder, CudaGraphs) or memory.recorder.calls_instead:
         return  # plain calls are quick to make, and would keep the model alive
-    if not kept.stamp.is_current(list(model.parameters())):
-        return
-    kept.memories[kind] = memory
-    while len(kept.memories) > _MOST_KEPT:
-        kept.memories.pop(next(iter(kept.memories)))
+    with _kept_lock:
+        kept = _kept.get(model)
+        if kept is not None and kept.stamp.is_current(list(model.parameters())):
+            kept.memories.keep(kind, memory)
 
 
 def _plain_calls(run: Callable[[], Any]) -> Callable[[], None]:
@@ -539,6 +553,12 @@ def _plain_calls(run: Callable[[], Any]) -> Callable[[], None]:
 
 
 def _allocate(model: ExitModel, kind: _Kind, recorder: Recorder) -> _Memory:
+    # pinned memory would otherwise start the current GPU, which may be another one
+    with on(model.device):
+        return _allocate_on_device(model, kind, recorder)
+
+
+def _allocate_on_device(model: ExitModel, kind: _Kind, recorder: Recorder) -> _Memory:
     device, hidden = model.device, model.config.hidden_size
     # a row longer than a run is a run of its own
     most = max(kind.tokens_per_run, families.longest_input(model.config.backbone))
@@ -563,5 +583,6 @@ def _allocate(model: ExitModel, kind: _Kind, recorder: Recorder) -> _Memory:
         record=fk.ExitRecord.allocate(kind.rows + 1, model.config.num_classes, device),
         lanes=(lane(), lane()),
         recorder=recorder,
+        turns=Turns(device),
         added=np.array([round_up_rows(count) - count for count in range(1, sequences + 1)]),
     )

@@ -135,7 +135,7 @@ def file_fingerprint(folder: str | os.PathLike[str], variant: str | None = None)
     None where there are none, or where they cannot be read as such.
     """
     try:
-        tensors = {name: entry for path in _weight_files(Path(folder), variant) for name, entry in _entries(path)}
+        tensors = {name: entry for path in weight_files(Path(folder), variant) for name, entry in _entries(path)}
         if not tensors:
             return None
         sha = hashlib.sha256()
@@ -147,12 +147,13 @@ def file_fingerprint(folder: str | os.PathLike[str], variant: str | None = None)
         return None  # what is wrong with the file is told by those who read all of it
 
 
-def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+def weight_files(folder: Path, variant: str | None, stem: str = "model", suffix: str = "safetensors") -> list[Path]:
+    """The files of a model folder that hold its weights, as transformers names them; none where there are none."""
     middle = "" if variant is None else f".{variant}"
-    whole = folder / f"model{middle}.safetensors"
+    whole = folder / f"{stem}{middle}.{suffix}"
     if whole.is_file():
         return [whole]
-    index = folder / f"model.safetensors.index{middle}.json"
+    index = folder / f"{stem}.{suffix}.index{middle}.json"
     if not index.is_file():
         return []
     return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from fastkd.data.files import atomic_path, check_output_file, is_special
-from fastkd.inference.row_reader import STANDARD_STREAM, format_of
+from fastkd.data.files import atomic_path, check_output_file, is_special, told_if_full
+from fastkd.data.records import SUFFIXES
+from fastkd.inference.row_reader import STANDARD_STREAM
 
 
 class BadRowError(ValueError):
@@ -44,11 +45,12 @@ def output_stream(destination: str) -> Iterator[IO[str]]:
         UserWarning: the file was not finished.
     """
     if destination == STANDARD_STREAM:
-        yield sys.stdout
-        sys.stdout.flush()
+        with told_if_full("standard output"):
+            yield sys.stdout
+            sys.stdout.flush()
         return
     if is_special(destination):
-        with open(destination, "w", encoding="utf-8", newline="\n") as special:
+        with told_if_full(destination), open(destination, "w", encoding="utf-8", newline="\n") as special:
             yield special
         return
     with atomic_path(destination) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as stream:
@@ -63,6 +65,9 @@ def output_stream(destination: str) -> Iterator[IO[str]]:
             temporary.replace(partial)
             warnings.warn(f"{destination} was not finished: the answers so far are in {partial}", stacklevel=3)
             raise
+
+
+_ONE_FIELD = str.maketrans("\t\n\r", "   ")
 
 
 def _partial(destination: str) -> Path:
@@ -80,10 +85,13 @@ def writer_of(destination: str, form: str | None) -> Callable[[IO[str], Predicti
     Raises:
         ValueError: another format.
     """
-    form = form or ("tsv" if destination == STANDARD_STREAM or is_special(destination) else format_of(destination))
+    suffix = Path(destination).suffix
+    is_named = destination != STANDARD_STREAM and not is_special(destination)
+    form = form or (SUFFIXES.get(suffix.lower()) if is_named else "tsv")
     if form not in ("tsv", "jsonl"):
+        got = f"format {form!r}" if form else f"the suffix {suffix!r}"
         raise ValueError(
-            f"output: got format {form!r}, predictions are written as .tsv or .jsonl; name the output so, or pass "
+            f"output: {destination} has {got}, predictions are written as .tsv or .jsonl; name the output so, or pass "
             "--output-format tsv|jsonl"
         )
     return _write_tsv if form == "tsv" else _write_json
@@ -96,7 +104,7 @@ def _write_tsv(stream: IO[str], prediction: Prediction | None) -> None:
     probability = None if prediction.probability is None else f"{prediction.probability:.6f}"
     fields = (prediction.label, probability, prediction.exit_layer, prediction.problem)
     # a label name or a problem may quote the input, whose tabs would add columns
-    cells = ("" if value is None else str(value).replace("\t", " ").replace("\n", " ") for value in fields)
+    cells = ("" if value is None else str(value).translate(_ONE_FIELD) for value in fields)
     stream.write("\t".join(cells) + "\n")
 
 

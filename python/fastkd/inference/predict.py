@@ -321,10 +321,10 @@ def check_files(
     if bad_rows not in BAD_ROWS:
         raise ValueError(f"bad_rows: got {bad_rows!r}, expected one of {', '.join(BAD_ROWS)}")
     format_of(source, input_format)
-    writer_of(destination, output_format)
     if destination != STANDARD_STREAM:
         with reading(source):
             check_output_file(destination)
+    writer_of(destination, output_format)
     if source == STANDARD_STREAM or is_special(source):
         return
     if not Path(source).is_file():

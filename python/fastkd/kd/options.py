@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastkd.kd.teacher import PseudoClassifierOptions
-from fastkd.training.checks import require
-from fastkd.training.harness import TrainOptions
+from fastkd.training.harness import HeadTrainOptions
 
 
 @dataclass(frozen=True)
-class KDOptions(TrainOptions):
+class KDOptions(HeadTrainOptions):
     """Options of `KDTrainer`.
 
     Attributes:
@@ -31,15 +30,9 @@ class KDOptions(TrainOptions):
     """
 
     learning_rate: float = 5e-5
-    head_learning_rate_factor: float = 10.0
     arguments: Mapping[str, Any] = field(default_factory=dict)
     metric: tuple[str, ...] = ()
     pool: str | None = None
     freeze_embeddings: bool = False
     assistants: tuple[str, ...] = ()
     pseudo_classifiers: PseudoClassifierOptions = field(default_factory=PseudoClassifierOptions)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        factor = self.head_learning_rate_factor
-        require("head_learning_rate_factor", factor, factor > 0, "a number above 0")

@@ -46,9 +46,12 @@ def check_path(checkpoint: str) -> None:
     Raises:
         FileNotFoundError: nothing is at a path (OWNER/NAME is one where there is a folder OWNER), or there is no such
             folder here and a model folder of nearly this name.
+        NotADirectoryError: a file.
     """
     path = Path(checkpoint).expanduser()
     restore(path)
+    if path.is_file():
+        raise NotADirectoryError(f"checkpoint: {checkpoint} is a file; name the folder that holds the model")
     if path.exists():
         return
     near = _near_names(path)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 import fastkd_kernels as fk
 from fastkd.encoders.configuration import EarlyExitConfig
@@ -61,11 +63,14 @@ class WeightsClaims:
         """Whether nothing is known yet."""
         return self._sketch is None
 
-    def problem(self, model: DescribedModel) -> str | None:
-        """How the weights differ from those described; None where they do not, or where nothing is known."""
-        if self._problem is not None or self._sketch is None:
+    def problem(self, model: DescribedModel, state: Mapping[str, Tensor] | None = None) -> str | None:
+        """How the weights, or those in `state`, differ from what is described; None where they do not."""
+        if self._problem is not None:
             return self._problem
-        changed = self._sketch.changed(WeightsSketch.of(model.state_dict()))
+        now = WeightsSketch.of(model.state_dict() if state is None else state)
+        if self._sketch is None:
+            return _problem_of_built(model.config, now)
+        changed = self._sketch.changed(now)
         if not changed:
             return None
         return f"{len(changed)} tensors changed since, among them {changed[0]}"
@@ -73,7 +78,9 @@ class WeightsClaims:
     def warn_if_changed(self, model: DescribedModel) -> None:
         """Tell, once for each change of the last head, that early heads were trained for other weights."""
         # a replica of DataParallel has no parameters, and the model that it was made of was asked
-        if (self._problem is None and self._sketch is None) or getattr(model, "_is_replica", False):
+        if getattr(model, "_is_replica", False):
+            return
+        if self._problem is None and self._sketch is None and model.config.weights_fingerprint is None:
             return
         watched = list(model.last_head.parameters())
         stamp = _stamps.get(model)
@@ -89,6 +96,19 @@ class WeightsClaims:
                 ChangedWeightsWarning,
                 stacklevel=4,
             )
+
+
+def _problem_of_built(config: EarlyExitConfig, now: WeightsSketch) -> str | None:
+    """As `WeightsClaims.problem` for a model that was built from a saved configuration, not loaded from its file."""
+    described = config.weights_fingerprint
+    if described is None:
+        return None
+    saved_as = str(config.dtype or torch.float32).removeprefix("torch.")
+    has_other_dtype = any(f"{value.dtype}" != f"torch.{saved_as}" for value in now.samples.values())
+    # the same weights have another fingerprint in another dtype
+    if has_other_dtype or now.fingerprint == described:
+        return None
+    return "they are not those that its configuration was saved with"
 
 
 # beside the models and not in them, so that these can be copied and pickled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from fastkd.data.input_format import with_input_format
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.model.checkpoints import check_path, checkpoint_path
 from fastkd.model.modeling import EarlyExitForSequenceClassification
-from fastkd.model.pretrained import config_explained
+from fastkd.model.pretrained import check_has_config, config_explained
 from fastkd.model.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def load_config(checkpoint: str) -> EarlyExitConfig:
         OSError: nothing to load.
     """
     check_path(checkpoint)
+    check_has_config(Path(checkpoint), "checkpoint")
     with config_explained(checkpoint):
         config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     if not isinstance(config, EarlyExitConfig):

@@ -24,13 +24,20 @@ from fastkd.encoders.recording import EncoderInputs
 from fastkd.engines import batch, graphs, packed, packed_encoder, stream, stream_batches
 from fastkd.engines.output import EarlyExitOutput, fields_of
 from fastkd.exits import criteria
-from fastkd.exits.fingerprints import WeightsSketch, file_fingerprint
+from fastkd.exits.fingerprints import WeightsSketch
 from fastkd.exits.rule import ExitRule, stages_of
 from fastkd.exits.trace import ExitTrace
 from fastkd.model.claims import WeightsClaims, asks_about_weights
 from fastkd.model.inputs import check_tokens, checked_mask
-from fastkd.model.pretrained import check_complete, config_to_load, damage_explained, saved_config
-from fastkd.model.seen_rows import load_seen_rows, save_seen_rows
+from fastkd.model.pretrained import (
+    check_complete,
+    config_to_load,
+    damage_explained,
+    local_folder,
+    saved_config,
+    weights_fingerprint,
+)
+from fastkd.model.seen_rows import SEEN_ROWS, load_seen_rows, save_seen_rows
 from fastkd.model.tracing import record_trace
 
 if TYPE_CHECKING:
@@ -241,7 +248,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         **kwargs: Any,
     ) -> None:
         """As `PreTrainedModel.save_pretrained`, with the fingerprint of the weights in the configuration."""
-        if self.changed_weights() is None:
+        if self._claims.problem(self, state_dict) is None:
             if self._claims.is_open:
                 self.confirm_weights()
             sketch = WeightsSketch.of(self.state_dict() if state_dict is None else state_dict)
@@ -373,7 +380,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             exit_layers: after which layers to decide, a choice of those that have a head; default all.
             max_length: tokens after which a text is cut; default what tokenizer and encoder take.
             truncate: False reports a text that is too long as a problem instead of cutting it.
-            tokens_per_run: a layer runs when as many tokens wait for it.
+            tokens_per_run: a layer runs when as many tokens wait for it, on as many rows as have no more together.
             max_tokens_in_flight: input is read only while fewer tokens than this wait; one window may exceed it. Memory
                 is this times the hidden size, and the activations of one run.
             look_ahead: rows that are read, tokenised and sorted by length together.
@@ -630,9 +637,9 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         if model.device.type != "meta":
             model._driver.check(model.backbone)
         if not heads_are_new and path is not None:
-            folder = os.path.join(path, kwargs.get("subfolder", ""))
-            model.seen_rows = load_seen_rows(folder)
-            model._claims.loaded(model, file_fingerprint(folder, kwargs.get("variant")))
+            folder = local_folder(path, kwargs, besides=SEEN_ROWS)
+            model.seen_rows = {} if folder is None else load_seen_rows(folder)
+            model._claims.loaded(model, None if folder is None else weights_fingerprint(folder, kwargs))
         return loaded
 
     @classmethod

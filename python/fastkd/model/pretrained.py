@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils.hub import cached_file
 
 from fastkd.encoders.configuration import EarlyExitConfig
+from fastkd.exits.fingerprints import WeightsSketch, file_fingerprint, weight_files
 from fastkd.model.torch_files import load_torch_file
 
 _CONFIG_OPTIONS = (
@@ -27,6 +29,8 @@ _CONFIG_OPTIONS = (
     "pool",
     "problem_type",
 )
+_NO_JSON = "not a valid JSON"
+"""What transformers says of a configuration that cannot be parsed, as an OSError."""
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 
@@ -37,15 +41,59 @@ def saved_config(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Pre
             "trust_remote_code: got True, but fastkd runs no code of a checkpoint; use an encoder that transformers "
             "has itself"
         )
-    folder = Path(path) / kwargs.get("subfolder", "")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"pretrained_model_name_or_path: no config.json in {folder}; expected a folder that save_pretrained wrote"
-        )
+    check_has_config(Path(path) / kwargs.get("subfolder", ""), "pretrained_model_name_or_path")
     with config_explained(path):
         options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
         # else transformers would ask whoever sits before the terminal
         return AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
+
+
+def check_has_config(folder: Path, argument: str) -> None:
+    """Raise FileNotFoundError for a folder without a configuration."""
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{argument}: no config.json in {folder}; expected a folder that save_pretrained wrote")
+
+
+def local_folder(path: str | os.PathLike[str], kwargs: Mapping[str, Any], besides: str | None = None) -> Path | None:
+    """Where a checkpoint that was loaded lies: its folder, or the snapshot of a hub name; None where it is not kept.
+
+    Args:
+        path: a folder or a name on the hub.
+        kwargs: of `from_pretrained`.
+        besides: a file that transformers does not ask for, which is fetched too where the hub has it.
+    """
+    folder = Path(path) / kwargs.get("subfolder", "")
+    if folder.is_dir():
+        return folder
+    options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs and name != "force_download"}
+    with suppress(OSError):
+        config = cached_file(str(path), "config.json", **{**options, "local_files_only": True})
+        if besides is not None:
+            with suppress(OSError):
+                cached_file(str(path), besides, _raise_exceptions_for_missing_entries=False, **options)
+        return None if config is None else Path(config).parent
+    return None
+
+
+def weights_fingerprint(folder: Path, kwargs: Mapping[str, Any]) -> str | None:
+    """`WeightsSketch.fingerprint` of the weights that `from_pretrained` read; None where they cannot be read as such.
+
+    Args:
+        folder: with the files.
+        kwargs: of `from_pretrained`.
+    """
+    variant = kwargs.get("variant")
+    found = None if kwargs.get("use_safetensors") is False else file_fingerprint(folder, variant)
+    if found is not None:
+        return found
+    state: dict[str, Any] = {}
+    for file in weight_files(folder, variant, "pytorch_model", "bin"):
+        try:
+            # mapped, so that a few kilobytes are read; the format before torch 1.6 cannot be, and is not looked at
+            state |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception:  # what is wrong with the file was told by who read all of it
+            return None
+    return WeightsSketch.of(state).fingerprint if state else None
 
 
 @contextmanager
@@ -53,9 +101,9 @@ def config_explained(path: str | os.PathLike[str] | None) -> Iterator[None]:
     """Turn whatever reading a configuration of another form raises into a ValueError that names the file."""
     try:
         yield
-    except OSError:
-        raise  # it names the file, or the network
     except Exception as error:  # transformers and its checks raise a dozen unrelated types
+        if isinstance(error, OSError) and _NO_JSON not in str(error):
+            raise  # it names the file, or the network
         place = (
             f"{Path(path) / 'config.json'}" if path is not None and Path(path).is_dir() else f"config.json of {path}"
         )

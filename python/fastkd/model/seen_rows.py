@@ -12,7 +12,7 @@ import safetensors.numpy
 from fastkd.data.files import atomic_path
 from fastkd.data.row_hashes import Hashes, count_shared
 
-FILE = "training_rows.safetensors"
+SEEN_ROWS = "training_rows.safetensors"
 
 
 def save_seen_rows(seen: Mapping[str, Hashes], folder: str | os.PathLike[str]) -> None:
@@ -20,7 +20,7 @@ def save_seen_rows(seen: Mapping[str, Hashes], folder: str | os.PathLike[str]) -
     if not seen:
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    with atomic_path(Path(folder) / FILE) as temporary:
+    with atomic_path(Path(folder) / SEEN_ROWS) as temporary:
         safetensors.numpy.save_file({part: np.unique(hashes) for part, hashes in seen.items()}, temporary)
 
 
@@ -30,7 +30,7 @@ def load_seen_rows(folder: str | os.PathLike[str]) -> dict[str, Hashes]:
     Raises:
         ValueError: a damaged file.
     """
-    path = Path(folder) / FILE
+    path = Path(folder) / SEEN_ROWS
     if not path.is_file():
         return {}
     try:

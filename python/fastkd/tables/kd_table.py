@@ -46,6 +46,7 @@ from typing import Any, cast
 from fastkd.data.errors import DataError
 from fastkd.data.files import check_fields, read_json, write_result, write_text
 from fastkd.data.rows import DataFolder, Rows, load_folder
+from fastkd.data.work_folders import claim_folder
 from fastkd.data.yaml_text import load_yaml
 from fastkd.kd.methods import Method, method_of
 from fastkd.kd.options import KDOptions
@@ -236,13 +237,14 @@ def run_table(
         tasks: run the cells of these alone, so that several processes can share a grid and its folder by tasks.
 
     Raises:
+        FileExistsError: `output` holds what no table left there.
         GridError: an unknown task, or a result in `output` belongs to other settings.
         DataError: anything wrong with the data of a task.
     """
     unknown = [task for task in tasks if task not in grid.tasks]
     if unknown:
         raise GridError(f"tasks: the grid has no {', '.join(unknown)}, only {', '.join(grid.tasks)}")
-    Path(output).mkdir(parents=True, exist_ok=True)
+    claim_folder(Path(output), "kd-table")
     runner = _Runner(grid, Path(output))
     cells = [cell for cell in grid.cells() if not tasks or cell.task in tasks]
     waiting = [cell for cell in cells if not runner.is_finished(cell)]

@@ -16,7 +16,6 @@ import copy
 import csv
 import io
 import json
-import shutil
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,12 +23,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fastkd.data.batches import LengthSortedBatches, tokenize
 from fastkd.data.files import changed_settings, check_fields, read_json, write_json, write_result, write_text
 from fastkd.data.rows import Rows, load_folder
+from fastkd.data.work_folders import check_work_folder, claim_folder, forget_folders
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.exits.sweep import SweepRow
 from fastkd.exits.trace import ExitTrace
@@ -49,6 +50,7 @@ CONVENTION = "fastbert"
 TABLE_MARKDOWN, TABLE_CSV = "table2.md", "table2.csv"
 _STUDENT_SETTINGS = "students.json"
 _RESULT = "table2.json"
+_OWNERS = ("table2", ("demo",))
 
 
 @dataclass(frozen=True)
@@ -194,11 +196,15 @@ def run_table2(
 
     Raises:
         DataError: anything wrong with the data.
+        FileExistsError: `output`, or a folder in it, holds what neither a table nor a demo left there.
         ValueError: `output` holds students that were trained otherwise; a student as deep as the model.
     """
+    if not data:
+        raise ValueError("data: got no data sets, expected at least one folder")
+    for place in (output, *(output / name for name in data)):
+        check_work_folder(place, *_OWNERS)
     cells: list[Cell] = []
     facts: dict[str, dict[str, Any]] = {}
-    table = None
     for name, folder in data.items():
         place = output / name
         result = _kept_result(place, options, start_over, reading or {}) or _run_dataset(
@@ -209,8 +215,6 @@ def run_table2(
         table = Table2(cells, facts, result["machine"])
         write_text(output / TABLE_MARKDOWN, table.to_markdown())
         write_text(output / TABLE_CSV, table.to_csv())
-    if table is None:
-        raise ValueError("data: got no data sets, expected at least one folder")
     return table
 
 
@@ -259,8 +263,10 @@ def _run_dataset(
         test = test.sample(options.test_rows, training.seed)
     train = folder.train.sample(training.train_rows, training.seed)
     student_rows = train if options.student_rows is None else train.sample(options.student_rows, training.seed)
+    for claimed in (place.parent, place):
+        claim_folder(claimed, *_OWNERS)
     _check_students(place, options, student_rows, start_over)
-    shown.say(f"[bold]{name}[/]: {len(train)} training rows, {len(test)} test rows")
+    shown.say(f"[bold]{escape(name)}[/]: {len(train)} training rows, {len(test)} test rows")
     sampled = replace(folder, train=train)
     finetune_in(place, sampled, training, shown)
     distill_in(place, sampled, training, shown)
@@ -355,9 +361,8 @@ def _check_students(place: Path, options: Table2Options, rows: Rows, start_over:
     }  # fmt: skip
     path = place / _STUDENT_SETTINGS
     if start_over:
+        forget_folders([folder for folder in place.glob("student-*") if folder.is_dir()])
         path.unlink(missing_ok=True)
-        for folder in place.glob("student-*"):
-            shutil.rmtree(folder)
     if not path.is_file():
         write_json(path, settings)
         return

@@ -17,14 +17,14 @@ from fastkd.data.rows import Rows
 from fastkd.encoders.label_scale import LabelScale
 from fastkd.losses import label_loss
 from fastkd.model.modeling import EarlyExitForSequenceClassification
-from fastkd.training.checks import check_labels, check_trainable, require
-from fastkd.training.harness import Objective, TrainOptions, TrainResult, take_labels
+from fastkd.training.checks import check_labels, check_trainable
+from fastkd.training.harness import HeadTrainOptions, Objective, TrainResult, take_labels
 from fastkd.training.metrics import head_scores
 from fastkd.training.model_parts import PartTraining, check_part, train_part
 
 
 @dataclass(frozen=True)
-class FinetuneOptions(TrainOptions):
+class FinetuneOptions(HeadTrainOptions):
     """Options of `finetune`.
 
     Attributes:
@@ -33,7 +33,6 @@ class FinetuneOptions(TrainOptions):
             code does, instead of the backbone's.
     """
 
-    head_learning_rate_factor: float = 10.0
     redraw_heads: bool = False
 
     _fastbert: ClassVar[Mapping[str, Any]] = {
@@ -42,11 +41,6 @@ class FinetuneOptions(TrainOptions):
         "head_learning_rate_factor": 1.0,
         "redraw_heads": True,
     }
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        factor = self.head_learning_rate_factor
-        require("head_learning_rate_factor", factor, factor > 0, "a number above 0")
 
 
 def finetune(

@@ -162,6 +162,22 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
+class HeadTrainOptions(TrainOptions):
+    """Options of trainings in which something new learns beside a body that was trained.
+
+    Attributes:
+        head_learning_rate_factor: what is new learns so many times faster.
+    """
+
+    head_learning_rate_factor: float = 10.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        factor = self.head_learning_rate_factor
+        require("head_learning_rate_factor", factor, factor > 0, "a number above 0")
+
+
+@dataclass(frozen=True)
 class TrainResult:
     """What a finished run did.
 
