@@ -359,11 +359,16 @@ def test_layers_of_any_encoder_make_a_student(family: str) -> None:
     inputs = random_inputs(99)
     whole = student_from_teacher(teacher, "layers:0,1,2")
     torch.testing.assert_close(whole(**inputs).logits, teacher(**inputs).logits)
-    student = student_from_teacher(teacher, "layers:1,2")
+    student = student_from_teacher(teacher, "layers:0,2")
     before = LayerProbe(teacher)(**inputs).hidden_states
     assert (len(LayerProbe(student)(**inputs).hidden_states), len(before)) == (2, 3)
     kinds = getattr(config, "layer_types", None)
-    assert kinds is None or student.config.layer_types == kinds[1:]
+    assert kinds is None or student.config.layer_types == [kinds[0], kinds[2]]
+    if family == "modernbert":
+        with pytest.raises(
+            ValueError, match="the layers 1, 2 of ModernBertForSequenceClassification have other weights"
+        ):
+            student_from_teacher(teacher, "layers:1,2")
 
 
 def test_dtype_follows_the_teacher_and_frozen_weights_do_not() -> None:

@@ -379,7 +379,14 @@ def _with_layers(teacher: PreTrainedModel, layers: Sequence[int], copy_classifie
                 weights[f"heads.{place}.{rest}"] = weight
         elif copy_classifier:
             weights[name] = weight
-    student.load_state_dict(weights)
+    try:
+        student.load_state_dict(weights)
+    except RuntimeError as error:
+        # layer 0 of ModernBERT has no first norm
+        raise ValueError(
+            f"spec: the layers {', '.join(map(str, layers))} of {type(teacher).__name__} have other weights than the "
+            "places they would take; begin with layer 0, as in layers:0,2 or layers:2:first"
+        ) from error
     return _like(student, teacher)
 
 
