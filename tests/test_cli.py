@@ -24,9 +24,11 @@ pytest.importorskip("datasets", reason="datasets is not installed: pip install d
 
 import torch
 import typer.main
+from every_encoder import tiny_config
 from report_sources import benchmark
 from rich.console import Console
 from tiny_models import WORDS, early_exit_model, one_thread, save_plain_checkpoint, tokenizer_of  # noqa: F401  # a fixture
+from transformers import AutoModel
 from typer.testing import CliRunner
 
 from fastkd.commands import app, demo_story
@@ -229,6 +231,31 @@ def test_distil_trains_the_exits_without_labels(work: Path, tuned: Path, tmp_pat
     result = succeeded("distill", tuned, "--train", unlabelled, "-o", tmp_path / "model", "--max-steps", 2, "--json")
     assert json.loads(result.stdout)["steps"] == 2
     assert json.loads((tmp_path / "model" / "config.json").read_text())["exits_trained"] is True
+
+
+@pytest.mark.parametrize("family", ["albert", "deberta-v2"])
+def test_any_encoder_walks_from_finetune_to_predict(work: Path, tmp_path: Path, family: str) -> None:
+    AutoModel.from_config(tiny_config(family)).save_pretrained(tmp_path / "plain")
+    tokenizer_of("bert").save_pretrained(tmp_path / "plain")
+    steps = ("--max-steps", 3, "--no-bf16")
+    data = ("--data", work / "data")
+    layers = {"albert": "encoder.albert_layer_groups", "deberta-v2": "encoder.layer"}[family]
+    succeeded(
+        "finetune", tmp_path / "plain", *data, "-o", tmp_path / "tuned", "--max-length", 24, *steps,
+        "--head", "linear", "--layers", layers,
+    )  # fmt: skip
+    model = tmp_path / "model"
+    succeeded("distill", tmp_path / "tuned", *data, "-o", model, *steps)
+    succeeded("calibrate", model, *data, "--split", "test", "--max-drop", 0.5)
+    done = json.loads(succeeded("info", model, "--json").stdout)
+    assert (done["encoder"], done["layers"]) == (family, 3)
+    succeeded("trace", model, work / "data", "-o", tmp_path / "trace.safetensors")
+    succeeded("sweep", tmp_path / "trace.safetensors", "--speeds", "0,0.5")
+    lines = succeeded("predict", model, "--speed", 0.5, stdin="a film\nthe actor was not very good\n").stdout
+    assert len(lines.splitlines()) == 3
+    assert "has no list of modules of that name" in refused(
+        "finetune", tmp_path / "plain", *data, "-o", tmp_path / "other", *steps, "--layers", "blocks"
+    )
 
 
 def test_trace_then_sweep(work: Path, model: Path, tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from transformers import (
     BertConfig,
     BertForPreTraining,
     MPNetConfig,
-    MPNetModel,
 )
 
 import fastkd
@@ -112,12 +111,12 @@ def test_pretraining_checkpoint_with_pooler_loads(tmp_path: Path) -> None:
     assert model.backbone.pooler is None
 
 
-def test_unknown_family_names_the_supported_ones(tmp_path: Path) -> None:
-    MPNetModel(MPNetConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
-        tmp_path
-    )
-    with pytest.raises(ValueError, match=r"'mpnet'.*supported are bert, camembert.*distilbert, electra.*roberta"):
-        fastkd.EarlyExitForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+@pytest.mark.parametrize("engine", ["packed", "graphs"])
+def test_a_family_without_fast_paths_is_told_which_have_some(engine: str) -> None:
+    mpnet = MPNetConfig(vocab_size=30, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = fastkd.EarlyExitForSequenceClassification(fastkd.EarlyExitConfig(mpnet, num_labels=3)).eval()
+    with pytest.raises(ValueError, match=r"'mpnet'.*graphs run bert, camembert.*distilbert, electra.*roberta.*'batch'"):
+        model(torch.full((1, 4), 7), engine=engine)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

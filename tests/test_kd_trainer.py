@@ -18,6 +18,7 @@ pytest.importorskip("datasets", reason="datasets is not installed: pip install d
 
 import kd_worker
 import torch
+from every_encoder import tiny_config
 from kd_worker import OPTIONS, save_teacher, train
 from tiny_models import (
     early_exit_model,
@@ -101,6 +102,36 @@ def test_the_student_starts_from_the_teachers_layers(teacher: Path, tmp_path: Pa
     for layer, source in ((0, 1), (1, 3)):
         name = "bert.encoder.layer.{}.output.dense.weight"
         torch.testing.assert_close(own[name.format(layer)], given[name.format(source)], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_method_of_logits_asks_no_classifier_for_layers(tmp_path: Path, cache: bool) -> None:
+    """XLM keeps its layers in several lists, where nobody finds them."""
+    config = tiny_config("xlm")
+    config.num_labels = 2
+    teacher = Teacher(AutoModelForSequenceClassification.from_config(config), tokenizer_of("bert"))
+    student = AutoModelForSequenceClassification.from_config(config)
+    KDTrainer(teacher, student, "kd", replace(OPTIONS, max_steps=2), cache=cache).train(
+        rows(40), None, tmp_path / "student"
+    )
+    with pytest.raises(ValueError, match="XLMModel has several lists of 3 modules"):
+        KDTrainer(teacher, student, "pkd-last", replace(OPTIONS, max_steps=2), cache=cache).train(
+            rows(40), None, tmp_path / "other"
+        )
+
+
+@pytest.mark.parametrize("family", ["albert", "bart", "modernbert"])
+def test_any_classifier_teaches_by_its_layers(tmp_path: Path, family: str) -> None:
+    config = tiny_config(family)
+    config.num_labels = 2
+    model = AutoModelForSequenceClassification.from_config(config)
+    tokenizer = tokenizer_of("bert")
+    layers = "encoder.layers" if family == "bart" else None
+    if layers is not None:
+        config.eos_token_id = model.config.eos_token_id = tokenizer.sep_token_id
+    teacher = Teacher(model, tokenizer, "mean", layers=layers)
+    assert teacher.num_layers == 3
+    train(teacher, "universal-il", tmp_path / "student", student="bilstm", max_steps=2, pool="mean")
 
 
 def test_a_teacher_can_be_fine_tuned_by_it_too(tmp_path: Path) -> None:

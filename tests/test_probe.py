@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from every_encoder import random_inputs, tiny_config
 from tiny_models import (
     CONFIGS,
     HIDDEN,
@@ -17,7 +18,7 @@ from tiny_models import (
     random_batch,
 )
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, MPNetConfig, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from fastkd.kd.probe import POOLS, LayerProbe, PseudoClassifiers, encoder_layers
 
@@ -251,9 +252,43 @@ def test_under_distributed_data_parallel(tmp_path: Path) -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match="pool: got 'avg', expected one of cls, mean, max, last, or a function"):
         LayerProbe(classifier("bert"), "avg")
-    mpnet = MPNetConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=12)
-    with pytest.raises(ValueError, match="got a checkpoint of family 'mpnet', supported are bert"):
-        LayerProbe(AutoModelForSequenceClassification.from_config(mpnet))
+    xlm = AutoModelForSequenceClassification.from_config(tiny_config("xlm"))
+    with pytest.raises(ValueError, match=r"XLMModel has several lists of 3 modules \(attentions, .*name its list"):
+        LayerProbe(xlm)
+    with pytest.raises(ValueError, match=r"layers: got 'blocks', but XLMModel has no list .* its lists are attentions"):
+        LayerProbe(xlm, layers="blocks")
+
+
+@pytest.mark.parametrize("family", ["albert", "deberta-v2", "llama", "modernbert", "mpnet"])
+@torch.no_grad()
+def test_any_classifier_of_transformers_is_looked_into(family: str) -> None:
+    config = tiny_config(family)
+    config.num_labels = 3
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    batch = random_inputs(99)
+    expected = model(**batch, output_hidden_states=True)
+    pool = POOLS["last" if family == "llama" else "cls"]
+    output = LayerProbe(model, keep_sequence=True)(**batch)
+    torch.testing.assert_close(output.logits, expected.logits)
+    # the last one may have seen the final norm
+    pooled = [pool(hidden, batch["attention_mask"]) for hidden in expected.hidden_states[1:-1]]
+    torch.testing.assert_close(output.hidden_states[:-1], torch.stack(pooled))
+    assert len(output.hidden_states) == config.num_hidden_layers
+
+
+@torch.no_grad()
+def test_a_named_list_of_layers_is_looked_into() -> None:
+    config = tiny_config("bart")
+    config.num_labels = 3
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    with pytest.raises(ValueError, match="BartModel has several lists of 3 modules"):
+        LayerProbe(model)
+    batch = random_inputs(99)
+    batch["input_ids"][:, 0] = 3  # bart reads the last end of sentence
+    expected = model(**batch, output_hidden_states=True)
+    output = LayerProbe(model, "mean", layers="encoder.layers")(**batch)
+    mean = [POOLS["mean"](hidden, batch["attention_mask"]) for hidden in expected.encoder_hidden_states[1:]]
+    torch.testing.assert_close(output.hidden_states, torch.stack(mean))
 
 
 # Pseudo-classifiers

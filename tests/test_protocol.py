@@ -11,6 +11,7 @@ from test_model import TOLERANCE, infer, mixed_speed
 from tiny_models import early_exit_model, one_thread, random_batch, row_of  # noqa: F401  # one is a fixture
 from torch import Tensor
 
+from fastkd.encoders.recording import EncoderInputs
 from fastkd.engines import batch, packed
 from fastkd.engines.graphs import GraphEngine
 from fastkd.engines.packed_encoder import encoder_of
@@ -34,8 +35,8 @@ class OnlyWhatIsAsked:
 
 
 def in_a_padded_batch(model: Any, inputs: dict[str, Tensor], rule: ExitRule) -> Tensor:
-    hidden_states = model.embed(inputs["input_ids"], inputs["token_type_ids"])
-    return batch.run(model, hidden_states, inputs["attention_mask"].bool(), rule).logits
+    mask = inputs["attention_mask"].bool()
+    return batch.run(model, EncoderInputs(inputs["input_ids"], mask, inputs["token_type_ids"]), rule).logits
 
 
 def packed_tokens(model: Any, inputs: dict[str, Tensor], rule: ExitRule) -> Tensor:

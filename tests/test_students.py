@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from every_encoder import random_inputs, tiny_config
 from tiny_models import (
     CONFIGS,
     HIDDEN,
@@ -342,8 +343,32 @@ def test_errors() -> None:
         student_from_teacher(teacher, "lstm")
     with pytest.raises(ValueError, match="hidden_size: 'layers:2' takes no options"):
         student_from_teacher(teacher, "layers:2", hidden_size=4)
-    with pytest.raises(ValueError, match="supported are"):
+    with pytest.raises(ValueError, match="BiLSTMForSequenceClassification has no encoder of its own"):
         student_from_teacher(student_from_teacher(teacher, "bilstm"), "layers:1")
+    albert = tiny_config("albert")
+    with pytest.raises(ValueError, match="AlbertForSequenceClassification has layers that share weights"):
+        student_from_teacher(AutoModelForSequenceClassification.from_config(albert), "layers:1")
+
+
+@pytest.mark.parametrize("family", ["deberta-v2", "modernbert", "mpnet"])
+@torch.no_grad()
+def test_layers_of_any_encoder_make_a_student(family: str) -> None:
+    config = tiny_config(family)
+    config.num_labels = 3
+    teacher = AutoModelForSequenceClassification.from_config(config).eval()
+    inputs = random_inputs(99)
+    whole = student_from_teacher(teacher, "layers:0,1,2")
+    torch.testing.assert_close(whole(**inputs).logits, teacher(**inputs).logits)
+    student = student_from_teacher(teacher, "layers:0,2")
+    before = LayerProbe(teacher)(**inputs).hidden_states
+    assert (len(LayerProbe(student)(**inputs).hidden_states), len(before)) == (2, 3)
+    kinds = getattr(config, "layer_types", None)
+    assert kinds is None or student.config.layer_types == [kinds[0], kinds[2]]
+    if family == "modernbert":
+        with pytest.raises(
+            ValueError, match="the layers 1, 2 of ModernBertForSequenceClassification have other weights"
+        ):
+            student_from_teacher(teacher, "layers:1,2")
 
 
 def test_dtype_follows_the_teacher_and_frozen_weights_do_not() -> None:

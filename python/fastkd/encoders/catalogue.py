@@ -1,4 +1,4 @@
-"""Every encoder family: the one table from which checks and the docs are made. Needs no torch."""
+"""The encoder families with fast paths: the one table from which checks and the docs are made. Needs no torch."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def check_family(model_type: str) -> None:
     """Raise ValueError for a family that is not in `FAMILIES`."""
     if model_type not in FAMILIES:
         raise ValueError(
-            f"backbone: got a checkpoint of family {model_type!r}, supported are {', '.join(sorted(FAMILIES))}; "
-            "use an encoder of one of these families"
+            f"engine: got an encoder of family {model_type!r}, but packed tokens and graphs run "
+            f"{', '.join(sorted(FAMILIES))}; use engine='batch', or model.stream(rows)"
         )

@@ -10,11 +10,13 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from fastkd.data.input_format import INPUT_FORMATS
-from fastkd.encoders.families import family_of
+from fastkd.encoders import families
+from fastkd.encoders.anatomy import anatomy_of, check_is_encoder
 from fastkd.exits.catalogue import check_criterion, default_criterion
 from fastkd.exits.rule import check_speed, head_speeds
 
 HEADS = ("fastbert", "linear")
+POOLS = ("cls", "mean")
 
 
 class EarlyExitConfig(PreTrainedConfig):
@@ -45,12 +47,15 @@ class EarlyExitConfig(PreTrainedConfig):
             ("finetune train", "finetune dev", "distill train"...).
         speed_table: what some speeds cost and are worth on the dev rows, as `fastkd.distill` measures it, for the model
             card.
+        layers: where the backbone's list of layers lies, as in "encoder.layers"; None: found by itself.
+        pool: what the heads read: "cls", the first token, or "mean", all tokens' mean, which is put in front of them.
+            Default: what the backbone's own classifier reads, where its configuration says so, else "cls".
         weights_fingerprint: of the weights that `exits_trained`, `certificate`, `label_scale` and `training_data`
             describe (`fastkd.exits.fingerprints.WeightsSketch`); `save_pretrained` writes it.
         kwargs: what every Hugging Face configuration takes (`num_labels`, `id2label`, `problem_type`...).
 
     Raises:
-        ValueError: an unsupported backbone family, a decoder, or an argument outside the values above.
+        ValueError: a backbone that is no encoder of text, or an argument outside the values above.
     """
 
     model_type = "fastkd_early_exit"
@@ -76,9 +81,15 @@ class EarlyExitConfig(PreTrainedConfig):
         training_data: Mapping[str, str] | None = None,
         speed_table: Sequence[Mapping[str, Any]] | None = None,
         weights_fingerprint: str | None = None,
+        layers: str | None = None,
+        pool: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.backbone = _backbone_config(backbone)
+        self.layers = layers
+        self.pool = _default_pool(self.backbone) if pool is None else pool
+        if self.pool not in POOLS:
+            raise ValueError(f"pool: got {pool!r}, expected one of {', '.join(POOLS)}")
         if head not in HEADS:
             raise ValueError(f"head: got {head!r}, expected one of {', '.join(HEADS)}")
         if head_width < 1 or head_width % head_attention_heads:
@@ -121,6 +132,21 @@ class EarlyExitConfig(PreTrainedConfig):
         self.speed = 0.0
 
     @property
+    def has_own_path(self) -> bool:
+        """Whether the backbone is of a family with fast paths of its own."""
+        return families.has_own_path(self.backbone, self.layers)
+
+    @property
+    def longest_input(self) -> int:
+        """How many tokens the backbone has positions for."""
+        return families.longest_input(self.backbone, self.layers)
+
+    @property
+    def linear_products(self) -> int | None:
+        """Sum of in * out over the linear layers in one layer; None where it follows from the sizes, as in BERT."""
+        return None if self.has_own_path else anatomy_of(self.backbone, self.layers).linear_products
+
+    @property
     def num_hidden_layers(self) -> int:
         return int(self.backbone.num_hidden_layers)
 
@@ -136,7 +162,10 @@ class EarlyExitConfig(PreTrainedConfig):
     @property
     def backbone_dropout(self) -> float:
         # DistilBERT calls it `dropout`
-        return float(getattr(self.backbone, "hidden_dropout_prob", getattr(self.backbone, "dropout", 0.0)))
+        for name in ("hidden_dropout_prob", "hidden_dropout", "dropout"):
+            if isinstance(getattr(self.backbone, name, None), int | float):
+                return float(getattr(self.backbone, name))
+        return 0.0
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The backbone's configuration, where transformers looks for vocabulary and embedding sizes."""
@@ -159,15 +188,19 @@ def _backbone_config(backbone: PreTrainedConfig | dict[str, Any] | None) -> PreT
         model_type = fields.pop("model_type", None)
         if model_type is None:
             raise ValueError("backbone: the dictionary has no 'model_type'; pass the encoder's whole configuration")
-        family_of(model_type)
         own = AutoConfig.for_model(model_type, **fields)
     else:
-        family_of(backbone.model_type)
         own = copy.deepcopy(backbone)
     if getattr(own, "is_decoder", False):
         raise ValueError("backbone: got a decoder (is_decoder=True), expected an encoder that sees the whole sentence")
+    check_is_encoder(own)
     own.name_or_path = ""  # where the plain checkpoint lay on this machine is private
     return own
+
+
+def _default_pool(backbone: PreTrainedConfig) -> str:
+    """ModernBERT and EuroBERT say how their classifiers pool; "late" takes the mean of every token's logits."""
+    return "mean" if getattr(backbone, "classifier_pooling", None) in ("mean", "late") else "cls"
 
 
 def _checked_exit_layers(exit_layers: Sequence[int] | None, num_layers: int) -> list[int]:

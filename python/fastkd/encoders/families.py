@@ -1,8 +1,9 @@
-"""What differs between the encoder families of transformers, as far as an early exit has to know.
+"""What differs between the encoder families that have fast paths, as far as an early exit has to know.
 
-An early exit needs three things of an encoder: the hidden states before the first layer, its list of layers, and the
-attention mask in the form that the chosen attention implementation wants. The layers run through their own
-transformers `forward`, so a checkpoint computes what it computes there.
+All others run by `fastkd.encoders.replay`. An early exit needs three things of
+an encoder: the hidden states before the first layer, its list of layers, and the attention mask in the form that the
+chosen attention implementation wants. The layers run through their own transformers `forward`, so a checkpoint computes
+what it computes there.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
 
+from fastkd.encoders.anatomy import NO_LIMIT, anatomy_of
 from fastkd.encoders.catalogue import check_family
 from fastkd.encoders.layout import NO_PADDING, TokenLayout
 from fastkd.encoders.untouched import are_untouched
@@ -115,8 +117,6 @@ class Family:
     """Where the list of layers lies inside the encoder."""
     pads_positions: bool = False
     """Whether the positions up to that of the padding token are unused (RoBERTa and its kin)."""
-    has_pooler: bool = True
-    """Whether the encoder takes `add_pooling_layer`; an early exit never runs the pooler."""
     parts: Callable[[Any], LayerParts] = _bert_parts
     """layer -> its modules."""
 
@@ -132,10 +132,8 @@ FAMILIES: dict[str, Family] = {
     "camembert": _ROBERTA,
     "data2vec-text": _ROBERTA,
     "ernie": _BERT,
-    "electra": Family(embed=_electra_embed, has_pooler=False),
-    "distilbert": Family(
-        embed=_distilbert_embed, layers="transformer.layer", has_pooler=False, parts=_distilbert_parts
-    ),
+    "electra": Family(embed=_electra_embed),
+    "distilbert": Family(embed=_distilbert_embed, layers="transformer.layer", parts=_distilbert_parts),
 }
 
 
@@ -149,14 +147,22 @@ def family_of(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
-def first_position(config: PreTrainedConfig) -> int:
+def has_own_path(config: PreTrainedConfig, layers: str | None = None) -> bool:
+    """Whether the encoder of `config`, with this list of layers, is of a family in `FAMILIES`."""
+    return config.model_type in FAMILIES and layers in (None, FAMILIES[config.model_type].layers)
+
+
+def first_position(config: PreTrainedConfig, layers: str | None = None) -> int:
     """The position of the first token of a sequence."""
+    if not has_own_path(config, layers):
+        return anatomy_of(config, layers).first_position
     return config.pad_token_id + 1 if family_of(config.model_type).pads_positions else 0
 
 
-def longest_input(config: PreTrainedConfig) -> int:
-    """How many tokens the encoder of `config` has positions for."""
-    return config.max_position_embeddings - first_position(config)
+def longest_input(config: PreTrainedConfig, layers: str | None = None) -> int:
+    """How many tokens the encoder of `config` has positions for; `NO_LIMIT` where it says none."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return NO_LIMIT if positions is None or positions < 1 else positions - first_position(config, layers)
 
 
 def embedding_tables(embeddings: nn.Module) -> tuple[nn.Embedding, ...] | None:
@@ -174,12 +180,6 @@ def embedding_tables(embeddings: nn.Module) -> tuple[nn.Embedding, ...] | None:
 
 
 _TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
-
-
-def build(config: PreTrainedConfig) -> PreTrainedModel:
-    """The randomly initialised encoder of `config`, without a pooler."""
-    options: dict[str, Any] = {"add_pooling_layer": False} if family_of(config.model_type).has_pooler else {}
-    return AutoModel.from_config(config, **options)
 
 
 def padded_layout(config: PreTrainedConfig, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenLayout:

@@ -39,5 +39,15 @@ class TokenLayout(NamedTuple):
         places = (self.cu_seqlens[:-1, None] + tokens).clamp(max=hidden_states.shape[0] - 1)
         return hidden_states[places], mask
 
+    def with_mean_first(self, hidden_states: Tensor) -> tuple[Tensor, TokenLayout]:
+        """Padded hidden states [B, T + 1, H] that begin with the mean of each sequence's tokens, and their layout."""
+        hidden_states, mask = self.padded(hidden_states)
+        if mask is None:
+            return torch.cat([hidden_states.mean(1, keepdim=True), hidden_states], dim=1), NO_PADDING
+        # what stands in padding is arbitrary, NaN too
+        hidden_states = hidden_states.masked_fill(~mask[..., None], 0)
+        mean = hidden_states.sum(1, keepdim=True) / mask.sum(1)[:, None, None]
+        return torch.cat([mean, hidden_states], dim=1), TokenLayout(torch.cat([mask[:, :1], mask], dim=1))
+
 
 NO_PADDING = TokenLayout()

@@ -13,26 +13,26 @@ import torch
 from torch import Tensor
 
 import fastkd_kernels as fk
+from fastkd.encoders.recording import EncoderInputs
 from fastkd.engines.protocol import ExitModel
 from fastkd.exits.rule import ExitRule
 
 
 @torch.no_grad()
-def run(model: ExitModel, hidden_states: Tensor, attention_mask: Tensor | None, rule: ExitRule) -> fk.ExitRecord:
+def run(model: ExitModel, inputs: EncoderInputs, rule: ExitRule) -> fk.ExitRecord:
     """Answer every sequence at the first head that is certain enough.
 
     Args:
         model: in evaluation mode.
-        hidden_states: [B, T, H], the embedded batch.
-        attention_mask: [B, T] bool, True where a token counts, or None where nothing is padded.
+        inputs: the batch.
         rule: which heads are asked, and which rows leave there.
 
     Returns:
         The logits, uncertainty and exit layer of all B sequences.
     """
+    hidden_states, layout = model.start(inputs)
     record = fk.ExitRecord.allocate(hidden_states.shape[0], model.config.num_classes, hidden_states.device)
     row_ids: Tensor | None = None
-    layout = model.layout(hidden_states, attention_mask)
     last = rule.last_layer
     checksums = []
     for stage in rule.stages:
@@ -48,27 +48,31 @@ def run(model: ExitModel, hidden_states: Tensor, attention_mask: Tensor | None, 
         if survivors.shape[0] == 0:
             break
         if survivors.shape[0] < hidden_states.shape[0]:
-            hidden_states, mask, row_ids = _compact(hidden_states, layout.attention_mask, row_ids, survivors)
-            layout = model.layout(hidden_states, mask)
+            # dropping columns that became all padding needs their number, for which a GPU would have to be waited for
+            drops = hidden_states.device.type == "cpu" and not model.reads_padding
+            hidden_states, mask, row_ids = _compact(hidden_states, layout.attention_mask, row_ids, survivors, drops)
+            layout = model.narrowed(layout, survivors, hidden_states, mask)
     warn_about_nan(checksums)
     return record
 
 
 def _compact(
-    hidden_states: Tensor, attention_mask: Tensor | None, row_ids: Tensor | None, survivors: Tensor
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    row_ids: Tensor | None,
+    survivors: Tensor,
+    drops_columns: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     if row_ids is None:
         row_ids = _all_rows(hidden_states)
     if attention_mask is None:
         hidden_states, row_ids = fk.compact([hidden_states, row_ids], survivors)
         return hidden_states, None, row_ids
-    # dropping columns that became all padding needs their number, for which a GPU would have to be waited for
-    on_host = hidden_states.device.type == "cpu"
-    if on_host:
+    if drops_columns:
         longest = _longest(attention_mask, survivors)
         hidden_states, attention_mask = hidden_states[:, :longest], attention_mask[:, :longest]
     hidden_states, mask, row_ids = fk.compact([hidden_states, attention_mask, row_ids], survivors)
-    return hidden_states, None if on_host and bool(mask.all()) else mask, row_ids
+    return hidden_states, None if drops_columns and bool(mask.all()) else mask, row_ids
 
 
 def _longest(attention_mask: Tensor, rows: Tensor) -> int:

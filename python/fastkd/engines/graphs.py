@@ -25,6 +25,7 @@ from torch import Tensor
 import fastkd_kernels as fk
 from fastkd.encoders import families
 from fastkd.encoders.layout import TokenLayout
+from fastkd.encoders.recording import EncoderInputs
 from fastkd.engines.batch import warn_about_nan
 from fastkd.engines.cuda_graphs import CudaGraphs, Recent, Recorder, Turns, autocast_dtype, capture, obstacle
 from fastkd.engines.packed_encoder import encoder_of
@@ -275,9 +276,8 @@ class GraphEngine:
         row_ids = (memory.row_ids[source] if number else memory.first_ids)[:rows]
         hidden_states = memory.hidden_states[source][:rows]
         if number == 0:
-            hidden_states = model.embed(
-                memory.input_ids[:rows], None if memory.segments is None else memory.segments[:rows]
-            )
+            segments = None if memory.segments is None else memory.segments[:rows]
+            hidden_states, _ = model.start(EncoderInputs(memory.input_ids[:rows], token_type_ids=segments))
             if rule.criterion == "patience":
                 memory.record.forget()
         layer_mask = None if mask is None else mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)

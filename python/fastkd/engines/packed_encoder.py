@@ -108,6 +108,9 @@ class PackedEncoder:
         self._layers: list[Layer] = []
         self._tables: tuple[nn.Embedding, ...] | None = None
 
+    reads_tokens = False
+    """Whether runs after the first stage need the tokens."""
+
     @property
     def is_faster(self) -> bool:
         """Whether every layer runs from its parts, which is where packed tokens beat padded batches."""
@@ -175,6 +178,20 @@ class PackedEncoder:
             return fk.embed_layer_norm(tables, indices, norm.weight, norm.bias, norm.eps, out)
         hidden_states = project(fk.embed_layer_norm(tables, indices, norm.weight, norm.bias, norm.eps))
         return hidden_states if out is None else out.copy_(hidden_states)
+
+    def run(self, numbers: range, tokens: PackedTokens | None, waiting: Tensor | None, layout: TokenLayout) -> Tensor:
+        """Hidden states after these layers, [R, H], of tokens, or of rows that waited.
+
+        Args:
+            numbers: of the layers, from 1.
+            tokens: of the rows; None where they waited and `reads_tokens` is false.
+            waiting: [R, H] after the layer before these; None before the first.
+            layout: of the rows.
+        """
+        if waiting is None:
+            assert tokens is not None
+            waiting = self.embed(tokens)
+        return self.run_layers(numbers, waiting, layout)
 
     def run_layers(self, numbers: range, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
         """The output of the last of these layers (1 is the first), packed [R, H] or padded [B, T, H] as its input."""

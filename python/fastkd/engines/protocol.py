@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 import fastkd_kernels as fk
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.encoders.layout import TokenLayout
+from fastkd.encoders.recording import EncoderInputs
 from fastkd.exits.rule import ExitRule
 
 
@@ -47,12 +48,23 @@ class ExitModel(Protocol):
         """The mask as [B, T] bool, None where nothing is padded; ValueError for what the model cannot take."""
         ...
 
-    def embed(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
-        """Hidden states [B, T, H] before the first layer."""
+    def start(self, inputs: EncoderInputs) -> tuple[Tensor, TokenLayout]:
+        """Hidden states [B, T, H] before the first layer, and their layout."""
         ...
 
-    def layout(self, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenLayout:
-        """The layout of padded hidden states [B, T, H] with a mask [B, T] bool or None."""
+    @property
+    def reads_padding(self) -> bool:
+        """Whether a row's answer depends on how far it is padded."""
+        ...
+
+    def narrowed(
+        self, layout: TokenLayout, survivors: Tensor, hidden_states: Tensor, attention_mask: Tensor | None
+    ) -> TokenLayout:
+        """The layout of the rows `survivors` [R] of a batch with this layout.
+
+        `hidden_states` [R, W, H] and `attention_mask` [R, W] bool, or None where nothing is padded, are those of these
+        rows; where W is less than the width of the batch, the rest was padding.
+        """
         ...
 
     def run_layers(self, numbers: range, hidden_states: Tensor, layout: TokenLayout) -> Tensor:

@@ -25,7 +25,15 @@ from fastkd.data.columns import USUAL, Columns
 from fastkd.data.text_counts import TextCounts
 from fastkd.encoders.layout import TokenLayout
 from fastkd.engines.batch import warn_about_nan
-from fastkd.engines.packed_encoder import MOST_ADDED, PackedTokens, cumulative_lengths, encoder_of, round_up_tokens
+from fastkd.engines.packed_encoder import (
+    MOST_ADDED,
+    PackedEncoder,
+    PackedTokens,
+    cumulative_lengths,
+    encoder_of,
+    round_up_tokens,
+)
+from fastkd.engines.padded_runs import PaddedRuns
 from fastkd.engines.protocol import ExitModel
 from fastkd.engines.schedule import Schedule
 from fastkd.engines.stream_reader import EncodedRow, StreamReader, longest_row
@@ -190,7 +198,7 @@ class Stream(Iterator[StreamRow]):
         self._given_early: set[int] = set()
         self._next = 0
         self._is_whole = True
-        self._encoder = encoder_of(model)
+        self._encoder: PackedEncoder | PaddedRuns = encoder_of(model) if config.has_own_path else PaddedRuns(model)
         self._names = dict(config.id2label or {})
         stages = len(self._stages)
         self.statistics = StreamStatistics(runs=[0] * stages, tokens=[0] * stages)
@@ -311,8 +319,9 @@ class Stream(Iterator[StreamRow]):
         cu_seqlens = cumulative_lengths(lengths, self._device)
         layout = TokenLayout(cu_seqlens=cu_seqlens, max_seqlen=max(lengths))
         with torch.no_grad():
-            hidden_states = self._before(stage, rows, lengths, cu_seqlens)
-            hidden_states = self._encoder.run_layers(self._stages[stage], hidden_states, layout)
+            starts = stage == 0 or self._encoder.reads_tokens
+            encoded = self._tokens(rows, lengths, cu_seqlens) if starts else None
+            hidden_states = self._encoder.run(self._stages[stage], encoded, self._waiting(stage, tokens), layout)
             used = hidden_states[:tokens]
             survivors = self._decide(stage, used, layout, rows, slots)
         self._move_on(stage, used, cu_seqlens, rows, slots, survivors)
@@ -320,18 +329,16 @@ class Stream(Iterator[StreamRow]):
         self.statistics.runs[stage] += 1
         self.statistics.tokens[stage] += tokens
 
-    def _before(self, stage: int, rows: Sequence[EncodedRow], lengths: Sequence[int], cu_seqlens: Tensor) -> Tensor:
-        """Packed hidden states before the first layer of a stage, with the rows that `round_up_tokens` adds."""
-        if stage == 0:
-            return self._start(rows, lengths, cu_seqlens)
-        return self._queues[stage].hidden_states(sum(lengths))
+    def _waiting(self, stage: int, tokens: int) -> Tensor | None:
+        """Packed hidden states before a stage, with the rows that `round_up_tokens` adds; None before the first."""
+        return None if stage == 0 else self._queues[stage].hidden_states(tokens)
 
-    def _start(self, rows: Sequence[EncodedRow], lengths: Sequence[int], cu_seqlens: Tensor) -> Tensor:
+    def _tokens(self, rows: Sequence[EncodedRow], lengths: Sequence[int], cu_seqlens: Tensor) -> PackedTokens:
         input_ids = self._packed(row.input_ids for row in rows)
         segments = None
         if any(row.token_type_ids is not None for row in rows):
             segments = self._packed(row.token_type_ids or repeat(0, row.tokens) for row in rows)
-        return self._encoder.embed(PackedTokens(input_ids, segments, lengths, cu_seqlens))
+        return PackedTokens(input_ids, segments, lengths, cu_seqlens)
 
     def _packed(self, columns: Iterable[Iterable[int]]) -> Tensor:
         """The numbers of all rows behind one another, [N] int64; an array is filled faster than a tensor."""

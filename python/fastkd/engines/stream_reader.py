@@ -16,7 +16,6 @@ from fastkd.data.tables import Table, rows_to_stream, values_of_row
 from fastkd.data.text_counts import TextCounts
 from fastkd.data.texts import text_problem
 from fastkd.encoders.configuration import EarlyExitConfig
-from fastkd.encoders.families import longest_input
 
 _BROKEN_OFF = (
     "rows: the input ended when it was interrupted, as a Python generator does, and what it had not given is missing; "
@@ -49,7 +48,7 @@ def longest_row(config: EarlyExitConfig, tokenizer: PreTrainedTokenizerBase | No
     Raises:
         ValueError: a `max_length` outside 1 to the positions of the encoder.
     """
-    limit = longest_input(config.backbone)
+    limit = config.longest_input
     if max_length is not None:
         if not 1 <= max_length <= limit:
             raise ValueError(f"max_length: got {max_length}, expected 1 to {limit}, the positions of this encoder")

@@ -36,22 +36,30 @@ class FlopsShape:
     """Width of the embeddings; where it differs from `hidden_size`, one linear layer lies between (ELECTRA)."""
     head: str = "fastbert"
     head_width: int = 128
+    linear_products: int | None = None
+    """Sum of in * out over the linear layers in one layer; None where they are the six of BERT."""
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> FlopsShape:
         """The sizes in an encoder's or an early-exit model's configuration."""
         # only an early-exit model has a backbone, and then heads of its own
         encoder: PreTrainedConfig = getattr(config, "backbone", config)
-        added: dict[str, Any] = {} if encoder is config else {"head": config.head, "head_width": config.head_width}
+        added: dict[str, Any] = {}
+        if encoder is not config:
+            added = {
+                "head": config.head,
+                "head_width": config.head_width,
+                "linear_products": config.linear_products,
+            }
         return cls(
             hidden_size=encoder.hidden_size,
             # DistilBERT calls it `hidden_dim`
             intermediate_size=encoder.intermediate_size
             if hasattr(encoder, "intermediate_size")
-            else encoder.hidden_dim,
+            else getattr(encoder, "hidden_dim", encoder.hidden_size),
             num_hidden_layers=encoder.num_hidden_layers,
             num_labels=config.num_labels or 2,
-            embedding_size=getattr(encoder, "embedding_size", encoder.hidden_size),
+            embedding_size=getattr(encoder, "embedding_size", None) or encoder.hidden_size,
             **added,
         )
 
@@ -114,6 +122,9 @@ def _linear_terms(shape: FlopsShape, seq_len: int, layers: int, heads: int, num_
     if shape.embedding_size != hidden:
         yield 2 * seq_len * shape.embedding_size * hidden
     for _ in range(layers):
+        if shape.linear_products is not None:
+            yield 2 * seq_len * shape.linear_products
+            continue
         yield from [2 * seq_len * hidden * hidden] * 4  # query, key, value, output
         yield from [2 * seq_len * hidden * shape.intermediate_size] * 2
     for _ in range(heads):

@@ -324,7 +324,10 @@ def _check_loaded(trace: ExitTrace) -> None:
     """Raise ValueError where a trace holds what no model and no rows give."""
     rows, _, classes = trace.logits.shape
     layers = trace.exit_layers
-    numbers = [*layers, trace.max_length, *(v for v in asdict(trace.shape).values() if not isinstance(v, str))]
+    shape = asdict(trace.shape)
+    if shape["linear_products"] is None:
+        del shape["linear_products"]
+    numbers = [*layers, trace.max_length, *(value for value in shape.values() if not isinstance(value, str))]
     if not all(type(number) is int and number > 0 for number in numbers):
         raise ValueError(f"sizes and layers are {numbers}, expected whole numbers above 0")
     if sorted(set(layers)) != layers or layers[-1] != trace.num_layers:

@@ -154,6 +154,7 @@ class TeacherCache:
             **self.teacher.fingerprint,
             "max_length": self.max_length,
             "pool": str(self.teacher.pool),
+            **({} if self.teacher.layers is None else {"layers": self.teacher.layers}),
             "precision": "bfloat16" if self.bf16 else "float32",
         }
 
@@ -188,9 +189,11 @@ class TeacherCache:
         missing = sorted(set().union(*(store.missing(ids) for store in stores)))
         for start in range(0, len(missing), SHARD_ROWS):
             chosen = missing[start : start + SHARD_ROWS]
-            logits, hidden_states = self._answers_of(rows, chosen)
+            kinds = ["logits" if store.kind == "logits" else "hidden_states" for store in stores]
+            logits, hidden_states = self._answers_of(rows, chosen, kinds)
             for store in stores:
                 values = logits if store.kind == "logits" else hidden_states
+                assert values is not None
                 lacking = set(store.missing([ids[index] for index in chosen]))
                 kept = [number for number in range(len(chosen)) if number in lacking]
                 if kept:
@@ -198,8 +201,8 @@ class TeacherCache:
             if on_progress is not None:
                 on_progress(start + len(chosen), len(missing))
 
-    def _answers_of(self, rows: Rows, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Logits [n, C] and hidden states [n, N, H] of the chosen rows."""
+    def _answers_of(self, rows: Rows, chosen: Sequence[int], kinds: Collection[str]) -> tuple[Tensor, Tensor | None]:
+        """Logits [n, C] of the chosen rows, and hidden states [n, N, H] where `kinds` names them."""
         texts = Rows(
             rows.dataset.select(chosen).remove_columns([c for c in rows.dataset.column_names if c == "label"]),
             None,
@@ -209,17 +212,15 @@ class TeacherCache:
         tokens = tokenize(texts, self.teacher.tokenizer, self.max_length)
         batches = LengthSortedBatches(tokens, self.teacher.tokenizer, self.batch_size)
         device = self.teacher.device
-        answers = []
+        logits, hidden_states = [], []
         for batch in batches:
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                signals = self.teacher.signals(
-                    {name: value.to(device) for name, value in batch.items()}, ["hidden_states"]
-                )
-            assert signals.hidden_states is not None
-            answers.append((signals.logits.cpu(), signals.hidden_states.transpose(0, 1).cpu()))
+                signals = self.teacher.signals({name: value.to(device) for name, value in batch.items()}, kinds)
+            logits.append(signals.logits.cpu())
+            if signals.hidden_states is not None:
+                hidden_states.append(signals.hidden_states.transpose(0, 1).cpu())
         back = torch.tensor(batches.order).argsort()
-        logits, hidden_states = (torch.cat(parts)[back] for parts in zip(*answers, strict=True))
-        return logits, hidden_states
+        return torch.cat(logits)[back], torch.cat(hidden_states)[back] if hidden_states else None
 
     # Pseudo-classifiers
 

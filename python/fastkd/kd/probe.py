@@ -11,9 +11,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
-from fastkd.encoders import families
 from fastkd.encoders.configuration import EarlyExitConfig
+from fastkd.encoders.layer_list import layer_path
+from fastkd.encoders.recording import hidden_states_of
 
 Pool = Callable[[Tensor, "Tensor | None"], Tensor]
 """(hidden states [B, T, H], attention mask [B, T] or None) -> [B, H]."""
@@ -51,18 +56,54 @@ def pool_last(hidden_states: Tensor, attention_mask: Tensor | None) -> Tensor:
 POOLS: dict[str, Pool] = {"cls": pool_cls, "mean": pool_mean, "max": pool_max, "last": pool_last}
 
 
-def encoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of layers of a Hugging Face encoder of a known family, or of a student or early-exit model.
+def check_pool(pool: str) -> str:
+    """Raise ValueError for a pool that is not in `POOLS`; else `pool`."""
+    if pool not in POOLS:
+        raise ValueError(f"pool: got {pool!r}, expected one of {', '.join(POOLS)}, or a function")
+    return pool
+
+
+def encoder_layers(model: nn.Module, layers: str | None = None) -> nn.ModuleList:
+    """The list of layers of a Hugging Face classifier, a student or an early-exit model.
+
+    Args:
+        model: any of them.
+        layers: where the list lies inside the model's encoder, as in "encoder.layers"; None: found by itself.
 
     Raises:
-        ValueError: a family that is not supported.
+        ValueError: no list of that name, or none that is found.
     """
     own = getattr(model, "layers", None)
-    if isinstance(own, nn.ModuleList):
+    if isinstance(own, nn.ModuleList) and layers is None:
         return own
-    encoder = cast(Any, model)
-    family = families.family_of(encoder.config.model_type)
-    return cast(nn.ModuleList, encoder.base_model.get_submodule(family.layers))
+    encoder: nn.Module = getattr(model, "base_model", model)
+    return cast(nn.ModuleList, encoder.get_submodule(layer_path(encoder, layers, _depth(model))))
+
+
+def layer_count(model: nn.Module, layers: str | None = None) -> int:
+    """How many layers run; more than `encoder_layers` has where modules are called again, as ALBERT's are."""
+    modules = len(encoder_layers(model, layers))
+    return max(_depth(model) or modules, modules) if layers is None else modules
+
+
+def _depth(model: nn.Module) -> int | None:
+    """How many layers the configuration of `model` says it has; None where it says nothing."""
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    return depth if isinstance(depth, int) else None
+
+
+def default_pool(model: nn.Module) -> str:
+    """How a layer of `model` is pooled where nobody says so.
+
+    What its configuration names as `pool`; "last" for a model of language, whose first token sees no other; else "cls".
+    """
+    config = getattr(model, "config", None)
+    named = getattr(config, "pool", None)
+    if isinstance(named, str):
+        return named
+    kind = getattr(config, "model_type", None)
+    is_causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "last" if is_causal else "cls"
 
 
 def whole_model(model: nn.Module) -> dict[str, Any]:
@@ -93,35 +134,44 @@ class LayerProbe:
     that a caller wraps for distributed training, or be given a model that is wrapped already.
 
     Args:
-        model: a sequence classifier of a family in `fastkd.encoders.families.FAMILIES`, a student of
-            `fastkd.kd.students`, or an early-exit model; also wrapped in `DistributedDataParallel`.
+        model: any sequence classifier of transformers, a student of `fastkd.kd.students`, or an early-exit model; also
+            wrapped in `DistributedDataParallel`.
         pool: "cls", "mean", "max", "last" (padding never counts), or a function of hidden states [B, T, H] and
             attention mask [B, T] or None. Default: what the model's configuration names as `pool`, else "cls":
-            PKD and ALP-KD take [CLS] of an encoder; a BiLSTM or Gated-CNN has none, so its students name "mean".
+            PKD and ALP-KD take [CLS] of an encoder; a BiLSTM or Gated-CNN has none, so its students name "mean". For a
+            model of language, whose first token sees no other, "last".
         keep_sequence: also give the last layer's hidden states of all tokens.
+        layers: where the list of layers lies inside the model's encoder, as in "encoder.layers"; default: found.
 
     Raises:
-        ValueError: an unknown pool, or a model whose layers are not known.
+        ValueError: an unknown pool, or a model whose layers are not found.
     """
 
-    def __init__(self, model: nn.Module, pool: str | Pool | None = None, *, keep_sequence: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        pool: str | Pool | None = None,
+        *,
+        keep_sequence: bool = False,
+        layers: str | None = None,
+    ) -> None:
         self.model = model
         self.keep_sequence = keep_sequence
         inner = model.module if isinstance(model, DistributedDataParallel) else model
         if pool is None:
-            pool = getattr(getattr(inner, "config", None), "pool", "cls")
-        if isinstance(pool, str) and pool not in POOLS:
-            raise ValueError(f"pool: got {pool!r}, expected one of {', '.join(POOLS)}, or a function")
-        self._pool: Pool = POOLS[pool] if isinstance(pool, str) else pool
+            pool = default_pool(inner)
+        self._pool: Pool = POOLS[check_pool(pool)] if isinstance(pool, str) else pool
         self._whole = whole_model(inner)
-        layers = encoder_layers(inner)
-        self.num_layers = len(layers)
+        modules = encoder_layers(inner, layers)
+        self.num_layers = layer_count(inner, layers)
+        # layers are then counted by their calls
+        self._is_shared = self.num_layers > len(modules)
         self._listening = False
         self._wants_gradient = False
         self._mask: Tensor | None = None
         self._pooled: dict[int, Tensor] = {}
         self._sequence: Tensor | None = None
-        self._hooks = [layer.register_forward_hook(self._hook_of(index)) for index, layer in enumerate(layers)]
+        self._hooks = [layer.register_forward_hook(self._hook_of(index)) for index, layer in enumerate(modules)]
 
     def _hook_of(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -132,9 +182,10 @@ class LayerProbe:
                     "the model's layers run without gradients, as reentrant activation checkpointing makes them; "
                     "switch to use_reentrant=False, or call the probe under torch.no_grad()"
                 )
-            hidden_states = output[0] if isinstance(output, tuple) else output
-            self._pooled[index] = self._pool(hidden_states, self._mask)
-            if self.keep_sequence and index == self.num_layers - 1:
+            hidden_states = hidden_states_of(output)
+            number = len(self._pooled) if self._is_shared else index
+            self._pooled[number] = self._pool(hidden_states, self._mask)
+            if self.keep_sequence and number == self.num_layers - 1:
                 self._sequence = hidden_states
 
         return hook

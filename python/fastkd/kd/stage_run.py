@@ -35,8 +35,8 @@ from fastkd.data.tensors import damaged, load_tensors, save_tensors
 from fastkd.kd.cache import CACHED_KINDS, TeacherCache, example_ids
 from fastkd.kd.methods import Method, Shapes, Stage, StageLoss
 from fastkd.kd.options import KDOptions
-from fastkd.kd.probe import LayerProbe, PseudoClassifiers, encoder_layers, whole_model
-from fastkd.kd.teacher import Signals, Teacher
+from fastkd.kd.probe import LayerProbe, PseudoClassifiers, layer_count, whole_model
+from fastkd.kd.teacher import Signals, Teacher, reads_layers
 from fastkd.losses import label_loss
 from fastkd.training import metrics
 from fastkd.training.harness import Objective, TrainingStage, TrainResult, train_stage
@@ -57,8 +57,11 @@ class StudentObjective(Objective):
         self._whole = whole_model(student)
         # no part of the module tree: the teacher is neither trained nor saved
         self._teacher = (teacher,)
-        self._probe = LayerProbe(student, pool, keep_sequence="sequence_output" in stage.student)
-        layers = self._probe.num_layers
+        # a method that reads logits only takes students whose layers are not found
+        self._probe = (
+            LayerProbe(student, pool, keep_sequence="sequence_output" in stage.student) if stage.student else None
+        )
+        layers = 0 if self._probe is None else self._probe.num_layers
         has_heads = "layer_logits" in stage.student and layers > 1
         # the last layer has the student's own classifier
         self.heads = PseudoClassifiers(layers - 1, _width(student), num_labels_of(student)) if has_heads else None
@@ -73,7 +76,7 @@ class StudentObjective(Objective):
         return {"loss": loss, "logits": student.logits}
 
     def _student_signals(self, batch: dict[str, Tensor]) -> Signals:
-        if not self.stage.student:
+        if self._probe is None:
             return Signals(self.student(**batch, **self._whole).logits.float())
         output = self._probe(**batch)
         logits, hidden_states = output.logits.float(), output.hidden_states.float()
@@ -101,7 +104,8 @@ class StudentObjective(Objective):
         return self.student
 
     def remove_hooks(self) -> None:
-        self._probe.remove()
+        if self._probe is not None:
+            self._probe.remove()
 
 
 class AnswerCollator:
@@ -214,8 +218,8 @@ class StageRun:
     def _loss(self) -> StageLoss:
         teacher = self.teacher
         shapes = Shapes(
-            student_layers=len(encoder_layers(self.student)),
-            teacher_layers=0 if teacher is None else teacher.num_layers,
+            student_layers=layer_count(self.student) if self.stage.student else 0,
+            teacher_layers=0 if teacher is None or not reads_layers(self.stage.teacher) else teacher.num_layers,
             student_width=_width(self.student),
             teacher_width=0 if teacher is None else _width(teacher.model),
         )

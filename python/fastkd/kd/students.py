@@ -19,9 +19,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fastkd.encoders import families
 from fastkd.encoders.configuration import EarlyExitConfig
-from fastkd.kd.probe import POOLS, encoder_layers
+from fastkd.encoders.layer_list import layer_path
+from fastkd.kd.probe import POOLS, encoder_layers, layer_count
 from fastkd.losses.labels import label_loss
 
 SPECS = '"layers:K", "layers:K:first", "layers:K:last", "layers:I,J,...", "bilstm", "gated-cnn", or a checkpoint folder'
@@ -258,7 +258,7 @@ def student_from_teacher(
     """A student for the task of `teacher`, with its labels.
 
     Args:
-        teacher: a sequence classifier; for "layers:..." of a family in `fastkd.encoders.families.FAMILIES`.
+        teacher: a sequence classifier; for "layers:..." one whose list of layers is found.
         spec: which student:
             "layers:K": K evenly spaced layers of the teacher, the last one among them (2, 4 and 6 of 6 for K = 3, as
             PKD-Skip pairs them), with its embeddings, pooler and classifier;
@@ -287,13 +287,27 @@ def student_from_teacher(
     if options:
         raise ValueError(f"{', '.join(options)}: {spec!r} takes no options, only bilstm and gated-cnn do")
     if spec.startswith("layers:"):
+        _check_has_own_layers(teacher, spec)
         layers = chosen_layers(spec, len(encoder_layers(teacher)))
         return _with_layers(teacher, layers, copy_classifier)
     if not os.path.isdir(spec):
         raise ValueError(f"spec: got {spec!r}, expected {SPECS}")
     labels = {name: getattr(teacher.config, name) for name in ("id2label", "label2id", "problem_type")}
-    student = AutoModelForSequenceClassification.from_pretrained(spec, num_labels=teacher.config.num_labels, **labels)
+    student = AutoModelForSequenceClassification.from_pretrained(
+        spec, num_labels=teacher.config.num_labels, trust_remote_code=False, **labels
+    )
     return _like(student, teacher)
+
+
+def _check_has_own_layers(teacher: PreTrainedModel, spec: str) -> None:
+    """Raise ValueError where a teacher's layers cannot be taken out one by one."""
+    kind, why = type(teacher).__name__, None
+    if teacher.base_model is teacher:
+        why = "has no encoder of its own to take layers from"
+    elif layer_count(teacher) > len(encoder_layers(teacher)):
+        why = "has layers that share weights"
+    if why is not None:
+        raise ValueError(f"spec: got {spec!r}, but {kind} {why}; use another student")
 
 
 def chosen_layers(spec: str, teacher_layers: int) -> tuple[int, ...]:
@@ -342,11 +356,12 @@ def _with_layers(teacher: PreTrainedModel, layers: Sequence[int], copy_classifie
     else:
         config.num_hidden_layers = len(layers)
     encoder_config = config.backbone if isinstance(config, EarlyExitConfig) else config
-    family = families.family_of(encoder_config.model_type)
+    _keep_kinds(encoder_config, layers)
     config.name_or_path = ""  # the student is no longer what lies there
     student = cast(PreTrainedModel, type(teacher)(cast(Any, config)))
     encoder = f"{teacher.base_model_prefix}."
-    prefix = f"{encoder}{family.layers}."
+    depth = teacher.config.num_hidden_layers
+    prefix = f"{encoder}{layer_path(teacher.base_model, getattr(config, 'layers', None), depth)}."
     positions: dict[int, list[int]] = {}
     for position, layer in enumerate(layers):
         positions.setdefault(layer, []).append(position)
@@ -364,8 +379,22 @@ def _with_layers(teacher: PreTrainedModel, layers: Sequence[int], copy_classifie
                 weights[f"heads.{place}.{rest}"] = weight
         elif copy_classifier:
             weights[name] = weight
-    student.load_state_dict(weights)
+    try:
+        student.load_state_dict(weights)
+    except RuntimeError as error:
+        # layer 0 of ModernBERT has no first norm
+        raise ValueError(
+            f"spec: the layers {', '.join(map(str, layers))} of {type(teacher).__name__} have other weights than the "
+            "places they would take; begin with layer 0, as in layers:0,2 or layers:2:first"
+        ) from error
     return _like(student, teacher)
+
+
+def _keep_kinds(config: Any, layers: Sequence[int]) -> None:
+    """Tell the configuration which kind of attention each layer that is kept has, where it says so layer by layer."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        config.layer_types = [kinds[layer] for layer in layers]
 
 
 _NEW_STUDENTS: dict[str, tuple[type[_StudentConfig], type[_StudentForSequenceClassification]]] = {

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.data.labels import names_of_classes
-from fastkd.kd.probe import LayerProbe, PseudoClassifiers
+from fastkd.kd.probe import LayerProbe, PseudoClassifiers, check_pool, default_pool, whole_model
 from fastkd.losses import label_loss
 from fastkd.model.pretrained import damage_explained, saved_config
 from fastkd.model.tokenizers import load_tokenizer
 from fastkd.training.checks import require
 
-KINDS = ("logits", "layer_logits", "hidden_states", "sequence_output")
+LAYER_KINDS = ("layer_logits", "hidden_states", "sequence_output")
+KINDS = ("logits", *LAYER_KINDS)
 # what a saved and reloaded teacher may write differently without computing differently
 _VOLATILE_CONFIG = (
     "_name_or_path",
@@ -36,6 +37,11 @@ _VOLATILE_CONFIG = (
     "architectures",
     "weights_fingerprint",
 )
+
+
+def reads_layers(kinds: Collection[str]) -> bool:
+    """Whether any of these kinds of `KINDS` needs hidden states of layers."""
+    return any(kind in kinds for kind in LAYER_KINDS)
 
 
 @dataclass(frozen=True)
@@ -80,28 +86,46 @@ class Teacher:
     """A classifier in evaluation mode whose weights ask for no gradient.
 
     Args:
-        model: any sequence classifier whose layers `LayerProbe` finds. It is changed in nothing but these two respects.
+        model: any sequence classifier; it is changed in nothing but these two respects. Its layers are looked for when
+            something beside its logits is first asked for.
         tokenizer: the one it was trained with; kept as a copy that pads on the right where it does not.
         pool: how a layer's hidden states become one vector, see `LayerProbe`.
+        layers: where its list of layers lies, see `LayerProbe`.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pool: str | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        pool: str | None = None,
+        *,
+        layers: str | None = None,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = _padding_right(tokenizer)
         self.pseudo_classifiers: PseudoClassifiers | None = None
-        self._probe = LayerProbe(model, pool, keep_sequence=True)
-        self.pool = pool or getattr(model.config, "pool", "cls")
+        self.pool = check_pool(default_pool(model) if pool is None else pool)
+        self.layers = layers
+        self._found: LayerProbe | None = None
         self.fingerprint = {"teacher": weights_fingerprint(model), "tokenizer": tokenizer_fingerprint(tokenizer)}
         self._order: list[int] | None = None  # of the model's classes; None: its own
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str], pool: str | None = None) -> Teacher:
-        """The classifier and tokenizer in `folder`, or of that name on the hub, in float32."""
+    def load(cls, folder: str | os.PathLike[str], pool: str | None = None, layers: str | None = None) -> Teacher:
+        """The classifier and tokenizer in `folder`, or of that name on the hub, in float32; see `Teacher`."""
         # the configuration is read first, so that what is wrong with it is said of it
         config = saved_config(folder, {})
         with damage_explained(folder, lambda: AutoModelForSequenceClassification.from_config(config)):
-            model = AutoModelForSequenceClassification.from_pretrained(folder, config=config, dtype=torch.float32)
-        return cls(model, load_tokenizer(folder), pool)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                folder, config=config, dtype=torch.float32, trust_remote_code=False
+            )
+        return cls(model, load_tokenizer(folder), pool, layers=layers)
+
+    @property
+    def _probe(self) -> LayerProbe:
+        if self._found is None:
+            self._found = LayerProbe(self.model, self.pool, keep_sequence=True, layers=self.layers)
+        return self._found
 
     def in_order_of(self, label_names: Sequence[str]) -> Teacher:
         """This teacher with its answers in the order of `label_names`; `self` where they are, or it has no names.
@@ -145,8 +169,11 @@ class Teacher:
 
         Raises:
             RuntimeError: layer logits without pre-trained pseudo-classifiers.
-            ValueError: padding on the left.
+            ValueError: padding on the left; layers that are not found.
         """
+        if not reads_layers(kinds):
+            logits = self.model(**{**whole_model(self.model), **batch}).logits
+            return Signals(self._in_order(logits.float()))
         mask = batch.get("attention_mask")
         if mask is not None and not bool(mask[:, 0].all()):
             raise ValueError(
@@ -154,15 +181,16 @@ class Teacher:
                 "(tokenizer.padding_side = 'right')"
             )
         output = self._probe(**batch)
-        logits, hidden_states = output.logits.float(), output.hidden_states.float()
-        if self._order is not None:
-            logits = logits[:, self._order]
+        logits, hidden_states = self._in_order(output.logits.float()), output.hidden_states.float()
         return Signals(
             logits=logits,
             layer_logits=self.layer_logits(hidden_states, logits) if "layer_logits" in kinds else None,
             hidden_states=hidden_states if "hidden_states" in kinds else None,
             sequence_output=output.sequence_output if "sequence_output" in kinds else None,
         )
+
+    def _in_order(self, logits: Tensor) -> Tensor:
+        return logits if self._order is None else logits[:, self._order]
 
     @torch.no_grad()
     def layer_logits(self, hidden_states: Tensor, logits: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ import torch
 import transformers
 from accelerate import PartialState
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -43,6 +42,7 @@ from fastkd.kd.stage_run import BEST_METRIC, StageRun, default_metric, num_label
 from fastkd.kd.students import chosen_layers, is_made_of_teacher, student_from_teacher
 from fastkd.kd.teacher import Teacher, tokenizer_fingerprint
 from fastkd.model.modeling import EarlyExitForSequenceClassification
+from fastkd.model.pretrained import saved_config
 from fastkd.model.tokenizers import load_tokenizer
 from fastkd.training import metrics
 from fastkd.training.checks import check_dtypes, check_evaluation, check_tokenizer, check_trainable
@@ -212,9 +212,11 @@ class KDTrainer:
             path = cast(Any, self.student)
             labels: dict[str, Any] = {"num_labels": train.num_labels}
             # a folder that already has the right head keeps it
-            if getattr(AutoConfig.from_pretrained(path), "num_labels", None) == train.num_labels:
+            if getattr(saved_config(path, {}), "num_labels", None) == train.num_labels:
                 labels = {}
-            student = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, **labels)
+            student = AutoModelForSequenceClassification.from_pretrained(
+                path, dtype=torch.float32, trust_remote_code=False, **labels
+            )
         return student
 
     def _given(self, teacher: Teacher | None) -> dict[str, Any]:

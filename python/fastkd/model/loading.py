@@ -24,11 +24,18 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_plain(
-    checkpoint: str, folder: DataFolder, head: str, exit_layers: list[int] | None, seed: int
+    checkpoint: str,
+    folder: DataFolder,
+    head: str,
+    exit_layers: list[int] | None,
+    seed: int,
+    layers: str | None = None,
 ) -> tuple[EarlyExitForSequenceClassification, PreTrainedTokenizerBase]:
     """A checkpoint to be fine-tuned, with new heads for the labels of `folder`, and its tokenizer.
 
     The new heads are drawn from `seed`; the weights are float32, whatever the checkpoint holds, as training needs them.
+    `layers` names the encoder's list of layers where it is not found. The tokenizer pads on the right, because heads
+    read the first token.
 
     Raises:
         ModuleNotFoundError: the packaged checkpoint is asked for and not installed.
@@ -40,9 +47,11 @@ def load_plain(
     labels: dict[str, Any] = {"id2label": dict(enumerate(names))} if names else {"num_labels": folder.num_labels}
     transformers.set_seed(seed)
     model = EarlyExitForSequenceClassification.from_pretrained(
-        path, head=head, exit_layers=exit_layers, dtype=torch.float32, **labels
+        path, head=head, exit_layers=exit_layers, layers=layers, dtype=torch.float32, **labels
     )
-    return model, load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
+    tokenizer.padding_side = "right"
+    return model, tokenizer
 
 
 def load_model(
@@ -74,7 +83,7 @@ def load_config(checkpoint: str) -> EarlyExitConfig:
     check_path(checkpoint)
     check_has_config(Path(checkpoint), "checkpoint")
     with config_explained(checkpoint):
-        config = AutoConfig.from_pretrained(checkpoint)
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     if not isinstance(config, EarlyExitConfig):
         raise ValueError(
             f"checkpoint: {checkpoint} is a plain {config.model_type} checkpoint without early exits; train them "

@@ -1,9 +1,10 @@
-"""`EarlyExitForSequenceClassification`: any supported encoder with a classifier after each layer."""
+"""`EarlyExitForSequenceClassification`: any encoder with a classifier after each layer."""
 
 from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
@@ -16,10 +17,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 import fastkd_kernels as fk
 from fastkd.data.columns import Columns
 from fastkd.data.row_hashes import Hashes
-from fastkd.encoders import families
+from fastkd.encoders import anatomy
+from fastkd.encoders.catalogue import check_family
 from fastkd.encoders.configuration import EarlyExitConfig
+from fastkd.encoders.driver import driver_of
 from fastkd.encoders.heads import ExitHead, ExitHeads, LearnedExit
 from fastkd.encoders.layout import TokenLayout
+from fastkd.encoders.recording import EncoderInputs
 from fastkd.engines import batch, graphs, packed, packed_encoder, stream, stream_batches
 from fastkd.engines.output import EarlyExitOutput, fields_of
 from fastkd.engines.stream_reader import longest_row
@@ -80,13 +84,19 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         super().__init__(config)
         self._claims = WeightsClaims()
         self.seen_rows: dict[str, Hashes] = {}
-        self._family = families.family_of(config.backbone.model_type)
-        backbone = families.build(config.backbone)
+        backbone = anatomy.build(config.backbone)
+        self._driver = driver_of(config, backbone)
+        # at every call it would be asked of the configuration anew
+        self._longest_input = config.longest_input
         # transformers maps the keys of plain checkpoints by this prefix
         self.base_model_prefix = backbone.base_model_prefix
         setattr(self, self.base_model_prefix, backbone)
         self.heads = ExitHeads(config)
         self.learned_exit = LearnedExit(config) if config.learned_exit else None
+        if heads_are_new and not config.has_own_path:
+            # whatever a plain checkpoint carries for its own task
+            others = [re.escape(name) for name in (self.base_model_prefix, "heads", "learned_exit")]
+            self._keys_to_ignore_on_load_unexpected = [rf"^(?!({'|'.join(others)})\.)", r"pooler\."]
         if heads_are_new:
             self._keys_to_ignore_on_load_missing = [r"^heads\.", r"^learned_exit\."]
         self.post_init()
@@ -97,7 +107,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
 
     @property
     def layers(self) -> nn.ModuleList:
-        return cast(nn.ModuleList, self.backbone.get_submodule(self._family.layers))
+        return self._driver.layers(self.backbone)
 
     @property
     def num_layers(self) -> int:
@@ -218,14 +228,14 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
     ) -> tuple[Tensor, Tensor | None]:
         """`all_exit_logits`, and the log-odds [B, K] float32 of the learned exit; None where there is none."""
         mask = self.check_input(input_ids, attention_mask, inputs_embeds)
-        hidden_states = self.embed(input_ids, token_type_ids, position_ids, inputs_embeds)
-        layout = self.layout(hidden_states, mask)
+        hidden_states, layout = self.start(EncoderInputs(input_ids, mask, token_type_ids, position_ids, inputs_embeds))
         logits, log_odds = [], []
         for stage in stages_of(self.exit_layers):
             hidden_states = self.run_layers(stage, hidden_states, layout)
-            logits.append(self._head(stage[-1])(hidden_states, layout))
+            read, where = self._read(hidden_states, layout)
+            logits.append(self._head(stage[-1])(read, where))
             if self.learned_exit is not None:
-                log_odds.append(self.learned_exit(layout.first_tokens(hidden_states), logits[-1]))
+                log_odds.append(self.learned_exit(where.first_tokens(read), logits[-1]))
         return torch.stack(logits, dim=1), torch.stack(log_odds, dim=1) if log_odds else None
 
     def add_learned_exit(self) -> None:
@@ -320,26 +330,29 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
 
     # What engines ask, see `fastkd.engines.protocol.ExitModel`
 
-    def embed(
-        self,
-        input_ids: Tensor | None,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-    ) -> Tensor:
-        """Hidden states [B, T, H] before the first layer."""
-        return self._family.embed(self.backbone, input_ids, token_type_ids, position_ids, inputs_embeds)
+    def start(self, inputs: EncoderInputs) -> tuple[Tensor, TokenLayout]:
+        """Hidden states [B, T, H] before the first layer, and their layout."""
+        return self._driver.start(self.backbone, inputs)
 
-    def layout(self, hidden_states: Tensor, attention_mask: Tensor | None) -> TokenLayout:
-        """The layout of padded hidden states [B, T, H] with a mask [B, T] bool or None."""
-        return families.padded_layout(self.config.backbone, hidden_states, attention_mask)
+    @property
+    def reads_padding(self) -> bool:
+        """Whether a row's answer depends on how far it is padded, in transformers as here: where layers convolve."""
+        return self._driver.reads_padding(self.backbone)
+
+    def narrowed(
+        self, layout: TokenLayout, survivors: Tensor, hidden_states: Tensor, attention_mask: Tensor | None
+    ) -> TokenLayout:
+        """The layout of some rows of a batch; arguments as in `ExitModel.narrowed`."""
+        return self._driver.narrowed(self.backbone, layout, survivors, hidden_states, attention_mask)
 
     def run_layers(self, numbers: range, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
         """Hidden states after these layers (1 is the first), [B, T, H]; differentiable."""
-        layers = self.layers
-        for number in numbers:
-            hidden_states = families.run_layer(layers[number - 1], hidden_states, layout)
-        return hidden_states
+        return self._driver.run_layers(self.backbone, numbers, hidden_states, layout)
+
+    def _read(self, hidden_states: Tensor, layout: TokenLayout) -> tuple[Tensor, TokenLayout]:
+        """What the heads read: the first token, in hidden states that the encoder's final norm, if any, has seen."""
+        hidden_states = self._driver.before_heads(self.backbone, hidden_states)
+        return layout.with_mean_first(hidden_states) if self.config.pool == "mean" else (hidden_states, layout)
 
     def decide(
         self,
@@ -354,6 +367,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
     ) -> fk.ExitGateOutput:
         """Logits of the head after `layer` and which rows leave there; arguments as in `ExitModel.decide`."""
         head = self._head(layer)
+        hidden_states, layout = self._read(hidden_states, layout)
         if rule.criterion in fk.CRITERIA:
             return head.decide(
                 hidden_states, layout, rule, layer=layer, record=record, row_ids=row_ids, thresholds=thresholds
@@ -375,7 +389,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
     ) -> Tensor:
         """Write the last head's answer to every row; uncertainties [B]. Arguments as in `ExitModel.answer`."""
         if self.config.num_classes == 1:
-            logits = self.last_head(hidden_states, layout)
+            logits = self.last_head(*self._read(hidden_states, layout))
             uncertainty = logits.new_zeros(logits.shape[0]).masked_fill_(logits[:, 0].isnan(), torch.nan)
         else:
             decided = self.decide(rule.last_layer, hidden_states, layout, rule, record=record, row_ids=row_ids)
@@ -564,10 +578,10 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         if encoder is not None:
             assert input_ids is not None
             return fields_of(packed.run(self, encoder, input_ids, mask, token_type_ids, rule))
-        hidden_states = self.embed(input_ids, token_type_ids, position_ids, inputs_embeds)
+        inputs = EncoderInputs(input_ids, mask, token_type_ids, position_ids, inputs_embeds)
         if leaves_early:
-            return fields_of(batch.run(self, hidden_states, mask, rule))
-        return self._full(hidden_states, mask, rule, states)
+            return fields_of(batch.run(self, inputs, rule))
+        return self._full(inputs, rule, states)
 
     def _engine_with_states(self, engine: str | None, rule: ExitRule) -> str:
         """The engine that keeps hidden states; ValueError where it cannot answer."""
@@ -591,6 +605,10 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             raise ValueError(
                 f"engine: got {engine!r}, expected 'batch', 'packed' or 'graphs', or call model.stream(rows)"
             )
+        if not self.config.has_own_path:
+            if engine in ("packed", "graphs"):
+                check_family(self.config.backbone.model_type)
+            return None
         # asked first, because a compiler cannot trace the question for oneDNN
         if engine is None and torch.compiler.is_compiling():
             return None
@@ -607,11 +625,9 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         encoder = packed_encoder.encoder_of(self) if can_pack else None
         return encoder if encoder is not None and (engine == "packed" or encoder.is_faster) else None
 
-    def _full(
-        self, hidden_states: Tensor, mask: Tensor | None, rule: ExitRule, states: list[Tensor] | None
-    ) -> dict[str, Any]:
+    def _full(self, inputs: EncoderInputs, rule: ExitRule, states: list[Tensor] | None) -> dict[str, Any]:
         """What the last head says after all layers, as fields of EarlyExitOutput; differentiable."""
-        layout = self.layout(hidden_states, mask)
+        hidden_states, layout = self.start(inputs)
         if states is None:
             hidden_states = self.run_layers(range(1, self.num_layers + 1), hidden_states, layout)
         else:
@@ -619,6 +635,9 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             for number in range(1, self.num_layers + 1):
                 hidden_states = self.run_layers(range(number, number + 1), hidden_states, layout)
                 states.append(hidden_states)
+            # the last one is what the encoder gives, with its final norm
+            states[-1] = self._driver.before_heads(self.backbone, hidden_states)
+        hidden_states, layout = self._read(hidden_states, layout)
         logits = self.last_head(hidden_states, layout)
         # what is exported runs where fastkd_kernels is not, and has one answer a row
         if self.training or torch.compiler.is_exporting():
@@ -639,7 +658,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("input_ids: pass exactly one of input_ids and inputs_embeds")
-        check_tokens(tokens, inputs_embeds is not None, families.longest_input(self.config.backbone))
+        check_tokens(tokens, inputs_embeds is not None, self._longest_input)
         return checked_mask(attention_mask, tokens)
 
     def exit_rule(
@@ -703,28 +722,33 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         exit_layers: list[int] | None = None,
         num_labels: int | None = None,
         id2label: Mapping[int, str] | None = None,
+        layers: str | None = None,
         **kwargs: Any,
     ) -> EarlyExitForSequenceClassification:
         """Load a plain encoder checkpoint and add heads to it, or load a saved early-exit model.
 
         Args:
-            pretrained_model_name_or_path: a folder or hub name; a checkpoint of any task of a supported family, or
-                one that `save_pretrained` of this class wrote; or a folder with an adapter of peft, which is loaded
-                upon its base and merged.
-            config: used as it is; the four arguments below must then be left out.
+            pretrained_model_name_or_path: a folder or hub name; a checkpoint of any task of an encoder of
+                transformers, or one that `save_pretrained` of this class wrote; or a folder with an adapter of peft,
+                which is loaded upon its base and merged.
+            config: used as it is; the five arguments below must then be left out.
             head: "fastbert" (default) or "linear".
             exit_layers: 1-based numbers of the layers that get a head; the last one always does. Default: every layer.
             num_labels: number of classes, 1 for regression. Default: that of `id2label`, else of the checkpoint.
             id2label: label names by class number.
+            layers: where the encoder's list of layers lies, as in "encoder.layers"; default: found by itself.
             kwargs: what `PreTrainedModel.from_pretrained` takes (`dtype`, `attn_implementation`, `device_map`...).
 
         Raises:
-            ValueError: an unsupported family; a label set, head or exit layers that differ from those of a saved
-                early-exit model; an incomplete or damaged weights file.
+            ValueError: an encoder that cannot be run layer by layer; a checkpoint with code of its own; a label set,
+                head or exit layers that differ from those of a saved early-exit model; an incomplete or damaged
+                weights file.
             OSError: no such folder, no config.json in it, or no weights.
         """
         path = pretrained_model_name_or_path
-        added = {"head": head, "exit_layers": exit_layers, "num_labels": num_labels, "id2label": id2label}
+        added = {
+            "head": head, "exit_layers": exit_layers, "num_labels": num_labels, "id2label": id2label, "layers": layers,
+        }  # fmt: skip
         base = None if path is None else adapter_base(path)
         if base is not None:
             return cls._load_merged(path, base, *model_args, config=config, added=added, **kwargs)
@@ -732,8 +756,10 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         config = config_to_load(saved, path, config, added, kwargs)
         heads_are_new = saved is not None and not isinstance(saved, EarlyExitConfig)
         loaded = cls._load(path, *model_args, config=config, heads_are_new=heads_are_new, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.device.type != "meta":
+            model._driver.check(model.backbone)
         if not heads_are_new and path is not None:
-            model = loaded[0] if isinstance(loaded, tuple) else loaded
             folder = local_folder(path, kwargs, besides=SEEN_ROWS)
             model.seen_rows = {} if folder is None else load_seen_rows(folder)
             model._claims.loaded(model, None if folder is None else weights_fingerprint(folder, kwargs))

@@ -26,6 +26,7 @@ _CONFIG_OPTIONS = (
     "criterion",
     "top_n",
     "input_format",
+    "pool",
     "problem_type",
 )
 _NO_JSON = "not a valid JSON"
@@ -35,9 +36,16 @@ _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "rev
 
 def saved_config(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> PreTrainedConfig:
     """The configuration beside the weights, of an encoder or of an early-exit model."""
+    if kwargs.get("trust_remote_code"):
+        raise ValueError(
+            "trust_remote_code: got True, but fastkd runs no code of a checkpoint; use an encoder that transformers "
+            "has itself"
+        )
     check_has_config(Path(path) / kwargs.get("subfolder", ""), "pretrained_model_name_or_path")
     with config_explained(path):
-        return AutoConfig.from_pretrained(path, **{name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs})
+        options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+        # else transformers would ask whoever sits before the terminal
+        return AutoConfig.from_pretrained(path, trust_remote_code=False, **options)
 
 
 def check_has_config(folder: Path, argument: str) -> None:
@@ -99,6 +107,11 @@ def config_explained(path: str | os.PathLike[str] | None) -> Iterator[None]:
         place = (
             f"{Path(path) / 'config.json'}" if path is not None and Path(path).is_dir() else f"config.json of {path}"
         )
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{place} asks for code of its own, which fastkd does not run; use an encoder that transformers has "
+                "itself"
+            ) from error
         # torch appends the stack of its C++
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
@@ -204,7 +217,12 @@ def _config_of(
         return saved
     labels = dict(_labels_of(saved, added))
     return EarlyExitConfig(
-        backbone=saved, head=added.get("head", "fastbert"), exit_layers=added.get("exit_layers"), **labels, **options
+        backbone=saved,
+        head=added.get("head", "fastbert"),
+        exit_layers=added.get("exit_layers"),
+        layers=added.get("layers"),
+        **labels,
+        **options,
     )
 
 
@@ -267,6 +285,8 @@ def _check_same_heads(saved: EarlyExitConfig, path: str | os.PathLike[str] | Non
         )
     if wanted.get("head", saved.head) != saved.head:
         raise ValueError(f"head: got {wanted['head']!r}, but the model in {path} has {saved.head} heads; {remedy}")
+    if wanted.get("layers", saved.layers) != saved.layers:
+        raise ValueError(f"layers: got {wanted['layers']!r}, but the model in {path} has {saved.layers!r}; {remedy}")
     if "exit_layers" in wanted and sorted({*wanted["exit_layers"], saved.num_hidden_layers}) != saved.exit_layers:
         raise ValueError(
             f"exit_layers: got {wanted['exit_layers']}, but the model in {path} has heads after {saved.exit_layers}; "

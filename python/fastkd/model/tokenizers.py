@@ -19,7 +19,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         ValueError: its files are damaged.
     """
     try:
-        return AutoTokenizer.from_pretrained(path)
+        # else transformers would ask whoever sits before the terminal
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except OSError:
         raise  # it names the file, or the network
     except Exception as error:  # the library tokenizers raises nothing more special

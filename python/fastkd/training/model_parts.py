@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback
@@ -159,8 +159,6 @@ def _check_input_format(tokenizer: PreTrainedTokenizerBase, model: EarlyExitForS
 
 
 def _check_max_length(max_length: int, model: EarlyExitForSequenceClassification) -> None:
-    positions: nn.Embedding = cast(Any, model.backbone).embeddings.position_embeddings
-    # RoBERTa counts positions from its padding index up
-    limit = positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
+    limit = model.config.longest_input
     if max_length > limit:
         raise ValueError(f"max_length: got {max_length}, the model has {limit} positions; pass at most that")
