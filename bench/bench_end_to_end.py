@@ -56,7 +56,8 @@ from fastkd.data.rows import load_rows
 from fastkd.encoders.layout import TokenLayout
 from fastkd.engines.allocator import keep_freed_memory
 from fastkd.engines.packed_encoder import encoder_of
-from fastkd.inference.benchmark import interleaved, machine_facts
+from fastkd.inference.benchmark import machine_facts
+from fastkd.inference.interleaved import interleaved
 from fastkd.model.loading import DTYPES
 
 Batch = dict[str, Tensor]

@@ -17,6 +17,7 @@ from torch import Tensor
 import fastkd
 from fastkd.exits.trace import ExitTrace
 from fastkd.inference import benchmark
+from fastkd.inference.interleaved import interleaved
 from fastkd.inference.measurements import Benchmark
 from fastkd.inference.predict import WINDOW
 
@@ -42,14 +43,14 @@ def rows_of(rows: int = 12) -> list[dict[str, Any]]:
 def test_passes_are_interleaved_and_turn() -> None:
     order: list[str] = []
     contestants = {name: (lambda name=name: order.append(name)) for name in "abc"}  # type: ignore[misc]
-    seconds, _ = benchmark.interleaved(contestants, repeats=3)  # type: ignore[arg-type]
+    seconds, _ = interleaved(contestants, repeats=3)  # type: ignore[arg-type]
     assert "".join(order) == "abc" + "bca" + "cab" + "abc"
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
 def test_warm_up_is_not_counted_and_time_is_measured_around_the_pass() -> None:
     ticks = iter(range(1000))
-    seconds, answers = benchmark.interleaved(
+    seconds, answers = interleaved(
         {"a": lambda: next(ticks), "b": lambda: (next(ticks), next(ticks))},  # type: ignore[dict-item, return-value]
         repeats=2,
         clock=lambda: float(next(ticks)),
@@ -61,7 +62,7 @@ def test_warm_up_is_not_counted_and_time_is_measured_around_the_pass() -> None:
 
 def test_every_pass_waits_for_the_device() -> None:
     events: list[str] = []
-    benchmark.interleaved(
+    interleaved(
         {"a": lambda: events.append("run")},  # type: ignore[dict-item, return-value]
         repeats=1,
         synchronise=lambda: events.append("wait"),

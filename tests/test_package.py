@@ -364,6 +364,14 @@ def test_the_model_needs_no_datasets() -> None:
     python("from fastkd.model.modeling import EarlyExitForSequenceClassification", "datasets", "typer", "matplotlib")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "gpu").glob("*.py")), ids=lambda path: path.stem)
+def test_the_gpu_report_needs_no_datasets(path: Path) -> None:
+    bench = str(ROOT / "bench")
+    python(
+        f"import sys\nsys.path.insert(0, {bench!r})\nimport gpu.{path.stem}", "datasets", "typer", "plotly", "selenium"
+    )
+
+
 @pytest.mark.parametrize("skip", ["0", "1"])
 def test_an_old_setuptools_is_one_paragraph(tmp_path: Path, skip: str) -> None:
     """New environments of Python 3.10 and 3.11 hold setuptools 65, which torch 2.10 and 2.11 are content with."""

@@ -23,7 +23,7 @@ from fastkd.engines.stream import Stream
 from fastkd.engines.stream_batches import TOKENS_PER_RUN, BatchStream
 from fastkd.engines.stream_reader import EncodedRow
 from fastkd.exits.rule import ExitRule
-from fastkd.inference.benchmark import interleaved
+from fastkd.inference.interleaved import interleaved
 from fastkd_kernels.ops.student_head import student_head_reference
 from gpu.records import LONG_RUNS, STREAM, STREAM_BATCHES, ModelRow
 from gpu.timing import SPIN_UP_SECONDS, Timer, quantiles

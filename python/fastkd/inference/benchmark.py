@@ -22,10 +22,9 @@ import functools
 import os
 import platform
 import statistics
-import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ from fastkd.data.rows import Rows
 from fastkd.encoders.layout import TokenLayout
 from fastkd.exits.flops import CONVENTIONS, flops
 from fastkd.exits.trace import correlation, predictions
+from fastkd.inference.interleaved import interleaved
 from fastkd.inference.measurements import STREAM, Benchmark, BenchmarkRow
 from fastkd.inference.predict import WINDOW
 from fastkd.model.loading import DTYPES
@@ -59,7 +59,6 @@ class Pass:
 
 
 Contestant = Callable[[], Pass]
-Name = TypeVar("Name", bound=Hashable)
 
 
 def benchmark(
@@ -331,35 +330,6 @@ def transformers_pass(model: EarlyExitForSequenceClassification, batches: Sequen
         logits = model.last_head(hidden_states, TokenLayout(None if mask is None else mask.bool()))
         answers.append(predictions(logits))
     return Pass(torch.cat(answers).cpu())
-
-
-def interleaved(
-    contestants: Mapping[Name, Contestant],
-    repeats: int,
-    on_pass: Callable[[Name], None] = lambda name: None,
-    synchronise: Callable[[], None] = lambda: None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> tuple[dict[Name, list[float]], dict[Name, Any]]:
-    """Seconds of `repeats` passes of each contestant, and its last answer.
-
-    A first round warms up and is not counted. Each round starts with the next contestant, so that none always runs
-    after the same neighbour.
-    """
-    names = list(contestants)
-    seconds: dict[Name, list[float]] = {name: [] for name in names}
-    answers: dict[Name, Any] = {}
-    for number in range(repeats + 1):
-        start = number % len(names)
-        for name in names[start:] + names[:start]:
-            synchronise()
-            started = clock()
-            answers[name] = contestants[name]()
-            synchronise()
-            elapsed = clock() - started
-            if number:
-                seconds[name].append(elapsed)
-            on_pass(name)
-    return seconds, answers
 
 
 def synchronise(device: torch.device) -> None:

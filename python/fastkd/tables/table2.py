@@ -35,6 +35,7 @@ from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.exits.sweep import SweepRow
 from fastkd.exits.trace import ExitTrace
 from fastkd.inference import benchmark
+from fastkd.inference.interleaved import interleaved
 from fastkd.inference.trace_rows import trace_rows
 from fastkd.kd.options import KDOptions
 from fastkd.kd.probe import encoder_layers
@@ -473,7 +474,7 @@ def _seconds(
             benchmark.early_exit_pass, early_exit, batches, speed, "entropy"
         )
     with counted(shown, "measuring", len(contestants) * (options.bench_repeats + 1)) as on_progress:
-        taken, _ = benchmark.interleaved(
+        taken, _ = interleaved(
             contestants, options.bench_repeats, lambda contestant: on_progress(contestant[0]),
             partial(benchmark.synchronise, model.device),
         )  # fmt: skip
