@@ -255,6 +255,22 @@ def test_a_copy_and_embedded_inputs_run_alike() -> None:
         segmented(torch.full((1, 67), 7))
 
 
+@pytest.mark.parametrize("family", SOME)
+@torch.no_grad()
+def test_first_layers_and_hidden_states_are_the_encoders(family: str, tmp_path: Path) -> None:
+    model, inputs = model_of(family), random_inputs(99)
+    part = model.first_layers(2).eval()
+    expected = model.all_exit_logits(**inputs)[:, 1]
+    assert torch.equal(part(**inputs).logits, expected)
+    part.save_pretrained(tmp_path)
+    loaded = fastkd.EarlyExitForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**inputs).logits, expected)
+    states = model(**inputs, speed=0, output_hidden_states=True).hidden_states
+    theirs = model.backbone(**inputs, output_hidden_states=True).hidden_states
+    assert len(states) == len(theirs)
+    assert all(torch.equal(own, other) for own, other in zip(states, theirs, strict=True))
+
+
 def test_positions_that_begin_after_padding_are_counted() -> None:
     assert fastkd.EarlyExitConfig(tiny_config("mpnet")).longest_input == 66 - 2
     assert fastkd.EarlyExitConfig(tiny_config("modernbert")).longest_input == 66

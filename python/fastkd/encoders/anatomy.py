@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -55,6 +56,14 @@ def _anatomy(config: str, model_type: str, layers: str | None) -> Anatomy:
     with torch.device("meta"):
         encoder = build(own)
     return Anatomy.of(encoder, layer_path(encoder, layers, own.num_hidden_layers))
+
+
+def keep_layers(config: PreTrainedConfig, layers: Sequence[int]) -> None:
+    """Make `config` that of an encoder with these of its layers, from 0, in this order."""
+    kinds = getattr(config, "layer_types", None)
+    config.num_hidden_layers = len(layers)
+    if kinds is not None:
+        config.layer_types = [kinds[layer] for layer in layers]
 
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:

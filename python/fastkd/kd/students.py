@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from fastkd.encoders.anatomy import keep_layers
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.encoders.layer_list import layer_path
 from fastkd.kd.probe import POOLS, encoder_layers, layer_count
@@ -346,17 +347,13 @@ def _with_layers(teacher: PreTrainedModel, layers: Sequence[int], copy_classifie
     has_exits = isinstance(config, EarlyExitConfig)
     heads: dict[int, int] = {}
     if isinstance(config, EarlyExitConfig):
-        config.backbone.num_hidden_layers = len(layers)
         # a layer that is kept keeps its head, and the last one answers with the teacher's last
         heads = {place: layer for place, layer in enumerate(layers) if layer + 1 in config.exit_layers}
         heads[len(layers) - 1] = teacher.config.num_hidden_layers - 1
         config.exit_layers = sorted(place + 1 for place in heads)
         config.last_head_was_trained()
         config.label_scale, config.training_data, config.weights_fingerprint = None, {}, None
-    else:
-        config.num_hidden_layers = len(layers)
-    encoder_config = config.backbone if isinstance(config, EarlyExitConfig) else config
-    _keep_kinds(encoder_config, layers)
+    keep_layers(config.backbone if isinstance(config, EarlyExitConfig) else config, layers)
     config.name_or_path = ""  # the student is no longer what lies there
     student = cast(PreTrainedModel, type(teacher)(cast(Any, config)))
     encoder = f"{teacher.base_model_prefix}."
@@ -388,13 +385,6 @@ def _with_layers(teacher: PreTrainedModel, layers: Sequence[int], copy_classifie
             "places they would take; begin with layer 0, as in layers:0,2 or layers:2:first"
         ) from error
     return _like(student, teacher)
-
-
-def _keep_kinds(config: Any, layers: Sequence[int]) -> None:
-    """Tell the configuration which kind of attention each layer that is kept has, where it says so layer by layer."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        config.layer_types = [kinds[layer] for layer in layers]
 
 
 _NEW_STUDENTS: dict[str, tuple[type[_StudentConfig], type[_StudentForSequenceClassification]]] = {

@@ -258,7 +258,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         if layer not in self.exit_layers:
             raise ValueError(f"layer: got {layer!r}, but this model has heads after the layers {self.exit_layers}")
         config = copy.deepcopy(self.config)
-        config.backbone.num_hidden_layers = layer
+        anatomy.keep_layers(config.backbone, range(layer))
         config.exit_layers = [number for number in self.exit_layers if number <= layer]
         config.certificate = config.speed_table = config.weights_fingerprint = None
         config.speed = 0.0

@@ -31,6 +31,7 @@ from fastkd.data.batches import LengthSortedBatches, tokenize
 from fastkd.data.files import changed_settings, check_fields, read_json, write_json, write_result, write_text
 from fastkd.data.rows import Rows, load_folder
 from fastkd.data.work_folders import check_work_folder, claim_folder, forget_folders
+from fastkd.encoders.anatomy import keep_layers
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.exits.sweep import SweepRow
 from fastkd.exits.trace import ExitTrace
@@ -307,7 +308,7 @@ def student_of(teacher: EarlyExitForSequenceClassification, layers: int) -> Earl
     if not 1 <= layers < teacher.num_layers:
         raise ValueError(f"layers: got {layers}, expected 1 to {teacher.num_layers - 1}, fewer than the teacher has")
     backbone = copy.deepcopy(teacher.config.backbone)
-    backbone.num_hidden_layers = layers
+    keep_layers(backbone, [number * teacher.num_layers // layers for number in range(layers)])
     kept = ("head", "head_width", "head_attention_heads", "head_dropout", "id2label", "label2id", "problem_type")
     config = EarlyExitConfig(backbone, exit_layers=[layers], **{name: getattr(teacher.config, name) for name in kept})
     student = EarlyExitForSequenceClassification(config)
