@@ -75,7 +75,7 @@ def full_report(**options: Any) -> Report:
     return report
 
 
-# --- records --------------------------------------------------------------------------------------------------------
+# Records
 
 
 def test_the_floor_is_the_slower_of_bytes_and_operations() -> None:
@@ -122,7 +122,7 @@ def test_a_ratio_of_models_is_speed_over_flops() -> None:
     assert (model_row().speedup, model_row().ratio) == (pytest.approx(9.0), pytest.approx(0.9))
 
 
-# --- the gate -------------------------------------------------------------------------------------------------------
+# The gate
 
 
 def test_rows_whose_tests_failed_are_kept_apart() -> None:
@@ -197,7 +197,7 @@ def test_every_op_that_is_measured_has_its_tests() -> None:
     assert {f"{file}.py" for op in planned for file in TESTS_OF_OP[op]} <= {p.name for p in ROOT.glob("tests/*.py")}
 
 
-# --- the report -----------------------------------------------------------------------------------------------------
+# The report
 
 
 def test_the_report_says_what_was_measured(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_an_empty_report_is_one_too(tmp_path: Path) -> None:
     assert json.loads(json.dumps(report.to_dict()))["rows"] == []
 
 
-# --- timing ---------------------------------------------------------------------------------------------------------
+# Timing
 
 
 class FakeTimer:
@@ -464,7 +464,7 @@ def test_a_whole_case_on_the_cuda_timer(fake_cuda: SimpleNamespace, tmp_path: Pa
     assert context.part.problems == []
 
 
-# --- steps ----------------------------------------------------------------------------------------------------------
+# Steps
 
 
 WORK = {
@@ -650,7 +650,7 @@ def test_a_swept_configuration_is_the_one_that_is_launched(monkeypatch: pytest.M
     assert sweep.ExitGateConfig.choose(1, 3) != config
 
 
-# --- whole models ---------------------------------------------------------------------------------------------------
+# Whole models
 
 
 @pytest.mark.parametrize(("average", "layers"), [(1.14, 12), (2.79, 12), (1.0, 12), (6.5, 12), (1.5, 4)])
@@ -727,7 +727,7 @@ def test_an_average_that_is_too_deep_is_refused() -> None:
         early_exit.exit_pattern(8, 7, 12)
 
 
-# --- sanitizers -----------------------------------------------------------------------------------------------------
+# Sanitizers
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ KEPT = (".cubin", ".json", ".ptx", ".ttgir", ".so")
 _MANIFEST, _ARCHIVE = "manifest.json", "triton-cache.tar.xz"
 
 
-# --- what both sides have to agree on ---
+# What both sides have to agree on
 
 
 def traits() -> dict[str, str]:
@@ -90,7 +90,7 @@ def _digest(folder: str, suffixes: tuple[str, ...]) -> str:
     return digest.hexdigest()[:16]
 
 
-# --- making it ---
+# Making it
 
 
 def make(folder: Path, steps: Sequence[str], tests: Sequence[str], cache: Path | None = None) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def pack(cache: Path, hashes: Sequence[str], archive: Path) -> None:
                 tar.add(path, f"{path.parent.name}/{path.name}")
 
 
-# --- using it ---
+# Using it
 
 
 @dataclass

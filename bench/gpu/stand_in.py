@@ -119,7 +119,7 @@ def _noting() -> Iterator[None]:
         yield
 
 
-# --- as a pytest plugin ---
+# As a pytest plugin
 
 _stack = ExitStack()
 
@@ -132,7 +132,7 @@ def pytest_unconfigure() -> None:
     _stack.close()
 
 
-# --- the steps of the report ---
+# The steps of the report
 
 
 def launch_ops() -> None:
