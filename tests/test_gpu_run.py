@@ -40,7 +40,7 @@ def statuses(run: gpu_report.Run) -> dict[str, str]:
     return {step.name: step.status for step in run.report.steps}
 
 
-# --- tests: workers that die ----------------------------------------------------------------------------------------
+# Tests: workers that die
 
 # in the place of torch: once `break_device` was called, every synchronisation raises, as after an illegal access
 STAND_IN = """
@@ -188,7 +188,7 @@ def test_tests_end_at_their_deadline_with_what_they_have(tmp_path: Path) -> None
     assert all(worker.child.code is not None for worker in tests.workers)
 
 
-# --- measuring: workers that die ------------------------------------------------------------------------------------
+# Measuring: workers that die
 
 # gpu.steps itself, on cases of one addition; the second has baselines that break the device, at once and later, and the
 # third hangs while it is timed
@@ -300,7 +300,7 @@ def test_a_context_that_answers_is_alive(monkeypatch: pytest.MonkeyPatch) -> Non
     assert device.why_dead() is None
 
 
-# --- results that survive -------------------------------------------------------------------------------------------
+# Results that survive
 
 # a run of two steps: the first leaves a row, the second leaves another and does not end
 LASTING = """
@@ -484,7 +484,7 @@ def test_the_last_words_fit_where_files_do_not_come_back(tmp_path: Path) -> None
     assert said.splitlines()[-1].startswith("step build: done, 3 s")
 
 
-# --- order and budget -----------------------------------------------------------------------------------------------
+# Order and budget
 
 
 def test_the_order_of_a_first_call() -> None:
@@ -586,7 +586,7 @@ def test_a_failing_step_costs_only_itself(tmp_path: Path, monkeypatch: pytest.Mo
     ]
 
 
-# --- memory of the GPU ----------------------------------------------------------------------------------------------
+# Memory of the GPU
 
 
 @pytest.mark.parametrize(("free", "cores"), [(139.0, 16), (22.5, 16), (22.5, 64), (14.5, 8), (7.0, 8), (139.0, 2)])
@@ -605,7 +605,7 @@ def test_workers_fit_the_free_memory(free: float, cores: int, tmp_path: Path) ->
         assert (tests, compiling) == (5, 2)
 
 
-# --- silly reasons to fail ------------------------------------------------------------------------------------------
+# Silly reasons to fail
 
 
 def test_without_git_the_sources_have_a_fingerprint_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -276,7 +276,7 @@ def test_nan_logits_stay_and_are_reported(head: str) -> None:
         infer(early_exit_model(head=head), batch, 0.5)
 
 
-# --- heads ---
+# Heads
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -322,7 +322,7 @@ def test_head_parameters_have_their_public_names() -> None:
     assert isinstance(early_exit_model(head="linear").last_head, LinearHead)
 
 
-# --- a transformers model like any other ---
+# A transformers model like any other
 
 
 @pytest.mark.parametrize("head", ["fastbert", "linear"])
@@ -521,7 +521,7 @@ def test_from_config_and_resized_vocabulary() -> None:
     assert model.config.backbone.vocab_size == 330
 
 
-# --- bad input ---
+# Bad input
 
 
 @pytest.mark.parametrize("speed", [-0.1, 1.1, float("nan"), "0.5", None, True, torch.tensor([0.5])])

@@ -93,7 +93,7 @@ def assert_accurate(actual: Tensor, hidden_states: Tensor, head: StudentHeadWeig
     assert_within_budget(actual, truth, baseline, absolute=absolute)
 
 
-# --- numbers --------------------------------------------------------------------------------------------------------
+# Numbers
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -299,7 +299,7 @@ def test_batch_mates_and_layouts_change_nothing(backend: str, layout: str) -> No
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=3e-6)
 
 
-# --- several programs a sequence -------------------------------------------------------------------------------------
+# Several programs a sequence
 
 SPLITS = [1, 2, 4]
 
@@ -461,7 +461,7 @@ def test_stages_fit_the_shared_memory(shared_memory: int, width: int, dtype: tor
         assert config.num_stages * stage <= shared_memory
 
 
-# --- folding and its cache ------------------------------------------------------------------------------------------
+# Folding and its cache
 
 
 def test_fold_is_exact_in_float64() -> None:
@@ -647,7 +647,7 @@ def test_threads_share_a_head() -> None:
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=3e-6)
 
 
-# --- training, tracing ----------------------------------------------------------------------------------------------
+# Training, tracing
 
 
 def test_gradcheck_of_the_reference() -> None:
@@ -738,7 +738,7 @@ def test_compiled_calls_fold_once(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled(hidden_states)
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------
+# Bad input
 
 CPU_ONLY = pytest.mark.skipif(DEVICE.type != "cpu", reason="checking values would wait for the GPU")
 
@@ -816,7 +816,7 @@ def test_a_head_the_kernel_does_not_take() -> None:
         fk.student_head(hidden_states, head)
 
 
-# --- the exit -------------------------------------------------------------------------------------------------------
+# The exit
 
 
 @pytest.mark.parametrize("per_row", [False, True])
@@ -967,7 +967,7 @@ def test_both_ops_wait_for_nothing_and_replay_from_a_graph(layout: str, dtype: t
         assert torch.equal(exits.uncertainty, expected_exits.uncertainty)
 
 
-# --- machine code ---------------------------------------------------------------------------------------------------
+# Machine code
 
 _POINTERS = {torch.float32: "*fp32:16", torch.bfloat16: "*bf16:16", torch.float16: "*fp16:16"}
 _LAYOUT_ARGUMENTS: dict[str, dict[str, Any]] = {
