@@ -24,19 +24,29 @@ Settings = Mapping[str, Any] | None
 
 
 def installed_torch() -> Path | None:
-    """The site-packages folder with a torch, of the environment that this interpreter belongs to.
+    """The site-packages folder with a torch, of the environment that is installed into."""
+    folders = [folder for prefix in _environments() for folder in _site_packages(prefix)]
+    return next((folder for folder in folders if (folder / "torch" / "version.py").exists()), None)
 
-    pip runs the hooks with the interpreter it installs for, behind a path of its own; uv puts the torch of the
-    environment into its own one, as `[tool.uv]` in pyproject.toml asks.
-    """
-    in_an_environment = sys.prefix != sys.base_prefix
-    prefixes = [sys.prefix]
-    if in_an_environment and _sees_system_packages(Path(sys.prefix)):
+
+def _environments() -> list[Path]:
+    """Where the package may go: pip runs the hooks with that environment's interpreter, uv with one of its own."""
+    found = [Path(sys.prefix)]
+    if "UV" in os.environ:
+        commands = [Path(entry) for entry in os.environ.get("PATH", "").split(os.pathsep) if entry]
+        active = [folder.parent for folder in commands if (folder.parent / "pyvenv.cfg").exists()]
+        named = [os.environ.get("UV_PROJECT_ENVIRONMENT"), os.environ.get("CONDA_PREFIX")]
+        found += [*active, *(Path(name) for name in named if name), Path(__file__).parent / ".venv"]
+    return found
+
+
+def _site_packages(prefix: Path) -> list[Path]:
+    is_own_system = prefix == Path(sys.base_prefix)
+    prefixes = [str(prefix)]
+    if not is_own_system and _sees_system_packages(prefix):
         prefixes.append(sys.base_prefix)
     folders = [Path(folder) for folder in site.getsitepackages(prefixes)]
-    if not in_an_environment:
-        folders.append(Path(site.getusersitepackages()))
-    return next((folder for folder in folders if (folder / "torch" / "version.py").exists()), None)
+    return [*folders, Path(site.getusersitepackages())] if is_own_system else folders
 
 
 def _sees_system_packages(prefix: Path) -> bool:

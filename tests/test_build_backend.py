@@ -91,6 +91,19 @@ def test_a_torch_of_the_system_counts_where_the_environment_sees_it(environment:
     assert hook(environment, code).stdout == f"{torch.parent}\n"
 
 
+def test_uv_sees_the_torch_of_the_active_environment(environment: Path, tmp_path: Path) -> None:
+    """uv runs the hooks in an environment of its own, and leaves the active one on the path."""
+    active = tmp_path / "active"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", active], check=True)
+    torch = install_torch(active)
+    path = f"{environment / 'bin'}{os.pathsep}{active / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    show = "print(build_backend.installed_torch())"
+    assert hook(environment, show, PATH=path, UV="/bin/uv").stdout == f"{torch.parent}\n"
+    assert hook(environment, show, PATH=path).stdout == "None\n"
+    conda = hook(environment, show, CONDA_PREFIX=str(active), UV="/bin/uv")
+    assert conda.stdout == f"{torch.parent}\n"
+
+
 def test_makefile_and_backend_name_one_torch() -> None:
     in_makefile = re.search(r"^TORCH := (\S+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     in_backend = re.search(r'^TORCH = "(\S+)"$', (ROOT / "build_backend.py").read_text(encoding="utf-8"), re.MULTILINE)
