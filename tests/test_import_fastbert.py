@@ -215,7 +215,7 @@ def test_without_a_vocabulary_there_is_no_tokenizer(tmp_path: Path) -> None:
     done = import_fastbert(checkpoint, tmp_path / "model", num_attention_heads=4, label_names=["a", "b", "c"])
     assert not done.has_tokenizer
     assert done.config.id2label == {0: "a", 1: "b", 2: "c"}
-    assert sorted(path.name for path in done.folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in done.folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_vocabulary_lines_are_read_as_uer_reads_them(tmp_path: Path) -> None:

@@ -529,7 +529,9 @@ def test_a_teacher_reads_texts_padded_on_the_right_only() -> None:
     batches = [teacher.tokenizer(texts, padding=True, return_tensors="pt") for teacher in (left, right)]
     signals = [right.signals(batch, ["hidden_states"]).hidden_states for batch in batches]
     assert torch.equal(*signals)
-    with pytest.raises(ValueError, match="attention_mask: the first token of a row is masked, but the teacher is read"):
+    with pytest.raises(
+        ValueError, match="attention_mask: the first token of a row is masked, but the heads read it; pad on the right"
+    ):
         right.signals(left_padding()(texts, padding=True, return_tensors="pt"), ["logits"])
 
 

@@ -307,7 +307,7 @@ def test_heads_may_read_the_mean(head: str) -> None:
     if head == "linear":
         kept = inputs["attention_mask"][..., None]
         mean = (model.backbone(**inputs)[0] * kept).sum(1) / kept.sum(1)
-        torch.testing.assert_close(model(**inputs).logits, model.last_head.classifier(mean))
+        torch.testing.assert_close(model(**inputs).logits, model.last_head.out_proj(mean))
     bert = early_exit_model("bert", head=head, pool="mean")
     batch = random_batch("bert")
     torch.testing.assert_close(
