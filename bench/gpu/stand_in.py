@@ -177,7 +177,7 @@ def launch_models() -> None:
     scale = Short(**{name: getattr(full, name) for name in full.__dataclass_fields__})
     scale = replace(scale, compile_backend="eager")
     with torch.inference_mode():
-        for batch_size in sorted(size for sizes in scale.batch_sizes.values() for size in sizes):
+        for batch_size in scale.batch_sizes:
             problems: list[str] = []
             setting = early_exit.Setting(scale, batch_size, timing.WallTimer())
             for average in scale.average_layers:
