@@ -514,6 +514,14 @@ def test_config_speed_and_criterion_are_the_defaults() -> None:
         assert torch.equal(model(**batch).exit_layer, expected.exit_layer)
 
 
+@pytest.mark.parametrize("dtype", [10**30, "float99", "int32", True, [], {}, 1.5])
+def test_a_dtype_that_is_none_is_refused(dtype: object) -> None:
+    with pytest.raises(ValueError, match=r"dtype: got dtype=.*, expected a dtype of floating-point numbers"):
+        fastkd.EarlyExitConfig(CONFIGS["bert"], dtype=dtype)
+    with pytest.raises(ValueError, match=r"backbone: got dtype=.*, expected a dtype of floating-point numbers"):
+        fastkd.EarlyExitConfig({"model_type": "bert", "dtype": dtype})
+
+
 def test_from_config_and_resized_vocabulary() -> None:
     model = AutoModelForSequenceClassification.from_config(early_exit_model().config)
     model.resize_token_embeddings(330)

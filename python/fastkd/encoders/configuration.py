@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from fastkd.data.input_format import INPUT_FORMATS
@@ -114,6 +115,7 @@ class EarlyExitConfig(PreTrainedConfig):
         self.training_data = dict(training_data or {})
         self.speed_table = None if speed_table is None else [dict(row) for row in speed_table]
         self.weights_fingerprint = weights_fingerprint
+        _check_dtype("dtype", kwargs)
         super().__init__(**kwargs)
         self.criterion = criterion or default_criterion(self.num_classes)
         check_criterion(self.criterion, top_n, self.num_classes)
@@ -188,6 +190,7 @@ def _backbone_config(backbone: PreTrainedConfig | dict[str, Any] | None) -> PreT
         model_type = fields.pop("model_type", None)
         if model_type is None:
             raise ValueError("backbone: the dictionary has no 'model_type'; pass the encoder's whole configuration")
+        _check_dtype("backbone", fields)
         own = AutoConfig.for_model(model_type, **fields)
     else:
         own = copy.deepcopy(backbone)
@@ -196,6 +199,17 @@ def _backbone_config(backbone: PreTrainedConfig | dict[str, Any] | None) -> PreT
     check_is_encoder(own)
     own.name_or_path = ""  # where the plain checkpoint lay on this machine is private
     return own
+
+
+def _check_dtype(argument: str, fields: Mapping[str, Any]) -> None:
+    """transformers takes anything for a dtype, and fails where it is used."""
+    for name in ("dtype", "torch_dtype"):
+        given = fields.get(name)
+        named = getattr(torch, given, None) if isinstance(given, str) else given
+        if given not in (None, "auto") and not (isinstance(named, torch.dtype) and named.is_floating_point):
+            raise ValueError(
+                f"{argument}: got {name}={given!r}, expected a dtype of floating-point numbers, such as 'float32'"
+            )
 
 
 def _default_pool(backbone: PreTrainedConfig) -> str:
