@@ -57,17 +57,14 @@ def _sees_system_packages(prefix: Path) -> bool:
     return "include-system-site-packages = true" in [line.strip() for line in lines]
 
 
-def _is_importable() -> bool:
-    return importlib.util.find_spec("torch") is not None
-
-
-def _builds_the_extension() -> bool:
-    return os.environ.get("FASTKD_SKIP_EXT") != "1"
+def _lacks_torch() -> bool:
+    """Whether an extension is built, and no torch can be imported for it yet."""
+    return os.environ.get("FASTKD_SKIP_EXT") != "1" and importlib.util.find_spec("torch") is None
 
 
 def required_torch() -> list[str]:
     """What an isolated build has to fetch: nothing where a torch is at hand or no extension is built."""
-    if not _builds_the_extension() or _is_importable() or installed_torch() is not None:
+    if not _lacks_torch() or installed_torch() is not None:
         return []
     _say(
         f"fastkd-kernels: no torch is installed in {sys.prefix}, so {TORCH} is fetched to compile against, 200 MB to 3 "
@@ -89,9 +86,7 @@ def _say(sentence: str) -> None:
 
 def _reach_torch() -> None:
     """Let setup.py import the installed torch; last on the path, so that the build's own tools come first."""
-    if not _builds_the_extension() or _is_importable():
-        return
-    folder = installed_torch()
+    folder = installed_torch() if _lacks_torch() else None
     if folder is not None:
         sys.path.append(str(folder))
 

@@ -64,9 +64,13 @@ class WeightsClaims:
         """Whether nothing is known yet."""
         return self._sketch is None
 
+    def _knows_nothing(self, model: DescribedModel) -> bool:
+        """Whether there is nothing to hold weights against: a model that is new, from a configuration that is new."""
+        return self.is_open and model.config.weights_fingerprint is None
+
     def problem(self, model: DescribedModel, state: Mapping[str, Tensor] | None = None) -> str | None:
         """How the weights, or those in `state`, differ from what is described; None where they do not."""
-        if self._problem is not None:
+        if self._problem is not None or self._knows_nothing(model):
             return self._problem
         now = WeightsSketch.of(merged_state(model) if state is None else state)
         if self._sketch is None:
@@ -81,7 +85,7 @@ class WeightsClaims:
         # a replica of DataParallel has no parameters, and the model that it was made of was asked
         if getattr(model, "_is_replica", False):
             return
-        if self._problem is None and self._sketch is None and model.config.weights_fingerprint is None:
+        if self._problem is None and self._knows_nothing(model):
             return
         watched = list(model.last_head.parameters())
         stamp = _stamps.get(model)
@@ -101,13 +105,10 @@ class WeightsClaims:
 
 def _problem_of_built(config: EarlyExitConfig, now: WeightsSketch) -> str | None:
     """As `WeightsClaims.problem` for a model that was built from a saved configuration, not loaded from its file."""
-    described = config.weights_fingerprint
-    if described is None:
-        return None
     saved_as = str(config.dtype or torch.float32).removeprefix("torch.")
     has_other_dtype = any(f"{value.dtype}" != f"torch.{saved_as}" for value in now.samples.values())
     # the same weights have another fingerprint in another dtype
-    if has_other_dtype or now.fingerprint == described:
+    if has_other_dtype or now.fingerprint == config.weights_fingerprint:
         return None
     return "they are not those that its configuration was saved with"
 

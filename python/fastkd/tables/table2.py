@@ -308,7 +308,8 @@ def student_of(teacher: EarlyExitForSequenceClassification, layers: int) -> Earl
     if not 1 <= layers < teacher.num_layers:
         raise ValueError(f"layers: got {layers}, expected 1 to {teacher.num_layers - 1}, fewer than the teacher has")
     backbone = copy.deepcopy(teacher.config.backbone)
-    keep_layers(backbone, [number * teacher.num_layers // layers for number in range(layers)])
+    chosen = [number * teacher.num_layers // layers for number in range(layers)]
+    keep_layers(backbone, chosen)
     kept = ("head", "head_width", "head_attention_heads", "head_dropout", "id2label", "label2id", "problem_type")
     config = EarlyExitConfig(backbone, exit_layers=[layers], **{name: getattr(teacher.config, name) for name in kept})
     student = EarlyExitForSequenceClassification(config)
@@ -316,8 +317,8 @@ def student_of(teacher: EarlyExitForSequenceClassification, layers: int) -> Earl
     shared = {name: weight for name, weight in teacher.state_dict().items() if name in own}
     student.load_state_dict(shared, strict=False)
     teacher_layers = encoder_layers(teacher)
-    for number, layer in enumerate(encoder_layers(student)):
-        layer.load_state_dict(teacher_layers[number * teacher.num_layers // layers].state_dict())
+    for number, layer in zip(chosen, encoder_layers(student), strict=True):
+        layer.load_state_dict(teacher_layers[number].state_dict())
     student.last_head.load_state_dict(teacher.last_head.state_dict())
     return student.eval()
 
