@@ -19,14 +19,15 @@ using torch::stable::Tensor;
 constexpr int64_t kElementsPerTask = 64 * 1024;
 
 struct Norm {
-  const void *weight, *bias;  // [width]
+  const void *weight, *bias;  // [width]; the bias may be null
   int64_t width;
   float epsilon;
 };
 
 struct Kernels {
-  void (*float32)(const void* const* rows, int64_t count, const Norm& norm, float* sums, void* out);
-  void (*bfloat16)(const void* const* rows, int64_t count, const Norm& norm, float* sums, void* out);
+  // `total`, where it is not null, becomes the sum
+  void (*float32)(const void* const* rows, int64_t count, const Norm& norm, float* sums, void* total, void* out);
+  void (*bfloat16)(const void* const* rows, int64_t count, const Norm& norm, float* sums, void* total, void* out);
 };
 
 #define FASTKD_SIMD_SOURCE "layer_norm_simd.h"
@@ -60,24 +61,41 @@ void check_vector(const Tensor& tensor, const Tensor& out, const char* name) {
       name, ": expected one value a column, of the dtype of out");
 }
 
-void run(const std::vector<Addend>& addends, const Tensor& weight, const Tensor& bias, double epsilon, Tensor& out) {
+// Rows that are written.
+struct Target {
+  char* first = nullptr;
+  int64_t row_bytes = 0;
+
+  void* row(int64_t n) const {
+    return first == nullptr ? nullptr : first + n * row_bytes;
+  }
+};
+
+Target target_of(const Tensor& tensor) {
+  return {static_cast<char*>(tensor.mutable_data_ptr()), tensor.stride(0) * static_cast<int64_t>(tensor.element_size())};
+}
+
+void run(
+    const std::vector<Addend>& addends, const Tensor& weight, const std::optional<Tensor>& bias, double epsilon,
+    const Tensor& out, const std::optional<Tensor>& total) {
   check_rows(out, out, "out");
   check_vector(weight, out, "weight");
-  check_vector(bias, out, "bias");
+  if (bias) check_vector(*bias, out, "bias");
   const auto dtype = out.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "out: expected float32 or bfloat16");
   const auto normalise = dtype == ScalarType::Float ? kernels.float32 : kernels.bfloat16;
   const int64_t rows = out.size(0), width = out.size(1);
   if (rows == 0 || width == 0) return;
-  const Norm norm{weight.const_data_ptr(), bias.const_data_ptr(), width, static_cast<float>(epsilon)};
-  auto* target = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t target_bytes = out.stride(0) * static_cast<int64_t>(out.element_size());
+  const Norm norm{
+      weight.const_data_ptr(), bias ? bias->const_data_ptr() : nullptr, width, static_cast<float>(epsilon)};
+  const Target target = target_of(out), totals = total ? target_of(*total) : Target{};
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kElementsPerTask / width), [&](int64_t begin, int64_t end) {
     std::vector<float> sums(width);
     std::vector<const void*> sources(addends.size());
     for (int64_t n = begin; n < end; ++n) {
       for (size_t a = 0; a < addends.size(); ++a) sources[a] = addends[a].row(n);
-      normalise(sources.data(), static_cast<int64_t>(sources.size()), norm, sums.data(), target + n * target_bytes);
+      normalise(
+          sources.data(), static_cast<int64_t>(sources.size()), norm, sums.data(), totals.row(n), target.row(n));
     }
   });
 }
@@ -89,7 +107,17 @@ Addend addend(const Tensor& tensor, const int64_t* index) {
 }
 
 void add_layer_norm_cpu(
-    Tensor x, std::optional<Tensor> residual, Tensor weight, Tensor bias, double epsilon, Tensor out) {
+    Tensor x,
+    std::optional<Tensor> residual,
+    Tensor weight,
+    std::optional<Tensor> bias,
+    double epsilon,
+    Tensor out,
+    std::optional<Tensor> total) {
+  if (total) {
+    check_rows(*total, out, "total");
+    STD_TORCH_CHECK(total->size(0) == out.size(0), "total: expected as many rows as out");
+  }
   std::vector<Addend> addends;
   for (const Tensor* tensor : {&x, residual ? &*residual : nullptr}) {
     if (tensor == nullptr) continue;
@@ -97,14 +125,14 @@ void add_layer_norm_cpu(
     STD_TORCH_CHECK(tensor->size(0) == out.size(0), "x, residual: expected as many rows as out");
     addends.push_back(addend(*tensor, nullptr));
   }
-  run(addends, weight, bias, epsilon, out);
+  run(addends, weight, bias, epsilon, out, total);
 }
 
 void embed_layer_norm_cpu(
     std::vector<Tensor> tables,
     std::vector<Tensor> indices,
     Tensor weight,
-    Tensor bias,
+    std::optional<Tensor> bias,
     double epsilon,
     Tensor out) {
   STD_TORCH_CHECK(!tables.empty() && tables.size() == indices.size(), "indices: expected one tensor a table");
@@ -123,7 +151,7 @@ void embed_layer_norm_cpu(
     }
     addends.push_back(addend(tables[t], index));
   }
-  run(addends, weight, bias, epsilon, out);
+  run(addends, weight, bias, epsilon, out, std::nullopt);
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ static inline Floats sum_at(const void* const* rows, int64_t count, int64_t i) {
 
 template <typename T>
 static void normalise(
-    const void* const* rows, int64_t count, const Norm& norm, float* sums, void* out) {
+    const void* const* rows, int64_t count, const Norm& norm, float* sums, void* total_out, void* out) {
   const int64_t width = norm.width, whole = width - width % LANES;
   Floats total{};
   for (int64_t i = 0; i < whole; i += LANES) {
@@ -25,6 +25,8 @@ static void normalise(
     mean += sums[i];
   }
   mean /= static_cast<float>(width);
+  // all of the row is read by now, so that it may be written over
+  if (total_out != nullptr) narrow_row(sums, width, 1.f, static_cast<T*>(total_out));
 
   Floats squares{};
   for (int64_t i = 0; i < whole; i += LANES) {
@@ -39,9 +41,13 @@ static void normalise(
   const T* bias = static_cast<const T*>(norm.bias);
   T* to = static_cast<T*>(out);
   for (int64_t i = 0; i < whole; i += LANES) {
-    store(to + i, (load(sums + i) - mean) * scale * load(weight + i) + load(bias + i));
+    const Floats scaled = (load(sums + i) - mean) * scale * load(weight + i);
+    store(to + i, bias == nullptr ? scaled : scaled + load(bias + i));
   }
-  for (int64_t i = whole; i < width; ++i) narrow((sums[i] - mean) * scale * widen(weight[i]) + widen(bias[i]), to + i);
+  for (int64_t i = whole; i < width; ++i) {
+    const float scaled = (sums[i] - mean) * scale * widen(weight[i]);
+    narrow(bias == nullptr ? scaled : scaled + widen(bias[i]), to + i);
+  }
 }
 
 static const Kernels kKernels{normalise<float>, normalise<Bf16>};

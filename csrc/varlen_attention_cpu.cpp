@@ -28,6 +28,8 @@ struct Attention {
   int64_t query_stride, key_stride, value_stride, out_stride;  // elements between tokens
   int64_t heads, head_size;
   float scale_log2;  // of the scores, times log2(e)
+  int64_t window;    // tokens on each side that a query sees
+  const float *cosines, *sines;  // [positions, head_size / 2] each, or null: queries and keys are not turned
 };
 
 struct Kernels {
@@ -41,9 +43,9 @@ struct Kernels {
 
 const Kernels kernels = choose_kernels();
 
-// floats that `attend` needs for one head of a sequence
+// floats that `attend` needs for one head of a sequence: keys, values, scores, and queries as they are and transposed
 int64_t scratch_size(int64_t tokens, int64_t head_size) {
-  return 2 * tokens * head_size + kQueries * (head_size + tokens);
+  return 2 * tokens * head_size + kQueries * (2 * head_size + tokens);
 }
 
 const char* check_rows(const Tensor& tensor, const Tensor& query) {
@@ -55,7 +57,25 @@ const char* check_rows(const Tensor& tensor, const Tensor& query) {
   return dense ? nullptr : "rows that are not dense";
 }
 
-void varlen_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, double scale, Tensor out) {
+const float* rotary_table(const std::optional<Tensor>& table, int64_t positions, int64_t head_size) {
+  if (!table) return nullptr;
+  STD_TORCH_CHECK(
+      table->is_cpu() && table->dim() == 2 && table->scalar_type() == ScalarType::Float && table->is_contiguous() &&
+          table->size(0) >= positions && 2 * table->size(1) == head_size,
+      "rotary: expected contiguous float32 tables of a row for each position and half the head size");
+  return static_cast<const float*>(table->const_data_ptr());
+}
+
+void varlen_attention_cpu(
+    Tensor query,
+    Tensor key,
+    Tensor value,
+    Tensor cu_seqlens,
+    double scale,
+    std::optional<int64_t> given_window,
+    std::optional<Tensor> cosines,
+    std::optional<Tensor> sines,
+    Tensor out) {
   for (const Tensor* tensor : {&query, &key, &value, &out}) {
     const char* problem = check_rows(*tensor, query);
     STD_TORCH_CHECK(problem == nullptr, "query, key, value, out: one has ", problem);
@@ -66,6 +86,9 @@ void varlen_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor cu_seql
       "cu_seqlens: expected contiguous int32 [B + 1]");
   const auto* bounds = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
   const int64_t sequences = cu_seqlens.numel() - 1, rows = query.size(0), heads = query.size(1);
+  STD_TORCH_CHECK(!given_window || *given_window >= 0, "window: expected at least 0");
+  STD_TORCH_CHECK(cosines.has_value() == sines.has_value(), "rotary: expected cosines and sines");
+  const int64_t window = given_window ? std::min(*given_window, rows) : rows;
   int64_t longest = 0;
   std::vector<int64_t> costs(sequences + 1);  // of one head of all sequences before each
   STD_TORCH_CHECK(bounds[0] == 0 && bounds[sequences] <= rows, "cu_seqlens: expected 0 first and at most N last");
@@ -73,7 +96,7 @@ void varlen_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor cu_seql
     const int64_t tokens = bounds[b + 1] - bounds[b];
     STD_TORCH_CHECK(tokens >= 0, "cu_seqlens: expected ascending values");
     longest = std::max(longest, tokens);
-    costs[b + 1] = costs[b] + tokens * (tokens + kTokenCost);
+    costs[b + 1] = costs[b] + tokens * (std::min(tokens, 2 * window + kQueries) + kTokenCost);
   }
   const auto dtype = query.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "query: expected float32 or bfloat16");
@@ -90,7 +113,9 @@ void varlen_attention_cpu(Tensor query, Tensor key, Tensor value, Tensor cu_seql
   const Attention call{
       query.const_data_ptr(), key.const_data_ptr(), value.const_data_ptr(), out.mutable_data_ptr(),
       query.stride(0),        key.stride(0),        value.stride(0),        out.stride(0),
-      heads,                  query.size(2),        static_cast<float>(scale * 1.4426950408889634)};
+      heads,                  query.size(2),        static_cast<float>(scale * 1.4426950408889634),
+      window,                 rotary_table(cosines, longest, query.size(2)),
+      rotary_table(sines, longest, query.size(2))};
   const auto attend = dtype == ScalarType::Float ? kernels.float32 : kernels.bfloat16;
   // threads share out the cost, not the sequences; the heads of a sequence follow one another, so that its rows stay cached
   torch::stable::parallel_for(0, costs.back() * heads, kCostPerTask, [&](int64_t begin, int64_t end) {

@@ -239,6 +239,10 @@ def _layers() -> list[Op]:
     def attend(t: Tensors) -> list[Tensor]:
         return [fk.varlen_attention(**t, max_seqlen=4)[:8]]
 
+    def attend_nearby(t: Tensors) -> list[Tensor]:
+        rest = {name: tensor for name, tensor in t.items() if name not in ("cosines", "sines")}
+        return [fk.varlen_attention(**rest, max_seqlen=4, window=1, rotary=(t["cosines"], t["sines"]))[:8]]
+
     affine = ("weight", "bias")
     return [
         Op("add_layer_norm", "layer_norm", added, lambda t: [fk.add_layer_norm(**t)], ("x", "residual", *affine)),
@@ -250,6 +254,14 @@ def _layers() -> list[Op]:
             (),
             ("out",),
         ),
+        Op(
+            "add_layer_norm into, with the sum",
+            "layer_norm",
+            lambda: {**added(), "out": torch.zeros(5, 8), "total": torch.zeros(5, 8)},
+            lambda t: [fk.add_layer_norm(**t)],
+            (),
+            ("out", "total"),
+        ),
         Op("embed_layer_norm", "layer_norm", embedded, embed, ("words", "positions", *affine)),
         Op(
             "embed_layer_norm into",
@@ -260,6 +272,13 @@ def _layers() -> list[Op]:
             ("out",),
         ),
         Op("varlen_attention", "varlen_attention", attended, attend, ("query", "key", "value")),
+        Op(
+            "varlen_attention of a window",
+            "varlen_attention",
+            lambda: {**attended(), "cosines": torch.randn(4, 4), "sines": torch.randn(4, 4)},
+            attend_nearby,
+            ("query", "key", "value", "cosines", "sines"),
+        ),
     ]
 
 

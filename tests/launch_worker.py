@@ -91,8 +91,8 @@ def packed_rows() -> None:
 
 def normalisations() -> None:
     x, residual, weight, out = torch.randn(5, 24), torch.randn(5, 48)[:, ::2], torch.ones(24), torch.empty(5, 24)
-    layer_norm._add_layer_norm_triton(x, residual, weight, weight, 1e-12, out)
-    layer_norm._add_layer_norm_triton(x.bfloat16(), None, weight, weight, 1e-12, out.bfloat16())
+    layer_norm._add_layer_norm_triton(x, residual, weight, weight, 1e-12, out, None)
+    layer_norm._add_layer_norm_triton(x.bfloat16(), None, weight, None, 1e-12, out.bfloat16(), out.bfloat16())
     index = torch.zeros(5, dtype=torch.int64)
     layer_norm._embed_layer_norm_triton([x, x], [index, index], weight, weight, 1e-12, out)
 

@@ -13,6 +13,7 @@ from tiny_models import CONFIGS, MAIN_FAMILIES, clear_speed, early_exit_model, o
 from torch import Tensor, nn
 
 import fastkd
+from fastkd.encoders.families import FAMILIES
 from fastkd.encoders.layout import TokenLayout
 from fastkd.engines import packed, packed_encoder, packed_layers
 
@@ -39,11 +40,23 @@ def some_speed(model: Model, inputs: dict[str, Tensor]) -> float:
     return clear_speed(entropy / torch.tensor(float(logits.shape[-1])).log())
 
 
+def check_packed_tokens_are_refused(model: Model, inputs: dict[str, Tensor]) -> None:
+    """In one sentence where they were asked for, and padded where they were not."""
+    with pytest.raises(
+        ValueError, match=r"model: packed tokens need layers of .* that run from their parts: .*'batch'"
+    ):
+        packed_run(model, inputs, 0.5)
+    with torch.no_grad():
+        assert model(**inputs, speed=0.5).logits.equal(padded(model, inputs, 0.5).logits)
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize("layers", ["from parts", "from parts, as on a GPU", "modules"])
 def test_same_answers_and_exits_as_the_padded_engine(family: str, layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if layers == "modules":
         monkeypatch.setattr(packed_encoder, "runs_from_parts", lambda model: False)
+        if FAMILIES[family].is_replayed:
+            return check_packed_tokens_are_refused(early_exit_model(family), random_batch(family))
     if layers == "from parts, as on a GPU":
         monkeypatch.setattr(packed_layers, "linear_on", lambda device: packed_layers.JoinedLinear)
     model, inputs = early_exit_model(family), random_batch(family, rows=23)

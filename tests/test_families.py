@@ -51,6 +51,8 @@ def test_the_docs_name_every_supported_family(page: str) -> None:
 @pytest.mark.parametrize("padded", [True, False])
 @torch.no_grad()
 def test_hidden_states_equal_transformers(tmp_path: Path, family: str, attention: str, padded: bool) -> None:
+    if family == "megatron-bert" and attention == "sdpa":
+        pytest.skip("Megatron-BERT of transformers has no sdpa attention")
     folder = save_plain_checkpoint(tmp_path, family)
     oracle = AutoModel.from_pretrained(folder, attn_implementation=attention)
     model = fastkd.EarlyExitForSequenceClassification.from_pretrained(
@@ -62,13 +64,16 @@ def test_hidden_states_equal_transformers(tmp_path: Path, family: str, attention
         batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
     expected = oracle(**batch, output_hidden_states=True).hidden_states
 
-    seen = []
+    seen: list[Any] = []
     hooks = [layer.register_forward_hook(lambda _, __, output: seen.append(output)) for layer in model.layers]
     model(**batch)
     for hook in hooks:
         hook.remove()
 
     assert len(seen) == LAYERS
+    seen = [output[0] if isinstance(output, tuple) else output for output in seen]
+    # the last ones of transformers are those of its final norm, where it has one
+    seen[-1] = model._driver.before_heads(model.backbone, seen[-1])
     for layer, (got, want) in enumerate(zip(seen, expected[1:], strict=True), start=1):
         torch.testing.assert_close(got, want, rtol=0, atol=0, msg=lambda text, n=layer: f"after layer {n}: {text}")
 
@@ -83,7 +88,8 @@ def test_embedded_inputs_and_positions_reach_the_encoder(family: str) -> None:
         from_ids = model(**batch, position_ids=positions).logits
         rest = {name: value for name, value in batch.items() if name != "input_ids"}
         from_embeddings = model(inputs_embeds=embedded, position_ids=positions, **rest).logits
-        other_positions = model(**batch, position_ids=positions + 1).logits
+        # rotary tables know differences of positions only
+        other_positions = model(**batch, position_ids=positions * 2).logits
     assert torch.equal(from_ids, from_embeddings)
     assert not torch.allclose(from_ids, other_positions)
 
@@ -123,10 +129,12 @@ def test_a_family_without_fast_paths_is_told_which_have_some(engine: str) -> Non
 def test_the_longest_input_is_the_longest_that_runs(family: str) -> None:
     longest = families.longest_input(CONFIGS[family])
     model = early_exit_model(family)
+    has_table = any(name.endswith("position_embeddings.weight") for name, _ in model.named_parameters())
     with torch.no_grad():
         model(torch.full((1, longest), 7))
-        with pytest.raises((IndexError, RuntimeError)):  # out of positions, or of the buffer of their numbers
-            model.backbone(torch.full((1, longest + 1), 7))
+        if has_table:  # rotary tables are made for any length
+            with pytest.raises((IndexError, RuntimeError)):  # out of positions, or of the buffer of their numbers
+                model.backbone(torch.full((1, longest + 1), 7))
     with pytest.raises(ValueError, match=f"got {longest + 1} tokens a row"):
         model(torch.full((1, longest + 1), 7))
 

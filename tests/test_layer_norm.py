@@ -33,34 +33,49 @@ def budget(backend: str, dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "width"), [(5, 37), (3, 384), (1, 8), (0, 16), (2, 768)])
 @pytest.mark.parametrize("has_residual", [True, False])
-def test_add_layer_norm(backend: str, dtype: torch.dtype, rows: int, width: int, has_residual: bool) -> None:
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_add_layer_norm(
+    backend: str, dtype: torch.dtype, rows: int, width: int, has_residual: bool, has_bias: bool
+) -> None:
     x, residual, weight, bias = tensors(rows, width, dtype)
     added = residual if has_residual else None
+    bias = bias if has_bias else None
     with fk.backend(backend):
         result = fk.add_layer_norm(x, added, weight, bias, 1e-5)
         out = torch.zeros_like(x)
         assert fk.add_layer_norm(x, added, weight, bias, 1e-5, out).equal(result)
         in_place = x.clone()
         assert fk.add_layer_norm(in_place, added, weight, bias, 1e-5, in_place).equal(result)
+        total = torch.zeros_like(x)
+        assert fk.add_layer_norm(x, added, weight, bias, 1e-5, total=total).equal(result)
+        over_x = x.clone()
+        assert fk.add_layer_norm(over_x, added, weight, bias, 1e-5, total=over_x).equal(result)
+        assert over_x.equal(total)
     wide = [None if t is None else t.double() for t in (x, added, weight, bias)]
     truth = add_layer_norm_reference(*wide, 1e-5)
-    plain = F.layer_norm(x + residual if has_residual else x, (width,), weight, bias, 1e-5)
+    plain_total = x + residual if has_residual else x
+    plain = F.layer_norm(plain_total, (width,), weight, bias, 1e-5)
     eps = torch.finfo(dtype).eps
+    true_total = x.double() + residual.double() if has_residual else x.double()
+    assert_within_budget(total, true_total, plain_total, slack=budget(backend, dtype), absolute=8 * eps)
     assert_within_budget(result, truth, plain, slack=budget(backend, dtype), absolute=8 * eps)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tables", [1, 2, 3])
-def test_embed_layer_norm(backend: str, dtype: torch.dtype, tables: int) -> None:
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_embed_layer_norm(backend: str, dtype: torch.dtype, tables: int, has_bias: bool) -> None:
     width, rows = 40, 9
     sizes = (50, 12, 2)[:tables]
     values = [torch.randn(size, width, device=DEVICE, dtype=torch.float64).to(dtype) for size in sizes]
     indices = [torch.randint(size, (rows,), device=DEVICE) for size in sizes]
     _, _, weight, bias = tensors(1, width, dtype)
+    bias = bias if has_bias else None
     with fk.backend(backend):
         result = fk.embed_layer_norm(values, indices, weight, bias)
-    truth = embed_layer_norm_reference([v.double() for v in values], indices, weight.double(), bias.double(), 1e-12)
+    wide_bias = None if bias is None else bias.double()
+    truth = embed_layer_norm_reference([v.double() for v in values], indices, weight.double(), wide_bias, 1e-12)
     total = sum(F.embedding(index, table) for table, index in zip(values, indices, strict=True))
     plain = F.layer_norm(total, (width,), weight, bias, 1e-12)
     eps = torch.finfo(dtype).eps
@@ -88,6 +103,11 @@ def test_bad_input_raises_before_any_work() -> None:
         fk.add_layer_norm(x, residual.bfloat16(), weight, bias)
     with pytest.raises(ValueError, match=r"bias: got shape \(7,\), expected \[8\]"):
         fk.add_layer_norm(x, residual, weight, bias[1:])
+    with pytest.raises(ValueError, match=r"total: got 2 rows, expected 3"):
+        fk.add_layer_norm(x, residual, weight, bias, total=torch.empty(2, 8, device=DEVICE))
+    out = torch.empty_like(x)
+    with pytest.raises(ValueError, match=r"total: overlaps out"):
+        fk.add_layer_norm(x, residual, weight, bias, out=out, total=out)
     with pytest.raises(ValueError, match="tables: got 1 and 2 indices"):
         fk.embed_layer_norm([x], [torch.tensor([0]), torch.tensor([0])], weight, bias)
     with pytest.raises(ValueError, match=r"indices\[0\]: got torch.int32"):
@@ -105,7 +125,8 @@ def test_opcheck_and_fullgraph() -> None:
     x, residual, weight, bias = tensors(3, 8, torch.float32)
     index, out = torch.tensor([2, 0, 1], device=DEVICE), torch.zeros_like(x)
     ops = torch.ops.fastkd_kernels
-    torch.library.opcheck(ops.add_layer_norm_.default, (x, residual, weight, bias, 1e-5, out))
+    torch.library.opcheck(ops.add_layer_norm_.default, (x, residual, weight, bias, 1e-5, out, None))
+    torch.library.opcheck(ops.add_layer_norm_.default, (x, residual, weight, None, 1e-5, out, torch.zeros_like(x)))
     torch.library.opcheck(ops.embed_layer_norm_.default, ([x], [index], weight, bias, 1e-5, out))
 
     def step(x: Tensor, residual: Tensor, index: Tensor) -> Tensor:
@@ -127,16 +148,21 @@ def test_machine_code() -> None:
             KernelSpec(
                 f"{module}:_add_layer_norm_kernel",
                 {**common, "x_ptr": pointer, "residual_ptr": pointer, "x_stride": "i32:16",
-                 "residual_stride": "i32:16", "HAS_RESIDUAL": has_residual},
+                 "residual_stride": "i32:16", "total_ptr": pointer, "total_stride": "i32:16",
+                 "HAS_RESIDUAL": has_residual, "HAS_BIAS": has_bias, "HAS_TOTAL": has_total},
             )
-            for has_residual in (True, False)
+            for has_residual, has_bias, has_total in (
+                (True, True, False), (False, True, False), (True, False, True), (False, False, False),
+            )
         ]  # fmt: skip
         specs += [
             KernelSpec(
                 f"{module}:_embed_layer_norm_kernel",
                 {**common, **{f"table{t}_ptr": pointer for t in range(3)},
-                 **{f"index{t}_ptr": "*i64:16" for t in range(3)}, "TABLES": 3},
+                 **{f"index{t}_ptr": "*i64:16" for t in range(3)}, "TABLES": 3,
+                 "HAS_BIAS": has_bias},
             )
+            for has_bias in (True, False)
         ]  # fmt: skip
     for cubin in compile_kernels(specs):
         cubin.assert_no_spills()

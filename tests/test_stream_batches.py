@@ -296,9 +296,9 @@ def test_a_run_is_few_launches_and_asks_the_device_nothing(monkeypatch: pytest.M
     """What a CUDA graph of a run holds, by running the code of a GPU in Triton's interpreter."""
     attention = fk.varlen_attention
 
-    def not_interpreted(*arguments: Any) -> Tensor:
+    def not_interpreted(*arguments: Any, **options: Any) -> Tensor:
         with fk.backend("cpu"):
-            return attention(*arguments)
+            return attention(*arguments, **options)
 
     monkeypatch.setattr(fk, "varlen_attention", not_interpreted)
     monkeypatch.setattr(packed_layers, "linear_on", lambda device: packed_layers.JoinedLinear)

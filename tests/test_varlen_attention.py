@@ -8,6 +8,8 @@ import pytest
 import torch
 from error_budget import assert_within_budget
 from torch import Tensor
+from transformers.masking_utils import sliding_window_bidirectional_overlay
+from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
 import fastkd_kernels as fk
 from fastkd_kernels import _extension
@@ -51,6 +53,52 @@ def test_error_budget(lengths: list[int], heads: int, head_size: int, dtype: tor
     assert_within_budget(result[used], truth[used], same_dtype[used], slack=2.0, absolute=4 * torch.finfo(dtype).eps)
     is_flash = DEVICE.type == "cuda" and dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0
     assert (longest and is_flash) or not result[sum(lengths) :].any(), "rows of no sequence"
+
+
+def tables(positions: int, head_size: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Cosines and sines as transformers computes them."""
+    frequencies = 10000.0 ** -(torch.arange(0, head_size, 2, device=DEVICE, dtype=torch.float64) / head_size)
+    angles = torch.arange(positions, device=DEVICE)[:, None] * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def attention_as_transformers_does(
+    query: Tensor, key: Tensor, value: Tensor, window: int | None, rotary: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Of one sequence [T, heads, head_size], by transformers' rotation of halves and its mask of a sliding window."""
+    tokens = query.shape[0]
+    if rotary is not None:
+        cosines, sines = (torch.cat([table[:tokens], table[:tokens]], -1)[None].to(query.dtype) for table in rotary)
+        query, key = apply_rotary_pos_emb(query[None], key[None], cosines, sines, unsqueeze_dim=2)
+        query, key = query[0], key[0]
+    seen = None
+    if window is not None:
+        sees = sliding_window_bidirectional_overlay(window)
+        pairs = [[bool(sees(0, 0, q, k)) for k in range(tokens)] for q in range(tokens)]
+        seen = torch.tensor(pairs, device=query.device)
+    rows = (rows.transpose(0, 1) for rows in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(*rows, attn_mask=seen).transpose(0, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("window", [None, 0, 1, 7, 16, 40, 1000])
+@pytest.mark.parametrize(("lengths", "head_size"), [([1, 17, 0, 64, 5, 33], 32), ([150, 2], 64), ([20, 50], 12)])
+def test_window_and_rotary(
+    lengths: list[int], head_size: int, window: int | None, turned: bool, dtype: torch.dtype
+) -> None:
+    query, key, value, bounds = inputs(lengths, 2, head_size, dtype, spare=3)
+    rotary = tables(max(lengths) + 2, head_size) if turned else None
+    result = fk.varlen_attention(query, key, value, bounds, max(lengths), window=window, rotary=rotary)
+    same_dtype = varlen_attention_reference(query, key, value, bounds, max(lengths), None, window, rotary)
+    for b, length in enumerate(lengths):
+        if length == 0:
+            continue
+        rows = slice(int(bounds[b]), int(bounds[b + 1]))
+        wide = (tensor[rows].double() for tensor in (query, key, value))
+        truth = attention_as_transformers_does(*wide, window, rotary)
+        absolute = 8 * torch.finfo(dtype).eps if dtype != torch.float64 else 1e-6  # transformers turns in float32
+        assert_within_budget(result[rows], truth, same_dtype[rows], slack=2.0, absolute=absolute)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -97,7 +145,11 @@ def test_rows_with_gaps_are_copied() -> None:
 def test_gradients_come_from_the_reference() -> None:
     query, key, value, bounds = inputs([2, 3], 1, 4, torch.float64)
     query.requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda q: fk.varlen_attention(q, key, value, bounds, 3), query)
+    rotary = tables(3, 4, torch.float64)
+    for options in ({}, {"window": 1, "rotary": rotary}):
+        assert torch.autograd.gradcheck(
+            lambda q, options=options: fk.varlen_attention(q, key, value, bounds, 3, **options), query
+        )
 
 
 def test_bad_input_raises_before_any_work() -> None:
@@ -110,6 +162,18 @@ def test_bad_input_raises_before_any_work() -> None:
         fk.varlen_attention(query, key, value, bounds.long(), 3)
     with pytest.raises(ValueError, match="cu_seqlens: got shape"):
         fk.varlen_attention(query, key, value, bounds[:0], 3)
+    with pytest.raises(ValueError, match="window: got -1, expected at least 0, or None"):
+        fk.varlen_attention(query, key, value, bounds, 3, window=-1)
+    cosines, sines = tables(3, 4)
+    for wrong in ((cosines[:2], sines[:2]), (cosines[:, :1], sines[:, :1]), (torch.cat([cosines] * 2, -1), sines)):
+        with pytest.raises(
+            ValueError, match=r"rotary\[0\]: got shape .* expected \[max_seqlen=3 or more, head_size / 2"
+        ):
+            fk.varlen_attention(query, key, value, bounds, 3, rotary=wrong)
+    with pytest.raises(ValueError, match=r"rotary\[1\]: got shape \(2, 2\)"):
+        fk.varlen_attention(query, key, value, bounds, 2, rotary=(cosines, sines[:2]))
+    with pytest.raises(TypeError, match=r"rotary\[0\]: got torch.bfloat16, expected float32"):
+        fk.varlen_attention(query, key, value, bounds, 3, rotary=(cosines.bfloat16(), sines))
 
 
 def test_a_gpu_gets_pytorchs_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,11 +220,13 @@ def test_bounds_out_of_range_raise_on_cpu(values: list[int]) -> None:
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the op is the CPU's; a GPU runs PyTorch's own")
 def test_opcheck_and_fullgraph() -> None:
     query, key, value, bounds = inputs([2, 3], 2, 8, torch.float32)
-    arguments = (query, key, value, bounds, 0.5, torch.zeros(5, 2, 8))
-    torch.library.opcheck(torch.ops.fastkd_kernels.varlen_attention_.default, arguments)
+    rotary = tables(3, 8)
+    for options in ((None, None, None), (1, *rotary)):
+        arguments = (query, key, value, bounds, 0.5, *options, torch.zeros(5, 2, 8))
+        torch.library.opcheck(torch.ops.fastkd_kernels.varlen_attention_.default, arguments)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor) -> Tensor:
-        return fk.varlen_attention(query * 2, key, value, bounds, 3) + 1
+        return fk.varlen_attention(query * 2, key, value, bounds, 3, window=1, rotary=rotary) + 1
 
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     assert compiled(query, key, value, bounds).equal(attend(query, key, value, bounds))

@@ -20,9 +20,15 @@ from transformers import (
     DistilBertTokenizer,
     ElectraConfig,
     ErnieConfig,
+    GteConfig,
+    JinaEmbeddingsV3Config,
+    MegatronBertConfig,
+    ModernBertConfig,
+    NomicBertConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     RobertaConfig,
+    RobertaPreLayerNormConfig,
     RobertaTokenizer,
     XLMRobertaConfig,
 )
@@ -69,6 +75,15 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "camembert": CamembertConfig(**_ROBERTA_LIKE),
     "data2vec-text": Data2VecTextConfig(**_ROBERTA_LIKE),
     "ernie": ErnieConfig(**_BERT_LIKE),
+    # a window of two tokens on each side, in the second and third layer
+    "modernbert": ModernBertConfig(
+        **_BERT_LIKE, local_attention=4, global_attn_every_n_layers=3, pad_token_id=0, cls_token_id=2, sep_token_id=3
+    ),
+    "nomic_bert": NomicBertConfig(**_BERT_LIKE, pad_token_id=0),
+    "gte": GteConfig(**_BERT_LIKE, pad_token_id=0),
+    "jina_embeddings_v3": JinaEmbeddingsV3Config(**_BERT_LIKE, pad_token_id=0),
+    "roberta-prelayernorm": RobertaPreLayerNormConfig(**_ROBERTA_LIKE),
+    "megatron-bert": MegatronBertConfig(**_BERT_LIKE),
 }
 
 MAIN_FAMILIES = ("bert", "roberta", "distilbert", "electra")

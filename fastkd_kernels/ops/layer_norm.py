@@ -1,11 +1,12 @@
 """Layer normalisation of rows that are sums, in one pass, for the two places where an encoder has them.
 
-    y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias, over the last dimension, with
+    y = (s - mean(s)) / sqrt(var(s) + eps) * weight [+ bias], over the last dimension, with
 
     add_layer_norm     s = x + residual                                     after attention and after the feed-forward
     embed_layer_norm   s_n = tables_0[indices_0[n]] + tables_1[...] + ...   word, position and segment embeddings
 
-The sum and the statistics are float32 (float64 for float64) and nothing but y is written to memory.
+The sum and the statistics are float32 (float64 for float64). Nothing but y is written to memory, and s where the next
+layer adds to it: where norms come first.
 """
 
 from __future__ import annotations
@@ -29,13 +30,19 @@ from fastkd_kernels.checks import check_same_device
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def add_layer_norm_reference(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def add_layer_norm_reference(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, total: Tensor | None = None
+) -> Tensor:
     """`add_layer_norm` in plain PyTorch: the oracle of the tests and the fallback on any device."""
-    return _normalised(_wide(x) if residual is None else _wide(x) + _wide(residual), weight, bias, eps)
+    added = _wide(x) if residual is None else _wide(x) + _wide(residual)
+    normalised = _normalised(added, weight, bias, eps)
+    if total is not None:
+        total.copy_(added)
+    return normalised
 
 
 def embed_layer_norm_reference(
-    tables: Sequence[Tensor], indices: Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float
+    tables: Sequence[Tensor], indices: Sequence[Tensor], weight: Tensor, bias: Tensor | None, eps: float
 ) -> Tensor:
     """`embed_layer_norm` in plain PyTorch: the oracle of the tests and the fallback on any device."""
     rows = [_wide(F.embedding(index, table)) for table, index in zip(tables, indices, strict=True)]
@@ -46,19 +53,22 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _normalised(total: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(total, total.shape[-1:], _wide(weight), _wide(bias), eps).to(weight.dtype)
+def _normalised(total: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    wide_bias = None if bias is None else _wide(bias)
+    return F.layer_norm(total, total.shape[-1:], _wide(weight), wide_bias, eps).to(weight.dtype)
 
 
 @jit
-def _normalise_and_store(total, mask, width, weight_ptr, bias_ptr, out_ptr, column, eps):
+def _normalise_and_store(total, mask, width, weight_ptr, bias_ptr, out_ptr, column, eps, HAS_BIAS: tl.constexpr):
     mean = tl.sum(total, 0) / width
     deviation = tl.where(mask, total - mean, 0.0)
     # one root and one quotient a row, rounded: the approximate ones would cost every element three units
     scale = tl.math.div_rn(1.0, tl.math.sqrt_rn(tl.sum(deviation * deviation, 0) / width + eps))
     weight = tl.load(weight_ptr + column, mask=mask).to(tl.float32)
-    bias = tl.load(bias_ptr + column, mask=mask).to(tl.float32)
-    tl.store(out_ptr + column, deviation * scale * weight + bias, mask=mask)
+    normalised = deviation * scale * weight
+    if HAS_BIAS:
+        normalised += tl.load(bias_ptr + column, mask=mask).to(tl.float32)
+    tl.store(out_ptr + column, normalised, mask=mask)
 
 
 @jit
@@ -66,14 +76,18 @@ def _add_layer_norm_kernel(
     x_ptr,  # [rows, width], rows x_stride apart
     residual_ptr,  # [rows, width], rows residual_stride apart, where HAS_RESIDUAL
     weight_ptr,  # [width]
-    bias_ptr,  # [width]
+    bias_ptr,  # [width], where HAS_BIAS
     out_ptr,  # [rows, width], rows out_stride apart
+    total_ptr,  # [rows, width], rows total_stride apart, where HAS_TOTAL
     x_stride,
     residual_stride,
     out_stride,
+    total_stride,
     width,
     eps,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_TOTAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -82,7 +96,9 @@ def _add_layer_norm_kernel(
     total = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         total += tl.load(residual_ptr + row * residual_stride + column, mask=mask, other=0.0).to(tl.float32)
-    _normalise_and_store(total, mask, width, weight_ptr, bias_ptr, out_ptr + row * out_stride, column, eps)
+    if HAS_TOTAL:
+        tl.store(total_ptr + row * total_stride + column, total, mask=mask)
+    _normalise_and_store(total, mask, width, weight_ptr, bias_ptr, out_ptr + row * out_stride, column, eps, HAS_BIAS)
 
 
 @jit
@@ -94,12 +110,13 @@ def _embed_layer_norm_kernel(
     index1_ptr,
     index2_ptr,
     weight_ptr,  # [width]
-    bias_ptr,  # [width]
+    bias_ptr,  # [width], where HAS_BIAS
     out_ptr,  # [rows, width], rows out_stride apart
     out_stride,
     width,
     eps,
     TABLES: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -110,7 +127,7 @@ def _embed_layer_norm_kernel(
         total += tl.load(table1_ptr + tl.load(index1_ptr + row) * width + column, mask=mask, other=0.0).to(tl.float32)
     if TABLES > 2:
         total += tl.load(table2_ptr + tl.load(index2_ptr + row) * width + column, mask=mask, other=0.0).to(tl.float32)
-    _normalise_and_store(total, mask, width, weight_ptr, bias_ptr, out_ptr + row * out_stride, column, eps)
+    _normalise_and_store(total, mask, width, weight_ptr, bias_ptr, out_ptr + row * out_stride, column, eps, HAS_BIAS)
 
 
 _launch_add_layer_norm = Launcher(_add_layer_norm_kernel)
@@ -118,25 +135,33 @@ _launch_embed_layer_norm = Launcher(_embed_layer_norm_kernel)
 
 
 library.define(
-    "add_layer_norm_(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, Tensor(a!) out) -> ()",
+    "add_layer_norm_(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, Tensor(a!) out, "
+    "Tensor(b!)? total) -> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.define(
-    "embed_layer_norm_(Tensor[] tables, Tensor[] indices, Tensor weight, Tensor bias, float eps, Tensor(a!) out) -> ()",
+    "embed_layer_norm_(Tensor[] tables, Tensor[] indices, Tensor weight, Tensor? bias, float eps, Tensor(a!) out) "
+    "-> ()",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 @torch.library.register_fake("fastkd_kernels::add_layer_norm_", lib=library)
 def _add_layer_norm_fake(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    out: Tensor,
+    total: Tensor | None,
 ) -> None:
     return None
 
 
 @torch.library.register_fake("fastkd_kernels::embed_layer_norm_", lib=library)
 def _embed_layer_norm_fake(
-    tables: Sequence[Tensor], indices: Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float, out: Tensor
+    tables: Sequence[Tensor], indices: Sequence[Tensor], weight: Tensor, bias: Tensor | None, eps: float, out: Tensor
 ) -> None:
     return None
 
@@ -145,7 +170,13 @@ _MAX_TABLES = 3
 
 
 def _add_layer_norm_triton(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, out: Tensor
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    out: Tensor,
+    total: Tensor | None,
 ) -> None:
     rows, width = x.shape
     if rows == 0:
@@ -156,21 +187,25 @@ def _add_layer_norm_triton(
         x,
         x if residual is None else residual,
         weight,
-        bias,
+        weight if bias is None else bias,
         out,
+        out if total is None else total,
         x.stride(0),
         x.stride(0) if residual is None else residual.stride(0),
         out.stride(0),
+        out.stride(0) if total is None else total.stride(0),
         width,
         eps,
         HAS_RESIDUAL=residual is not None,
+        HAS_BIAS=bias is not None,
+        HAS_TOTAL=total is not None,
         BLOCK=block,
         num_warps=_warps(block),
     )
 
 
 def _embed_layer_norm_triton(
-    tables: Sequence[Tensor], indices: Sequence[Tensor], weight: Tensor, bias: Tensor, eps: float, out: Tensor
+    tables: Sequence[Tensor], indices: Sequence[Tensor], weight: Tensor, bias: Tensor | None, eps: float, out: Tensor
 ) -> None:
     rows, width = out.shape
     if rows == 0:
@@ -185,12 +220,13 @@ def _embed_layer_norm_triton(
         *indices,
         *[indices[0]] * spare,
         weight,
-        bias,
+        weight if bias is None else bias,
         out,
         out.stride(0),
         width,
         eps,
         TABLES=len(tables),
+        HAS_BIAS=bias is not None,
         BLOCK=block,
         num_warps=_warps(block),
     )
@@ -220,9 +256,10 @@ def add_layer_norm(
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float = 1e-12,
     out: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> Tensor:
     """Layer normalisation of `x + residual`. Where a gradient is wanted, plain PyTorch runs.
 
@@ -230,37 +267,40 @@ def add_layer_norm(
         x: [N, H], any strides (rows that are not dense are copied); float32 or bfloat16 run the kernels, other dtypes
             plain PyTorch.
         residual: [N, H] of the same dtype, or None.
-        weight, bias: [H] of the same dtype.
+        weight, bias: [H] of the same dtype; the bias may be None.
         eps: added to the variance.
         out: [N, H] of the same dtype with dense rows, to be written instead of new memory; may be `x` or `residual`,
             and overlaps nothing else. Not where a gradient is wanted.
+        total: the same, to be written with the sum, which is what a layer whose norms come first adds to.
 
     Returns:
         [N, H]; `out` where given.
 
     Raises:
-        ValueError: shapes or devices that differ, a wrong `out`.
+        ValueError: shapes or devices that differ, a wrong `out` or `total`.
         TypeError: dtypes that differ.
     """
-    _check(weight, bias, x=x, residual=residual, out=out)
-    if out is not None:
-        _check_out(out, {"x": x, "residual": residual, "weight": weight, "bias": bias}, (x, residual))
+    _check(weight, bias, x=x, residual=residual, out=out, total=total)
+    written = {name: tensor for name, tensor in (("out", out), ("total", total)) if tensor is not None}
+    if written:
+        _check_written(written, {"x": x, "residual": residual, "weight": weight, "bias": bias}, (x, residual))
     backend = _backend(x, (x, residual, weight, bias))
     if backend == "reference":
-        return _into(out, add_layer_norm_reference(x, residual, weight, bias, eps))
+        return _into(out, add_layer_norm_reference(x, residual, weight, bias, eps, total))
     x, residual = _dense_rows(x), None if residual is None else _dense_rows(residual)
     target = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     # on CPU tensors "cuda" is Triton's interpreter
     run = _add_layer_norm_triton if backend == "cuda" and not x.is_cuda else _add_layer_norm_op
-    run(x, residual, dense(weight), dense(bias), eps, target)
-    return _written(target, out)
+    run(x, residual, dense(weight), None if bias is None else dense(bias), eps, target, total)
+    mark_written(list(written.values()))
+    return target
 
 
 def embed_layer_norm(
     tables: Sequence[Tensor],
     indices: Sequence[Tensor],
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float = 1e-12,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -269,7 +309,7 @@ def embed_layer_norm(
     Args:
         tables: one to three of [rows, H], one dtype.
         indices: for each table [N] int64; on a GPU out-of-range values are undefined.
-        weight, bias: [H] of the same dtype.
+        weight, bias: [H] of the same dtype; the bias may be None.
         eps: added to the variance.
         out: [N, H] of the same dtype with dense rows, to be written instead of new memory; overlaps no input. Not where
             a gradient is wanted.
@@ -300,7 +340,7 @@ def embed_layer_norm(
         _check(weight, bias, out=out)
         if out.shape != shape:
             raise ValueError(f"out: got shape {tuple(out.shape)}, expected {list(shape)}")
-        _check_out(out, read)
+        _check_written({"out": out}, read)
     backend = _backend(weight, [*tables, weight, bias])
     # the C++ kernel looks at the values itself
     if backend != "cpu" and values_are_free(weight):
@@ -312,10 +352,12 @@ def embed_layer_norm(
     target = torch.empty(shape, dtype=weight.dtype, device=weight.device) if out is None else out
     run = _embed_layer_norm_triton if backend == "cuda" and not weight.is_cuda else _embed_layer_norm_op
     try:
-        run(tables, indices, dense(weight), dense(bias), eps, target)
+        run(tables, indices, dense(weight), None if bias is None else dense(bias), eps, target)
     except RuntimeError as error:
         raise _extension.as_typed_error(error) from None
-    return _written(target, out)
+    if out is not None:
+        mark_written([out])
+    return target
 
 
 def _check_indices(tables: Sequence[Tensor], indices: Sequence[Tensor]) -> None:
@@ -333,17 +375,14 @@ def _dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(1) == 1 or tensor.numel() <= 1 else tensor.contiguous()
 
 
-def _check_out(out: Tensor, read: dict[str, Tensor | None], in_place: Sequence[Tensor | None] = ()) -> None:
-    if out.stride(1) != 1 and out.numel() > 1:
-        raise ValueError(f"out: got strides {out.stride()}, expected dense rows")
-    refuse_gradient("out", [out, *read.values()])
-    check_written({"out": out}, read, in_place)
-
-
-def _written(target: Tensor, out: Tensor | None) -> Tensor:
-    if out is not None:
-        mark_written([out])
-    return target
+def _check_written(
+    written: dict[str, Tensor], read: dict[str, Tensor | None], in_place: Sequence[Tensor | None] = ()
+) -> None:
+    for name, tensor in written.items():
+        if tensor.stride(1) != 1 and tensor.numel() > 1:
+            raise ValueError(f"{name}: got strides {tensor.stride()}, expected dense rows")
+        refuse_gradient(name, [tensor, *read.values()])
+    check_written(written, read, in_place)
 
 
 def _backend(tensor: Tensor, tensors: Sequence[Tensor | None]) -> str:
@@ -357,13 +396,13 @@ def _into(out: Tensor | None, result: Tensor) -> Tensor:
     return result if out is None else out.copy_(result)
 
 
-def _check(weight: Tensor, bias: Tensor, **tensors: Tensor | None) -> None:
+def _check(weight: Tensor, bias: Tensor | None, **tensors: Tensor | None) -> None:
     width = weight.shape[-1] if weight.dim() else 0
     for name, vector in (("weight", weight), ("bias", bias)):
-        if vector.shape != (width,):
+        if vector is not None and vector.shape != (width,):
             raise ValueError(f"{name}: got shape {tuple(vector.shape)}, expected [{width}]")
     rows = None
-    for name, tensor in (("bias", bias[None]), *tensors.items()):
+    for name, tensor in (("bias", None if bias is None else bias[None]), *tensors.items()):
         if tensor is None:
             continue
         if tensor.dtype != weight.dtype or tensor.device != weight.device:

@@ -23,6 +23,12 @@ FAMILIES: dict[str, FamilyEntry] = {
     "ernie": FamilyEntry("ERNIE", "nghuyong/ernie-3.0-base-zh"),
     "distilbert": FamilyEntry("DistilBERT", "distilbert-base-uncased"),
     "electra": FamilyEntry("ELECTRA", "google/electra-base-discriminator"),
+    "modernbert": FamilyEntry("ModernBERT", "answerdotai/ModernBERT-base"),
+    "nomic_bert": FamilyEntry("Nomic BERT", "nomic-ai/nomic-embed-text-v1.5"),
+    "gte": FamilyEntry("GTE", "alibaba-nlp-community/gte-multilingual-base"),
+    "jina_embeddings_v3": FamilyEntry("Jina Embeddings v3", "jinaai/jina-embeddings-v3-hf"),
+    "roberta-prelayernorm": FamilyEntry("RoBERTa-PreLayerNorm", "andreasmadsen/efficient_mlm_m0.40"),
+    "megatron-bert": FamilyEntry("Megatron-BERT", "nvidia/megatron-bert-uncased-345m"),
 }
 """By the `model_type` of Hugging Face, in the order of the docs."""
 

@@ -134,9 +134,14 @@ class EarlyExitConfig(PreTrainedConfig):
         self.speed = 0.0
 
     @property
-    def has_own_path(self) -> bool:
-        """Whether the backbone is of a family with fast paths of its own."""
-        return families.has_own_path(self.backbone, self.layers)
+    def has_fast_paths(self) -> bool:
+        """Whether the backbone is of a family with fast paths."""
+        return families.has_fast_paths(self.backbone, self.layers)
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether layers of the backbone that do not run from their parts are run by `fastkd.encoders.replay`."""
+        return families.is_replayed(self.backbone, self.layers)
 
     @property
     def longest_input(self) -> int:
@@ -146,7 +151,7 @@ class EarlyExitConfig(PreTrainedConfig):
     @property
     def linear_products(self) -> int | None:
         """Sum of in * out over the linear layers in one layer; None where it follows from the sizes, as in BERT."""
-        return None if self.has_own_path else anatomy_of(self.backbone, self.layers).linear_products
+        return anatomy_of(self.backbone, self.layers).linear_products if self.is_replayed else None
 
     @property
     def num_hidden_layers(self) -> int:

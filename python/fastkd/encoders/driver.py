@@ -64,7 +64,7 @@ class Driver(Protocol):
 
 
 class OwnPath:
-    """Drives an encoder of a family in `families.FAMILIES`."""
+    """Drives an encoder of a family in `families.FAMILIES` whose layers take hidden states and a mask."""
 
     def __init__(self, config: EarlyExitConfig) -> None:
         self._family = families.family_of(config.backbone.model_type)
@@ -113,6 +113,6 @@ def driver_of(config: EarlyExitConfig, encoder: PreTrainedModel) -> Driver:
     Raises:
         ValueError: its layers are not found, or it is no encoder of text.
     """
-    if config.has_own_path:
-        return OwnPath(config)
-    return Replay(encoder, config.num_hidden_layers, config.layers)
+    if config.is_replayed:
+        return Replay(encoder, config.num_hidden_layers, config.layers)
+    return OwnPath(config)

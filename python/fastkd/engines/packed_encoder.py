@@ -8,11 +8,11 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import fastkd_kernels as fk
@@ -106,7 +106,7 @@ class PackedEncoder:
         self._family = families.family_of(model.config.backbone.model_type)
         self._config = model.config.backbone
         self._layers: list[Layer] = []
-        self._tables: tuple[nn.Embedding, ...] | None = None
+        self._embeddings: families.EmbeddingParts | None = None
 
     reads_tokens = False
     """Whether runs after the first stage need the tokens."""
@@ -115,6 +115,20 @@ class PackedEncoder:
     def is_faster(self) -> bool:
         """Whether every layer runs from its parts, which is where packed tokens beat padded batches."""
         return all(isinstance(layer, LayerFromParts) for layer in self._layers)
+
+    @property
+    def can_run(self) -> bool:
+        """Whether layers that do not run from their parts, if any, run by their own forward on packed tokens."""
+        return self.is_faster or not self._family.is_replayed
+
+    def check(self) -> None:
+        """Raise ValueError where it cannot run."""
+        if not self.can_run:
+            raise ValueError(
+                f"model: packed tokens need layers of {self._config.model_type!r} that run from their parts: in "
+                "float32 or bfloat16 on a CPU, in bfloat16 on a GPU, without autocast, hooks, adapters or quantised "
+                "weights; use engine='batch', or model.stream(rows)"
+            )
 
     @property
     def copies(self) -> list[Tensor]:
@@ -147,8 +161,9 @@ class PackedEncoder:
 
     def refresh(self, from_parts: bool) -> None:
         """Take note of modules and parameters that changed; `from_parts` where `runs_from_parts` allows it."""
-        self._tables = families.embedding_tables(self._backbone.embeddings)
-        self._layers = current_layers(self._modules, self._layers, self._family, self._config, from_parts=from_parts)
+        self._embeddings = families.embedding_parts(self._backbone.embeddings)
+        parts_of = partial(self._family.parts, self._backbone)
+        self._layers = current_layers(self._modules, self._layers, parts_of, self._config, from_parts=from_parts)
 
     def embed(self, tokens: PackedTokens, out: Tensor | None = None) -> Tensor:
         """Hidden states before the first layer, [R, H]; R is N rounded up, and the rows added are finite.
@@ -165,14 +180,14 @@ class PackedEncoder:
 
     def embed_rows(self, input_ids: Tensor, positions: Tensor, segments: Tensor, out: Tensor | None = None) -> Tensor:
         """Hidden states [R, H] of rows whose positions and segments are known; all [R] int64."""
-        if self._tables is None:
+        if self._embeddings is None:
             hidden_states = self._family.embed(self._backbone, input_ids[None], segments[None], positions[None], None)[
                 0
             ]
             return hidden_states if out is None else out.copy_(hidden_states)
-        norm = self._backbone.embeddings.LayerNorm
-        indices = (input_ids, positions, segments)[: len(self._tables)]
-        tables = [table.weight for table in self._tables]
+        norm = self._embeddings.norm
+        indices = [(input_ids, positions, segments)[kind] for kind in self._embeddings.inputs]
+        tables = [table.weight for table in self._embeddings.tables]
         project = getattr(self._backbone, "embeddings_project", None)
         if project is None:
             return fk.embed_layer_norm(tables, indices, norm.weight, norm.bias, norm.eps, out)

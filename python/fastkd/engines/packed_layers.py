@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,21 +66,43 @@ class JoinedLinear:
             return F.linear(rows, self._modules[0].weight, self._modules[0].bias)
         return F.linear(rows, self._weight, self._bias)
 
+    def plus(self, rows: Tensor, residual: Tensor) -> Tensor:
+        """The product with `residual` added."""
+        return self(rows).add_(residual)
+
 
 class PackedLinear(JoinedLinear):
-    """The same with a copy of the weights that is rearranged for oneDNN, and an activation inside the product."""
+    """The same with a copy of the weights that is rearranged for oneDNN, and what follows the product inside it.
 
-    def __init__(self, modules: Sequence[nn.Linear], activation: tuple[str, str] = ("none", "")) -> None:
+    Args:
+        modules: whose outputs lie side by side.
+        activation: as oneDNN calls it.
+        half: of the outputs, 0 or 1; None: all.
+    """
+
+    def __init__(
+        self, modules: Sequence[nn.Linear], activation: tuple[str, str] = ("none", ""), half: int | None = None
+    ) -> None:
         super().__init__(modules)
-        self._activation = activation
+        self._activation, self._half = activation, half
 
     def prepare(self) -> None:
         weight, self._bias = self._joined()
+        if self._half is not None:
+            weight = weight.chunk(2)[self._half]
+            self._bias = None if self._bias is None else self._bias.chunk(2)[self._half]
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
     def __call__(self, rows: Tensor) -> Tensor:
         attribute, algorithm = self._activation
         return torch.ops.mkldnn._linear_pointwise.default(rows, self._weight, self._bias, attribute, [], algorithm)
+
+    def plus(self, rows: Tensor, residual: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.binary(rows, residual, self._weight, self._bias, "add")
+
+    def times(self, rows: Tensor, factors: Tensor) -> Tensor:
+        """The product times `factors`, element by element."""
+        return torch.ops.mkldnn._linear_pointwise.binary(rows, factors, self._weight, self._bias, "mul")
 
 
 def linear_on(device: torch.device) -> type[JoinedLinear]:
@@ -87,20 +110,56 @@ def linear_on(device: torch.device) -> type[JoinedLinear]:
     return PackedLinear if device.type == "cpu" else JoinedLinear
 
 
-_FUSED_ACTIVATIONS = {"gelu": ("gelu", "none"), "tanh gelu": ("gelu", "tanh"), "relu": ("relu", "")}
+_FUSED_ACTIVATIONS: dict[str, tuple[tuple[str, str], Callable[[Tensor], Tensor]]] = {
+    "gelu": (("gelu", "none"), F.gelu),
+    "tanh gelu": (("gelu", "tanh"), partial(F.gelu, approximate="tanh")),
+    "relu": (("relu", ""), F.relu),
+    "silu": (("swish", ""), F.silu),
+}
 
 
 def _fused_activation(activation: Callable[[Tensor], Tensor]) -> tuple[str, str] | None:
     """How oneDNN calls an activation, found out by what it does; None where it has no such one."""
     probe = torch.linspace(-4, 4, 65)
-    for name, exact in (
-        ("gelu", F.gelu(probe)),
-        ("tanh gelu", F.gelu(probe, approximate="tanh")),
-        ("relu", probe.relu()),
-    ):
-        if torch.allclose(activation(probe), exact, rtol=0, atol=1e-6):
-            return _FUSED_ACTIVATIONS[name]
+    found = activation(probe)
+    for name, exact in _FUSED_ACTIVATIONS.values():
+        if torch.allclose(found, exact(probe), rtol=0, atol=1e-6):
+            return name
     return None
+
+
+class Expansion:
+    """The first half of a feed-forward: a product and an activation, of half of it where it is gated."""
+
+    def __init__(self, parts: families.LayerParts, linear: type[JoinedLinear]) -> None:
+        self._product = linear(parts.expand)
+        self._activation, self._is_gated = parts.activation, parts.is_gated
+
+    @property
+    def products(self) -> tuple[JoinedLinear, ...]:
+        return (self._product,)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        if not self._is_gated:
+            return self._activation(self._product(rows))
+        activated, others = self._product(rows).chunk(2, dim=-1)
+        return self._activation(activated) * others
+
+
+class FusedExpansion:
+    """The same with the activation inside the product, and the gate inside a second one."""
+
+    def __init__(self, parts: families.LayerParts, activation: tuple[str, str]) -> None:
+        self._activated = PackedLinear(parts.expand, activation, half=0 if parts.is_gated else None)
+        self._others = PackedLinear(parts.expand, half=1) if parts.is_gated else None
+
+    @property
+    def products(self) -> tuple[JoinedLinear, ...]:
+        return (self._activated,) if self._others is None else (self._activated, self._others)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        activated = self._activated(rows)
+        return activated if self._others is None else self._others.times(rows, activated)
 
 
 class LayerFromParts:
@@ -108,51 +167,62 @@ class LayerFromParts:
 
     def __init__(self, parts: families.LayerParts, heads: int, linear: type[JoinedLinear]) -> None:
         self._parts = parts
-        self._device = parts.query.weight.device
+        self._device = parts.output.weight.device
         self._heads = heads
         self._stamp: fk.ParameterStamp | None = None
-        self._activation: Callable[[Tensor], Tensor] | None = parts.activation
-        self._project = linear([parts.query, parts.key, parts.value])
+        self._rotary: tuple[Tensor, Tensor] | None = None
+        self._project = linear(parts.projections)
         self._output = linear([parts.output])
-        self._expand = linear([parts.expand])
         self._contract = linear([parts.contract])
         fused = _fused_activation(parts.activation) if linear is PackedLinear else None
-        if fused is not None:
-            self._expand, self._activation = PackedLinear([parts.expand], fused), None
+        self._expand = Expansion(parts, linear) if fused is None else FusedExpansion(parts, fused)
 
     def runs(self, parts: families.LayerParts) -> bool:
         """Whether it was made for these modules where they are now."""
-        return self._parts == parts and self._device == parts.query.weight.device
+        return self._parts == parts and self._device == parts.output.weight.device
 
     def refresh(self) -> None:
         """Prepare the weights again if they changed since the last time."""
         parameters = [parameter for linear in self._products for parameter in linear.parameters]
+        if self._parts.rotary is not None:
+            parameters.append(self._parts.rotary.frequencies)
         if self._stamp is not None and self._stamp.is_current(parameters):
             return
         stamp = fk.ParameterStamp(parameters)
         for linear in self._products:
             linear.prepare()
+        self._rotary = None if self._parts.rotary is None else self._parts.rotary.tables
         self._stamp = stamp
 
     @property
     def copies(self) -> list[Tensor]:
         """What it reads beside the parameters; kept alive by a CUDA graph of the layer."""
-        return [tensor for linear in self._products for tensor in linear.copies]
+        return [*(self._rotary or ()), *(tensor for linear in self._products for tensor in linear.copies)]
 
     @property
     def _products(self) -> tuple[JoinedLinear, ...]:
-        return self._project, self._output, self._expand, self._contract
+        return self._project, self._output, *self._expand.products, self._contract
 
     def __call__(self, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
         """The layer's output, packed [R, H], where rows behind the last sequence stay finite, or padded [B, T, H]."""
         if layout.cu_seqlens is None:
             return self._padded(hidden_states, layout.layer_mask)
         query, key, value = self._queries_keys_values(hidden_states)
-        attended = fk.varlen_attention(query, key, value, layout.cu_seqlens, layout.max_seqlen)
+        attended = fk.varlen_attention(
+            query,
+            key,
+            value,
+            layout.cu_seqlens,
+            layout.max_seqlen,
+            window=self._parts.window,
+            rotary=self._rotary,
+        )
         return self._after_attention(attended.flatten(1), hidden_states)
 
     def _padded(self, hidden_states: Tensor, layer_mask: Tensor | None) -> Tensor:
         """`layer_mask` bool [B, 1, T, T] or None."""
+        assert self._rotary is None, "layers with rotary tables are packed"
+        assert self._parts.window is None, "layers with a window are packed"
         rows = hidden_states.flatten(0, 1)
         query, key, value = (
             tensor.unflatten(0, hidden_states.shape[:2]).transpose(1, 2) for tensor in self._queries_keys_values(rows)
@@ -162,14 +232,19 @@ class LayerFromParts:
 
     def _queries_keys_values(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Each [R, heads, head size]."""
+        norm = self._parts.attention_norm
+        if self._parts.norms_first and norm is not None:
+            rows = fk.add_layer_norm(rows, None, norm.weight, norm.bias, norm.eps)
         return self._project(rows).view(rows.shape[0], 3, self._heads, -1).unbind(1)
 
     def _after_attention(self, attended: Tensor, rows: Tensor) -> Tensor:
-        middle = _add_norm(self._output(attended), rows, self._parts.attention_norm)
-        expanded = self._expand(middle)
-        if self._activation is not None:
-            expanded = self._activation(expanded)
-        return _add_norm(self._contract(expanded), middle, self._parts.feed_forward_norm)
+        total, norm = self._output(attended), self._parts.feed_forward_norm
+        if self._parts.norms_first:
+            middle = fk.add_layer_norm(total, rows, norm.weight, norm.bias, norm.eps, total=total)
+            return self._contract.plus(self._expand(middle), total)
+        assert self._parts.attention_norm is not None
+        middle = _add_norm(total, rows, self._parts.attention_norm)
+        return _add_norm(self._contract(self._expand(middle)), middle, norm)
 
 
 def _add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -179,11 +254,10 @@ def _add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 def _is_plain(layer: nn.Module, parts: families.LayerParts) -> bool:
     """Whether running the parts is all that running the layer does: no adapters, quantised weights, hooks, patches."""
-    linear = (parts.query, parts.key, parts.value, parts.output, parts.expand, parts.contract)
-    norms = (parts.attention_norm, parts.feed_forward_norm)
     return (
-        all(map(has_plain_weight, linear))
-        and all(type(module) is nn.LayerNorm and module.bias is not None for module in norms)
+        all(map(has_plain_weight, parts.linears))
+        and all(type(norm) is nn.LayerNorm and norm.weight is not None for norm in parts.norms)
+        and (parts.rotary is None or parts.rotary.is_fixed)
         and are_untouched(layer)
     )
 
@@ -253,7 +327,7 @@ Layer = LayerFromParts | ModuleLayer
 def current_layers(
     modules: Sequence[nn.Module],
     before: Sequence[Layer],
-    family: families.Family,
+    parts_of: Callable[[nn.Module], families.LayerParts],
     config: PreTrainedConfig,
     *,
     from_parts: bool,
@@ -263,13 +337,13 @@ def current_layers(
     Args:
         modules: the layers of an encoder.
         before: what this returned for them the last time; nothing the first time.
-        family: of the encoder.
+        parts_of: gives the parts of one of them.
         config: of the encoder.
         from_parts: whether layers that are plain run from their parts.
     """
     previous: Sequence[Layer | None] = before or [None] * len(modules)
     return [
-        _current_layer(module, old, family.parts(module) if from_parts else None, config)
+        _current_layer(module, old, parts_of(module) if from_parts else None, config)
         for module, old in zip(modules, previous, strict=True)
     ]
 
@@ -280,7 +354,7 @@ def _current_layer(
     if parts is None or not _is_plain(module, parts):
         return ModuleLayer(module, config)
     if not isinstance(old, LayerFromParts) or not old.runs(parts):
-        old = LayerFromParts(parts, config.num_attention_heads, linear_on(parts.query.weight.device))
+        old = LayerFromParts(parts, config.num_attention_heads, linear_on(parts.output.weight.device))
     old.refresh()
     return old
 

@@ -27,7 +27,6 @@ from fastkd.encoders.layout import TokenLayout
 from fastkd.engines.batch import warn_about_nan
 from fastkd.engines.packed_encoder import (
     MOST_ADDED,
-    PackedEncoder,
     PackedTokens,
     cumulative_lengths,
     encoder_of,
@@ -198,7 +197,8 @@ class Stream(Iterator[StreamRow]):
         self._given_early: set[int] = set()
         self._next = 0
         self._is_whole = True
-        self._encoder: PackedEncoder | PaddedRuns = encoder_of(model) if config.has_own_path else PaddedRuns(model)
+        packed = encoder_of(model) if config.has_fast_paths else None
+        self._encoder = PaddedRuns(model) if packed is None or not packed.can_run else packed
         self._names = dict(config.id2label or {})
         stages = len(self._stages)
         self.statistics = StreamStatistics(runs=[0] * stages, tokens=[0] * stages)

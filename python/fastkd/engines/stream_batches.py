@@ -187,6 +187,7 @@ class BatchStream(Iterator[EarlyExitOutput]):
         self._schedule = Schedule(tokens_per_run, len(rule.stages) * tokens_per_run)
         self._model = model
         self._encoder = encoder_of(model)
+        self._encoder.check()
         self._rule = rule
         self._stages = rule.stages
         self._kind = _Kind(tokens_per_run, max_rows_waiting, rule.criterion, rule.top_n, rule.layers)

@@ -93,7 +93,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         setattr(self, self.base_model_prefix, backbone)
         self.heads = ExitHeads(config)
         self.learned_exit = LearnedExit(config) if config.learned_exit else None
-        if heads_are_new and not config.has_own_path:
+        if heads_are_new and config.is_replayed:
             # whatever a plain checkpoint carries for its own task
             others = [re.escape(name) for name in (self.base_model_prefix, "heads", "learned_exit")]
             self._keys_to_ignore_on_load_unexpected = [rf"^(?!({'|'.join(others)})\.)", r"pooler\."]
@@ -605,10 +605,15 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             raise ValueError(
                 f"engine: got {engine!r}, expected 'batch', 'packed' or 'graphs', or call model.stream(rows)"
             )
-        if not self.config.has_own_path:
+        if not self.config.has_fast_paths:
             if engine in ("packed", "graphs"):
                 check_family(self.config.backbone.model_type)
             return None
+        if engine == "graphs" and self.config.is_replayed:
+            raise ValueError(
+                f"engine: got 'graphs', whose padded layers {self.config.backbone.model_type!r} does not have; use "
+                "engine='packed', or model.stream_batches(batches)"
+            )
         # asked first, because a compiler cannot trace the question for oneDNN
         if engine is None and torch.compiler.is_compiling():
             return None
@@ -623,6 +628,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
                 "gradient is wanted (torch.no_grad() at speed 0)"
             )
         encoder = packed_encoder.encoder_of(self) if can_pack else None
+        if encoder is not None and engine == "packed":
+            encoder.check()
         return encoder if encoder is not None and (engine == "packed" or encoder.is_faster) else None
 
     def _full(self, inputs: EncoderInputs, rule: ExitRule, states: list[Tensor] | None) -> dict[str, Any]:
