@@ -32,7 +32,7 @@ from fastkd.exits.fingerprints import WeightsSketch
 from fastkd.exits.merged_state import is_adapter, merged_state
 from fastkd.exits.rule import ExitRule, stages_of
 from fastkd.exits.trace import ExitTrace
-from fastkd.model import card
+from fastkd.model import card, ranking
 from fastkd.model.adapters import adapter_base, merge_adapter
 from fastkd.model.claims import WeightsClaims, asks_about_weights
 from fastkd.model.inputs import check_tokens, checked_mask
@@ -354,6 +354,10 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         hidden_states = self._driver.before_heads(self.backbone, hidden_states)
         return layout.with_mean_first(hidden_states) if self.config.pool == "mean" else (hidden_states, layout)
 
+    def logits_after(self, layer: int, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
+        """Logits [B, C] of the head after `layer`, of hidden states [B, T, H] or packed [N, H]."""
+        return self._head(layer)(*self._read(hidden_states, layout))
+
     def decide(
         self,
         layer: int,
@@ -389,7 +393,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
     ) -> Tensor:
         """Write the last head's answer to every row; uncertainties [B]. Arguments as in `ExitModel.answer`."""
         if self.config.num_classes == 1:
-            logits = self.last_head(*self._read(hidden_states, layout))
+            logits = self.logits_after(self.num_layers, hidden_states, layout)
             uncertainty = logits.new_zeros(logits.shape[0]).masked_fill_(logits[:, 0].isnan(), torch.nan)
         else:
             decided = self.decide(rule.last_layer, hidden_states, layout, rule, record=record, row_ids=row_ids)
@@ -546,6 +550,59 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             max_rows_waiting=max_rows_waiting,
         )
 
+    def rank(
+        self,
+        query: str | None,
+        documents: Iterable[str | Mapping[str, Any]],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        speed: float | None = None,
+        label: str | int | None = None,
+        max_length: int | None = None,
+        tokens_per_run: int = 4096,
+    ) -> ranking.Ranking:
+        """The documents that answer a query best, as a cross-encoder ranks them.
+
+        A document leaves early where it cannot reach the top k any more (`fastkd.exits.ranking`), and is not computed
+        further. Those that are returned went through all layers.
+
+        Args:
+            query: the first text of every pair; None where all documents are tokenised.
+            documents: the second texts; or dictionaries with `input_ids`, and perhaps `token_type_ids`, of query and
+                document together.
+            top_k: how many to return; default: all of them, for which the full model runs.
+            return_documents: also give the `text` of each.
+            tokenizer: of the model; default: the one beside the weights that it was loaded from.
+            speed: 0 (the full model for every document) to 1 (all but the top k leave at the first head); default 0.
+            label: the class whose probability ranks, by name or number; not for a regression.
+            max_length: tokens after which a pair is cut; default what tokenizer and encoder take.
+            tokens_per_run: a layer runs on so many tokens at once.
+
+        Returns:
+            A list of dictionaries, best first: `corpus_id` (number of the document, from 0), `score` (the number of a
+            regression, in the unit of its labels, or a probability) and perhaps `text`. Its `exit_layers` say after
+            which layer each document left.
+
+        Raises:
+            TypeError: documents that are no list.
+            ValueError: an empty text; `top_k`, `speed` or `label` that this model cannot follow; a score that is not
+                finite.
+        """
+        return ranking.rank(
+            self,
+            query,
+            documents,
+            top_k,
+            return_documents,
+            tokenizer=tokenizer,
+            speed=speed,
+            label=label,
+            max_length=max_length,
+            tokens_per_run=tokens_per_run,
+        )
+
     def _run(
         self,
         engine: str | None,
@@ -699,6 +756,10 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
                 f"criterion: {rule.criterion!r} needs class probabilities, but this model is a regression "
                 "(num_labels=1); use 'agreement', or speed=0"
             )
+        self.check_exits()
+
+    def check_exits(self) -> None:
+        """Raise ValueError where the heads below the last were never trained; warn where the weights changed since."""
         if not self.config.exits_trained:
             raise ValueError(
                 "speed: got a value above 0, but the heads below the last layer were never trained, so early answers "
