@@ -148,7 +148,7 @@ def test_models_that_cannot_rank_say_so() -> None:
 
 def test_who_cannot_reach_the_top_leaves() -> None:
     scores = torch.tensor([3.0, 2.0, 1.0, 0.0])
-    within = RankRule.within([0.5, None, 0.4], 2, [1, 2, 3, 4])
+    within = RankRule.within([0.5, 0.4], 2, [1, 3, 4])
     assert within.layers == (1, 3, 4)
     # the second best reaches 1.5 at least, the third 1.5 at most
     assert within.staying(1, scores, None).tolist() == [True, True, True, False]

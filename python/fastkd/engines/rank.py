@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from operator import attrgetter
 from typing import NamedTuple
@@ -23,9 +23,7 @@ from fastkd.engines.padded_runs import PaddedRuns
 from fastkd.engines.protocol import ExitModel
 from fastkd.engines.stream_reader import EncodedRow, packed_rows
 from fastkd.exits.ranking import RankRule
-
-Score = Callable[[Tensor], Tensor]
-"""From logits [B, C] to what is ranked, [B] float32."""
+from fastkd.exits.scores import Score
 
 
 class ScoredRows(NamedTuple):

@@ -57,10 +57,9 @@ class RankRule:
         return cls(top_k, tuple(exit_layers) if number else tuple(exit_layers[-1:]), None, number)
 
     @classmethod
-    def within(cls, half_widths: Sequence[float | None], top_k: int, exit_layers: Sequence[int]) -> RankRule:
-        """The rule of a half-width for each head below the last; None where no document leaves."""
-        asked = {layer: width for layer, width in zip(exit_layers[:-1], half_widths, strict=True) if width is not None}
-        return cls(top_k, (*asked, exit_layers[-1]), tuple(asked.values()))
+    def within(cls, half_widths: Sequence[float], top_k: int, exit_layers: Sequence[int]) -> RankRule:
+        """The rule of a half-width for each head below the last."""
+        return cls(top_k, tuple(exit_layers), tuple(half_widths))
 
     @property
     def leaves_early(self) -> bool:
@@ -68,19 +67,27 @@ class RankRule:
         return len(self.layers) > 1
 
     def staying(self, layer: int, scores: Tensor, before: Tensor | None) -> Tensor:
-        """[n] bool: which documents go on after `layer`, one of `layers` but the last.
+        """[..., n] bool: which documents go on after `layer`, one of `layers` but the last.
 
         Args:
             layer: after which the scores were read.
-            scores: [n] float32 of the documents that are left; one that is NaN stays.
-            before: [n], of the same documents at the head that was asked before; None at the first.
+            scores: [..., n] float32 of the documents of each query; -inf stands for none, and one that is NaN stays.
+            before: [..., n], of the same documents at the head that was asked before; None at the first.
         """
-        if scores.shape[0] <= self.top_k:
+        if scores.shape[-1] <= self.top_k:
             return torch.ones_like(scores, dtype=torch.bool)
         if self.half_widths is not None:
             width = torch.tensor(self.half_widths[self.layers.index(layer)], device=scores.device)
         else:
             moved = scores if before is None else scores - before
-            width = (1 - self.speed) / self.speed * moved.std(correction=0)
-        reached = scores.topk(self.top_k).values[-1] - width
+            width = (1 - self.speed) / self.speed * _deviation(moved, scores != -torch.inf)
+        reached = scores.topk(self.top_k).values[..., -1:] - width
         return (scores + width < reached).logical_not()
+
+
+def _deviation(values: Tensor, counts: Tensor) -> Tensor:
+    """[..., 1], the standard deviation of the `values` [..., n] that count."""
+    number = counts.sum(-1, keepdim=True)
+    values = values.masked_fill(~counts, 0)
+    from_mean = (values - values.sum(-1, keepdim=True) / number).masked_fill(~counts, 0)
+    return (from_mean.square().sum(-1, keepdim=True) / number).sqrt()

@@ -27,10 +27,11 @@ from fastkd.encoders.recording import EncoderInputs
 from fastkd.engines import batch, graphs, packed, packed_encoder, stream, stream_batches
 from fastkd.engines.output import EarlyExitOutput, fields_of
 from fastkd.engines.stream_reader import longest_row
-from fastkd.exits import criteria
+from fastkd.exits import calibration, comparison, criteria, rank_calibration
 from fastkd.exits.fingerprints import WeightsSketch
 from fastkd.exits.merged_state import is_adapter, merged_state
 from fastkd.exits.rule import ExitRule, stages_of
+from fastkd.exits.sweep import Sweep
 from fastkd.exits.trace import ExitTrace
 from fastkd.model import card, ranking
 from fastkd.model.adapters import adapter_base, merge_adapter
@@ -260,7 +261,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         config = copy.deepcopy(self.config)
         anatomy.keep_layers(config.backbone, range(layer))
         config.exit_layers = [number for number in self.exit_layers if number <= layer]
-        config.certificate = config.speed_table = config.weights_fingerprint = None
+        config.certificate = config.rank_certificate = config.speed_table = config.weights_fingerprint = None
         config.speed = 0.0
         part = EarlyExitForSequenceClassification(config)
         cast(nn.Module, part).to(self.device, self.dtype)
@@ -445,6 +446,67 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             self, batches, tokenizer, fingerprint, max_length=length, batch_size=batch_size, on_batch=on_batch
         )
 
+    def calibrate(
+        self, rows: Any, *, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
+    ) -> calibration.Certificate:
+        """`fastkd.calibrate` on the trace of rows of any kind that `fastkd.load_rows` takes.
+
+        Args:
+            rows: drawn like those to come, and not seen by training.
+            tokenizer: of the model; default: the one beside the weights that it was loaded from.
+            options: of `fastkd.calibrate`, and `max_length`, `batch_size` and `on_batch` of `trace`.
+
+        Raises:
+            CalibrationError, DataError, ValueError: as `fastkd.calibrate` and `trace`.
+        """
+        trace = self._trace_of(rows, tokenizer, options)
+        return calibration.calibrate(trace, **options)
+
+    def calibrate_ranking(
+        self, rows: Any, top_k: int, *, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
+    ) -> rank_calibration.RankCertificate:
+        """`fastkd.calibrate_ranking` on the trace of pairs (query, document); rows with one query need not be together.
+
+        Args:
+            rows: pairs of any kind that `fastkd.load_rows` takes; labels are not needed.
+            top_k: see `fastkd.calibrate_ranking`.
+            tokenizer: of the model; default: the one beside the weights that it was loaded from.
+            options: of `fastkd.calibrate_ranking`, where `label` may be a name and `reliability` rows; and
+                `max_length`, `batch_size` and `on_batch` of `trace`.
+
+        Raises:
+            CalibrationError, DataError, ValueError: as `fastkd.calibrate_ranking` and `trace`.
+        """
+        options["label"] = ranking.label_number(self.config, options.get("label"))
+        trace = self._trace_of(rows, tokenizer, options)
+        return rank_calibration.calibrate_ranking(trace, top_k, **options)
+
+    def compare(
+        self, rows: Any, *, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
+    ) -> dict[str, Sweep]:
+        """`fastkd.compare` on the trace of labelled rows of any kind that `fastkd.load_rows` takes.
+
+        Args:
+            rows: labelled.
+            tokenizer: of the model; default: the one beside the weights that it was loaded from.
+            options: of `fastkd.compare`, where `reliability` may be rows, and `max_length`, `batch_size` and `on_batch`
+                of `trace`.
+
+        Raises:
+            DataError, ValueError: as `fastkd.compare` and `trace`.
+        """
+        trace = self._trace_of(rows, tokenizer, options)
+        return comparison.compare(trace, **options)
+
+    def _trace_of(self, rows: Any, tokenizer: PreTrainedTokenizerBase | None, options: dict[str, Any]) -> ExitTrace:
+        """The trace of `rows`; takes its own options out of `options`, and traces their rows for `reliability`."""
+        tokenizer = ranking.tokenizer_of(self) if tokenizer is None else tokenizer
+        own = {name: options.pop(name) for name in ("max_length", "batch_size", "on_batch") if name in options}
+        others = options.get("reliability")
+        if others is not None and not isinstance(others, ExitTrace):
+            options["reliability"] = self.trace(others, tokenizer=tokenizer, **own)
+        return self.trace(rows, tokenizer=tokenizer, **own)
+
     def stream(
         self,
         rows: Any,
@@ -575,7 +637,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             top_k: how many to return; default: all of them, for which the full model runs.
             return_documents: also give the `text` of each.
             tokenizer: of the model; default: the one beside the weights that it was loaded from.
-            speed: 0 (the full model for every document) to 1 (all but the top k leave at the first head); default 0.
+            speed: 0 (the full model for every document) to 1 (all but the top k leave at the first head). Default: the
+                half-widths of the model's rank certificate, where that is for as many documents or more, else 0.
             label: the class whose probability ranks, by name or number; not for a regression.
             max_length: tokens after which a pair is cut; default what tokenizer and encoder take.
             tokens_per_run: a layer runs on so many tokens at once.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastkd.data.input_format import with_input_format
@@ -16,7 +16,10 @@ from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.engines import rank as engine
 from fastkd.engines.protocol import ExitModel
 from fastkd.engines.stream_reader import EncodedRow, StreamReader, longest_row
+from fastkd.exits.certificate import CalibrationWarning
+from fastkd.exits.rank_calibration import RankCertificate
 from fastkd.exits.ranking import RankRule
+from fastkd.exits.scores import score_of
 from fastkd.model.tokenizers import load_tokenizer
 
 
@@ -27,6 +30,8 @@ class RankedModel(ExitModel, Protocol):
 
     @property
     def exit_layers(self) -> list[int]: ...
+
+    def changed_weights(self) -> str | None: ...
 
     def check_exits(self) -> None:
         """Raise ValueError where the heads below the last were never trained."""
@@ -67,14 +72,14 @@ def rank(
         raise ValueError(f"top_k: got {top_k!r}, expected a whole number from 1 on, or None for all documents")
     if tokens_per_run < 1:
         raise ValueError(f"tokens_per_run: got {tokens_per_run}, expected at least 1")
-    score = score_of(model.config, label)
+    number = label_number(model.config, label)
     documents = list(documents)
     wanted = len(documents) if top_k is None else min(top_k, len(documents))
-    rule = RankRule.at_speed(speed or 0.0, wanted, model.exit_layers)
+    rule = _rule(model, wanted, speed, number)
     if rule.leaves_early:
         model.check_exits()
     rows = _encoded(model, query, documents, tokenizer, max_length)
-    scores, exit_layers = engine.run(model, rows, rule, score, tokens_per_run)
+    scores, exit_layers = engine.run(model, rows, rule, score_of(model.config.num_classes, number), tokens_per_run)
     reached = exit_layers == rule.layers[-1]
     if not scores[reached].isfinite().all():
         bad = int((reached & ~scores.isfinite()).nonzero()[0])
@@ -89,30 +94,40 @@ def rank(
     return Ranking(entries, exit_layers.tolist())
 
 
-def score_of(config: EarlyExitConfig, label: str | int | None) -> engine.Score:
-    """What of the logits ranks documents: the number of a regression, or the log-odds of a class.
+def label_number(config: EarlyExitConfig, label: str | int | None) -> int | None:
+    """The number of the class whose probability ranks, of its name or number; None for a regression.
 
     Raises:
         ValueError: a label of a regression, none of a classifier, or one that it does not have.
     """
-    if config.num_classes == 1:
-        if label is not None:
-            raise ValueError(f"label: got {label!r}, but this model is a regression, whose one number ranks")
-        return lambda logits: logits[:, 0].float()
     names = {str(name): int(number) for number, name in (config.id2label or {}).items()}
-    number = label if isinstance(label, int) and not isinstance(label, bool) else names.get(str(label))
-    if number is None or not 0 <= number < config.num_classes:
+    number = names.get(label, label) if isinstance(label, str) else label
+    if config.num_classes > 1 and (isinstance(number, bool) or number not in names.values()):
         raise ValueError(
             f"label: got {label!r}, expected the class whose probability ranks documents: {', '.join(names)}, or its "
             "number"
         )
+    if config.num_classes == 1 and label is not None:
+        raise ValueError(f"label: got {label!r}, but this model is a regression, whose one number ranks")
+    return cast("int | None", number)
 
-    def log_odds(logits: Tensor) -> Tensor:
-        logits = logits.float()
-        others = torch.cat([logits[:, :number], logits[:, number + 1 :]], dim=1)
-        return logits[:, number] - others.logsumexp(dim=1)
 
-    return log_odds
+def _rule(model: RankedModel, wanted: int, speed: float | None, label: int | None) -> RankRule:
+    """That of the speed; where none is given that of the certificate, as far as it reaches, else the full model."""
+    if speed is not None or model.config.rank_certificate is None:
+        return RankRule.at_speed(speed or 0.0, wanted, model.exit_layers)
+    certificate = RankCertificate.from_dict(model.config.rank_certificate)
+    mismatches = certificate.mismatches(model.config, model.dtype, label)
+    changed = model.changed_weights()
+    if changed is not None:
+        mismatches.append(f"it is for other weights: {changed}; calibrate again")
+    if mismatches:
+        warnings.warn(
+            f"certificate: {'; '.join(mismatches)}; so the full model ranks", CalibrationWarning, stacklevel=4
+        )
+    if mismatches or wanted > certificate.top_k:
+        return RankRule.at_speed(0.0, wanted, model.exit_layers)
+    return certificate.rule
 
 
 def _encoded(
