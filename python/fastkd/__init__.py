@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fastkd.exits.certificate import Certificate
     from fastkd.exits.comparison import compare
     from fastkd.exits.flops import flops
+    from fastkd.exits.rank_calibration import RankCertificate, calibrate_ranking
     from fastkd.exits.sweep import Sweep, SweepRow
     from fastkd.exits.threshold_path import threshold_path
     from fastkd.exits.trace import ExitTrace
@@ -68,11 +69,13 @@ _HOME = dict.fromkeys(LOSSES, "fastkd.losses") | {
     "KDTrainer": "fastkd.kd.trainer",
     "LayerProbe": "fastkd.kd.probe",
     "PseudoClassifiers": "fastkd.kd.probe",
+    "RankCertificate": "fastkd.exits.rank_calibration",
     "Sweep": "fastkd.exits.sweep",
     "SweepRow": "fastkd.exits.sweep",
     "Teacher": "fastkd.kd.teacher",
     "TeacherCache": "fastkd.kd.cache",
     "calibrate": "fastkd.exits.calibration",
+    "calibrate_ranking": "fastkd.exits.rank_calibration",
     "compare": "fastkd.exits.comparison",
     "distill": "fastkd.training.self_distillation",
     "finetune": "fastkd.training.finetune",
@@ -125,6 +128,7 @@ __all__ = [
     "PKDLoss",
     "PseudoClassifiers",
     "RAILKDLoss",
+    "RankCertificate",
     "Sweep",
     "SweepRow",
     "Teacher",
@@ -133,6 +137,7 @@ __all__ = [
     "UniversalKDMixtureLoss",
     "VanillaKDLoss",
     "calibrate",
+    "calibrate_ranking",
     "compare",
     "distill",
     "finetune",

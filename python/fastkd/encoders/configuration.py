@@ -42,6 +42,7 @@ class EarlyExitConfig(PreTrainedConfig):
         learned_exit: whether there is a learned exit (`fastkd.encoders.heads.LearnedExit`), for the criterion
             "learned".
         certificate: what `fastkd.calibrate` vouches for, as `Certificate.to_dict` writes it.
+        rank_certificate: what `fastkd.calibrate_ranking` vouches for, as `RankCertificate.to_dict` writes it.
         label_scale: mean and standard deviation of the labels that a regression was fine-tuned on, see
             `fastkd.encoders.label_scale`; None: not fine-tuned, or no regression.
         training_data: fingerprints (`Rows.digest`) of the rows that the weights have seen, by their part in training
@@ -84,6 +85,7 @@ class EarlyExitConfig(PreTrainedConfig):
         weights_fingerprint: str | None = None,
         layers: str | None = None,
         pool: str | None = None,
+        rank_certificate: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.backbone = _backbone_config(backbone)
@@ -111,6 +113,7 @@ class EarlyExitConfig(PreTrainedConfig):
         self.input_format = input_format
         self.learned_exit = learned_exit
         self.certificate = None if certificate is None else dict(certificate)
+        self.rank_certificate = None if rank_certificate is None else dict(rank_certificate)
         self.label_scale = None if label_scale is None else _checked_label_scale(label_scale)
         self.training_data = dict(training_data or {})
         self.speed_table = None if speed_table is None else [dict(row) for row in speed_table]
@@ -128,7 +131,7 @@ class EarlyExitConfig(PreTrainedConfig):
     def last_head_was_trained(self) -> None:
         """Take back what is no longer true once the last head learned anew: the heads below it say what it said."""
         self.exits_trained = False
-        self.certificate = None
+        self.certificate = self.rank_certificate = None
         self.speed_table = None
         # a model that leaves early where a call names no speed would refuse every such call
         self.speed = 0.0

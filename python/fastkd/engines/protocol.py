@@ -71,6 +71,10 @@ class ExitModel(Protocol):
         """Hidden states after these layers, [B, T, H]; the layers are called as they are."""
         ...
 
+    def logits_after(self, layer: int, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
+        """What the head after `layer` says of each row, [B, C]; of hidden states [B, T, H], or packed [N, H]."""
+        ...
+
     def decide(
         self,
         layer: int,

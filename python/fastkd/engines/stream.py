@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 import time
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, repeat
+from itertools import accumulate
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from fastkd.encoders.layout import TokenLayout
 from fastkd.engines.batch import warn_about_nan
 from fastkd.engines.packed_encoder import (
     MOST_ADDED,
+    PackedEncoder,
     PackedTokens,
     cumulative_lengths,
     encoder_of,
@@ -35,7 +35,7 @@ from fastkd.engines.packed_encoder import (
 from fastkd.engines.padded_runs import PaddedRuns
 from fastkd.engines.protocol import ExitModel
 from fastkd.engines.schedule import Schedule
-from fastkd.engines.stream_reader import EncodedRow, StreamReader, longest_row
+from fastkd.engines.stream_reader import EncodedRow, StreamReader, longest_row, packed_rows
 from fastkd.exits.rule import ExitRule
 
 _NOT_FINITE = "the model's answer is not a finite number; try float32 or bfloat16 weights"
@@ -320,7 +320,7 @@ class Stream(Iterator[StreamRow]):
         layout = TokenLayout(cu_seqlens=cu_seqlens, max_seqlen=max(lengths))
         with torch.no_grad():
             starts = stage == 0 or self._encoder.reads_tokens
-            encoded = self._tokens(rows, lengths, cu_seqlens) if starts else None
+            encoded = packed_rows(rows, self._device) if starts else None
             hidden_states = self._encoder.run(self._stages[stage], encoded, self._waiting(stage, tokens), layout)
             used = hidden_states[:tokens]
             survivors = self._decide(stage, used, layout, rows, slots)
@@ -332,17 +332,6 @@ class Stream(Iterator[StreamRow]):
     def _waiting(self, stage: int, tokens: int) -> Tensor | None:
         """Packed hidden states before a stage, with the rows that `round_up_tokens` adds; None before the first."""
         return None if stage == 0 else self._queues[stage].hidden_states(tokens)
-
-    def _tokens(self, rows: Sequence[EncodedRow], lengths: Sequence[int], cu_seqlens: Tensor) -> PackedTokens:
-        input_ids = self._packed(row.input_ids for row in rows)
-        segments = None
-        if any(row.token_type_ids is not None for row in rows):
-            segments = self._packed(row.token_type_ids or repeat(0, row.tokens) for row in rows)
-        return PackedTokens(input_ids, segments, lengths, cu_seqlens)
-
-    def _packed(self, columns: Iterable[Iterable[int]]) -> Tensor:
-        """The numbers of all rows behind one another, [N] int64; an array is filled faster than a tensor."""
-        return torch.frombuffer(array("q", chain.from_iterable(columns)), dtype=torch.int64).to(self._device)
 
     def _decide(
         self,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import islice
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice, repeat
 from types import FunctionType
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastkd.data.columns import USUAL, Columns, texts_of
@@ -16,6 +19,7 @@ from fastkd.data.tables import Table, rows_to_stream, values_of_row
 from fastkd.data.text_counts import TextCounts
 from fastkd.data.texts import text_problem
 from fastkd.encoders.configuration import EarlyExitConfig
+from fastkd.engines.packed_encoder import PackedTokens, cumulative_lengths
 
 _BROKEN_OFF = (
     "rows: the input ended when it was interrupted, as a Python generator does, and what it had not given is missing; "
@@ -32,6 +36,20 @@ class EncodedRow(NamedTuple):
     input_ids: Sequence[int]
     token_type_ids: Sequence[int] | None
     since: float
+
+
+def packed_rows(rows: Sequence[EncodedRow], device: torch.device) -> PackedTokens:
+    """The tokens of rows, one behind the other."""
+
+    def packed(columns: Iterable[Iterable[int]]) -> Tensor:
+        # an array is filled faster than a tensor
+        return torch.frombuffer(array("q", chain.from_iterable(columns)), dtype=torch.int64).to(device)
+
+    segments = None
+    if any(row.token_type_ids is not None for row in rows):
+        segments = packed(row.token_type_ids or repeat(0, row.tokens) for row in rows)
+    lengths = [row.tokens for row in rows]
+    return PackedTokens(packed(row.input_ids for row in rows), segments, lengths, cumulative_lengths(lengths, device))
 
 
 class RowProblem(NamedTuple):

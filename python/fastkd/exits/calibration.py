@@ -17,7 +17,7 @@ from fastkd.exits.certificate import CalibrationWarning, Certificate, percent
 from fastkd.exits.guarantees import METHODS, check_guarantee, failed_rows, failure_bounds, holding, smallest_sample
 from fastkd.exits.sweep import SweepRow
 from fastkd.exits.threshold_path import ThresholdPath
-from fastkd.exits.trace import ExitAnswers, ExitTrace
+from fastkd.exits.trace import ExitAnswers, ExitTrace, check_trace
 
 _SEEN_SHARE = 0.01  # of the rows may have been in training: splits with a few duplicates are common
 SPEEDS = tuple(step / 200 for step in range(1, 201))
@@ -65,10 +65,14 @@ def calibrate(
     Raises:
         CalibrationError: training has seen more than 1 % of the rows; too few rows for this guarantee (it says how many
             are needed), or no speed keeps it and saves operations.
+        TypeError: no trace; `model.calibrate` takes rows.
         ValueError: an unknown name, numbers outside their range, labels or tolerance missing, a path that was learned
             from these rows.
     """
-    _check_choices(max_drop, confidence, method, speeds)
+    check_trace(trace, "calibrate")
+    check_choices(max_drop, confidence, method)
+    if speeds is not None and not (len(speeds) and all(0 < speed <= 1 for speed in speeds)):
+        raise ValueError(f"speeds: got {list(speeds)}, expected numbers above 0 and up to 1")
     check_guarantee(trace, guarantee, tolerance)
     criterion = criterion or trace.default_criterion
     if path is not None:
@@ -78,10 +82,10 @@ def calibrate(
     needed = smallest_sample(max_drop, confidence, method)
     if len(trace) < needed:
         raise CalibrationError(
-            f"trace: got {len(trace)} rows, but {_aim(max_drop, confidence, method)} takes at least {needed}, even if "
+            f"trace: got {len(trace)} rows, but {aim(max_drop, confidence, method)} takes at least {needed}, even if "
             f"none of them fails; calibrate on {needed} rows or more, or allow a larger max_drop"
         )
-    seen_as = _part_that_saw(trace, allow_seen)
+    seen_as = part_that_saw(trace, allow_seen)
     if method == "empirical":
         warnings.warn(
             "method: 'empirical' measures the calibration rows and guarantees nothing for others",
@@ -179,14 +183,13 @@ def _fastest(tried: Sequence[_Tried]) -> _Tried | None:
     return None if best is None or best.row.speedup["fastbert"] <= 1 else best
 
 
-def _check_choices(max_drop: float, confidence: float, method: str, speeds: Sequence[float] | None) -> None:
+def check_choices(max_drop: float, confidence: float, method: str) -> None:
+    """Raise ValueError for shares outside (0, 1), or an unknown method."""
     for name, value in (("max_drop", max_drop), ("confidence", confidence)):
         if not 0 < value < 1:
             raise ValueError(f"{name}: got {value!r}, expected a share above 0 and below 1, such as 0.01 or 0.95")
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
-    if speeds is not None and not (len(speeds) and all(0 < speed <= 1 for speed in speeds)):
-        raise ValueError(f"speeds: got {list(speeds)}, expected numbers above 0 and up to 1")
 
 
 def _check_path(path: ThresholdPath, trace: ExitTrace) -> None:
@@ -198,7 +201,7 @@ def _check_path(path: ThresholdPath, trace: ExitTrace) -> None:
         raise ValueError("path: learned from the rows of this trace, which voids the guarantee; use other rows for it")
 
 
-def _part_that_saw(trace: ExitTrace, allowed: bool) -> str | None:
+def part_that_saw(trace: ExitTrace, allowed: bool) -> str | None:
     """The part of training that saw most of these rows, where it is more than may be; with a warning where any did.
 
     Raises:
@@ -240,11 +243,12 @@ def _why_none(slowest: _Tried, n: int, max_drop: float, confidence: float, metho
         )
     needed = smallest_sample(max_drop, confidence, method, rate)
     return (
-        f"trace: {failures} of {n:,} rows fail at speed {speed:g}, too many for {_aim(max_drop, confidence, method)} "
+        f"trace: {failures} of {n:,} rows fail at speed {speed:g}, too many for {aim(max_drop, confidence, method)} "
         f"with so few rows; at that rate about {needed:,} rows would do; or allow a larger max_drop"
     )
 
 
-def _aim(max_drop: float, confidence: float, method: str) -> str:
+def aim(max_drop: float, confidence: float, method: str) -> str:
+    """What is to be guaranteed, in words."""
     with_confidence = f" with {percent(confidence)} confidence" if method == "fixed-sequence" else ""
     return f"at most {percent(max_drop)} failures{with_confidence}"

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ import torch
 from fastkd.data.files import read_json, write_json
 from fastkd.exits.fingerprints import HasWeights, file_fingerprint, model_fingerprint
 from fastkd.exits.guarantees import GUARANTEES, METHODS, binomial_upper_bound
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class CalibrationWarning(UserWarning):
@@ -27,6 +30,9 @@ class CertifiedConfig(Protocol):
 
     @property
     def certificate(self) -> Mapping[str, Any] | None: ...
+
+    @property
+    def rank_certificate(self) -> Mapping[str, Any] | None: ...
 
     @property
     def speed(self) -> float | list[float]: ...
@@ -63,8 +69,95 @@ class CertifiedModel(HasWeights, Protocol):
 
 
 @dataclass(frozen=True)
-class Certificate:
+class KeptCertificate:
+    """What all certificates share: they are kept in the configuration of the model that they were made for."""
+
+    KEY: ClassVar[str]
+    """Where in the configuration."""
+    model: str
+    """Fingerprint of the weights."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Self:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: fields that no certificate has, or missing ones.
+        """
+        expected = {field.name for field in fields(cls)}
+        if value.keys() != expected:
+            wrong = sorted(value.keys() ^ expected)
+            raise ValueError(f"certificate: fields {', '.join(wrong)} are missing or unknown; calibrate again")
+        for field in fields(cls):
+            if not any(_is_kind(value[field.name], kind) for kind in str(field.type).split(" | ")):
+                got = reprlib.repr(value[field.name])
+                raise ValueError(f"certificate: {field.name} is {got}, expected {field.type}; calibrate again")
+        cls._check(value)
+        return cls(**value)
+
+    @classmethod
+    def _check(cls, value: Mapping[str, Any]) -> None:
+        """Raise ValueError for values that no calibration gives."""
+
+    @classmethod
+    def of(cls, config: CertifiedConfig) -> Self | None:
+        """The certificate in a model's configuration."""
+        value = getattr(config, cls.KEY)
+        return None if value is None else cls.from_dict(value)
+
+    def apply(self, model: CertifiedModel, *, set_default: bool = False) -> None:
+        """Write the certificate into `model.config`, from where `save_pretrained` takes it along.
+
+        Args:
+            model: the traced model.
+            set_default: make this the speed that the model runs at where a call gives none.
+
+        Raises:
+            ValueError: the weights are not the traced ones.
+        """
+        self._check_model(model_fingerprint(model))
+        for name, value in self._settings(set_default).items():
+            setattr(model.config, name, value)
+        model.confirm_weights()
+
+    def save(self, folder: str | os.PathLike[str], model: str, *, set_default: bool = False) -> None:
+        """Write the certificate into the config.json of a saved model, and nothing else.
+
+        Args:
+            folder: of the model.
+            model: fingerprint of its weights (`model_fingerprint`).
+            set_default: as in `apply`.
+
+        Raises:
+            ValueError: the weights are not the traced ones.
+        """
+        self._check_model(model)
+        path = Path(folder) / "config.json"
+        config = read_json(path, "model", "save the model again")
+        fingerprint = file_fingerprint(folder) or config.get("weights_fingerprint")
+        write_json(path, {**config, **self._settings(set_default), "weights_fingerprint": fingerprint})
+
+    def _settings(self, set_default: bool) -> dict[str, Any]:
+        return {self.KEY: self.to_dict()}
+
+    def _check_model(self, fingerprint: str) -> None:
+        if not self.model:
+            raise ValueError("certificate: its trace does not say which weights made it; trace again with this version")
+        if fingerprint != self.model:
+            raise ValueError(
+                f"certificate: it is for other weights (fingerprint {self.model[:12]}) than this model's "
+                f"({fingerprint[:12]}); trace this model and calibrate again"
+            )
+
+
+@dataclass(frozen=True)
+class Certificate(KeptCertificate):
     """What a calibration guarantees, and on what grounds."""
+
+    KEY: ClassVar[str] = "certificate"
 
     guarantee: str
     """One of `fastkd.exits.guarantees.GUARANTEES`: what counts as a failure."""
@@ -104,8 +197,6 @@ class Certificate:
     """Length for which operations were counted."""
     data: str
     """Fingerprint of the calibration rows."""
-    model: str
-    """Fingerprint of the weights."""
     seen_as: str | None
     """The part in training that the calibration rows had, which voids the guarantee; None if none is known."""
     date: str
@@ -177,79 +268,16 @@ class Certificate:
             return f"on average over calibration sets {share} ({counted}; conformal bound {percent(self.bound)})"
         return f"on the calibration rows {share} ({counted}); measured, not guaranteed"
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> Certificate:
-        """Read what `to_dict` wrote.
-
-        Raises:
-            ValueError: fields that no certificate has, or missing ones.
-        """
-        expected = {field.name for field in fields(cls)}
-        if value.keys() != expected:
-            wrong = sorted(value.keys() ^ expected)
-            raise ValueError(f"certificate: fields {', '.join(wrong)} are missing or unknown; calibrate again")
-        for field in fields(cls):
-            if not any(_is_kind(value[field.name], kind) for kind in str(field.type).split(" | ")):
-                got = reprlib.repr(value[field.name])
-                raise ValueError(f"certificate: {field.name} is {got}, expected {field.type}; calibrate again")
+    def _check(cls, value: Mapping[str, Any]) -> None:
         is_known = value["guarantee"] in GUARANTEES and value["method"] in METHODS
         if not is_known or (value["method"] == "fixed-sequence" and value["confidence"] is None):
             kind = f"{value['guarantee']}, {value['method']}, confidence {value['confidence']}"
             raise ValueError(f"certificate: got {kind}, which is no kind of guarantee; calibrate again")
-        return cls(**value)
-
-    @classmethod
-    def of(cls, config: CertifiedConfig) -> Certificate | None:
-        """The certificate in a model's configuration."""
-        return None if config.certificate is None else cls.from_dict(config.certificate)
-
-    def apply(self, model: CertifiedModel, *, set_default: bool = False) -> None:
-        """Write the certificate into `model.config`, from where `save_pretrained` takes it along.
-
-        Args:
-            model: the traced model.
-            set_default: make this the speed that the model runs at where a call gives none.
-
-        Raises:
-            ValueError: the weights are not the traced ones.
-        """
-        self._check_model(model_fingerprint(model))
-        for name, value in self._settings(set_default).items():
-            setattr(model.config, name, value)
-        model.confirm_weights()
-
-    def save(self, folder: str | os.PathLike[str], model: str, *, set_default: bool = False) -> None:
-        """Write the certificate into the config.json of a saved model, and nothing else.
-
-        Args:
-            folder: of the model.
-            model: fingerprint of its weights (`model_fingerprint`).
-            set_default: as in `apply`.
-
-        Raises:
-            ValueError: the weights are not the traced ones.
-        """
-        self._check_model(model)
-        path = Path(folder) / "config.json"
-        config = read_json(path, "model", "save the model again")
-        fingerprint = file_fingerprint(folder) or config.get("weights_fingerprint")
-        write_json(path, {**config, **self._settings(set_default), "weights_fingerprint": fingerprint})
 
     def _settings(self, set_default: bool) -> dict[str, Any]:
         default = {"speed": self.speed, "criterion": self.criterion, "top_n": self.top_n} if set_default else {}
-        return {"certificate": self.to_dict(), **default}
-
-    def _check_model(self, fingerprint: str) -> None:
-        if not self.model:
-            raise ValueError("certificate: its trace does not say which weights made it; trace again with this version")
-        if fingerprint != self.model:
-            raise ValueError(
-                f"certificate: it is for other weights (fingerprint {self.model[:12]}) than this model's "
-                f"({fingerprint[:12]}); trace this model and calibrate again"
-            )
+        return super()._settings(set_default) | default
 
 
 def warn_if_uncertified(model: CertifiedModel, **exits: Any) -> list[str]:

@@ -17,7 +17,7 @@ import torch
 import fastkd_kernels as fk
 from fastkd.exits.sweep import Sweep
 from fastkd.exits.threshold_path import threshold_path
-from fastkd.exits.trace import ExitAnswers, ExitTrace
+from fastkd.exits.trace import ExitAnswers, ExitTrace, check_trace
 
 
 def compare(
@@ -45,8 +45,10 @@ def compare(
         "agreement" takes the place of what needs classes.
 
     Raises:
+        TypeError: no trace; `model.compare` takes rows.
         ValueError: fewer than two rows, or counts out of range.
     """
+    check_trace(trace, "compare")
     if len(trace) < 2:
         raise ValueError(f"trace: got {len(trace)} rows, expected at least 2")
     if points < 2 or patience < 1:

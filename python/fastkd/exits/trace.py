@@ -89,6 +89,7 @@ class ExitTrace:
         rows: [n] int64, the row of the data (0 is the first) that each one is; None where that is unknown.
         source: which model and which rows these are.
         certainty: [n, K] float32, what the learned exit gives each head; None where the model has none.
+        queries: [n] int64, for pairs: equal numbers where the first texts are equal; None for single texts.
     """
 
     logits: Tensor
@@ -100,6 +101,7 @@ class ExitTrace:
     rows: Tensor | None = None
     source: TraceSource = TraceSource()
     certainty: Tensor | None = None
+    queries: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.logits.dim() != 3 or self.logits.shape[1] != len(self.exit_layers):
@@ -107,7 +109,8 @@ class ExitTrace:
                 f"logits: got shape {tuple(self.logits.shape)}, expected [n, {len(self.exit_layers)}, C], one head an "
                 "exit layer"
             )
-        for name, value in (("labels", self.labels), ("lengths", self.lengths), ("rows", self.rows)):
+        for name in ("labels", "lengths", "rows", "queries"):
+            value = getattr(self, name)
             if value is not None and value.shape != self.logits.shape[:1]:
                 raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{self.logits.shape[0]}]")
         if self.certainty is not None and self.certainty.shape != self.logits.shape[:2]:
@@ -136,7 +139,7 @@ class ExitTrace:
 
     def select(self, rows: Tensor) -> ExitTrace:
         """The trace of these rows [m] only."""
-        tensors = ("logits", "labels", "lengths", "rows", "certainty")
+        tensors = ("logits", "labels", "lengths", "rows", "certainty", "queries")
         parts = {name: value[rows] for name in tensors if (value := getattr(self, name)) is not None}
         return replace(self, **parts)
 
@@ -271,7 +274,8 @@ class ExitTrace:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a safetensors file; it is either whole or absent."""
         tensors = {"logits": self.logits.contiguous(), "lengths": self.lengths.contiguous()}
-        for name, value in (("labels", self.labels), ("certainty", self.certainty), ("rows", self.rows)):
+        for name in ("labels", "certainty", "rows", "queries"):
+            value = getattr(self, name)
             if value is not None:
                 tensors[name] = value.contiguous()
         metadata = {
@@ -311,6 +315,7 @@ class ExitTrace:
                 # traces of version 0.1 do not say where they come from
                 source=TraceSource(**json.loads(metadata.get("source", "{}"))),
                 certainty=tensors.get("certainty"),
+                queries=tensors.get("queries"),
             )
             _check_loaded(trace)
         except KeyError as error:
@@ -318,6 +323,15 @@ class ExitTrace:
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise damaged(path, "trace", _REMEDY, str(error)) from error
         return trace
+
+
+def check_trace(value: object, function: str) -> None:
+    """Raise TypeError where `function` is given rows, or anything else that is no trace."""
+    if not isinstance(value, ExitTrace):
+        raise TypeError(
+            f"trace: got a {type(value).__name__}, expected an ExitTrace, as model.trace gives it; for rows call "
+            f"model.{function}(rows, ...), which traces them first"
+        )
 
 
 def _check_loaded(trace: ExitTrace) -> None:
@@ -347,8 +361,9 @@ def _check_loaded(trace: ExitTrace) -> None:
     _check_range("lengths", trace.lengths, 0, trace.max_length)
     if trace.certainty is not None:
         _check_range("certainty", trace.certainty, 0, 1)
-    if trace.rows is not None:
-        _check_range("rows", trace.rows, 0, None)
+    for name in ("rows", "queries"):
+        if (numbers_of_rows := getattr(trace, name)) is not None:
+            _check_range(name, numbers_of_rows, 0, None)
     if trace.has_right_answers:
         assert trace.labels is not None
         _check_range("labels", trace.labels, 0, classes - 1)

@@ -27,12 +27,13 @@ from fastkd.encoders.recording import EncoderInputs
 from fastkd.engines import batch, graphs, packed, packed_encoder, stream, stream_batches
 from fastkd.engines.output import EarlyExitOutput, fields_of
 from fastkd.engines.stream_reader import longest_row
-from fastkd.exits import criteria
+from fastkd.exits import calibration, comparison, criteria, rank_calibration
 from fastkd.exits.fingerprints import WeightsSketch
 from fastkd.exits.merged_state import is_adapter, merged_state
 from fastkd.exits.rule import ExitRule, stages_of
+from fastkd.exits.sweep import Sweep
 from fastkd.exits.trace import ExitTrace
-from fastkd.model import card
+from fastkd.model import card, ranking
 from fastkd.model.adapters import adapter_base, merge_adapter
 from fastkd.model.claims import WeightsClaims, asks_about_weights
 from fastkd.model.inputs import check_tokens, checked_mask
@@ -260,7 +261,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         config = copy.deepcopy(self.config)
         anatomy.keep_layers(config.backbone, range(layer))
         config.exit_layers = [number for number in self.exit_layers if number <= layer]
-        config.certificate = config.speed_table = config.weights_fingerprint = None
+        config.certificate = config.rank_certificate = config.speed_table = config.weights_fingerprint = None
         config.speed = 0.0
         part = EarlyExitForSequenceClassification(config)
         cast(nn.Module, part).to(self.device, self.dtype)
@@ -354,6 +355,10 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         hidden_states = self._driver.before_heads(self.backbone, hidden_states)
         return layout.with_mean_first(hidden_states) if self.config.pool == "mean" else (hidden_states, layout)
 
+    def logits_after(self, layer: int, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
+        """Logits [B, C] of the head after `layer`, of hidden states [B, T, H] or packed [N, H]."""
+        return self._head(layer)(*self._read(hidden_states, layout))
+
     def decide(
         self,
         layer: int,
@@ -389,7 +394,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
     ) -> Tensor:
         """Write the last head's answer to every row; uncertainties [B]. Arguments as in `ExitModel.answer`."""
         if self.config.num_classes == 1:
-            logits = self.last_head(*self._read(hidden_states, layout))
+            logits = self.logits_after(self.num_layers, hidden_states, layout)
             uncertainty = logits.new_zeros(logits.shape[0]).masked_fill_(logits[:, 0].isnan(), torch.nan)
         else:
             decided = self.decide(rule.last_layer, hidden_states, layout, rule, record=record, row_ids=row_ids)
@@ -440,6 +445,67 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         return record_rows(
             self, batches, tokenizer, fingerprint, max_length=length, batch_size=batch_size, on_batch=on_batch
         )
+
+    def calibrate(
+        self, rows: Any, *, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
+    ) -> calibration.Certificate:
+        """`fastkd.calibrate` on the trace of rows of any kind that `fastkd.load_rows` takes.
+
+        Args:
+            rows: drawn like those to come, and not seen by training.
+            tokenizer: of the model; default: the one beside the weights that it was loaded from.
+            options: of `fastkd.calibrate`, and `max_length`, `batch_size` and `on_batch` of `trace`.
+
+        Raises:
+            CalibrationError, DataError, ValueError: as `fastkd.calibrate` and `trace`.
+        """
+        trace = self._trace_of(rows, tokenizer, options)
+        return calibration.calibrate(trace, **options)
+
+    def calibrate_ranking(
+        self, rows: Any, top_k: int, *, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
+    ) -> rank_calibration.RankCertificate:
+        """`fastkd.calibrate_ranking` on the trace of pairs (query, document); rows with one query need not be together.
+
+        Args:
+            rows: pairs of any kind that `fastkd.load_rows` takes; labels are not needed.
+            top_k: see `fastkd.calibrate_ranking`.
+            tokenizer: of the model; default: the one beside the weights that it was loaded from.
+            options: of `fastkd.calibrate_ranking`, where `label` may be a name and `reliability` rows; and
+                `max_length`, `batch_size` and `on_batch` of `trace`.
+
+        Raises:
+            CalibrationError, DataError, ValueError: as `fastkd.calibrate_ranking` and `trace`.
+        """
+        options["label"] = ranking.label_number(self.config, options.get("label"))
+        trace = self._trace_of(rows, tokenizer, options)
+        return rank_calibration.calibrate_ranking(trace, top_k, **options)
+
+    def compare(
+        self, rows: Any, *, tokenizer: PreTrainedTokenizerBase | None = None, **options: Any
+    ) -> dict[str, Sweep]:
+        """`fastkd.compare` on the trace of labelled rows of any kind that `fastkd.load_rows` takes.
+
+        Args:
+            rows: labelled.
+            tokenizer: of the model; default: the one beside the weights that it was loaded from.
+            options: of `fastkd.compare`, where `reliability` may be rows, and `max_length`, `batch_size` and `on_batch`
+                of `trace`.
+
+        Raises:
+            DataError, ValueError: as `fastkd.compare` and `trace`.
+        """
+        trace = self._trace_of(rows, tokenizer, options)
+        return comparison.compare(trace, **options)
+
+    def _trace_of(self, rows: Any, tokenizer: PreTrainedTokenizerBase | None, options: dict[str, Any]) -> ExitTrace:
+        """The trace of `rows`; takes its own options out of `options`, and traces their rows for `reliability`."""
+        tokenizer = ranking.tokenizer_of(self) if tokenizer is None else tokenizer
+        own = {name: options.pop(name) for name in ("max_length", "batch_size", "on_batch") if name in options}
+        others = options.get("reliability")
+        if others is not None and not isinstance(others, ExitTrace):
+            options["reliability"] = self.trace(others, tokenizer=tokenizer, **own)
+        return self.trace(rows, tokenizer=tokenizer, **own)
 
     def stream(
         self,
@@ -544,6 +610,60 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             rule=self.exit_rule(speed, criterion, top_n, exit_layers),
             tokens_per_run=tokens_per_run,
             max_rows_waiting=max_rows_waiting,
+        )
+
+    def rank(
+        self,
+        query: str | None,
+        documents: Iterable[str | Mapping[str, Any]],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        speed: float | None = None,
+        label: str | int | None = None,
+        max_length: int | None = None,
+        tokens_per_run: int = 4096,
+    ) -> ranking.Ranking:
+        """The documents that answer a query best, as a cross-encoder ranks them.
+
+        A document leaves early where it cannot reach the top k any more (`fastkd.exits.ranking`), and is not computed
+        further. Those that are returned went through all layers.
+
+        Args:
+            query: the first text of every pair; None where all documents are tokenised.
+            documents: the second texts; or dictionaries with `input_ids`, and perhaps `token_type_ids`, of query and
+                document together.
+            top_k: how many to return; default: all of them, for which the full model runs.
+            return_documents: also give the `text` of each.
+            tokenizer: of the model; default: the one beside the weights that it was loaded from.
+            speed: 0 (the full model for every document) to 1 (all but the top k leave at the first head). Default: the
+                half-widths of the model's rank certificate, where that is for as many documents or more, else 0.
+            label: the class whose probability ranks, by name or number; not for a regression.
+            max_length: tokens after which a pair is cut; default what tokenizer and encoder take.
+            tokens_per_run: a layer runs on so many tokens at once.
+
+        Returns:
+            A list of dictionaries, best first: `corpus_id` (number of the document, from 0), `score` (the number of a
+            regression, in the unit of its labels, or a probability) and perhaps `text`. Its `exit_layers` say after
+            which layer each document left.
+
+        Raises:
+            TypeError: documents that are no list.
+            ValueError: an empty text; `top_k`, `speed` or `label` that this model cannot follow; a score that is not
+                finite.
+        """
+        return ranking.rank(
+            self,
+            query,
+            documents,
+            top_k,
+            return_documents,
+            tokenizer=tokenizer,
+            speed=speed,
+            label=label,
+            max_length=max_length,
+            tokens_per_run=tokens_per_run,
         )
 
     def _run(
@@ -706,6 +826,10 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
                 f"criterion: {rule.criterion!r} needs class probabilities, but this model is a regression "
                 "(num_labels=1); use 'agreement', or speed=0"
             )
+        self.check_exits()
+
+    def check_exits(self) -> None:
+        """Raise ValueError where the heads below the last were never trained; warn where the weights changed since."""
         if not self.config.exits_trained:
             raise ValueError(
                 "speed: got a value above 0, but the heads below the last layer were never trained, so early answers "

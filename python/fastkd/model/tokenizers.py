@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import os
+from typing import Protocol
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fastkd.data.input_format import with_input_format
+from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.engines.stream_reader import longest_row
-from fastkd.model.modeling import EarlyExitForSequenceClassification
+
+
+class Configured(Protocol):
+    """A model with the configuration of one that leaves early."""
+
+    config: EarlyExitConfig
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -31,13 +38,13 @@ def load_tokenizer(path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def length_limit(model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase) -> int:
+def length_limit(model: Configured, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens a text may have: the tokenizer's limit, and never more than the model has positions for."""
     return longest_row(model.config, tokenizer, None)
 
 
 def set_length(
-    model: EarlyExitForSequenceClassification,
+    model: Configured,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     default: int | None = None,
@@ -55,7 +62,7 @@ def set_length(
 
 
 def set_input_format(
-    model: EarlyExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase, input_format: str
+    model: Configured, tokenizer: PreTrainedTokenizerBase, input_format: str
 ) -> PreTrainedTokenizerBase:
     """The tokenizer to train with; the model remembers the format.
 

@@ -158,7 +158,16 @@ def record_rows(
     rows = load_rows(rows, require_labels=False, name="rows", **label_rule(model.config))
     batches = LengthSortedBatches(tokenize(rows, tokenizer, max_length), tokenizer, batch_size)
     trace = record_trace(model, _counted(batches, on_batch), fingerprint, rows)
-    return replace(trace, rows=torch.tensor(batches.order))
+    order = torch.tensor(batches.order)
+    return replace(trace, rows=order, queries=None if (queries := _queries(rows)) is None else queries[order])
+
+
+def _queries(rows: Rows) -> Tensor | None:
+    """A number for each first text of pairs, [n]; None for single texts."""
+    if not rows.is_pair:
+        return None
+    numbers: dict[str, int] = {}
+    return torch.tensor([numbers.setdefault(text, len(numbers)) for text in rows.dataset["text_a"][:]])
 
 
 def _counted(batches: LengthSortedBatches, on_batch: OnBatch) -> Iterator[Mapping[str, Tensor]]:

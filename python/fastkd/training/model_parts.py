@@ -107,7 +107,7 @@ def train_part(
     model.zero_grad(set_to_none=True)
     model.eval()
     config = model.config
-    config.certificate = None  # it was for the weights of before
+    config.certificate = config.rank_certificate = None  # they were for the weights of before
     config.training_data |= run.digests
     model.seen_rows |= seen_by(training.name, train, dev)
     if training.trains_exits:
