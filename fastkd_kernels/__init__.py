@@ -10,6 +10,15 @@ from fastkd_kernels._stamps import ParameterStamp
 from fastkd_kernels._student_head_weights import StudentHeadWeights
 from fastkd_kernels.ops.compact import compact
 from fastkd_kernels.ops.distillation_loss import distillation_loss
+from fastkd_kernels.ops.encoder_layer import (
+    EncoderLayerForm,
+    EncoderLayerWeights,
+    PackedEncoderLayer,
+    encoder_layer,
+    encoder_layer_instructions,
+    encoder_layers,
+    pack_encoder_layer,
+)
 from fastkd_kernels.ops.exit_gate import CRITERIA, ExitGateOutput, ExitRecord, exit_gate
 from fastkd_kernels.ops.fused_linear_kd_loss import SoftHardLoss, fused_linear_kd_loss
 from fastkd_kernels.ops.kd_loss import kd_loss
@@ -24,8 +33,11 @@ __version__ = "0.1.0"
 __all__ = [
     "CRITERIA",
     "BackendUnavailableError",
+    "EncoderLayerForm",
+    "EncoderLayerWeights",
     "ExitGateOutput",
     "ExitRecord",
+    "PackedEncoderLayer",
     "ParameterStamp",
     "SoftHardLoss",
     "StudentHeadWeights",
@@ -36,12 +48,16 @@ __all__ = [
     "compact_packed",
     "distillation_loss",
     "embed_layer_norm",
+    "encoder_layer",
+    "encoder_layer_instructions",
+    "encoder_layers",
     "exit_gate",
     "fused_linear_kd_loss",
     "kd_loss",
     "missing_kernels",
     "onednn_multiplies",
     "pack",
+    "pack_encoder_layer",
     "student_head",
     "student_head_exit",
     "universal_kd_loss",

@@ -1,0 +1,4 @@
+// The kernels of encoder_layer_simd.h for any CPU.
+#define LEVEL baseline
+#define LANES 4
+#include "encoder_layer_level.h"
