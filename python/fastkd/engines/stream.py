@@ -26,8 +26,6 @@ from fastkd.encoders.layout import TokenLayout
 from fastkd.engines.batch import warn_about_nan
 from fastkd.engines.packed_encoder import (
     MOST_ADDED,
-    PackedEncoder,
-    PackedTokens,
     cumulative_lengths,
     encoder_of,
     round_up_tokens,
