@@ -21,6 +21,7 @@ __all__ = ["one_thread"]
 
 
 Model = fastkd.EarlyExitForSequenceClassification
+REPLAYED = [name for name, family in FAMILIES.items() if family.is_replayed]
 
 
 def padded(model: Model, inputs: dict[str, Tensor], speed: float, **options: Any) -> fastkd.EarlyExitOutput:
@@ -138,9 +139,10 @@ def test_heads_and_exit_layers(head: str, exit_layers: list[int] | None) -> None
         torch.testing.assert_close(result.logits, expected.logits, rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_is_as_accurate_as_the_padded_engine() -> None:
-    exact = early_exit_model().double()
-    inputs = random_batch(rows=40)
+@pytest.mark.parametrize("family", ["bert", *REPLAYED])
+def test_bfloat16_is_as_accurate_as_the_padded_engine(family: str) -> None:
+    exact = early_exit_model(family).double()
+    inputs = random_batch(family, rows=40)
     model = copy.deepcopy(exact).bfloat16()
     # the truth is that of the rounded weights
     truth = padded(copy.deepcopy(model).double(), inputs, 0.0).logits
@@ -184,6 +186,66 @@ def test_forward_runs_packed_only_where_it_may(monkeypatch: pytest.MonkeyPatch) 
     assert len(calls) == 2
     model(**inputs, speed=0.0).logits.sum().backward()
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("family", REPLAYED)
+@torch.no_grad()
+def test_streams_answer_as_the_padded_engine(family: str) -> None:
+    """Rows of up to 60 tokens, which a window of two on each side cuts."""
+    model, inputs = early_exit_model(family), random_batch(family, rows=30, longest=60)
+    speed = some_speed(model, inputs)
+    expected = padded(model, inputs, speed)
+    assert len(set(expected.exit_layer.tolist())) > 1
+    names = [name for name in ("input_ids", "token_type_ids") if name in inputs]
+    rows = [
+        {name: values[0].tolist() for name, values in row_of(inputs, row).items() if name in names} for row in range(30)
+    ]
+    stream = model.stream(rows, speed=speed, tokens_per_run=200)
+    assert isinstance(stream._encoder, packed_encoder.PackedEncoder)
+    assert [row.exit_layer for row in stream] == expected.exit_layer.tolist()
+    (result,) = model.stream_batches([inputs], speed=speed, tokens_per_run=200)
+    assert result.exit_layer.equal(expected.exit_layer)
+    torch.testing.assert_close(result.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("obstacle", ["hook", "adapter", "frequencies that depend on the length"])
+def test_what_the_parts_cannot_honour_runs_by_replay_or_is_refused(obstacle: str) -> None:
+    config, calls = copy.deepcopy(CONFIGS["nomic_bert"]), []
+    if obstacle.startswith("frequencies"):
+        config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = Model(fastkd.EarlyExitConfig(config, num_labels=3, head_width=16, exits_trained=True)).eval()
+    inputs = random_batch("nomic_bert")
+    expected = padded(model, inputs, 0.0)
+    if obstacle == "hook":
+        model.layers[2].mlp.register_forward_hook(lambda *_: calls.append(1))
+    if obstacle == "adapter":
+        layer = model.layers[1].mlp
+        layer.up_proj = nn.Sequential(layer.up_proj)
+    check_packed_tokens_are_refused(model, inputs)
+    calls.clear()
+    rows = [{"input_ids": row_of(inputs, row)["input_ids"][0].tolist()} for row in range(13)]
+    del inputs["token_type_ids"]
+    without_segments = padded(model, inputs, 0.0)
+    streamed = list(model.stream(rows, speed=0.0))
+    assert bool(calls) == (obstacle == "hook")
+    names = model.config.id2label
+    assert [row.label for row in streamed] == [names[number] for number in without_segments.logits.argmax(-1).tolist()]
+    assert expected.logits.isfinite().all()
+    with pytest.raises(ValueError, match="model: packed tokens need layers of 'nomic_bert'"):
+        model.stream_batches([inputs], speed=0.0)
+    with pytest.raises(ValueError, match="engine: got 'graphs', whose padded layers 'nomic_bert' does not have"):
+        model(**inputs, speed=0.5, engine="graphs")
+
+
+@torch.no_grad()
+def test_changed_frequencies_and_halves_are_noticed() -> None:
+    model, inputs = early_exit_model("modernbert"), random_batch("modernbert")
+    packed_run(model, inputs, 0.0)
+    model.backbone.rotary_emb.sliding_attention_inv_freq.mul_(2.0)
+    model.layers[1].mlp.Wi.weight.mul_(1.5)
+    torch.testing.assert_close(
+        packed_run(model, inputs, 0.0).logits, padded(model, inputs, 0.0).logits, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_changed_weights_and_modules_are_noticed() -> None:
@@ -236,14 +298,17 @@ def test_adapters_and_hooks_run() -> None:
     torch.testing.assert_close(result.logits, padded(model, inputs, 0.0).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu", "silu"])
-def test_activations(activation: str) -> None:
-    config = copy.deepcopy(CONFIGS["bert"])
-    config.hidden_act = activation
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu", "silu", "tanh"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "gte"])
+def test_activations(family: str, activation: str) -> None:
+    config = copy.deepcopy(CONFIGS[family])
+    setattr(config, "hidden_activation" if family == "modernbert" else "hidden_act", activation)
     model = fastkd.EarlyExitForSequenceClassification(fastkd.EarlyExitConfig(config, num_labels=3)).eval()
-    inputs = random_batch()
+    inputs = random_batch(family)
     result, expected = packed_run(model, inputs, 0.0), padded(model, inputs, 0.0)
-    torch.testing.assert_close(result.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    # products of products: float32 is as far from float64 by either engine
+    tolerance = 1e-4 if family == "bert" else 1e-3
+    torch.testing.assert_close(result.logits, expected.logits, rtol=tolerance, atol=tolerance)
 
 
 def reading(model: Any, seen: set[str]) -> None:

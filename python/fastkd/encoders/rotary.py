@@ -31,7 +31,8 @@ class Rotary:
         types: Any = self.module.rope_type
         rope_type = types if self.kind is None else types.get(self.kind, "none")
         depends = "dynamic" in rope_type or rope_type in ("longrope", "none")
-        return not depends and is_untouched(self.module)
+        knows_positions: Any = self.module.max_seq_len_cached
+        return not depends and knows_positions > 0 and is_untouched(self.module)
 
     @property
     def tables(self) -> tuple[Tensor, Tensor]:
