@@ -6,6 +6,7 @@ As a script: `kd_worker.py TEACHER OUTPUT_DIR METHOD [--kill-at STEP] [--batch-s
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,12 @@ def train(
     kill_at: int = 0,
     student: Any = "layers:2",
     cache: Any = True,
+    on_teacher: Any = None,
     **changes: Any,
 ) -> TrainResult:
     callbacks = [KillAt(kill_at)] if kill_at else []
     trainer = KDTrainer(teacher, student, method, replace(OPTIONS, **changes), cache=cache)
-    return trainer.train(rows(80), rows(40, seed=1), output_dir, callbacks)
+    return trainer.train(rows(80), rows(40, seed=1), output_dir, callbacks, on_teacher)
 
 
 if __name__ == "__main__":
@@ -78,13 +80,21 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--eval-steps", type=int)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--asked", type=Path, help="folder for a file of each process that asks the teacher")
     arguments = parser.parse_args()
+
+    def note(done: int, total: int) -> None:
+        if arguments.asked is not None:
+            arguments.asked.mkdir(exist_ok=True)
+            (arguments.asked / os.environ["RANK"]).touch()
+
     torch.set_num_threads(1)
     train(
         arguments.teacher,
         arguments.method,
         arguments.output_dir,
         arguments.kill_at,
+        on_teacher=note,
         batch_size=arguments.batch_size,
         eval_steps=arguments.eval_steps,
         learning_rate=arguments.learning_rate,

@@ -209,7 +209,7 @@ def _cell(folder: Path) -> Kind:
 
 def _run_file(folder: Path) -> Kind:
     record = {
-        "stage": "kd", "processes": 1, "options": {"seed": 1, "epochs": 3.0, "resume": True},
+        "stage": "kd", "processes": 1, "rows_a_step": 8, "options": {"seed": 1, "epochs": 3.0, "resume": True},
         "train": {"source": "a", "rows": 5, "digest": "d" * 64}, "dev": None,
     }  # fmt: skip
     write_json(folder / "out.checkpoints" / "run.json", record)

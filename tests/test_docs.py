@@ -45,6 +45,8 @@ NOT_RUN = {
     "make": "builds an environment, or runs this very suite",
     "pip install": "changes the environment and needs the network",
     "fastkd demo": "takes minutes; tests/test_cli.py runs a small one",
+    "torchrun": "starts processes of its own; tests/test_training.py trains by it",
+    "fastkd predict model big": "reads a folder of millions of rows; tests/test_folders.py answers small ones",
 }
 LANGUAGES = {"python", "bash", "text"}
 # What a page's blocks write themselves, and so must not find there.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,7 +27,7 @@ from tiny_models import (
     tokenizer_of,
 )
 from torch import Tensor
-from training_worker import rows
+from training_worker import environment, rows, torchrun
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 
 from fastkd.data.errors import DataError
@@ -62,18 +61,9 @@ def losses_of(result: Any) -> list[float]:
     return [entry["loss"] for entry in result.log_history if "loss" in entry]
 
 
-def launched(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable]
-    if processes > 1:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-addr=127.0.0.1"]
-        launcher += [f"--master-port={port}"]
-    paths = [str(WORKER.parent), *(path for path in sys.path if path)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(WORKER), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+def launched(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(WORKER), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment())
 
 
 # What comes out
@@ -294,9 +284,10 @@ def test_a_finished_stage_is_not_trained_again(teacher: Path, tmp_path: Path) ->
 
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
     still = save_teacher(tmp_path / "still", dropout=0.0)
-    finished = launched(
-        still, tmp_path / "two", "universal-il", "--batch-size", 4, "--learning-rate", 1e-4, processes=2
-    )
+    finished = torchrun(
+        WORKER, still, tmp_path / "two", "universal-il", "--batch-size", 4, "--learning-rate", 1e-4,
+        "--asked", tmp_path / "asked",
+    )  # fmt: skip
     assert finished.returncode == 0, finished.stderr[-3000:]
     train(still, "universal-il", tmp_path / "one", learning_rate=1e-4)
     logs = [json.loads((tmp_path / name / LOG_FILE).read_text()) for name in ("one", "two")]
@@ -306,7 +297,9 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     first, second = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=0.02, atol=1e-3)
-    assert sorted(os.listdir(tmp_path)) == ["one", "still", "two"]
+    # the first process alone has asked the teacher
+    assert os.listdir(tmp_path / "asked") == ["0"]
+    assert sorted(os.listdir(tmp_path)) == ["asked", "one", "still", "two"]
 
 
 # Refused before any work

@@ -6,11 +6,11 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ pytest.importorskip("datasets", reason="datasets is not installed: pip install d
 import datasets
 import torch
 import training_worker
+from accelerate import PartialState
 from tiny_models import early_exit_model, one_thread, random_batch, tokenizer_of  # noqa: F401  # a fixture
 from torch.nn import functional as F
-from training_worker import LABEL_NAMES, load, options_of, rows, save_plain, train
-from transformers import TrainerCallback
+from training_worker import LABEL_NAMES, Stopped, environment, load, options_of, rows, save_plain, torchrun, train
+from transformers import TrainerCallback, TrainingArguments
 
 import fastkd
 from fastkd.data.batches import LengthGroupedSampler, LengthSortedBatches, tokenize
@@ -435,13 +436,8 @@ def test_self_distillation_loss_of_regression_is_the_squared_difference() -> Non
 def _kill(stage: str, folder: Path, output_dir: Path, step: int) -> None:
     command = [sys.executable, str(WORKER), stage, str(folder), str(output_dir)]
     command += ["--kill-at", str(step), "--eval-steps", "4"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=_environment())
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment())
     assert finished.returncode == -signal.SIGKILL, finished.stderr[-2000:]
-
-
-def _environment() -> dict[str, str]:
-    paths = [str(WORKER.parent), *(path for path in sys.path if path)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize(("stage", "killed_at", "checkpoint"), [("finetune", 18, 16), ("distill", 23, 20)])
@@ -486,13 +482,10 @@ def test_half_written_checkpoints_are_passed_over(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) is None
     for step in (4, 8, 12, 16):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "rng_state.pth").touch()
     (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-8" / "trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-12" / "trainer_state.json").write_text('{"epoch": 1.')
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
-    # a second process has to have written its part
-    assert last_checkpoint(tmp_path, processes=2) is None
 
 
 def test_nothing_half_written_is_left_when_saving_fails(
@@ -530,37 +523,87 @@ def test_a_finished_folder_is_replaced_only_when_told(finetuned: Path, tmp_path:
 # Two processes
 
 
+def _losses(folder: Path) -> list[float]:
+    log = json.loads((folder / LOG_FILE).read_text())
+    return [entry["loss"] for entry in log["log_history"] if "loss" in entry]
+
+
 def test_torchrun_trains_like_one_process(plain: Path, tmp_path: Path) -> None:
+    """Fine-tuned and distilled by two processes, and begun by one and continued by two, and the other way round."""
     still = tmp_path / "still"  # without dropout both see the same network
     model = load(plain, num_labels=2)
     model.config.backbone.hidden_dropout_prob = model.config.backbone.attention_probs_dropout_prob = 0.0
     model.config.head_dropout = 0.0
     model.save_pretrained(still)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1",
-        f"--master-port={port}", str(WORKER), "finetune", str(still), str(tmp_path / "two"), "--batch-size", "4",
-        "--then-distill", str(tmp_path / "two_distilled"), "--learning-rate", "1e-4",
-    ]  # fmt: skip
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=_environment())
+    options = {"learning_rate": 1e-4, "eval_steps": 4}
+    with pytest.raises(Stopped):
+        train("finetune", load(still), tmp_path / "one_then_two", stop_at=18, **options)
+    finished = torchrun(
+        WORKER, "finetune", still, tmp_path / "two", "--batch-size", "4", "--learning-rate", "1e-4",
+        "--eval-steps", "4", "--then-distill", tmp_path / "two_distilled", "--then-resume", tmp_path / "one_then_two",
+        "--then-stop", tmp_path / "two_then_one",
+    )  # fmt: skip
     assert finished.returncode == 0, finished.stderr[-3000:]
 
-    train("finetune", load(still), tmp_path / "one", learning_rate=1e-4)
-    train("distill", load(tmp_path / "one"), tmp_path / "one_distilled", learning_rate=1e-4)
-    logs = [json.loads((tmp_path / name / LOG_FILE).read_text()) for name in ("one", "two")]
-    assert [log["processes"] for log in logs] == [1, 2]
-    one, two = ([entry["loss"] for entry in log["log_history"] if "loss" in entry] for log in logs)
-    assert one == pytest.approx(two, rel=1e-3)
+    with pytest.raises(ValueError, match=r"started differently \(batch_size times processes was 8, is 4\)"):
+        train("finetune", load(still), tmp_path / "two_then_one", resume=True, batch_size=4, **options)
+    train("finetune", load(still), tmp_path / "two_then_one", resume=True, **options)
+    train("finetune", load(still), tmp_path / "one", **options)
+    train("distill", load(tmp_path / "one"), tmp_path / "one_distilled", **options)
+    logs = [json.loads((tmp_path / name / LOG_FILE).read_text()) for name in ("one", "two", "one_then_two")]
+    assert [log["processes"] for log in logs] == [1, 2, 2]
+    expected = _losses(tmp_path / "one")
+    assert len(expected) == 30
+    for name in ("two", "one_then_two", "two_then_one"):
+        assert _losses(tmp_path / name) == pytest.approx(expected, rel=1e-3), name
+        # the kept weights are those of the best evaluation
+        log = json.loads((tmp_path / name / LOG_FILE).read_text())
+        found = _accuracies(load(tmp_path / name), rows(40, seed=1))[-1]
+        best = max(entry["eval_accuracy"] for entry in log["log_history"] if "eval_accuracy" in entry)
+        assert found == pytest.approx(log["metrics"]["accuracy"]) == best
     batch = random_batch()
     batch["input_ids"] %= len(tokenizer_of("bert"))
     with torch.no_grad():
-        expected = load(tmp_path / "one_distilled").all_exit_logits(**batch)
         torch.testing.assert_close(
-            load(tmp_path / "two_distilled").all_exit_logits(**batch), expected, rtol=0.02, atol=0.02
-        )
-    assert _leftovers(tmp_path) == ["one", "one_distilled", "still", "two", "two_distilled"]
+            load(tmp_path / "two_distilled").all_exit_logits(**batch),
+            load(tmp_path / "one_distilled").all_exit_logits(**batch),
+            rtol=0.02, atol=0.02,
+        )  # fmt: skip
+    # the first process alone has written, and nothing of a run is left
+    assert _leftovers(tmp_path) == [
+        "one", "one_distilled", "one_then_two", "still", "two", "two_distilled", "two_then_one",
+    ]  # fmt: skip
+
+
+def test_several_gpus_of_one_process_are_never_data_parallel(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pretended(self: TrainingArguments) -> torch.device:
+        self._n_gpu = 4
+        self.distributed_state = PartialState(cpu=True)
+        return torch.device("cpu")
+
+    class Unseen(torch.nn.Module):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            raise AssertionError("DataParallel")
+
+    found = cached_property(pretended)
+    found.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", found)
+    monkeypatch.setattr(torch.nn, "DataParallel", Unseen)
+    with pytest.warns(UserWarning, match=r"sees 4 GPUs and trains on the first; torchrun --nproc-per-node=4 trains on"):
+        result = train("finetune", load(plain, num_labels=2), tmp_path / "out", max_steps=2)
+    assert result.steps == 2
+    assert json.loads((tmp_path / "out" / LOG_FILE).read_text())["rows_a_step"] == 8
+
+
+def test_sharding_is_refused_before_anything_is_written(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="fsdp: heads and engines read whole weights, so sharded training is not off"):
+        train("finetune", load(plain, num_labels=2), tmp_path / "out", max_steps=1)
+    assert _leftovers(tmp_path) == []
 
 
 # Refused before any work
@@ -649,7 +692,7 @@ def test_unnamed_labels_may_lack_the_last_classes(plain: Path, tmp_path: Path) -
 
 def test_the_package_offers_training_without_importing_it() -> None:
     code = "import sys, fastkd; assert 'fastkd.training.harness' not in sys.modules; fastkd.distill, fastkd.load_folder"
-    subprocess.run([sys.executable, "-c", code], check=True, env=_environment(), timeout=240)
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment(), timeout=240)
     with pytest.raises(AttributeError, match="has no attribute 'finetun'"):
         _ = fastkd.finetun
 

@@ -1,7 +1,7 @@
 """A small training run on generated sentences, for tests/test_training.py and for the processes that it starts.
 
 As a script: `training_worker.py STAGE MODEL_FOLDER OUTPUT_DIR [--kill-at STEP] [--batch-size N] [--eval-steps N]
-[--learning-rate LR] [--then-distill OUTPUT_DIR]`.
+[--learning-rate LR] [--then-distill OUTPUT_DIR] [--then-resume OUTPUT_DIR] [--then-stop OUTPUT_DIR]`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ import argparse
 import os
 import random
 import signal
+import socket
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +28,26 @@ from fastkd.training.finetune import FinetuneOptions, finetune
 from fastkd.training.harness import TrainResult
 from fastkd.training.self_distillation import DistillOptions, distill
 
+WORKER = Path(__file__)
 LABEL_NAMES = ("negative", "positive")
 _FILLER = ("the", "a", "film", "plot", "actor", "was", "is", "and", "who", "what", "cold", "warm")
 _TELLING = (("bad", "dull", "boring"), ("good", "great", "fun"))
+
+
+def environment() -> dict[str, str]:
+    """Of a process that finds what this one found."""
+    paths = [str(WORKER.parent), *(path for path in sys.path if path)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """A script or module in two processes on the CPU."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+    command += [f"--master-port={port}", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment())
 
 
 def rows(count: int, seed: int = 0, *, labelled: bool = True) -> Rows:
@@ -66,6 +87,21 @@ class KillAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Stopped(Exception):
+    """What `StopAt` raises."""
+
+
+class StopAt(TrainerCallback):
+    """Ends a run after a step by an error; its checkpoints stay."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Stopped
+
+
 def options_of(stage: str, **changes: Any) -> Any:
     shared = {"epochs": 3, "batch_size": 8, "bf16": False, "progress": False, "logging_steps": 1, "max_length": 16}
     if stage == "finetune":
@@ -74,10 +110,15 @@ def options_of(stage: str, **changes: Any) -> Any:
 
 
 def train(
-    stage: str, model: fastkd.EarlyExitForSequenceClassification, output_dir: Path, kill_at: int = 0, **changes: Any
+    stage: str,
+    model: fastkd.EarlyExitForSequenceClassification,
+    output_dir: Path,
+    kill_at: int = 0,
+    stop_at: int = 0,
+    **changes: Any,
 ) -> TrainResult:
     run = finetune if stage == "finetune" else distill
-    callbacks = [KillAt(kill_at)] if kill_at else []
+    callbacks: list[TrainerCallback] = [KillAt(kill_at)] if kill_at else [StopAt(stop_at)] if stop_at else []
     return run(
         model, rows(80), rows(40, seed=1), output_dir, options_of(stage, **changes), tokenizer_of("bert"), callbacks
     )
@@ -93,6 +134,8 @@ if __name__ == "__main__":
     parser.add_argument("--eval-steps", type=int)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--then-distill", type=Path)
+    parser.add_argument("--then-resume", type=Path)
+    parser.add_argument("--then-stop", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     changes = {"batch_size": arguments.batch_size, "eval_steps": arguments.eval_steps}
@@ -101,3 +144,8 @@ if __name__ == "__main__":
     train(arguments.stage, load(arguments.model), arguments.output_dir, arguments.kill_at, **changes)
     if arguments.then_distill:
         train("distill", load(arguments.output_dir), arguments.then_distill, **changes)
+    if arguments.then_resume:
+        train(arguments.stage, load(arguments.model), arguments.then_resume, resume=True, **changes)
+    if arguments.then_stop:
+        with suppress(Stopped):
+            train(arguments.stage, load(arguments.model), arguments.then_stop, stop_at=18, **changes)

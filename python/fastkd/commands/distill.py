@@ -71,6 +71,10 @@ def distill(
     No labels are needed, so any text of the same kind helps. Afterwards the
     model may leave early.
 
+    Several processes, a GPU each or on the CPU: torchrun --nproc-per-node 2
+    -m fastkd distill ..., with the batch size of one of them. accelerate launch
+    needs --multi_gpu; with --cpu it starts one process.
+
     [bold]Examples[/]
 
     \b

@@ -91,7 +91,11 @@ def finetune(
 
     Rows need the columns label and text_a (text_b for pairs); all of them are
     checked before training starts. A run that was killed continues with
-    --resume to the same weights. Works under torchrun and accelerate launch.
+    --resume to the same weights.
+
+    Several processes, a GPU each or on the CPU: torchrun --nproc-per-node 2
+    -m fastkd finetune ..., with the batch size of one of them. accelerate launch
+    needs --multi_gpu; with --cpu it starts one process.
 
     [bold]Examples[/]
 

@@ -110,8 +110,11 @@ def kd(
 
     The student is a plain checkpoint: AutoModelForSequenceClassification and
     pipeline load it. What the teacher says is computed once. A run that was
-    killed continues with --resume to the same weights. Works under torchrun
-    and accelerate launch.
+    killed continues with --resume to the same weights.
+
+    Several processes, a GPU each or on the CPU: torchrun --nproc-per-node 2
+    -m fastkd kd ..., with the batch size of one of them. accelerate launch
+    needs --multi_gpu; with --cpu it starts one process.
 
     [bold]Examples[/]
 

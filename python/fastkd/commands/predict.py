@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -27,9 +29,16 @@ from fastkd.commands.screen import Screen, quieten, screen_for
 def predict(
     checkpoint: Checkpoint,
     source: Annotated[
-        str, typer.Argument(metavar="INPUT", help="A .tsv, .csv, .jsonl, .parquet or .txt file; - reads a pipe.")
+        str,
+        typer.Argument(
+            metavar="INPUT",
+            help="A .tsv, .csv, .jsonl, .parquet or .txt file, or a folder of .parquet or .jsonl; - reads a pipe.",
+        ),
     ] = "-",
-    output: Annotated[str, typer.Option("--output", "-o", help="A .tsv or .jsonl file; - writes to the screen.")] = "-",
+    output: Annotated[
+        str,
+        typer.Option("--output", "-o", help="A .tsv or .jsonl file, for a folder another; - writes to the screen."),
+    ] = "-",
     text_column: TextColumn = None,
     pair_column: PairColumn = None,
     speed: Annotated[
@@ -57,6 +66,19 @@ def predict(
         str | None,
         typer.Option(help="Run this share of the rows (0.01, 1%) to full depth too, and report how often they agree."),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="Of a folder: local (this process) or ray (pip install 'fastkd-kernels[ray]').")
+    ] = "local",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Of --engine ray; default: one for each GPU, or else CPU.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster, auto for a running one; default: one of this machine's own.")
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="Of a folder: copy this column into the answers.")] = None,
+    block_rows: Annotated[
+        int, typer.Option(min=1, help="Of a folder: rows that are answered and written as one piece.")
+    ] = 16_384,
     dtype: DtypeOption = Dtype.fp32,
     device: Device = "auto",
     as_json: Json = False,
@@ -69,12 +91,17 @@ def predict(
     cannot be answered keeps its place, says why in the error column, and makes
     the exit code 1. Ctrl-C and SIGTERM keep the answers so far beside the output.
 
+    A folder of .parquet or .jsonl files becomes a folder of the same kind, one
+    row for each row, in their order. The same command again goes on after the
+    last finished piece. --engine ray does it on many processes or machines.
+
     [bold]Examples[/]
 
     \b
       [cyan]fastkd predict model reviews.tsv -o answers.tsv --speed 0.5[/]
       [cyan]echo "The choir sang the closing chorus." | fastkd predict model --speed 0.5[/]
       [cyan]zcat rows.jsonl.gz | fastkd predict model --output-format jsonl | gzip > a.gz[/]
+      [cyan]fastkd predict model reviews/ -o answers/ --key id --engine ray --workers 8[/]
     """
     from_json = "jsonl" if as_json and output == "-" else None
     with screen_for(as_json, reads=(checkpoint, source)) as screen:
@@ -86,6 +113,20 @@ def predict(
 
         if speed is not None:
             check_speed(speed)
+        if Path(source).is_dir() or engine != "local":
+            _check_folder_options(output, input_format, output_format, bad_rows, monitor)
+            from fastkd.inference.folders import Answering
+
+            options: dict[str, Any] = {
+                "speed": speed, "criterion": criterion and criterion.value, "top_n": top_n,
+                "exit_layers": layer_numbers(exit_layers), "batch_size": batch_size, "max_length": max_length,
+                "window": window,
+            }  # fmt: skip
+            answering = Answering(checkpoint, output, device, dtype.value, text_column, pair_column, key, options)
+            _predict_folder(
+                screen, answering, source, engine=engine, workers=workers, address=ray_address, block_rows=block_rows
+            )
+            return
         watched_share = None if monitor is None else parse_share(monitor, "--monitor")
         check_files(source, output, input_format, output_format or from_json, bad_rows)
         model, tokenizer = load_model(checkpoint, device, dtype.value)
@@ -124,6 +165,46 @@ def predict(
             screen.result(summary.to_dict() | {"output": output} | found)
         if summary.bad_rows:
             raise typer.Exit(1)
+
+
+def _check_folder_options(
+    output: str, input_format: str | None, output_format: str | None, bad_rows: str, monitor: str | None
+) -> None:
+    """Raise ValueError for what goes with one file only."""
+    if output == "-":
+        raise ValueError("output: the answers of a folder need one of their own; name it with --output")
+    given = {"--format": input_format, "--output-format": output_format, "--monitor": monitor}
+    given["--bad-rows stop"] = bad_rows if bad_rows != "mark" else None
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name}: goes with one file, and the input is a folder; leave it out")
+
+
+def _predict_folder(screen: Screen, answering: Any, source: str, **how: Any) -> None:
+    from fastkd.inference.folders import predict_folder
+
+    answered = 0
+    started = time.perf_counter()
+    with (
+        screen.progress("rows answered", None) as update,
+        screen.warnings(),
+        contextlib.redirect_stdout(screen.stdout),
+    ):
+
+        def tell(done: dict[str, Any]) -> None:
+            nonlocal answered
+            answered += done["rows"]
+            update(answered, "")
+
+        summary = predict_folder(answering, source, on_block=tell, **how)
+    seconds = time.perf_counter() - started
+    found = f"; {summary.found} of {summary.blocks} blocks were there already" if summary.found else ""
+    screen.say(f"{summary.rows} rows in {seconds:.1f} s ({summary.rows / max(seconds, 1e-9):.0f} rows/s){found}")
+    if summary.bad_rows:
+        screen.say(f"[bold red]{summary.bad_rows} rows without an answer[/]; _fastkd/bad-rows-*.jsonl lists them")
+    screen.result(summary.to_dict() | {"seconds": round(seconds, 3), "output": answering.output})
+    if summary.bad_rows:
+        raise typer.Exit(1)
 
 
 def _show_predictions(screen: Screen, summary: Any, layers: int, output: str) -> None:

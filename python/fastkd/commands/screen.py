@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,15 +40,24 @@ wants_traceback: ContextVar[bool] = ContextVar("wants_traceback", default=False)
 
 
 class Screen:
-    """Where a command writes: people's tables, or one JSON value."""
+    """Where a command writes: people's tables, or one JSON value.
+
+    Of several processes that `torchrun` or `accelerate launch` started, only the first one shows anything.
+    """
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
         self.stdout = sys.stdout
+        self.is_first = os.environ.get("RANK", "0") == "0"
         # tables are made for a wide screen; files and pipes have no width of their own
         width = None if self.stdout.isatty() else 140
-        self.out = Console(file=self.stdout, highlight=False, quiet=as_json, width=width)
-        self.err = Console(stderr=True, highlight=False)
+        self.out = Console(file=self.stdout, highlight=False, quiet=as_json or not self.is_first, width=width)
+        self.err = Console(stderr=True, highlight=False, quiet=not self.is_first)
+
+    def speak_if_first_to_fail(self) -> None:
+        """Of several processes the one that failed first tells it; the others are only taken along."""
+        self.is_first = _is_first_to_fail()
+        self.err.quiet = not self.is_first
 
     @property
     def is_narrow(self) -> bool:
@@ -60,7 +70,7 @@ class Screen:
 
     def result(self, value: Any) -> None:
         """The machine-readable result; printed with --json only."""
-        if self.as_json:
+        if self.as_json and self.is_first:
             print(json.dumps(value, indent=2, ensure_ascii=False), file=self.stdout, flush=True)
 
     def next_step(self, *commands: str) -> None:
@@ -128,13 +138,27 @@ class Screen:
                 self.err.print(lines.line(), markup=False, soft_wrap=True)
 
         teller = threading.Thread(target=tell, daemon=True)
-        # of several processes one tells
-        if os.environ.get("RANK", "0") == "0":
+        if self.is_first:
             teller.start()
         try:
             yield lines.update
         finally:
             is_over.set()
+
+
+def _is_first_to_fail() -> bool:
+    """Asked once by each process that fails: True in one process, and where there is nobody to ask."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    from torch.distributed import TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        # that of the launcher, which outlives the processes
+        store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"fastkd failures of start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
+    except RuntimeError:
+        return True
 
 
 class ProgressLines:
@@ -249,9 +273,11 @@ def screen_for(
                 yield screen
             screen.stdout.flush()
     except Terminated:
+        screen.speak_if_first_to_fail()
         screen.err.print("terminated; finished files are whole, unfinished ones were removed")
         raise typer.Exit(128 + signal.SIGTERM) from None
     except KeyboardInterrupt:
+        screen.speak_if_first_to_fail()
         screen.err.print("interrupted; finished files are whole, unfinished ones were removed")
         raise typer.Exit(128 + signal.SIGINT) from None
     except BrokenPipeError:
@@ -259,7 +285,10 @@ def screen_for(
         forget_output()
         raise typer.Exit(0) from None
     except Exception as error:
+        screen.speak_if_first_to_fail()
         if wants_traceback.get() or not _is_bad_input(error):
+            if not screen.is_first:
+                raise typer.Exit(1) from None
             raise
         message = as_flags(str(error).strip()) or type(error).__name__
         screen.err.print("error:", style="bold red", end=" ")

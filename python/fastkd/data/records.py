@@ -14,7 +14,9 @@ import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -129,10 +131,15 @@ def open_records(stream: BinaryIO, form: str | None, source: str) -> Records:
     return _delimited(fields, source)
 
 
-def _lines(stream: BinaryIO, raw: bytes) -> Iterator[_Line]:
+def read_json_lines(stream: BinaryIO, before: int = 0) -> Iterator[Record]:
+    """The records of JSON lines of a stream that stands behind its first `before` lines."""
+    return _json_records(_lines(stream, stream.readline(LONGEST_RECORD), before))
+
+
+def _lines(stream: BinaryIO, raw: bytes, before: int = 0) -> Iterator[_Line]:
     """Numbered lines, the first of which is read already."""
     # reading in binary ends lines at \n only: text may hold U+2028 and other characters str.splitlines() breaks at
-    number = 0
+    number = before
     while raw:
         number += 1
         if len(raw) == LONGEST_RECORD and not raw.endswith(b"\n"):
@@ -374,34 +381,67 @@ def _csv_record(first: _Line, following: Callable[[], _Line | None]) -> tuple[li
 
 
 def _parquet(stream: BinaryIO, first: bytes, source: str) -> Records:
-    import pyarrow
-    import pyarrow.parquet
-
-    damaged = (pyarrow.ArrowException, OSError, ValueError)
-
-    def explained(error: Exception) -> DataError:
-        return DataError(f"{source}: not a readable Parquet file ({error}); write it again")
-
-    try:
-        parquet = pyarrow.parquet.ParquetFile(_seekable(stream, first), page_checksum_verification=True)
+    with _parquet_explained(source):
+        parquet = _parquet_file(_seekable(stream, first))
         columns = parquet.schema_arrow.names
         class_names = _class_names(parquet.schema_arrow.metadata or {})
-    except damaged as error:
-        raise explained(error) from error
     _check_different(columns, source)
 
     def read(wanted: Sequence[str] | None) -> Iterator[Record]:
-        number = 0
-        try:
-            for batch in parquet.iter_batches(_PARQUET_ROWS, columns=None if wanted is None else list(wanted)):
-                values = {name: _plain(batch.column(index)) for index, name in enumerate(batch.schema.names)}
-                for row in range(batch.num_rows):
-                    number += 1
-                    yield _parquet_record(number, {name: column[row] for name, column in values.items()})
-        except damaged as error:
-            raise explained(error) from error
+        with _parquet_explained(source):
+            yield from _parquet_records(parquet, wanted, range(parquet.num_row_groups), 0)
 
     return Records(source, "row", columns, read, class_names)
+
+
+def read_parquet_rows(
+    path: str | Path, first: int, count: int, wanted: Sequence[str] | None = None
+) -> Iterator[Record]:
+    """The records of the rows `first` to `first + count` of a Parquet file, counted from 0; no other pages are read.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    with Path(path).open("rb") as stream, _parquet_explained(str(path)):
+        parquet = _parquet_file(stream)
+        sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+        ends = list(accumulate(sizes))
+        groups = [group for group, end in enumerate(ends) if end > first and end - sizes[group] < first + count]
+        if groups:
+            before = ends[groups[0]] - sizes[groups[0]]
+            records = _parquet_records(parquet, wanted, groups, before)
+            yield from islice(records, first - before, first - before + count)
+
+
+@contextmanager
+def _parquet_explained(source: str) -> Iterator[None]:
+    """Inside, what pyarrow raises is a DataError."""
+    import pyarrow
+
+    try:
+        yield
+    except DataError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{source}: not a readable Parquet file ({error}); write it again") from error
+
+
+def _parquet_file(stream: Any) -> Any:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
+
+
+def _parquet_records(
+    parquet: Any, wanted: Sequence[str] | None, groups: Sequence[int], before: int
+) -> Iterator[Record]:
+    """The rows of these row groups, of which the first stands behind `before` rows."""
+    number, columns = before, None if wanted is None else list(wanted)
+    for batch in parquet.iter_batches(_PARQUET_ROWS, row_groups=list(groups), columns=columns):
+        values = {name: _plain(batch.column(index)) for index, name in enumerate(batch.schema.names)}
+        for row in range(batch.num_rows):
+            number += 1
+            yield _parquet_record(number, {name: column[row] for name, column in values.items()})
 
 
 def _seekable(stream: BinaryIO, first: bytes) -> Any:

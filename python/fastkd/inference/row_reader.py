@@ -74,7 +74,7 @@ def read_rows(
     is_empty = True
     for record in opened.read(wanted):
         is_empty = False
-        yield _row(record, chosen)
+        yield row_of(record, chosen)
     if is_empty:
         raise DataError(f"{name} has a header and no rows; expected at least one text")
 
@@ -104,7 +104,8 @@ def _in_memory(number: int, row: Any, chosen: Columns) -> InputRow:
     return InputRow(number, problem=str(texts)) if isinstance(texts, Problem) else InputRow(number, *texts)
 
 
-def _row(record: Record, chosen: Columns) -> InputRow:
+def row_of(record: Record, chosen: Columns) -> InputRow:
+    """The texts of a record, or why there are none."""
     texts = record.problem or texts_of(record.values, chosen)
     if isinstance(texts, Problem):
         return InputRow(record.position, problem=str(texts))

@@ -16,7 +16,6 @@ from typing import Any, cast
 import numpy
 import torch
 import transformers
-from accelerate import PartialState
 from torch import Tensor
 from transformers import (
     EvalPrediction,
@@ -40,6 +39,7 @@ from fastkd.kd.teacher import Signals, Teacher, reads_layers
 from fastkd.losses import label_loss
 from fastkd.training import metrics
 from fastkd.training.harness import Objective, TrainingStage, TrainResult, train_stage
+from fastkd.training.processes import by_first
 
 BEST_METRIC = "score"
 
@@ -162,10 +162,12 @@ class StageRun:
             return self._taken_over(finished, weights, stem)
         result = self._train(stem, train, dev, callbacks)
         if number < len(self.method.stages):
-            if PartialState().is_main_process:
+
+            def save() -> None:
                 save_tensors(weights, {name: value.cpu() for name, value in self.student.state_dict().items()})
                 write_result(finished, json.loads(json.dumps(asdict(result), default=str)))
-            PartialState().wait_for_everyone()
+
+            by_first(save)
         return result
 
     def _taken_over(self, finished: Path, weights: Path, stem: Path) -> TrainResult:

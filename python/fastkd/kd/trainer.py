@@ -15,12 +15,12 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
-from accelerate import PartialState
 from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
@@ -48,6 +48,7 @@ from fastkd.training import metrics
 from fastkd.training.checks import check_dtypes, check_evaluation, check_tokenizer, check_trainable
 from fastkd.training.harness import Run, TrainResult, asking_for_gradients, take_labels
 from fastkd.training.model_parts import seen_by
+from fastkd.training.processes import by_first
 
 
 class KDTrainer:
@@ -282,21 +283,27 @@ class KDTrainer:
         folder = run.checkpoints / "teacher" if is_own else Path(cast(Any, self.cache))
         if not self._is_cached and "layer_logits" not in kinds:
             return None
+        fill = partial(self._filled_cache, folder, teacher, train, run)
         # the first process fills it, the others find it full
-        with PartialState().main_process_first():
-            cache = TeacherCache(
-                folder,
-                teacher,
-                self.options.max_length,
-                bf16=run.arguments.bf16,
-                pseudo_classifiers=self.options.pseudo_classifiers,
-                batch_size=self.options.eval_batch_size,
-            )
-            if self._is_cached:
-                cache.ensure(train, kinds, on_teacher)
-                return cache
+        cache = by_first(lambda: fill(on_teacher)) or fill(None)
+        return cache if self._is_cached else None
+
+    def _filled_cache(
+        self, folder: Path, teacher: Teacher, train: Rows, run: Run, on_teacher: Callable[[int, int], None] | None
+    ) -> TeacherCache:
+        cache = TeacherCache(
+            folder,
+            teacher,
+            self.options.max_length,
+            bf16=run.arguments.bf16,
+            pseudo_classifiers=self.options.pseudo_classifiers,
+            batch_size=self.options.eval_batch_size,
+        )
+        if self._is_cached:
+            cache.ensure(train, self.method.teacher_kinds, on_teacher)
+        else:
             cache.ensure_pseudo_classifiers(train, on_teacher)
-        return None
+        return cache
 
 
 def evaluate(

@@ -22,8 +22,8 @@ from fastkd.model.adapters import check_adapter, is_peft_model
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 
 _RUN_FILE = "run.json"
-# what may differ between a killed run and its continuation without changing the weights
-_FREE_OPTIONS = ("resume", "overwrite", "progress", "logging_steps")
+# what may differ between a killed run and its continuation without changing the weights; the batch is that of a process
+_FREE_OPTIONS = ("resume", "overwrite", "progress", "logging_steps", "batch_size")
 
 
 def require(name: str, value: Any, is_right: bool, expected: str) -> None:
@@ -205,7 +205,7 @@ def _started_run(checkpoints: Path) -> dict[str, Any] | None:
     found = read_json(path, "output_dir", remedy)
     check_fields(
         found,
-        {"stage": str, "processes": int, "options": dict, "train": (dict, NoneType), "dev": (dict, NoneType)},
+        {"stage": str, "rows_a_step": int, "options": dict, "train": (dict, NoneType), "dev": (dict, NoneType)},
         path, "output_dir", remedy,
     )  # fmt: skip
     return found
@@ -215,7 +215,7 @@ def _differences(started: dict[str, Any], record: dict[str, Any]) -> list[str]:
     def flat(run: dict[str, Any]) -> dict[str, Any]:
         rows = {name: (run[name] or {}).get("digest") for name in ("train", "dev")}
         options = {name: value for name, value in run["options"].items() if name not in _FREE_OPTIONS}
-        return {"stage": run["stage"], "processes": run["processes"], **options, **rows}
+        return {"stage": run["stage"], "batch_size times processes": run["rows_a_step"], **options, **rows}
 
     before, now = flat(started), flat(record)
     return [

@@ -2,7 +2,13 @@
 
 `Run` keeps checkpoints beside the output folder and leaves a whole model folder or none; `train_stage` trains one
 objective, from its newest whole checkpoint on. A killed run started again with `resume=True` ends in the same weights
-as one that was never killed. Started by `torchrun` or `accelerate launch`, training is data-parallel.
+as one that was never killed.
+
+Started by `torchrun` or `accelerate launch`, training is data-parallel. n processes of `batch_size` rows take the same
+steps as one process of n * `batch_size`: the same rows in each, in the same order, so that without dropout losses and
+weights differ by rounding only; dropout is drawn by each process for its own rows. Where the rows of an epoch do not
+fill its last step, rows from its start do. A run may go on with another number of processes if the rows of a step stay
+as many.
 """
 
 from __future__ import annotations
@@ -22,7 +28,6 @@ from typing import Any, ClassVar, TypeVar, cast
 import datasets
 import torch
 import transformers
-from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
@@ -44,6 +49,7 @@ from fastkd.model.adapters import save_adapter
 from fastkd.training.checks import check_outputs, clear_failed_start, require
 from fastkd.training.log import LOG_FILE
 from fastkd.training.optimizers import BiasedAdamW
+from fastkd.training.processes import by_first, refuse_sharding, use_one_gpu
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # what the official code does in both steps; weight decay it asks for under a name that its optimiser does not read
@@ -77,7 +83,7 @@ class TrainOptions:
     Attributes:
         epochs: passes over the training rows.
         max_steps: optimiser steps; where given, `epochs` is ignored.
-        batch_size: rows a step and process.
+        batch_size: rows a step and process; two processes of 16 do what one of 32 does.
         learning_rate: its peak.
         weight_decay: of trained weight matrices; biases and LayerNorms have none.
         warmup: share of the steps in which the learning rate rises; it then falls linearly to 0.
@@ -267,7 +273,7 @@ def train_stage(
     trainer.remove_callback(PrinterCallback)
     # no process may look for checkpoints before the first one has put the folder in order
     trainer.accelerator.wait_for_everyone()
-    checkpoint = last_checkpoint(folder, arguments.world_size)
+    checkpoint = last_checkpoint(folder)
     with _checkpointing_as_before(stage.objective.core):
         output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.accelerator.free_memory()
@@ -339,10 +345,11 @@ class Run:
             "train": _described(train),
             "dev": None if dev is None else _described(dev),
             "processes": arguments.world_size,
+            "rows_a_step": _rows_a_step(arguments),
         }
-        if arguments.process_index == 0:
-            check_outputs(output_dir, checkpoints, record, resume=options.resume, overwrite=options.overwrite)
-        PartialState().wait_for_everyone()
+        by_first(
+            partial(check_outputs, output_dir, checkpoints, record, resume=options.resume, overwrite=options.overwrite)
+        )
         return cls(output_dir, checkpoints, record, arguments)
 
     @contextmanager
@@ -371,10 +378,12 @@ class Run:
 
         Of a model in an adapter, a `PeftModel`, the adapter is saved.
         """
-        if self.arguments.process_index == 0:
+
+        def save() -> None:
             self._save(model, tokenizer, result, adapter)
             shutil.rmtree(self.checkpoints)
-        PartialState().wait_for_everyone()
+
+        by_first(save)
         if adapter is None:
             model.name_or_path = str(self.output_dir)  # an adapter that is trained next names its base by it
         return replace(result, output_dir=self.output_dir)
@@ -400,6 +409,11 @@ class Run:
             write_json(folder / LOG_FILE, log)
 
 
+def _rows_a_step(arguments: TrainingArguments) -> int:
+    """Of all processes together; gradients may be summed over several."""
+    return arguments.per_device_train_batch_size * arguments.world_size
+
+
 def _described(rows: Rows) -> dict[str, Any]:
     return {"source": rows.source, "rows": len(rows), "digest": rows.digest()}
 
@@ -409,8 +423,7 @@ def _sampler(
 ) -> LengthGroupedSampler | ShuffledOnceSampler:
     if options.shuffle_once:
         return ShuffledOnceSampler(len(lengths), arguments.seed)
-    group = arguments.per_device_train_batch_size * arguments.world_size
-    return LengthGroupedSampler(lengths, group, arguments.seed)
+    return LengthGroupedSampler(lengths, _rows_a_step(arguments), arguments.seed)
 
 
 def _sorted_by_length(tokens: datasets.Dataset) -> datasets.Dataset:
@@ -433,15 +446,12 @@ def _kept_metrics(state: TrainerState, keep_last: bool) -> dict[str, float]:
     return {}
 
 
-def last_checkpoint(folder: str | os.PathLike[str], processes: int = 1) -> Path | None:
+def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """The newest whole checkpoint in `folder`; a run killed while it wrote one continues from the one before."""
     found = [(int(match[1]), path) for path in Path(folder).glob("*") if (match := _CHECKPOINT.fullmatch(path.name))]
     for _, path in sorted(found, reverse=True):
-        random_states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-        if not all((path / name).is_file() for name in random_states):
-            continue
         try:
-            # written last, so its closing brace vouches for the files before it
+            # written last, so its closing brace vouches for the files before it, those of other processes too
             read_json(path / "trainer_state.json", "resume", "")
         except (FileNotFoundError, ValueError):
             continue
@@ -487,9 +497,8 @@ def training_arguments(
     arguments |= {f"save_{name}": value for name, value in every.items()}
     arguments |= {f"eval_{name}": value for name, value in every.items()} if evaluates else {"eval_strategy": "no"}
     made = TrainingArguments(**{**arguments, **options.trainer_arguments})
-    if made.n_gpu > 1:
-        # several GPUs of one process would make it torch's DataParallel, whose replicas no hook sees; torchrun uses all
-        made._n_gpu = 1
+    refuse_sharding(made)
+    use_one_gpu(made)
     return made
 
 
@@ -559,8 +568,7 @@ class ObjectiveTrainer(Trainer):
         epochs = self.options.schedule_epochs
         if epochs is None or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
-        batch = self.args.per_device_train_batch_size * self.args.world_size
-        steps = int(len(self.sampler) * epochs / batch) + 1
+        steps = int(len(self.sampler) * epochs / _rows_a_step(self.args)) + 1
         schedule = partial(_official_schedule, steps=steps, warmup=steps * self.options.warmup)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or cast(Any, self.optimizer), schedule)
         self._created_lr_scheduler = True
@@ -591,6 +599,11 @@ class ObjectiveTrainer(Trainer):
             **arguments,
         )
         return self.optimizer
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # each process writes its own, and what the first one writes next vouches for all of them
+        self.accelerator.wait_for_everyone()
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
