@@ -27,6 +27,7 @@ from fastkd.commands.kd_table import kd_table
 from fastkd.commands.predict import predict
 from fastkd.commands.report import report
 from fastkd.commands.screen import run, wants_traceback
+from fastkd.commands.serve import serve
 from fastkd.commands.sweep import sweep
 from fastkd.commands.table2 import table2
 from fastkd.commands.trace import trace
@@ -54,6 +55,7 @@ PANELS: dict[str, dict[Callable[..., None], str]] = {
     },
     "Use": {
         predict: "[cyan]fastkd sweep MODEL --data DATA[/] shows what another --speed would cost in accuracy.",
+        serve: "open the address that it prints, or ask it with curl as in docs/serving.md.",
     },
     "Papers": {
         table2: "[cyan]fastkd report OUTPUT/DATA[/] shows every speed of a data set's model.",

@@ -55,11 +55,12 @@ def load_plain(
 
 
 def load_model(
-    checkpoint: str, device: str = "auto", dtype: str | None = None
+    checkpoint: str, device: str = "auto", dtype: str | None = None, *, safetensors_only: bool = False
 ) -> tuple[EarlyExitForSequenceClassification, PreTrainedTokenizerBase]:
     """A saved early-exit model in evaluation mode on `device`, and its tokenizer.
 
-    `dtype` is one of `DTYPES` or what torch calls it; default: as it was saved.
+    `dtype` is one of `DTYPES` or what torch calls it; default: as it was saved. `safetensors_only` refuses weights in
+    files of pickle.
 
     Raises:
         ValueError: not a model of this project, or an unknown device.
@@ -68,6 +69,8 @@ def load_model(
     target = pick_device(device)
     config = load_config(checkpoint)
     options: dict[str, Any] = {} if dtype is None else {"dtype": DTYPES.get(dtype, dtype)}
+    if safetensors_only:
+        options["use_safetensors"] = True
     model = EarlyExitForSequenceClassification.from_pretrained(checkpoint, **options)
     tokenizer = with_input_format(load_tokenizer(checkpoint), config.input_format)
     return model.to(target).eval(), tokenizer  # type: ignore[arg-type]

@@ -1,0 +1,310 @@
+"""The HTTP of a server, one application for every way to run it: TEI's paths, `/v1/classify`, and a page to try it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from fastkd.serving.errors import Refusal
+from fastkd.serving.guard import Guard
+from fastkd.serving.metrics import CONTENT_TYPE
+from fastkd.serving.schema import (
+    ClassifyRequest,
+    ClassifyResponse,
+    ErrorBody,
+    Prediction,
+    PredictRequest,
+    Rank,
+    RerankRequest,
+    texts_to_classify,
+    texts_to_predict,
+)
+from fastkd.serving.service import Accepted, Answered, Service
+from fastkd.serving.worker import Text
+
+_FOLDER = Path(__file__).parent
+_NO_NETWORK = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+}
+_GONE = 499  # nobody reads it, but for the log
+_KINDS = {400: "Malformed", 404: "Validation", 413: "TooLarge", 405: "Validation", 503: "Unhealthy"}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorBody, "description": "No JSON"},
+    413: {"model": ErrorBody, "description": "The body is too large"},
+    415: {"model": ErrorBody, "description": "The body is not said to be JSON"},
+    422: {"model": ErrorBody, "description": "Input that cannot be used"},
+    424: {"model": ErrorBody, "description": "The model failed, or cannot do this"},
+    429: {"model": ErrorBody, "description": "The queue is full: try again after Retry-After"},
+    503: {"model": ErrorBody, "description": "Starting or shutting down"},
+    504: {"model": ErrorBody, "description": "deadline_ms passed before the first layer"},
+}
+Answer = TypeVar("Answer")
+
+
+class _Gone(Exception):
+    """The client has disconnected."""
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application of `service`, which it starts and closes with itself."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.start()
+        yield
+        await service.close()
+
+    app = FastAPI(
+        title="fastkd serve", description="Early-exit classification.", lifespan=lifespan, docs_url=None, redoc_url=None
+    )
+    app.add_middleware(Guard, service=service)
+    _add_errors(app)
+    _add_paths_of_tei(app, service)
+    _add_own_paths(app, service)
+    return app
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, error: Refusal) -> Response:
+        return JSONResponse(error.body, error.status, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return JSONResponse(Refusal("Malformed", "body: is no JSON").body, 400)
+        # without the input, which may be anything, and nobody's business in a log
+        place = ".".join(str(part) for part in first["loc"][1:2]) or "body"
+        return JSONResponse(Refusal("Validation", f"{place}: {first['msg']}").body, 422)
+
+    @app.exception_handler(HTTPException)
+    async def failed(request: Request, error: HTTPException) -> Response:
+        body = {"error": str(error.detail), "error_type": _KINDS.get(error.status_code, "Validation")}
+        return JSONResponse(body, error.status_code, error.headers)
+
+    @app.exception_handler(_Gone)
+    async def gone(request: Request, error: _Gone) -> Response:
+        return Response(status_code=_GONE)
+
+
+def _add_paths_of_tei(app: FastAPI, service: Service) -> None:
+    @app.post("/", include_in_schema=False)
+    @app.post("/invocations", include_in_schema=False)
+    @app.post("/predict", response_model=list[Prediction] | list[list[Prediction]], responses=_ERRORS)
+    async def predict(body: PredictRequest, request: Request) -> Response:
+        """Scores of all labels, the best first: one list for one input, a list of lists for a batch."""
+        texts, is_batch = texts_to_predict(body.inputs)
+        from_left = body.truncation_direction.lower() == "left"
+        answers, headers = await _answer(service, request, texts, truncate=body.truncate, from_left=from_left)
+        found = [_predictions(service, answer, body.raw_scores) for answer in answers]
+        # huggingface_hub sends `parameters` and takes the first of a list
+        is_nested = is_batch or body.parameters is not None
+        return JSONResponse(found if is_nested else found[0], headers=headers)
+
+    @app.post("/rerank", response_model=list[Rank], response_model_exclude_none=True, responses=_ERRORS)
+    async def rerank(body: RerankRequest, request: Request) -> Response:
+        """How well each text answers the query, the best first; for a model with one label."""
+        if service.worker.model.config.num_classes != 1:
+            raise Refusal("Backend", "rerank: needs a model with one label, a score; this one is a classifier")
+        pairs = [(body.query, text) for text in body.texts]
+        from_left = body.truncation_direction.lower() == "left"
+        answers, headers = await _answer(service, request, pairs, truncate=body.truncate, from_left=from_left)
+        ranks = []
+        for index, answer in enumerate(answers):
+            score = answer.logits[0] if body.raw_scores else float(torch.tensor(answer.logits[0]).sigmoid())
+            ranks.append({"index": index, "score": score} | ({"text": body.texts[index]} if body.return_text else {}))
+        ranks.sort(key=lambda rank: -float(rank["score"]))
+        return JSONResponse(ranks, headers=headers)
+
+    @app.get("/info")
+    async def info() -> dict[str, Any]:
+        """The model, its limits and its certificate."""
+        return service.info()
+
+    @app.get("/ping", include_in_schema=False)
+    @app.get("/health", responses={503: _ERRORS[503]})
+    async def health() -> Response:
+        """200 where requests are answered."""
+        if not service.is_healthy:
+            return JSONResponse({"error": "unhealthy", "error_type": "Unhealthy"}, 503)
+        return Response()
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
+    @app.get("/api-doc/openapi.json", include_in_schema=False)
+    async def openapi() -> Any:
+        return app.openapi()
+
+
+def _add_own_paths(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/classify", response_model=ClassifyResponse, responses=_ERRORS)
+    async def classify(body: ClassifyRequest, request: Request) -> Response:
+        """Label, probability, exit layer and uncertainty of each input, at a speed of its own."""
+        texts = texts_to_classify(body.inputs)
+        accepted = await _accept(
+            service, request, texts, speed=body.speed, criterion=body.criterion, top_n=body.top_n,
+            deadline_ms=body.deadline_ms, truncate=body.truncate,
+        )  # fmt: skip
+        if body.stream:
+            lines = _lines(service, accepted, body.scores)
+            return StreamingResponse(lines, media_type="application/x-ndjson", headers=_speed_headers(accepted))
+        answers, headers = await _answers(service, request, texts, accepted)
+        found = {
+            "answers": [_classification(service, answer, body.scores) for answer in answers],
+            "speed": accepted.speed,
+            "criterion": accepted.rule.criterion,
+            "layers": accepted.rule.last_layer,
+            "tokens": accepted.tokens,
+        }
+        return JSONResponse(found, headers=headers)
+
+    @app.post("/admin/reload", responses={403: {"model": ErrorBody}, **_ERRORS})
+    async def reload() -> dict[str, Any]:
+        """Load the model folder anew; only for a server with a token."""
+        if service.options.token is None:
+            raise HTTPException(403, "reload: only a server that was given a token can be told to; or send it SIGHUP")
+        return await service.reload()
+
+    page = (_FOLDER / "page.html").read_text(encoding="utf-8")
+    reference = (_FOLDER / "reference.html").read_text(encoding="utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def try_it() -> Response:
+        return HTMLResponse(page, headers=_NO_NETWORK)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return HTMLResponse(reference, headers=_NO_NETWORK)
+
+
+async def _answer(
+    service: Service, request: Request, texts: Sequence[Text], **options: Any
+) -> tuple[list[Answered], dict[str, str]]:
+    return await _answers(service, request, texts, await _accept(service, request, texts, **options))
+
+
+async def _accept(service: Service, request: Request, texts: Sequence[Text], **options: Any) -> Accepted:
+    noted = {"rows": len(texts)} | ({"texts": texts} if service.options.log_texts else {})
+    request.state.log = noted
+    try:
+        accepted = await service.accept(texts, **options)
+    except Refusal as error:
+        service.metrics.classified(len(texts), 0.0, error.kind)
+        raise
+    noted["tokens"] = accepted.tokens
+    return accepted
+
+
+async def _answers(
+    service: Service, request: Request, texts: Sequence[Text], accepted: Accepted
+) -> tuple[list[Answered], dict[str, str]]:
+    began = time.monotonic()
+    try:
+        answers = await _unless_gone(request, service.answers(accepted))
+    except (Refusal, _Gone) as error:
+        service.metrics.classified(len(texts), 0.0, error.kind if isinstance(error, Refusal) else "dropped")
+        raise
+    seconds = time.monotonic() - began + accepted.tokenizing_seconds
+    service.metrics.classified(len(texts), seconds, None)
+    return answers, _headers(service, texts, accepted, answers, seconds)
+
+
+async def _unless_gone(request: Request, work: Awaitable[Answer]) -> Answer:
+    """What `work` gives; it is cancelled where the client goes away before."""
+    task = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise _Gone
+        return task.result()
+    finally:
+        task.cancel()
+        leaving.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _lines(service: Service, accepted: Accepted, wants_scores: bool) -> AsyncIterator[str]:
+    async for number, answer in service.answers_as_they_come(accepted):
+        if isinstance(answer, Refusal):
+            yield json.dumps({"index": number, **answer.body}) + "\n"
+        else:
+            yield json.dumps({"index": number, **_classification(service, answer, wants_scores)}) + "\n"
+
+
+def _predictions(service: Service, answer: Answered, raw_scores: bool) -> list[dict[str, Any]]:
+    names = service.worker.names
+    scores = answer.logits if raw_scores or len(answer.logits) == 1 else _probabilities(answer.logits)
+    order = sorted(range(len(scores)), key=lambda number: -scores[number])
+    return [{"score": scores[number], "label": names[number]} for number in order]
+
+
+def _classification(service: Service, answer: Answered, wants_scores: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "label": answer.label,
+        "score": answer.score,
+        "exit_layer": answer.exit_layer,
+        "uncertainty": answer.uncertainty,
+    }
+    if wants_scores and len(answer.logits) > 1:
+        names = service.worker.names
+        found["scores"] = {names[number]: score for number, score in enumerate(_probabilities(answer.logits))}
+    return found
+
+
+def _probabilities(logits: Sequence[float]) -> list[float]:
+    most = max(logits)
+    powers = [math.exp(logit - most) for logit in logits]
+    total = sum(powers)
+    return [power / total for power in powers]
+
+
+def _speed_headers(accepted: Accepted) -> dict[str, str]:
+    speed = accepted.speed if isinstance(accepted.speed, list) else [accepted.speed]
+    return {
+        "x-fastkd-speed": ",".join(f"{value:g}" for value in speed),
+        "x-fastkd-speed-raised": "true" if accepted.is_raised else "false",
+    }
+
+
+def _headers(
+    service: Service, texts: Sequence[Text], accepted: Accepted, answers: Sequence[Answered], seconds: float
+) -> dict[str, str]:
+    """TEI's headers, in whole milliseconds; what is said of each row is a mean."""
+    count = len(answers)
+
+    def ms(value: float) -> str:
+        return str(round(1000 * value))
+
+    return _speed_headers(accepted) | {
+        "x-compute-type": f"{service.worker.model.device.type}+optimized",
+        "x-compute-time": ms(seconds),
+        "x-compute-characters": str(sum(len(part) for text in texts for part in text if part is not None)),
+        "x-compute-tokens": str(accepted.tokens),
+        "x-total-time": ms(seconds),
+        "x-tokenization-time": ms(accepted.tokenizing_seconds / count),
+        "x-queue-time": ms(sum(answer.queue_seconds for answer in answers) / count),
+        "x-inference-time": ms(sum(answer.run_seconds for answer in answers) / count),
+        "x-fastkd-exit-layers": ",".join(str(answer.exit_layer) for answer in answers),
+    }

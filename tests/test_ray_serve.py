@@ -1,0 +1,89 @@
+"""The server by Ray Serve: the answers and codes of the one process, and a replica that dies."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("ray", reason="ray is not installed: pip install 'fastkd-kernels[serve,ray]'")
+pytest.importorskip("fastapi", reason="fastapi is not installed: pip install 'fastkd-kernels[serve]'")
+pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
+
+import ray
+from ray import serve
+from serving_client import ROOT, TEXTS, post, save_model, serving, until
+
+from fastkd.serving import ray_serve
+from fastkd.serving.options import ServeOptions
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def address(model: Path) -> Iterator[str]:
+    """Two replicas on this machine."""
+    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    ray.init(num_cpus=3, include_dashboard=False, runtime_env={"env_vars": path})
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": 8497})
+        options = ServeOptions(model=str(model), port=8497)
+        serve.run(ray_serve.bound(options, replicas=2, threads=1), name="fastkd", route_prefix="/")
+        yield "http://127.0.0.1:8497"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def test_same_answers_and_codes_as_the_one_process(model: Path, address: str) -> None:
+    bodies: list[tuple[str, Any]] = [
+        ("/v1/classify", {"inputs": list(TEXTS), "speed": 0.5}),
+        ("/v1/classify", {"inputs": "good fun", "criterion": "margin", "speed": 0.4}),
+        ("/predict", {"inputs": "good fun"}),
+        ("/predict", {"inputs": [["good"], ["good", "bad"]]}),
+        ("/predict", {"inputs": ["a", "b", "c"]}),
+        ("/predict", {"inputs": 5}),
+        ("/v1/classify", {"inputs": "a", "speed": 2}),
+        ("/rerank", {"query": "a", "texts": ["b"]}),
+    ]
+
+    async def check(client: Any, service: Any) -> list[tuple[int, Any]]:
+        answers = [await client.post(path, json=body) for path, body in bodies]
+        return [(answer.status_code, answer.json()) for answer in answers]
+
+    expected = serving(model, check)
+    assert [post(address, path, body) for path, body in bodies] == expected
+
+
+def test_a_replica_that_dies_fails_its_own_requests_with_a_code_to_try_again(address: str) -> None:
+    statuses: Counter[int] = Counter()
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.is_set():
+            statuses[post(address, "/v1/classify", {"inputs": "good fun"})[0]] += 1
+
+    clients = [threading.Thread(target=ask) for _ in range(4)]
+    for client in clients:
+        client.start()
+    until(lambda: statuses[200] > 20)
+    victim = next(iter(_replicas()))
+    ray.kill(victim, no_restart=True)
+    until(lambda: statuses[200] > 60)
+    ended.set()
+    for client in clients:
+        client.join(60)
+    assert set(statuses) <= {200, 500, 503}
+    assert statuses[200] > 60
+
+
+def _replicas() -> list[Any]:
+    names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+    return [ray.get_actor(name, namespace="serve") for name in names if name.startswith("SERVE_REPLICA::fastkd#")]
