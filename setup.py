@@ -26,6 +26,7 @@ from typing import Any
 import setuptools
 
 OLDEST_TORCH = (2, 10)  # the first with TORCH_BOX and the stable parallel_for
+OLDEST_PYTHON = "cp310"  # that the binary serves, with every one after it: csrc/python_api.h
 OLDEST_SETUPTOOLS = 77  # the first that reads a licence by its short name in pyproject.toml
 DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 CXX_FLAGS = [
@@ -36,10 +37,13 @@ CXX_FLAGS = [
     "-fvisibility=hidden",
     "-fno-math-errno",
     "-fno-trapping-math",
+    # multiply and add in one instruction, which GCC does unasked and clang within a statement only
+    "-ffp-contract=fast",
     # only the pragmas for vector code: the threads are those of torch, a second OpenMP runtime would fight them
     "-fopenmp-simd",
     # functions that take 64-byte vectors are all inlined, so how another compiler would pass them does not matter
     "-Wno-psabi",
+    "-Wno-pass-failed",  # clang's, of loops in float64 that call a function and so stay scalar
 ]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden", "-Xptxas=-warn-spills"]
 
@@ -78,7 +82,7 @@ def check_setuptools() -> None:
 def import_torch() -> ModuleType:
     remedy = (
         "Install the torch that you will run with, then build against it:\n"
-        f"    pip install torch 'setuptools>={OLDEST_SETUPTOOLS}' wheel ninja 'pybind11>=3.0'\n"
+        f"    pip install torch 'setuptools>={OLDEST_SETUPTOOLS}' wheel ninja\n"
         "    pip install --no-build-isolation .\n"
         "FASTKD_SKIP_EXT=1 installs the Python packages without the compiled kernels."
     )
@@ -99,6 +103,12 @@ def check_platform() -> None:
         raise BuildProblemError(
             "the compiled kernels are not built on Windows yet. Use WSL, or install the Python packages alone, whose "
             "ops then run on PyTorch and Triton: set FASTKD_SKIP_EXT=1 and install again."
+        )
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        raise BuildProblemError(
+            "the compiled kernels are not built for a free-threaded Python: they use the limited API, which it lacks. "
+            "Use an ordinary Python, or install the Python packages alone, whose ops then run on PyTorch and Triton: "
+            "set FASTKD_SKIP_EXT=1 and install again."
         )
 
 
@@ -228,7 +238,7 @@ def build_settings() -> dict[str, Any]:
     extension = cpp_extension.CppExtension(
         "fastkd_kernels._C",
         sources,
-        include_dirs=pybind11_include(),
+        py_limited_api=True,
         depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h")],
         define_macros=[
             define_string("FASTKD_BUILT_WITH_TORCH", torch.__version__),
@@ -245,15 +255,23 @@ def build_settings() -> dict[str, Any]:
     if cuda_home is not None:
         extension.include_dirs.append(str(cuda_home / "include"))
         extension.library_dirs += [str(cuda_home / name) for name in ("lib64", "lib") if (cuda_home / name).is_dir()]
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": alone(cpp_extension.BuildExtension)},
+        "options": {"bdist_wheel": {"py_limited_api": OLDEST_PYTHON}},
+    }
 
 
-def pybind11_include() -> list[str]:
-    """pybind11's own headers, ahead of torch's copy of them, which serves where the package is missing."""
-    try:
-        return [import_module("pybind11").get_include()]
-    except ImportError:
-        return []
+def alone(builder: type) -> type:
+    """`builder`, which removes what Python would load instead of its result: a build for one version of Python."""
+
+    class Builder(builder):  # type: ignore[misc]
+        def run(self) -> None:
+            super().run()
+            for other in (ROOT if self.inplace else Path(self.build_lib)).glob("fastkd_kernels/_C.cpython-*"):
+                other.unlink()
+
+    return Builder
 
 
 def main() -> None:

@@ -6,6 +6,7 @@
 // that class of 16 samples, and every operation is a vector operation whatever the number of classes.
 #pragma once
 
+#include "instruction_sets.h"
 #include "stable_compat.h"
 
 #include <algorithm>
@@ -20,9 +21,6 @@
 #include <utility>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define FASTKD_X86_DISPATCH 1
-#endif
 #define FASTKD_INLINE inline __attribute__((always_inline))
 
 namespace fastkd::distillation {
@@ -430,21 +428,20 @@ Tensor reduced(const Tensor& losses, double factor) {
   return loss;
 }
 
-// Defines `name`, which calls `name##_inline` compiled for the best instruction set of the machine it runs on.
-#ifdef FASTKD_X86_DISPATCH
-#define FASTKD_AVX512 target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512")
-#define FASTKD_DISPATCH(name, parameters, arguments)                                                      \
-  template <typename V>                                                                                   \
-  __attribute__((target("avx2,fma"))) void name##_avx2 parameters { name##_inline<V> arguments; }         \
-  template <typename V>                                                                                   \
-  __attribute__((FASTKD_AVX512)) void name##_avx512 parameters { name##_inline<V> arguments; }            \
-  template <typename V>                                                                                   \
-  void name parameters {                                                                                  \
-    const bool avx512 = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&       \
-                        __builtin_cpu_supports("avx512dq");                                               \
-    if (avx512) return name##_avx512<V> arguments;                                                        \
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return name##_avx2<V> arguments; \
-    name##_inline<V> arguments;                                                                           \
+// Defines `name`, which calls `name##_inline` compiled for the instruction set that `instruction_set` names.
+#if FASTKD_X86_LEVELS
+#define FASTKD_DISPATCH(name, parameters, arguments)                                                             \
+  template <typename V>                                                                                          \
+  __attribute__((target(FASTKD_AVX2))) void name##_avx2 parameters { name##_inline<V> arguments; }               \
+  template <typename V>                                                                                          \
+  __attribute__((target(FASTKD_AVX512))) void name##_avx512 parameters { name##_inline<V> arguments; }           \
+  template <typename V>                                                                                          \
+  void name parameters {                                                                                         \
+    switch (instruction_set) {                                                                                   \
+      case InstructionSet::kAvx512: return name##_avx512<V> arguments;                                           \
+      case InstructionSet::kAvx2: return name##_avx2<V> arguments;                                               \
+      default: return name##_inline<V> arguments;                                                                \
+    }                                                                                                            \
   }
 #else
 #define FASTKD_DISPATCH(name, parameters, arguments) \

@@ -70,6 +70,8 @@ FASTKD_INLINE void distillation_rows_inline(
   }
 }
 
+const InstructionSet instruction_set = choose_instruction_set({"distillation_loss"});
+
 FASTKD_DISPATCH(
     distillation_rows, (const DistillationCall& call, Samples range, UniversalWorkspace<V>& work, Scalar<V>* losses),
     (call, range, work, losses))

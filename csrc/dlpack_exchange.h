@@ -3,9 +3,9 @@
 // https://dmlc.github.io/dlpack/latest/c_api.html
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <cstdint>
+
+#include "python_api.h"
 
 extern "C" {
 
@@ -67,11 +67,11 @@ struct DLPackExchangeAPI {
 
 }  // extern "C"
 
-// The interface in the capsule torch.Tensor.__dlpack_c_exchange_api__, or nullptr where it is not the one declared here.
-inline const DLPackExchangeAPI* exchange_of(const pybind11::capsule& capsule) {
-  const auto* exchange =
-      static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-  if (exchange == nullptr) throw pybind11::error_already_set();
+// The interface in the capsule torch.Tensor.__dlpack_c_exchange_api__; nullptr where it is not the one declared here, and
+// where the capsule holds something else, which is an error of Python.
+inline const DLPackExchangeAPI* exchange_of(PyObject* capsule) {
+  const auto* exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  if (exchange == nullptr) return nullptr;
   const bool usable = exchange->header.version.major == 1 && exchange->dltensor_from_py_object_no_sync != nullptr;
   return usable ? exchange : nullptr;
 }

@@ -53,7 +53,7 @@ struct Kernels {
 #include "simd_levels.h"
 #undef FASTKD_SIMD_SOURCE
 
-const Kernels kernels = choose_kernels();
+const Kernels kernels = choose_kernels({"exit_gate"});
 
 // One call, with what is derived from its arguments.
 struct Call : fastkd::ExitGate {

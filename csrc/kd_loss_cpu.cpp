@@ -43,6 +43,8 @@ FASTKD_INLINE void kd_rows_inline(const KDCall& call, Samples range, Scratch<V>&
   }
 }
 
+const InstructionSet instruction_set = choose_instruction_set({"kd_loss", "fused_linear_kd_loss"});
+
 FASTKD_DISPATCH(
     kd_rows, (const KDCall& call, Samples range, Scratch<V>& workspace, Scalar<V>* losses),
     (call, range, workspace, losses))

@@ -34,7 +34,7 @@ struct Kernels {
 #include "simd_levels.h"
 #undef FASTKD_SIMD_SOURCE
 
-const Kernels kernels = choose_kernels();
+const Kernels kernels = choose_kernels({"layer_norm"});
 
 // One of the tensors that are added: row n of the sum takes its row `index[n]`, or row n where there is no index.
 struct Addend {

@@ -1,20 +1,49 @@
 // The Python module: what this build is made of. Ops reach Python through torch.ops; exit_gate has a shorter way too.
-#include <pybind11/pybind11.h>
+#include "python_api.h"
 
-static_assert(PYBIND11_VERSION_HEX >= 0x03000000, "fastkd_kernels needs pybind11 >= 3.0");
+#include "instruction_sets.h"
 
-void bind_exit_gate(pybind11::module_& module);
-void bind_triton_launch(pybind11::module_& module);
+bool bind_exit_gate(PyObject* module);
+bool bind_triton_launch(PyObject* module);
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled kernels of fastkd_kernels; importing this registers them with torch.ops.";
+namespace {
+
+#if defined(__clang__)
+constexpr const char* kCompiler = __VERSION__;  // begins with its name
+#else
+constexpr const char* kCompiler = "GCC " __VERSION__;
+#endif
+
+bool add_instruction_sets(PyObject* module) {
+  const fastkd::Owned chosen(PyDict_New());
+  if (!chosen) return false;
+  for (const auto& [op, name] : fastkd::chosen_instruction_sets()) {
+    const fastkd::Owned text(PyUnicode_FromString(name));
+    if (!text || PyDict_SetItemString(chosen.get(), op, text.get()) != 0) return false;
+  }
+  return PyObject_SetAttrString(module, "instruction_sets", chosen.get()) == 0;
+}
+
+bool describe(PyObject* module) {
   // raised together with INTERFACE in fastkd_kernels/_extension.py whenever a schema or a binding changes
-  m.attr("interface") = 2;
-  m.attr("built_with_torch") = FASTKD_BUILT_WITH_TORCH;
-  m.attr("compiler") = __VERSION__;
-  // both empty where the CUDA kernels were not built
-  m.attr("cuda_architectures") = FASTKD_CUDA_ARCHITECTURES;
-  m.attr("cuda_toolkit") = FASTKD_CUDA_TOOLKIT;
-  bind_exit_gate(m);
-  bind_triton_launch(m);
+  return PyModule_AddIntConstant(module, "interface", 2) == 0 &&
+      PyModule_AddStringConstant(module, "built_with_torch", FASTKD_BUILT_WITH_TORCH) == 0 &&
+      PyModule_AddStringConstant(module, "compiler", kCompiler) == 0 &&
+      // both empty where the CUDA kernels were not built
+      PyModule_AddStringConstant(module, "cuda_architectures", FASTKD_CUDA_ARCHITECTURES) == 0 &&
+      PyModule_AddStringConstant(module, "cuda_toolkit", FASTKD_CUDA_TOOLKIT) == 0 && add_instruction_sets(module);
+}
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_C", "Compiled kernels of fastkd_kernels; importing this registers them with torch.ops.",
+    -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() {
+  fastkd::Owned module(PyModule_Create(&definition));
+  if (!module || !describe(module.get()) || !bind_exit_gate(module.get()) || !bind_triton_launch(module.get())) {
+    return nullptr;
+  }
+  return module.release();
 }

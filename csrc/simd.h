@@ -2,12 +2,13 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
-#include <string_view>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "instruction_sets.h"
 
 namespace fastkd {
 

@@ -9,37 +9,30 @@ namespace baseline {
 #undef LANES
 }  // namespace baseline
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define FASTKD_X86_LEVELS 1
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#if FASTKD_X86_LEVELS
+FASTKD_BEGIN_TARGET(FASTKD_AVX2)
 namespace avx2 {
 #define LANES 8
 #include FASTKD_SIMD_SOURCE
 #undef LANES
 }  // namespace avx2
-#pragma GCC pop_options
+FASTKD_END_TARGET
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,fma,prefer-vector-width=512")
+FASTKD_BEGIN_TARGET(FASTKD_AVX512)
 namespace avx512 {
 #define LANES 16
 #include FASTKD_SIMD_SOURCE
 #undef LANES
 }  // namespace avx512
-#pragma GCC pop_options
+FASTKD_END_TARGET
 #endif
 
-// ATEN_CPU_CAPABILITY lowers the level exactly as it does for PyTorch itself.
-inline Kernels choose_kernels() {
+inline Kernels choose_kernels(std::initializer_list<const char*> ops) {
+  switch (fastkd::choose_instruction_set(ops)) {
 #if FASTKD_X86_LEVELS
-  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
-  const std::string_view asked = variable ? variable : "avx512";
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
-  if (asked == "avx512" && has_avx512) return avx512::kKernels;
-  if (asked != "default" && has_avx2) return avx2::kKernels;
+    case fastkd::InstructionSet::kAvx512: return avx512::kKernels;
+    case fastkd::InstructionSet::kAvx2: return avx2::kKernels;
 #endif
-  return baseline::kKernels;
+    default: return baseline::kKernels;
+  }
 }

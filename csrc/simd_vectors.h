@@ -87,12 +87,24 @@ static inline Floats power_of_two(Floats y) {
   return bounded_power_of_two(larger(splat(-127.f), y));
 }
 
-#if defined(__GNUC__) && !defined(__clang__)
+// The lanes a[INDEX], or b[INDEX - LANES] from LANES up; clang and GCC before 12 have no builtin in common.
+template <int... INDEX>
+static inline Floats shuffle(Floats a, Floats b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, INDEX...);
+#else
+  return __builtin_shuffle(a, b, Ints{INDEX...});
+#endif
+}
+
+template <int SPAN, int... LANE>
+static inline Floats swapped(Floats lanes, std::integer_sequence<int, LANE...>) {
+  return shuffle<(LANE ^ SPAN)...>(lanes, lanes);
+}
+
 template <int SPAN>
 static inline Floats swapped(Floats lanes) {
-  Ints other;
-  for (int lane = 0; lane < LANES; ++lane) other[lane] = lane ^ SPAN;
-  return __builtin_shuffle(lanes, other);
+  return swapped<SPAN>(lanes, std::make_integer_sequence<int, LANES>());
 }
 
 static inline float sum_of(Floats lanes) {
@@ -118,19 +130,20 @@ static inline float largest_of(Floats lanes) {
 }
 
 // Swaps the blocks of SPAN x SPAN off the diagonal of every 2 SPAN x 2 SPAN block.
-template <int SPAN>
-static inline void swap_blocks(Floats* rows) {
-  Ints upper, lower;
-  for (int lane = 0; lane < LANES; ++lane) {
-    upper[lane] = lane & SPAN ? LANES + lane - SPAN : lane;
-    lower[lane] = lane & SPAN ? LANES + lane : lane + SPAN;
-  }
+template <int SPAN, int... LANE>
+static inline void swap_blocks(Floats* rows, std::integer_sequence<int, LANE...>) {
+#pragma GCC unroll 16
   for (int row = 0; row < LANES; ++row) {
     if (row & SPAN) continue;
     const Floats a = rows[row], b = rows[row + SPAN];
-    rows[row] = __builtin_shuffle(a, b, upper);
-    rows[row + SPAN] = __builtin_shuffle(a, b, lower);
+    rows[row] = shuffle<(LANE & SPAN ? LANES + LANE - SPAN : LANE)...>(a, b);
+    rows[row + SPAN] = shuffle<(LANE & SPAN ? LANES + LANE : LANE + SPAN)...>(a, b);
   }
+}
+
+template <int SPAN>
+static inline void swap_blocks(Floats* rows) {
+  swap_blocks<SPAN>(rows, std::make_integer_sequence<int, LANES>());
 }
 
 static inline void transpose(Floats* rows) {
@@ -143,29 +156,6 @@ static inline void transpose(Floats* rows) {
   swap_blocks<2>(rows);
   swap_blocks<1>(rows);
 }
-#else
-static inline float sum_of(Floats lanes) {
-  float total = 0;
-  for (int lane = 0; lane < LANES; ++lane) total += lanes[lane];
-  return total;
-}
-
-static inline float largest_of(Floats lanes) {
-  float largest = lanes[0];
-  for (int lane = 1; lane < LANES; ++lane) largest = lanes[lane] > largest ? lanes[lane] : largest;
-  return largest;
-}
-
-static inline void transpose(Floats* rows) {
-  for (int row = 0; row < LANES; ++row) {
-    for (int lane = row + 1; lane < LANES; ++lane) {
-      const float above = rows[row][lane];
-      rows[row][lane] = rows[lane][row];
-      rows[lane][row] = above;
-    }
-  }
-}
-#endif
 
 // `count` values, which need not be a multiple of LANES, times `scale`; zeros up to the multiple.
 template <typename T>

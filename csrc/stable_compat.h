@@ -2,7 +2,6 @@
 // >= 2.10.
 #pragma once
 
-// Set here and not by a compiler flag: under the flag torch 2.11 refuses its own copy of pybind11 to module.cpp.
 #define TORCH_TARGET_VERSION 0x020a000000000000  // torch 2.10
 
 #include <torch/csrc/stable/accelerator.h>

@@ -57,7 +57,7 @@ struct Kernels {
 #include "simd_levels.h"
 #undef FASTKD_SIMD_SOURCE
 
-const Kernels kernels = choose_kernels();
+const Kernels kernels = choose_kernels({"student_head"});
 
 // What one thread needs besides.
 struct Workspace {

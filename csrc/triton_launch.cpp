@@ -1,8 +1,9 @@
 // Launches compiled Triton kernels straight through the CUDA driver. Triton's own launcher finds out anew at every call,
 // in Python, which binary fits the arguments, and takes longer than a small kernel; here that is one look-up. A key says
 // at least as much about the arguments as Triton asks, so it leads to the binary that Triton would have launched.
+#include "python_api.h"
+
 #include <dlfcn.h>
-#include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <cstring>
@@ -10,8 +11,6 @@
 #include <unordered_map>
 
 #include "dlpack_exchange.h"
-
-namespace py = pybind11;
 
 namespace {
 
@@ -87,7 +86,7 @@ bool add_argument(PyObject* argument, DLDevice device, Call& call) {
   if (type == tensor_type || type == parameter_type) return add_tensor(argument, device, call);
   if (type == &PyLong_Type) return add_integer(argument, call);
   if (type == &PyFloat_Type) {
-    const float value = static_cast<float>(PyFloat_AS_DOUBLE(argument));
+    const float value = static_cast<float>(PyFloat_AsDouble(argument));
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof(bits));
     call.key += call.tags[call.size] = 'F';
@@ -129,11 +128,11 @@ bool append_constant(PyObject* value, std::string& key) {
 
 // False where something is not understood; then it is Triton's own launcher's.
 bool read_call(PyObject* arguments, PyObject* constants, DLDevice device, Call& call) {
-  if (PyTuple_GET_SIZE(arguments) > kMostArguments) return false;
+  if (PyTuple_Size(arguments) > kMostArguments) return false;
   call.key.reserve(512);
   append(call.key, device);
-  for (Py_ssize_t index = 0; index < PyTuple_GET_SIZE(arguments); ++index) {
-    if (!add_argument(PyTuple_GET_ITEM(arguments, index), device, call)) return false;
+  for (Py_ssize_t index = 0; index < PyTuple_Size(arguments); ++index) {
+    if (!add_argument(PyTuple_GetItem(arguments, index), device, call)) return false;
   }
   PyObject *name, *value;
   for (Py_ssize_t position = 0; PyDict_Next(constants, &position, &name, &value);) {
@@ -165,8 +164,8 @@ PyObject* launch_triton(PyObject*, PyObject* const* given, Py_ssize_t count) {
       static_cast<DLDeviceType>(PyLong_AsLong(given[1])), static_cast<int32_t>(PyLong_AsLong(given[2]))};
   void* stream = PyLong_AsVoidPtr(given[3]);
   unsigned grid[2] = {1, 1};
-  for (Py_ssize_t axis = 0; axis < PyTuple_GET_SIZE(given[4]) && axis < 2; ++axis) {
-    grid[axis] = static_cast<unsigned>(PyLong_AsUnsignedLong(PyTuple_GET_ITEM(given[4], axis)));
+  for (Py_ssize_t axis = 0; axis < PyTuple_Size(given[4]) && axis < 2; ++axis) {
+    grid[axis] = static_cast<unsigned>(PyLong_AsUnsignedLong(PyTuple_GetItem(given[4], axis)));
   }
   if (PyErr_Occurred()) return nullptr;
 
@@ -203,10 +202,6 @@ PyObject* launch_triton(PyObject*, PyObject* const* given, Py_ssize_t count) {
   Py_RETURN_TRUE;
 }
 
-PyMethodDef launch_method = {
-    "launch_triton", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(launch_triton)), METH_FASTCALL,
-    "Launch the binary remembered for such arguments; False where there is none."};
-
 bool matches(char tag, char kind) {
   switch (kind) {
     case kPointer: return tag == 'T';
@@ -228,19 +223,46 @@ bool takes(void* function, const std::string& kinds) {
   return driver.get_parameter(function, index, &offset, &size) != 0;
 }
 
-bool remember_triton(
-    py::capsule binaries, int device_type, int device_index, uintptr_t function, unsigned threads,
-    unsigned shared_bytes, const std::string& kinds, py::tuple arguments, py::dict constants) {
+// The kernel of these arguments, if it can be launched this way and was not known.
+bool remember(Binaries& binaries, DLDevice device, const Binary& binary, PyObject* arguments, PyObject* constants) {
   Call call;
-  const DLDevice device{static_cast<DLDeviceType>(device_type), device_index};
-  if (!read_call(arguments.ptr(), constants.ptr(), device, call)) return false;
-  if (static_cast<Py_ssize_t>(kinds.size()) != call.size) return false;
+  if (!read_call(arguments, constants, device, call)) return false;
+  if (static_cast<Py_ssize_t>(binary.kinds.size()) != call.size) return false;
   for (Py_ssize_t index = 0; index < call.size; ++index) {
-    if (!matches(call.tags[index], kinds[index])) return false;
+    if (!matches(call.tags[index], binary.kinds[index])) return false;
   }
-  void* handle = reinterpret_cast<void*>(function);
-  if (!takes(handle, kinds)) return false;
-  return binaries_of(binaries.ptr())->insert_or_assign(call.key, Binary{handle, threads, shared_bytes, kinds}).second;
+  return takes(binary.function, binary.kinds) && binaries.insert_or_assign(call.key, binary).second;
+}
+
+// remember_triton(binaries, device_type, device_index, function, threads, shared_bytes, kinds, arguments, constants) -> bool
+PyObject* remember_triton(PyObject*, PyObject* given) {
+  PyObject *capsule, *arguments, *constants;
+  int device_type, device_index;
+  unsigned long long function;
+  unsigned threads, shared_bytes;
+  const char* kinds;
+  if (!PyArg_ParseTuple(
+          given, "OiiKIIsO!O!:remember_triton", &capsule, &device_type, &device_index, &function, &threads, &shared_bytes,
+          &kinds, &PyTuple_Type, &arguments, &PyDict_Type, &constants)) {
+    return nullptr;
+  }
+  Binaries* binaries = binaries_of(capsule);
+  if (binaries == nullptr) return nullptr;
+  const DLDevice device{static_cast<DLDeviceType>(device_type), device_index};
+  return fastkd::catching([&] {
+    const Binary binary{reinterpret_cast<void*>(static_cast<uintptr_t>(function)), threads, shared_bytes, kinds};
+    return PyBool_FromLong(remember(*binaries, device, binary, arguments, constants));
+  });
+}
+
+PyObject* new_triton_binaries(PyObject*, PyObject*) {
+  return fastkd::catching([] {
+    auto binaries = std::make_unique<Binaries>();
+    PyObject* capsule =
+        PyCapsule_New(binaries.get(), nullptr, [](PyObject* capsule) { delete binaries_of(capsule); });
+    if (capsule != nullptr) binaries.release();
+    return capsule;
+  });
 }
 
 template <typename Function>
@@ -249,32 +271,47 @@ bool find(void* library, const char* name, Function& function) {
   return function != nullptr;
 }
 
-// False where this torch or this driver lacks what is needed.
-bool enable_triton_launch(py::capsule api, py::type tensor, py::type parameter) {
-  exchange = exchange_of(api);
-  if (exchange == nullptr) return false;
-  tensor_type = reinterpret_cast<PyTypeObject*>(tensor.inc_ref().ptr());
-  parameter_type = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
+// The functions of the driver; false where it is too old, or missing.
+bool find_driver() {
   void* library = dlopen("libcuda.so.1", RTLD_NOW);
   return library != nullptr && find(library, "cuCtxGetCurrent", driver.get_context) &&
       find(library, "cuFuncGetParamInfo", driver.get_parameter) &&
       find(library, "cuGetErrorString", driver.get_error) && find(library, "cuLaunchKernel", driver.launch);
 }
 
+PyObject* enable_triton_launch(PyObject*, PyObject* given) {
+  PyObject *capsule, *tensor, *parameter;
+  if (!PyArg_ParseTuple(
+          given, "OO!O!:enable_triton_launch", &capsule, &PyType_Type, &tensor, &PyType_Type, &parameter)) {
+    return nullptr;
+  }
+  exchange = exchange_of(capsule);
+  if (exchange == nullptr) return PyErr_Occurred() ? nullptr : PyBool_FromLong(false);
+  Py_INCREF(tensor);
+  Py_INCREF(parameter);
+  tensor_type = reinterpret_cast<PyTypeObject*>(tensor);
+  parameter_type = reinterpret_cast<PyTypeObject*>(parameter);
+  return PyBool_FromLong(find_driver());
+}
+
+PyMethodDef methods[] = {
+    fastkd::method(
+        "enable_triton_launch", enable_triton_launch, METH_VARARGS,
+        "Give launch_triton the capsule torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor and torch.nn.Parameter; "
+        "False where torch or the CUDA driver lacks something."),
+    fastkd::method(
+        "new_triton_binaries", new_triton_binaries, METH_NOARGS,
+        "What launch_triton looks binaries up in, one for every kernel."),
+    fastkd::method(
+        "remember_triton", remember_triton, METH_VARARGS,
+        "Remember a binary; False where it cannot be launched this way, or is known."),
+    fastkd::method(
+        "launch_triton", launch_triton, METH_FASTCALL,
+        "Launch the binary remembered for such arguments; False where there is none."),
+    {nullptr, nullptr, 0, nullptr}};
+
 }  // namespace
 
-void bind_triton_launch(py::module_& module) {
-  module.def(
-      "enable_triton_launch", &enable_triton_launch,
-      "Give launch_triton the capsule torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor and torch.nn.Parameter; "
-      "False where torch or the CUDA driver lacks something.");
-  module.def(
-      "new_triton_binaries",
-      [] { return py::capsule(new Binaries, [](void* binaries) { delete static_cast<Binaries*>(binaries); }); },
-      "What launch_triton looks binaries up in, one for every kernel.");
-  module.def(
-      "remember_triton", &remember_triton,
-      "Remember a binary; False where it cannot be launched this way, or is known.");
-  py::object function = py::reinterpret_steal<py::object>(PyCFunction_New(&launch_method, nullptr));
-  module.attr("launch_triton") = function;
+bool bind_triton_launch(PyObject* module) {
+  return PyModule_AddFunctions(module, methods) == 0;
 }

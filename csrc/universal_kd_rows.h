@@ -256,6 +256,8 @@ FASTKD_INLINE void universal_rows_inline(
     universal_samples_of(call, Samples{first, std::min<int64_t>(kLanes<V>, end - first)}, work, losses);
 }
 
+const InstructionSet instruction_set = choose_instruction_set({"universal_kd_loss"});
+
 FASTKD_DISPATCH(
     universal_rows, (const UniversalCall& call, Samples range, UniversalWorkspace<V>& work, Scalar<V>* losses),
     (call, range, work, losses))

@@ -41,7 +41,7 @@ struct Kernels {
 #include "simd_levels.h"
 #undef FASTKD_SIMD_SOURCE
 
-const Kernels kernels = choose_kernels();
+const Kernels kernels = choose_kernels({"varlen_attention"});
 
 // floats that `attend` needs for one head of a sequence: keys, values, scores, and queries as they are and transposed
 int64_t scratch_size(int64_t tokens, int64_t head_size) {

@@ -26,7 +26,7 @@ def collect() -> Report:
         "versions": _versions(),
         "extension": _extension_report(),
         "devices": _devices(),
-        "ops": {name: _op_report(op) for name, op in sorted(registered_ops().items())},
+        "ops": {name: _op_report(name, op) for name, op in sorted(registered_ops().items())},
     }
 
 
@@ -65,13 +65,18 @@ def _devices() -> list[Report]:
     return devices
 
 
-def _op_report(op: OpBackends) -> Report:
-    """Where each backend can run None, else the reason; and what tensors of each device would use."""
+def _op_report(name: str, op: OpBackends) -> Report:
+    """What tensors of each device would use, why a backend is missing, and the instruction set of the CPU's kernel."""
     missing = {"cuda": _cuda_reason(op), "cpu": op.cpu}
     uses = {device: device if reason is None else "reference" for device, reason in missing.items()}
     if not torch.cuda.is_available():
         uses["cuda"] = "no device"
-    return {"uses": uses, "missing": {name: reason for name, reason in missing.items() if reason is not None}}
+    chosen = _extension.extension.instruction_sets if _extension.extension is not None else {}
+    return {
+        "uses": uses,
+        "missing": {backend: reason for backend, reason in missing.items() if reason is not None},
+        "instruction_set": chosen.get(name),
+    }
 
 
 def _cuda_reason(op: OpBackends) -> str | None:
@@ -90,7 +95,9 @@ def format_report(report: Report) -> str:
     lines += [f"  {device.pop('device'):18} {_text(device)}" for device in map(dict, report["devices"])]
     lines += ["", "ops: the backend that tensors of each device use"]
     for name, op in report["ops"].items():
-        lines.append(f"  {name:18} " + ", ".join(f"{device}: {backend}" for device, backend in op["uses"].items()))
+        by_device = ", ".join(f"{device}: {backend}" for device, backend in op["uses"].items())
+        level = op["instruction_set"] if op["uses"]["cpu"] == "cpu" else None
+        lines.append(f"  {name:20} {by_device}{f' ({level})' if level else ''}")
         lines += [f"    no {backend}: {reason}" for backend, reason in op["missing"].items()]
     return "\n".join(lines)
 

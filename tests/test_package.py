@@ -31,21 +31,7 @@ def python(code: str, *blocked: str, **environment: str) -> str:
     return child.stdout
 
 
-USE_EVERY_OP = """
-import torch, fastkd_kernels as fk
-logits = torch.tensor([[0.0, 9.0], [0.1, 0.0]])
-gate = fk.exit_gate(logits, 0.5)
-assert gate.kept().tolist() == [1]
-assert fk.compact([logits], gate.survivors, gate.count)[0][0].equal(logits[1])
-(packed,), bounds = fk.pack([logits[:, None]], torch.ones(2, dtype=torch.int32))
-assert fk.compact_packed([packed], bounds, gate.survivors, gate.count)[0][0][0].equal(logits[1])
-assert fk.unpack([packed], bounds, 1)[0].equal(logits[:, None])
-heads = packed[:, None]
-assert fk.varlen_attention(heads, heads, heads, bounds, 1).allclose(heads)
-ones = torch.ones(2)
-assert fk.add_layer_norm(packed, None, ones, ones).allclose(torch.tensor([[0.0, 2.0], [2.0, 0.0]]))
-assert fk.embed_layer_norm([logits], [torch.tensor([1])], ones, ones).allclose(torch.tensor([[2.0, 0.0]]))
-"""
+USE_EVERY_OP = (Path(__file__).parent / "use_every_op.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("missing", ["transformers", "triton", "fastkd_kernels._C"])
@@ -103,6 +89,64 @@ assert "libcuda.so" not in libraries
 print("untouched")
 """
     assert python(code).strip() == "untouched"
+
+
+def test_import_costs_little_more_than_torch() -> None:
+    """torch.compile alone takes longer to import than all the rest; it comes along when something is compiled."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import fastkd_kernels
+new = {name for name in set(sys.modules) - before if name.startswith(("torch._dynamo", "torch._inductor", "sympy"))}
+print(*new)
+"""
+    assert python(code).strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("installed", "said"),
+    [
+        (None, "fastkd needs the package transformers, which is not installed; install"),
+        ("4.57.1", "fastkd needs transformers 5.17 or newer, but 4.57.1 is installed; install"),
+    ],
+)
+@pytest.mark.parametrize("program", ["python", "fastkd"])
+def test_a_missing_or_old_transformers_is_one_sentence(installed: str | None, said: str, program: str) -> None:
+    code = f"""
+import sys
+from importlib import metadata
+def version(name):
+    if {installed!r} is None:
+        raise metadata.PackageNotFoundError(name)
+    return {installed!r}
+metadata.version = version
+sys.argv = [{program!r}]
+try:
+    import fastkd
+except (ImportError, SystemExit) as error:
+    print(type(error).__name__, error)
+"""
+    kind = "SystemExit" if program == "fastkd" else "ImportError"
+    assert python(code).startswith(f"{kind} {said}")
+
+
+def test_the_oldest_versions_are_those_that_are_declared() -> None:
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["models"]]
+    oldest = dict(line.split("==") for line in (ROOT / "tests" / "lowest.txt").read_text().split())
+    for requirement in declared:
+        name, version = re.split(">=", requirement.split(",")[0])
+        assert oldest.pop(name).startswith(version), requirement
+    assert oldest == {}
+    checked = "({}, {})".format(*dict(entry.split(">=") for entry in declared)["transformers"].split(",")[0].split("."))
+    assert checked in (ROOT / "python" / "fastkd" / "__init__.py").read_text(encoding="utf-8")
+
+
+def test_a_free_threaded_python_is_one_paragraph(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import sysconfig\nsysconfig.get_config_vars()['Py_GIL_DISABLED'] = 1\n")
+    result = build(stub_torch(tmp_path, "2.13.0", None))
+    assert_readable(result, "free-threaded Python", "limited API", "FASTKD_SKIP_EXT=1")
 
 
 def imported_modules(folder: Path) -> dict[str, set[str]]:

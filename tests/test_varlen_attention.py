@@ -186,7 +186,7 @@ def test_a_gpu_gets_pytorchs_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None
         assert cu_q is cu_k
         return varlen_attention_reference(query, key, value, cu_q, max_q)
 
-    monkeypatch.setattr(module, "_varlen_attn", flash)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash)
     monkeypatch.setattr(module, "resolve", lambda op, device: "cuda")
     for head_size, dtype, is_called in (
         (16, torch.bfloat16, True),

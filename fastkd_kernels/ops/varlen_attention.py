@@ -12,7 +12,7 @@ such kernel, it is C++, computed in float32 whatever the dtype.
 
 from __future__ import annotations
 
-import inspect
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,16 +26,11 @@ from fastkd_kernels._derivatives import wants_gradient
 from fastkd_kernels._library import library
 from fastkd_kernels.ops.packed import unpack_reference
 
-try:
-    from torch.nn.attention.varlen import varlen_attn as _varlen_attn
-except ImportError:  # the module is there from torch 2.10 on, but not in every build
-    _varlen_attn = None  # type: ignore[assignment]
-
 # what the C++ kernel and FlashAttention take; the others run the reference
 _CPU_DTYPES = (torch.float32, torch.bfloat16)
 _CUDA_DTYPES = (torch.float16, torch.bfloat16)
 # torch 2.10 knows no windows
-_CUDA_HAS_WINDOWS = _varlen_attn is not None and "window_size" in inspect.signature(_varlen_attn).parameters
+_CUDA_HAS_WINDOWS = not torch.__version__.startswith("2.10.")
 
 
 def varlen_attention_reference(
@@ -113,7 +108,7 @@ def _varlen_attention_fake(
 
 register_backends(
     "varlen_attention",
-    cuda=None if _varlen_attn is not None else "this PyTorch has no torch.nn.attention.varlen",
+    cuda=None if find_spec("torch.nn.attention.varlen") else "this PyTorch has no torch.nn.attention.varlen",
     cpu=_extension.missing_kernel_reason("varlen_attention_", "CPU"),
     interpretable=False,
 )
@@ -166,6 +161,9 @@ def varlen_attention(
     backend = resolve("varlen_attention", query.device)
     takes_window = window is None or _CUDA_HAS_WINDOWS
     if backend == "cuda" and query.dtype in _CUDA_DTYPES and query.shape[-1] % 8 == 0 and takes_window:
+        # not above, because it brings all of torch.compile along
+        from torch.nn.attention.varlen import varlen_attn
+
         if max_seqlen == 0 or cu_seqlens.shape[0] == 1:
             return torch.zeros_like(query)  # a grid of no blocks cannot be launched
         cu_seqlens = dense(cu_seqlens)
@@ -175,7 +173,7 @@ def varlen_attention(
         query = query if scale == usual else query * (scale / usual)
         query, key, value = plain(query), plain(key), plain(value)
         options: dict[str, Any] = {} if window is None else {"window_size": (window, window)}
-        attended: Any = _varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+        attended: Any = varlen_attn(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
         return attended
     tables = rotary or (None, None)
     if backend != "cpu" or query.dtype not in _CPU_DTYPES or wants_gradient((query, key, value, *tables)):

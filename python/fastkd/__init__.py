@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from fastkd.losses.catalogue import LOSSES
@@ -89,6 +90,9 @@ _HOME = dict.fromkeys(LOSSES, "fastkd.losses") | {
 }
 
 
+_OLDEST_TRANSFORMERS = (5, 17)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -102,6 +106,25 @@ def _is_command() -> bool:
     return os.path.basename(sys.argv[0] if getattr(sys, "argv", None) else "") in ("fastkd", "fastkd.exe")
 
 
+def _problem_of_packages() -> str | None:
+    """What is wrong with the packages that come with [models], or None."""
+    remedy = "install what its models need with: pip install 'fastkd-kernels[models]'"
+    try:
+        found = metadata.version("transformers")
+        metadata.version("typer")
+    except metadata.PackageNotFoundError as error:
+        return f"fastkd needs the package {error.name}, which is not installed; {remedy}"
+    if tuple(int(part) for part in found.split(".")[:2]) < _OLDEST_TRANSFORMERS:
+        oldest = ".".join(map(str, _OLDEST_TRANSFORMERS))
+        return f"fastkd needs transformers {oldest} or newer, but {found} is installed; {remedy}"
+    return None
+
+
+_problem = _problem_of_packages()
+if _problem is not None and _is_command():
+    sys.exit(_problem)
+if _problem is not None:
+    raise ImportError(_problem)
 if not _is_command():
     importlib.import_module("fastkd.model.pipeline")  # registers the model too
     importlib.import_module("fastkd.kd.students")
