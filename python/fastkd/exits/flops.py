@@ -6,9 +6,9 @@
     fastbert_float32  fastbert, added up in float32 layer by layer, as the tool behind FastBERT's tables did: from
                       2^31 on the sum is rounded, so 21,785,248,256 is printed there as 21,785,247,744
 
-Embeddings, normalisations, activations and softmax count nothing in any of them. A FastBERT head is counted as it is
-written down in the paper, with keys, values, queries and output projection of every token; the fused op of
-fastkd_kernels does about half of that work.
+Embeddings, normalisations, activations and softmax count nothing in any of them; a sliding window counts as all tokens.
+A FastBERT head is counted as it is written down in the paper, with keys, values, queries and output projection of every
+token; the fused op of fastkd_kernels does about half of that work.
 """
 
 from __future__ import annotations
