@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 import warnings
@@ -15,9 +16,11 @@ pytest.importorskip("peft", reason="peft is not installed: pip install peft")
 
 import peft
 import torch
-from tiny_models import early_exit_model, one_thread, random_batch, save_plain_checkpoint, tokenizer_of
+from tiny_models import CONFIGS, early_exit_model, one_thread, random_batch, save_plain_checkpoint, tokenizer_of
+from transformers import AutoModelForSequenceClassification
 
 import fastkd
+from fastkd import KDOptions, KDTrainer
 from fastkd.exits.fingerprints import model_fingerprint
 from fastkd.exits.merged_state import merged_state
 
@@ -239,3 +242,64 @@ def test_a_finetuned_model_is_the_base_of_the_next_adapter(tmp_path: Path) -> No
     base, tokenizer = saved_base(tmp_path / "base"), tokenizer_of("bert")
     fastkd.finetune(base, TRAIN, None, tmp_path / "tuned", fastkd.FinetuneOptions(**options()), tokenizer)
     assert adapted(base).peft_config["default"].base_model_name_or_path == str(tmp_path / "tuned")
+
+
+def saved_classifier(folder: Path, seed: int) -> Any:
+    torch.manual_seed(seed)
+    config = copy.deepcopy(CONFIGS["bert"])
+    config.num_labels = 2
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer_of("bert").save_pretrained(folder)
+    return AutoModelForSequenceClassification.from_pretrained(folder).eval()
+
+
+@pytest.mark.parametrize("method", ["kd", "universal-il", "annealing", "rail-kd"])
+def test_a_student_of_peft_learns_what_peft_trains(tmp_path: Path, method: str) -> None:
+    saved_classifier(tmp_path / "teacher", 1)
+    student = peft.get_peft_model(
+        saved_classifier(tmp_path / "base", 2),
+        peft.LoraConfig(r=2, task_type="SEQ_CLS", target_modules=["query", "value"]),
+    )
+    trainable = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    before = {name: parameter.detach().clone() for name, parameter in student.named_parameters()}
+    trainer = KDTrainer(tmp_path / "teacher", student, method, KDOptions(**options()))
+    trainer.train(TRAIN, DEV, tmp_path / "student")
+    changed = {name for name, value in student.named_parameters() if not torch.equal(value, before[name])}
+    assert changed
+    assert changed <= trainable
+    assert any("classifier.modules_to_save" in name for name in changed)
+    assert trainer.model is student
+    assert not list((tmp_path / "student").glob("model.*"))
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "student").eval()
+    assert torch.equal(answers(again), answers(student))
+    # transformers finds the base by itself
+    alone = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student").eval()
+    torch.testing.assert_close(answers(alone), answers(student))
+    torch.testing.assert_close(answers(student.merge_and_unload()), answers(again))
+    with pytest.raises(ValueError, match=r"student: .* holds an adapter; load it with PeftModel.from_pretrained"):
+        KDTrainer(tmp_path / "teacher", tmp_path / "student", "kd", KDOptions(**options()))
+
+
+def test_an_early_exit_student_of_peft_keeps_its_last_head(tmp_path: Path) -> None:
+    saved_classifier(tmp_path / "teacher", 1)
+    student = adapted(saved_base(tmp_path / "base"))
+    KDTrainer(tmp_path / "teacher", student, "kd", KDOptions(**options())).train(TRAIN, DEV, tmp_path / "student")
+    full = answers(student, speed=0.0)
+    loaded = Model.from_pretrained(tmp_path / "student").eval()
+    torch.testing.assert_close(answers(loaded, speed=0.0), full)
+    assert not loaded.config.exits_trained
+    assert set(loaded.seen_rows) == {"kd train", "kd dev"}
+
+
+def test_students_of_peft_that_could_not_be_loaded_again_are_refused(tmp_path: Path) -> None:
+    saved_classifier(tmp_path / "teacher", 1)
+    save_plain_checkpoint(tmp_path / "plain", "bert")
+    new = AutoModelForSequenceClassification.from_pretrained(tmp_path / "plain", num_labels=2)
+    lora = peft.LoraConfig(r=2, target_modules=["query"])
+    with pytest.raises(ValueError, match="student: its classifier is new and the adapter does not keep it"):
+        KDTrainer(tmp_path / "teacher", peft.get_peft_model(new, lora), "kd", KDOptions(**options()))
+    prompts = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    base = saved_classifier(tmp_path / "base", 2)
+    with pytest.raises(ValueError, match=r"student: its adapter .* puts tokens before the input"):
+        KDTrainer(tmp_path / "teacher", peft.get_peft_model(base, prompts), "kd", KDOptions(**options()))

@@ -233,6 +233,29 @@ def test_distil_trains_the_exits_without_labels(work: Path, tuned: Path, tmp_pat
     assert json.loads((tmp_path / "model" / "config.json").read_text())["exits_trained"] is True
 
 
+def test_a_reranker_gets_a_certificate_for_its_top(tmp_path: Path) -> None:
+    model = early_exit_model(num_labels=1)
+    with torch.no_grad():
+        for head in model.early_heads:
+            head.load_state_dict(model.last_head.state_dict())
+    model.save_pretrained(tmp_path / "model")
+    tokenizer_of("bert").save_pretrained(tmp_path / "model")
+    documents = ["good", "bad film", "the plot was dull", "very great", "boring", "cold and warm"]
+    pairs = "".join(f"the film {number}\t{text}\n" for number in range(20) for text in documents)
+    (tmp_path / "pairs.tsv").write_text("text_a\ttext_b\n" + pairs, encoding="utf-8")
+    rows = ("calibrate", tmp_path / "model", "--data", tmp_path / "pairs.tsv")
+    ranking = (*rows, "--top-k", 2, "--method", "empirical", "--max-drop", 0.9)
+    told = json.loads(succeeded(*ranking, "--json").stdout)
+    assert (told["top_k"], told["n"], told["documents"]) == (2, 10, 6)
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["rank_certificate"]["top_k"] == 2
+    assert "fewer operations" in succeeded(*ranking).stdout
+    assert "takes at least 59, beside as many" in refused(*rows, "--top-k", 2)
+    assert "--limit: got 5, but with --top-k documents leave by their scores" in refused(*ranking, "--limit", 5)
+    assert "--recall: got 90%, which is for a ranking" in refused(*rows, "--recall", "90%")
+    assert "this model is a regression" in refused(*ranking, "--label", "1")
+    assert "--label: got 'yes', expected the number of a class" in refused(*ranking, "--label", "yes")
+
+
 @pytest.mark.parametrize("family", ["albert", "deberta-v2"])
 def test_any_encoder_walks_from_finetune_to_predict(work: Path, tmp_path: Path, family: str) -> None:
     AutoModel.from_config(tiny_config(family)).save_pretrained(tmp_path / "plain")

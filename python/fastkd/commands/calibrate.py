@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -34,7 +35,13 @@ from fastkd.commands.predict import predict
 from fastkd.commands.screen import Screen, quieten, screen_for, share, strong
 
 if TYPE_CHECKING:
+    from fastkd.encoders.configuration import EarlyExitConfig
     from fastkd.exits.certificate import Certificate
+    from fastkd.exits.rank_calibration import RankCertificate
+
+
+_OF_SPEEDS = ("guarantee", "criterion", "top_n", "path_trace", "tolerance", "set_default", "limit")
+"""Options that say how single rows leave, or which of them are looked at."""
 
 
 class Guarantee(str, Enum):
@@ -61,7 +68,10 @@ def calibrate(
         Path | None, typer.Option(help="Rows that training has not seen: a file, or a folder of splits.")
     ] = None,
     split: Split = "test",
-    max_drop: Annotated[str, typer.Option(help="Share of rows that may suffer, as in 0.01 or 1%.")] = "1%",
+    max_drop: Annotated[
+        str | None,
+        typer.Option(help="Share of rows, or of queries, that may suffer; default: 1%, with --top-k 5%."),
+    ] = None,
     confidence: Annotated[str, typer.Option(help="With which that holds for new rows.")] = "95%",
     guarantee: Annotated[
         Guarantee,
@@ -92,6 +102,18 @@ def calibrate(
     model: Annotated[
         Path | None, typer.Option(help="With a trace file: the model folder that gets the certificate.")
     ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Certify a ranking instead: rows are pairs of query and document, whose top K counts."
+        ),
+    ] = None,
+    recall: Annotated[
+        str, typer.Option(help="With --top-k: the share of the full model's top K that a query must get.")
+    ] = "100%",
+    label: Annotated[
+        str | None, typer.Option(help="With --top-k: the class whose probability ranks; not for a regression.")
+    ] = None,
     set_default: Annotated[
         bool, typer.Option("--set-default", help="The model runs at this speed where it is given none.")
     ] = False,
@@ -116,12 +138,16 @@ def calibrate(
     than from the full model. Exact, for rows drawn like these; 299 rows is the
     least. The certificate is written into the model's config.json.
 
+    With --top-k, for a reranker: how early documents may leave so that the top
+    K is the full model's in 95% of queries. Queries are the first texts of
+    pairs, each with all of its documents; 118 queries is the least.
+
     [bold]Examples[/]
 
     \b
       [cyan]fastkd calibrate model --data data/test.tsv[/]
       [cyan]fastkd calibrate model --data new.tsv --max-drop 0.5% --set-default[/]
-      [cyan]fastkd calibrate test.safetensors --model model --guarantee accuracy[/]
+      [cyan]fastkd calibrate reranker --data pairs.tsv --top-k 10[/]
     """
     with screen_for(as_json, reads=(source, data, path_trace), output=output) as screen:
         quieten()
@@ -130,13 +156,18 @@ def calibrate(
         from fastkd.data.files import write_json
         from fastkd.exits import calibration
         from fastkd.exits.fingerprints import model_fingerprint
+        from fastkd.exits.rank_calibration import calibrate_ranking
         from fastkd.exits.threshold_path import threshold_path
         from fastkd.exits.trace import ExitTrace
         from fastkd.model.loading import load_config, load_model
 
-        drop, sure = parse_share(max_drop, "--max-drop"), parse_share(confidence, "--confidence")
-        if model is not None:
-            load_config(str(model))
+        if top_k is not None:
+            _refuse_given(context, _OF_SPEEDS, "but with --top-k documents leave by their scores; leave it out")
+        else:
+            _refuse_given(context, ("recall", "label"), "which is for a ranking; name its --top-k too")
+        drop = parse_share(max_drop or ("1%" if top_k is None else "5%"), "--max-drop")
+        sure = parse_share(confidence, "--confidence")
+        config = None if model is None else load_config(str(model))
         chosen = None if criterion is None else criterion.value
         path = None
         if path_trace is not None:
@@ -148,12 +179,19 @@ def calibrate(
             row_reading(text_column, pair_column, label_column, labels_are),
         )  # fmt: skip
         trace = load_or_make_trace(screen, source, data, options)
-        with screen.warnings():
-            certificate = calibration.calibrate(
-                trace, drop, sure, guarantee=guarantee.value, method=method.value, criterion=chosen, top_n=top_n,
-                path=path, tolerance=tolerance, allow_seen=allow_seen,
-            )  # fmt: skip
         folder = Path(source) if Path(source).is_dir() else model
+        with screen.warnings():
+            if top_k is not None:
+                config = config or (None if folder is None else load_config(str(folder)))
+                certificate: Certificate | RankCertificate = calibrate_ranking(
+                    trace, top_k, drop, sure, recall=1.0 if recall == "100%" else parse_share(recall, "--recall"),
+                    method=method.value, label=_class_number(config, label), allow_seen=allow_seen,
+                )  # fmt: skip
+            else:
+                certificate = calibration.calibrate(
+                    trace, drop, sure, guarantee=guarantee.value, method=method.value, criterion=chosen, top_n=top_n,
+                    path=path, tolerance=tolerance, allow_seen=allow_seen,
+                )  # fmt: skip
         if folder is not None:
             weights = trace.source.model
             if folder != Path(source):
@@ -164,18 +202,59 @@ def calibrate(
         _report(screen, certificate, folder, trace.num_layers, set_default, carried(context, predict))
 
 
+def _refuse_given(context: typer.Context, names: Sequence[str], why: str) -> None:
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source is not None and source.name != "DEFAULT":
+            raise ValueError(f"{parameter.opts[0]}: got {context.params[parameter.name]}, {why}")
+
+
+def _class_number(config: EarlyExitConfig | None, label: str | None) -> int | None:
+    """The number of the class called `label`, or with that number."""
+    if label is None:
+        return None
+    names = {} if config is None else {str(name): int(number) for number, name in (config.id2label or {}).items()}
+    if label not in names and not label.isdecimal():
+        raise ValueError(f"--label: got {label!r}, expected the number of a class, or one of {', '.join(names)}")
+    return names.get(label, int(label) if label.isdecimal() else None)
+
+
 def _report(
-    screen: Screen, certificate: Certificate, folder: Path | None, layers: int, set_default: bool, again: str
+    screen: Screen,
+    certificate: Certificate | RankCertificate,
+    folder: Path | None,
+    layers: int,
+    set_default: bool,
+    again: str,
 ) -> None:
-    print_certificate(screen, certificate, layers)
+    is_ranking = not hasattr(certificate, "speed")
+    if is_ranking:
+        _print_ranking(screen, cast("RankCertificate", certificate), layers)
+    else:
+        print_certificate(screen, cast("Certificate", certificate), layers)
     if folder is None:
         screen.say("not saved: name the model with --model MODEL to write the certificate into its config.json")
     else:
         screen.out.print(f"saved in {strong(folder / 'config.json')}", soft_wrap=True)
-        is_number = isinstance(certificate.speed, float)
-        speed = "" if set_default or not is_number else f" --speed {certificate.speed:g}"
-        screen.next_step(f"fastkd predict {quoted(folder)} INPUT{speed}{again} --monitor 1%")
+        value = getattr(certificate, "speed", None)
+        speed = f" --speed {value:g}" if isinstance(value, float) and not set_default else ""
+        if not is_ranking:
+            screen.next_step(f"fastkd predict {quoted(folder)} INPUT{speed}{again} --monitor 1%")
     screen.result(certificate.to_dict() | {"saved": None if folder is None else str(folder)})
+
+
+def _print_ranking(screen: Screen, certificate: RankCertificate, layers: int) -> None:
+    screen.out.print(
+        f"{strong(f'top {certificate.top_k}')}: [bold]{certificate.speedup:.2f}x[/] fewer operations at "
+        f"{certificate.seq_len} tokens, {certificate.average_layers:.2f} of {layers} layers on average, "
+        f"{certificate.documents:.4g} documents a query",
+        soft_wrap=True,
+    )
+    screen.out.print(f"{certificate}", soft_wrap=True)
+    screen.out.print(f"half-widths of the heads: {', '.join(f'{width:.4g}' for width in certificate.half_widths)}")
+    screen.out.print(f"mean recall of the full model's top {certificate.top_k}: {share(certificate.mean_recall)}")
+    if certificate.seen_as is not None:
+        screen.out.print(f"[bold yellow]void:[/] these were the {certificate.seen_as} rows of the model")
 
 
 def print_certificate(screen: Screen, certificate: Certificate, layers: int) -> None:

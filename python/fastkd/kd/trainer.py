@@ -45,7 +45,13 @@ from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.model.pretrained import saved_config
 from fastkd.model.tokenizers import load_tokenizer
 from fastkd.training import metrics
-from fastkd.training.checks import check_dtypes, check_evaluation, check_tokenizer, check_trainable
+from fastkd.training.checks import (
+    check_evaluation,
+    check_tokenizer,
+    check_trainable,
+    opened_student,
+    parameters_to_train,
+)
 from fastkd.training.harness import Run, TrainResult, asking_for_gradients, take_labels
 from fastkd.training.model_parts import seen_by
 from fastkd.training.processes import by_first
@@ -67,7 +73,7 @@ class KDTrainer:
         tokenizer: the student's; default: that of the student's folder, else the teacher's.
 
     Attributes:
-        model: the student, in evaluation mode, once it is trained.
+        model: the student, in evaluation mode, once it is trained; of a `PeftModel` that one.
 
     Raises:
         ValueError: an unknown method, an argument that it does not take, or a combination that cannot work.
@@ -87,9 +93,9 @@ class KDTrainer:
         self.method = method_of(method)
         self.options = options or KDOptions()
         self.method.check(self.options.arguments)
-        check_trainable(student, "student")
-        self.student = student
-        self.model: PreTrainedModel | None = None
+        self.student, self._adapter = opened_student(student)
+        student = self.student
+        self.model: Any = None
         self.cache = cache
         _check_teacher(teacher is not None, student, method, self.method)
         cannot_cache = self.method.teacher_kinds - set(CACHED_KINDS)
@@ -159,7 +165,7 @@ class KDTrainer:
         metrics.check_names(options.metric or default_metric(student), num_labels_of(student))
         check_evaluation(options.early_stopping_patience, dev)
         check_tokenizer(self.tokenizer, student)
-        check_dtypes(student.parameters())
+        parameters_to_train([student], self._adapter, "let it target layers of the student")
         for model in [student] if self.teacher is None else [student, self.teacher.model]:
             _check_length(model, options.max_length)
 
@@ -181,10 +187,11 @@ class KDTrainer:
                     for number, stage in enumerate(self.method.stages, start=1)
                 ]
         student.zero_grad(set_to_none=True)
-        self.model = student.eval()
+        student.eval()
+        self.model = student if self._adapter is None else self._adapter.eval()
         if isinstance(student, EarlyExitForSequenceClassification):
             _describe(student, train, dev, run)
-        return run.finish(student, self.tokenizer, _joined(results))
+        return run.finish(student, self.tokenizer, _joined(results), self._adapter)
 
     def _read(self, train: RowSource, dev: RowSource | None) -> tuple[Rows, Rows | None]:
         """The rows; names bring their classes into one order afterwards, and numbers stay numbers until then."""
@@ -210,7 +217,7 @@ class KDTrainer:
             assert self.teacher is not None
             student = student_from_teacher(self.teacher.model, str(self.student))
         else:
-            path = cast(Any, self.student)
+            path = self.student
             labels: dict[str, Any] = {"num_labels": train.num_labels}
             # a folder that already has the right head keeps it
             if getattr(saved_config(path, {}), "num_labels", None) == train.num_labels:
@@ -218,6 +225,8 @@ class KDTrainer:
             student = AutoModelForSequenceClassification.from_pretrained(
                 path, dtype=torch.float32, trust_remote_code=False, **labels
             )
+            # such a folder holds an adapter, which transformers puts into its base
+            check_trainable(student, "student")
         return student
 
     def _given(self, teacher: Teacher | None) -> dict[str, Any]:

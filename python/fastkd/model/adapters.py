@@ -66,8 +66,13 @@ def merge_adapter(model: _Model, folder: str | os.PathLike[str], *, heads_are_ne
     return merged.requires_grad_(True)
 
 
-def check_adapter(adapted: Any) -> None:
-    """Raise where the early-exit model in a `PeftModel` could not be loaded again from what peft saves.
+def check_adapter(adapted: Any, argument: str = "model", *, takes_any: bool = False) -> None:
+    """Raise where the model in a `PeftModel` could not be loaded again from what peft saves.
+
+    Args:
+        adapted: a `PeftModel`.
+        argument: what messages call it.
+        takes_any: other classifiers than early-exit models too.
 
     Raises:
         TypeError: another model lies in it.
@@ -75,36 +80,42 @@ def check_adapter(adapted: Any) -> None:
             kept.
     """
     model = adapted.get_base_model()
-    if not isinstance(model.config, EarlyExitConfig):
+    leaves_early = isinstance(model.config, EarlyExitConfig)
+    if not (leaves_early or takes_any):
         raise TypeError(
-            f"model: got a {type(adapted).__name__} around a {type(model).__name__}; expected one around an "
+            f"{argument}: got a {type(adapted).__name__} around a {type(model).__name__}; expected one around an "
             "EarlyExitForSequenceClassification"
         )
     config = adapted.peft_config.get(getattr(adapted, "active_adapter", None))
     if config is None or len(adapted.peft_config) > 1:
         raise ValueError(
-            f"model: it has the adapters {', '.join(adapted.peft_config)}; expected one, which is active; train each "
-            "around a base of its own"
+            f"{argument}: it has the adapters {', '.join(adapted.peft_config)}; expected one, which is active; train "
+            "each around a base of its own"
         )
     if config.is_prompt_learning:
         raise ValueError(
-            f"model: its adapter ({config.peft_type.value}) puts tokens before the input, where the heads read [CLS]; "
+            f"{argument}: its adapter ({config.peft_type.value}) puts tokens before the input, where heads read [CLS]; "
             "use one that changes layers, such as LoRA"
         )
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(
-            "model: the base of its adapter has no folder or name from which it could be loaded again; save it, load "
-            "it with from_pretrained, and call get_peft_model on that"
+            f"{argument}: the base of its adapter has no folder or name from which it could be loaded again; save it, "
+            "load it with from_pretrained, and call get_peft_model on that"
         )
-    if not isinstance(saved_config(base, {}), EarlyExitConfig):
+    saved = saved_config(base, {})
+    if leaves_early and not isinstance(saved, EarlyExitConfig):
         _check_heads_are_kept(adapted)
+    if not leaves_early and not any(name.endswith("Classification") for name in saved.architectures or ()):
+        _check_classifier_is_kept(adapted, argument)
 
 
 def save_adapter(adapted: Any, folder: Path) -> None:
-    """Write the adapter, and beside it the configuration of the model and the hashes of the rows that it has seen."""
+    """Write the adapter; beside that of an early-exit model its configuration, card and the hashes of rows seen."""
     model = adapted.get_base_model()
     adapted.save_pretrained(folder)
+    if not isinstance(model.config, EarlyExitConfig):
+        return  # beside a configuration of its own transformers would look for whole weights
     model.describe_weights()
     model.config.save_pretrained(folder)
     save_seen_rows(model.seen_rows, folder)
@@ -117,4 +128,14 @@ def _check_heads_are_kept(adapted: Any) -> None:
         raise ValueError(
             "model: its heads are new and the adapter does not keep them all; pass modules_to_save=['heads'] to its "
             "configuration (LoraConfig(..., modules_to_save=['heads']))"
+        )
+
+
+def _check_classifier_is_kept(adapted: Any, argument: str) -> None:
+    model = adapted.get_base_model()
+    heads = {name: child for name, child in model.named_children() if name != model.base_model_prefix}
+    if not any(map(is_adapter, heads.values())):
+        raise ValueError(
+            f"{argument}: its classifier is new and the adapter does not keep it; pass task_type='SEQ_CLS' to its "
+            f"configuration, or modules_to_save={list(heads)[-1:]}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from fastkd.data.files import check_fields, check_output_folder, read_json, writ
 from fastkd.data.labels import label_rule, names_of_classes
 from fastkd.data.rows import Rows, RowSource, load_splits
 from fastkd.exits.merged_state import is_adapter
-from fastkd.model.adapters import check_adapter, is_peft_model
+from fastkd.model.adapters import adapter_base, check_adapter, is_peft_model
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 
 _RUN_FILE = "run.json"
@@ -103,7 +104,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
 
 def check_trainable(model: object, argument: str = "model") -> None:
     """Raise TypeError or ValueError for a model with adapters, whose frozen weights would train."""
-    remedy = "merge the adapter first (model.merge_and_unload()), or train it with fastkd.finetune or a Trainer"
+    remedy = "merge the adapter first (model.merge_and_unload()), or train it with fastkd.finetune or fastkd.KDTrainer"
     if is_adapter(model):
         raise TypeError(f"{argument}: got a {type(model).__name__} of peft, whose frozen weights would train; {remedy}")
     if not isinstance(model, nn.Module):
@@ -127,6 +128,25 @@ def opened(model: Any) -> tuple[EarlyExitForSequenceClassification, Any]:
         return model.get_base_model(), model
     check_trainable(model)
     return model, None
+
+
+def opened_student(student: Any) -> tuple[Any, Any]:
+    """The student of a KD training, whatever kind it is, and the `PeftModel` around it, or None.
+
+    Raises:
+        TypeError, ValueError: adapters that cannot be trained so, see `check_adapter`.
+    """
+    if is_peft_model(student):
+        check_adapter(student, "student", takes_any=True)
+        return student.get_base_model(), student
+    is_folder = isinstance(student, str | os.PathLike)
+    if is_folder and adapter_base(student) and not (Path(student) / "config.json").is_file():
+        raise ValueError(
+            f"student: {student} holds an adapter; load it with PeftModel.from_pretrained and pass that to "
+            "fastkd.KDTrainer, or merge it into its base (merge_and_unload) and save that"
+        )
+    check_trainable(student, "student")
+    return student, None
 
 
 def parameters_to_train(trained: Sequence[nn.Module], adapter: Any, remedy: str) -> list[nn.Parameter]:
