@@ -80,6 +80,8 @@ struct RowWork {
   int64_t out_stride;  // bytes
 };
 
+constexpr int64_t kNoWindow = int64_t{1} << 40;
+
 // Queries, keys and values of some heads of one sequence.
 struct Heads {
   const char* rows;  // of the sequence: queries, keys, values
@@ -90,7 +92,7 @@ struct Heads {
   int64_t head_size;
   int64_t first, end;  // heads
   float scale_log2;
-  int64_t window;                // tokens to each side
+  int64_t window;                // tokens to each side; kNoWindow: all
   const float *cosines, *sines;  // [places, head_size / 2], or null
   char* out;                     // rows of the whole width
   int64_t out_stride;            // bytes

@@ -286,7 +286,8 @@ struct Shapes {
     result.row_scales = reinterpret_cast<float*>(next(blocks * kBlock * 4));
     const int64_t shared = at;
     // queries, keys and values are done with when the third product begins
-    result.heads = next(blocks * kBlock * heads_stride);
+    // AMX reads whole blocks of queries, from any row on
+    result.heads = next((blocks + 1) * kBlock * heads_stride);
     result.attended = next(blocks * kBlock * attended_stride);
     result.context = next(blocks * context_lines * kTile);
     const int64_t end = at;
@@ -517,7 +518,7 @@ class LayerRun {
     work.width = layer_.width;
     work.head_size = layer_.head_size();
     work.scale_log2 = layer_.scale_log2;
-    work.window = layer_.window < 0 ? tokens : std::min(layer_.window, tokens);
+    work.window = layer_.window < 0 ? kNoWindow : layer_.window;
     work.cosines = layer_.cosines;
     work.sines = layer_.sines;
     work.out_stride = group_.shapes.attended_stride;

@@ -5,36 +5,62 @@ constexpr int kVectors = kPanel / LANES;  // in a line of a panel
 
 // ---- activations
 
-// x Phi(x) = max(x, 0) - |x| / 2 erfc(|x| / sqrt 2), where erfc is a power of two of a polynomial, fitted to at most 4e-8
-// of error in the result (6e-7 for bfloat16).
+// 2^y for y <= 0, NaN where y is NaN; the coarse one to 3e-6, far inside a bfloat16.
+template <bool PRECISE>
+static inline Floats decay(Floats y) {
+#if FASTKD_X86_LEVELS && LANES == 16
+  if (PRECISE) {
+    const Floats r = _mm512_maskz_reduce_ps(0xffff, y, 8);  // y - round(y)
+    Floats p = r * 0.00015345742576755583f + 0.0013399928575381637f;
+    p = p * r + 0.009618489071726799f;
+    p = p * r + 0.05550328642129898f;
+    p = p * r + 0.24022646248340607f;
+    p = p * r + 0.6931471824645996f;
+    return _mm512_maskz_scalef_ps(0xffff, p * r + 1.f, y - r);
+  }
+  const Floats r = _mm512_maskz_reduce_ps(0xffff, y, 9);  // y - floor(y)
+  Floats p = r * 0.01353409606963396f + 0.052011605352163315f;
+  p = p * r + 0.24144266545772552f;
+  p = p * r + 0.6930038332939148f;
+  return _mm512_maskz_scalef_ps(0xffff, p * r + 1.0000026226043701f, y);
+#else
+  return power_of_two(y);
+#endif
+}
+
+static inline Floats size_of(Floats x) {
+  const Floats negative = -x;
+  return larger(x, negative);
+}
+
+// x Phi(x) = max(x, 0) - |x| 2^(p(|x|) - 1), where 2^p(|x|) = erfc(|x| / sqrt 2); the polynomial p is fitted to at most
+// 4e-8 of error in the result (6e-7 for bfloat16).
 template <bool PRECISE>
 static inline Floats gelu(Floats x) {
-  const Floats negative = -x;
-  const Floats size = larger(x, negative);
+  const Floats size = size_of(x);
   const Floats t = size < 20.f ? size : splat(20.f);  // beyond, and for NaN, the first term is all
-  Floats exponent;
+  Floats p;
   if (PRECISE) {
-    exponent = t * -1.9020279751202906e-06f + 2.8056438168277964e-05f;
-    exponent = exponent * t - 0.0001314705441473052f;
-    exponent = exponent * t - 0.00027208306710235775f;
-    exponent = exponent * t + 0.007245432119816542f;
-    exponent = exponent * t - 0.05262761935591698f;
-    exponent = exponent * t - 0.4591621458530426f;
-    exponent = exponent * t - 1.1511110067367554f;
+    p = t * -1.9020279751202906e-06f + 2.8056438168277964e-05f;
+    p = p * t - 0.0001314705441473052f;
+    p = p * t - 0.00027208306710235775f;
+    p = p * t + 0.007245432119816542f;
+    p = p * t - 0.05262761935591698f;
+    p = p * t - 0.4591621458530426f;
+    p = p * t - 1.1511110067367554f;
   } else {
-    exponent = t * -0.0004881023778580129f + 0.007198719307780266f;
-    exponent = exponent * t - 0.052146632224321365f;
-    exponent = exponent * t - 0.45959585905075073f;
-    exponent = exponent * t - 1.1510004997253418f;
+    p = t * -0.0004881023778580129f + 0.007198719307780266f;
+    p = p * t - 0.052146632224321365f;
+    p = p * t - 0.45959585905075073f;
+    p = p * t - 1.1510004997253418f;
   }
-  return larger(Floats{}, x) - t * 0.5f * power_of_two(exponent * t);
+  return larger(Floats{}, x) - t * decay<PRECISE>(p * t - 1.f);
 }
 
 // x / (1 + exp(-y))
+template <bool PRECISE>
 static inline Floats times_sigmoid(Floats x, Floats y) {
-  const Floats negative = -y;
-  const Floats size = larger(y, negative);
-  const Floats small = power_of_two(size * -1.4426950408889634f);
+  const Floats small = decay<PRECISE>(size_of(y) * -1.4426950408889634f);
   const Floats one = splat(1.f);
   return x * (y < 0.f ? small : one) / (one + small);
 }
@@ -43,9 +69,9 @@ template <bool PRECISE>
 static inline Floats activate(Activation activation, Floats x) {
   switch (activation) {
     case kGelu: return gelu<PRECISE>(x);
-    case kTanhGelu: return times_sigmoid(x, x * (1.5957691216057308f + 0.07135481282553487f * (x * x)));
+    case kTanhGelu: return times_sigmoid<PRECISE>(x, x * (1.5957691216057308f + 0.07135481282553487f * (x * x)));
     case kRelu: return larger(Floats{}, x);
-    case kSilu: return times_sigmoid(x, x);
+    case kSilu: return times_sigmoid<PRECISE>(x, x);
     default: return x;
   }
 }
@@ -69,54 +95,71 @@ struct Block {
   int64_t panel, panels;
 };
 
-// The columns of one vector, with bias.
-template <bool INTEGERS>
-static inline Floats column_sums(const Product& product, const Block& block, int64_t row, int64_t panel, int v) {
-  const char* at = block.sums + row * block.stride + (panel * kVectors + v) * LANES * 4;
-  const int64_t column = ((block.panel + panel) * kVectors + v) * LANES;
-  Floats result;
-  if (INTEGERS) {
-    Ints sums;
-    __builtin_memcpy(&sums, at, sizeof sums);
-    const Floats scale = load(product.weight->scales + column) * product.row_scales[block.first_row + row];
-    result = __builtin_convertvector(sums, Floats) * scale;
-  } else {
-    result = load(reinterpret_cast<const float*>(at));
-  }
-  return product.weight->bias == nullptr ? result : result + load(product.weight->bias + column);
-}
-
-template <bool INTEGERS>
-static inline void finish_row(const Product& product, const Block& block, int64_t row) {
-  const int64_t at_row = block.first_row + row;
-  const int64_t step = product.gated ? 2 : 1;
-  const bool narrow = product.out_number == kBFloat16;
-  for (int64_t panel = 0; panel < block.panels; panel += step) {
-    const int64_t out_panel = (block.panel + panel) / step;
-    for (int v = 0; v < kVectors; ++v) {
-      Floats result = column_sums<INTEGERS>(product, block, row, panel, v);
-      if (product.activation != kNone) {
-        result = narrow ? activate<false>(product.activation, result) : activate<true>(product.activation, result);
-      }
-      if (product.gated) result *= column_sums<INTEGERS>(product, block, row, panel + 1, v);
-      const int64_t column = (out_panel * kVectors + v) * LANES;
-      if (product.sink == Sink::kSums) {
-        float* to = reinterpret_cast<float*>(product.out + at_row * product.out_stride) + column;
-        store(to, load(to) + result);
-        continue;
-      }
-      const int64_t byte = column * (narrow ? 2 : 4);
-      char* to = product.sink == Sink::kRows
-          ? product.out + at_row * product.out_stride + byte
-          : product.out + ((at_row / kBlock) * product.out_stride + byte / kLine) * kTile + at_row % kBlock * kLine +
-              byte % kLine;
-      if (narrow) {
-        store_bf16(to, result);
+// Rows `from` to `end` of a block. Everything that a store might change for the compiler is copied first.
+template <bool INTEGERS, Sink SINK, bool NARROW, bool GATED>
+static void finish_as(const Product& product, const Block& block, int64_t from, int64_t end) {
+  constexpr int64_t kStep = GATED ? 2 : 1;
+  constexpr int64_t kSize = NARROW ? 2 : 4;
+  const Activation activation = product.activation;
+  const int64_t panels = block.panels, stride = block.stride, out_stride = product.out_stride;
+  const int64_t column = block.panel / kStep * kPanel * kSize;  // bytes
+  const char* const all_sums = block.sums;
+  const float* const bias = product.weight->bias == nullptr ? nullptr : product.weight->bias + block.panel * kPanel;
+  const float* const scales = INTEGERS ? product.weight->scales + block.panel * kPanel : nullptr;
+  for (int64_t row = from; row < end; ++row) {
+    const char* const sums = all_sums + row * stride;
+    const int64_t at_row = block.first_row + row;
+    const float row_scale = INTEGERS ? product.row_scales[at_row] : 1.f;
+    const auto columns = [&](int64_t i) {
+      Floats result;
+      if (INTEGERS) {
+        Ints whole;
+        __builtin_memcpy(&whole, sums + i * 4, sizeof whole);
+        result = __builtin_convertvector(whole, Floats) * (load(scales + i) * row_scale);
       } else {
-        store(reinterpret_cast<float*>(to), result);
+        result = load(reinterpret_cast<const float*>(sums) + i);
+      }
+      return bias == nullptr ? result : result + load(bias + i);
+    };
+    char* const out = SINK == Sink::kTiles ? product.out + at_row / kBlock * out_stride * kTile + at_row % kBlock * kLine
+                                           : product.out + at_row * out_stride;
+    for (int64_t panel = 0; panel < panels; panel += kStep) {
+      for (int v = 0; v < kVectors; ++v) {
+        Floats result = columns(panel * kPanel + v * LANES);
+        if (SINK == Sink::kSums) {
+          float* to = reinterpret_cast<float*>(out + column) + panel * kPanel + v * LANES;
+          store(to, load(to) + result);
+          continue;
+        }
+        if (activation != kNone) result = activate<!NARROW>(activation, result);
+        if (GATED) result *= columns((panel + 1) * kPanel + v * LANES);
+        const int64_t byte = column + (panel / kStep * kPanel + v * LANES) * kSize;
+        char* to = SINK == Sink::kTiles ? out + byte / kLine * kTile + byte % kLine : out + byte;
+        if (NARROW) {
+          store_bf16(to, result);
+        } else {
+          store(reinterpret_cast<float*>(to), result);
+        }
       }
     }
   }
+}
+
+using Finish = void (*)(const Product&, const Block&, int64_t from, int64_t end);
+
+template <bool INTEGERS, Sink SINK>
+static Finish finish_into(const Product& product) {
+  if (product.out_number == kBFloat16) {
+    return product.gated ? finish_as<INTEGERS, SINK, true, true> : finish_as<INTEGERS, SINK, true, false>;
+  }
+  return product.gated ? finish_as<INTEGERS, SINK, false, true> : finish_as<INTEGERS, SINK, false, false>;
+}
+
+template <bool INTEGERS>
+static Finish finish_of(const Product& product) {
+  if (product.sink == Sink::kSums) return finish_as<INTEGERS, Sink::kSums, false, false>;
+  return product.sink == Sink::kRows ? finish_into<INTEGERS, Sink::kRows>(product)
+                                     : finish_into<INTEGERS, Sink::kTiles>(product);
 }
 
 // ---- products by vectors
@@ -228,7 +271,7 @@ static inline void multiply_block(
 // Rows `first` to `first + rows` of one tile, at most kRows of them.
 template <Number NUMBER, int PANELS>
 static inline void multiply_rows_of_tile(
-    const Product& product, int64_t first, int64_t rows, int64_t panel, char* scratch) {
+    const Product& product, Finish finish, int64_t first, int64_t rows, int64_t panel, char* scratch) {
   const Weight& weight = *product.weight;
   const int64_t panel_bytes = weight.lines * kLine;
   const char* from = product.rows + first / kBlock * (weight.lines / 16) * kTile + first % kBlock * kLine;
@@ -268,21 +311,22 @@ static inline void multiply_rows_of_tile(
   }
 #endif
   const Block block{scratch, stride, first, rows, panel, PANELS};
-  for (int64_t row = 0; row < rows; ++row) finish_row<NUMBER == kInt8>(product, block, row);
+  finish(product, block, 0, rows);
 }
 
 template <Number NUMBER>
 static void multiply_by_vectors(const Product& product, int64_t first_panel, int64_t end_panel, char* scratch) {
   constexpr int64_t kMost = kPanels;
+  const Finish finish = finish_of<NUMBER == kInt8>(product);
   for (int64_t panel = first_panel; panel < end_panel;) {
     const int64_t left = end_panel - panel;
     // gated panels stay together
     const int64_t panels = product.gated ? 2 : left < kMost ? left : kMost == 3 && left == 4 ? 2 : kMost;
     for (int64_t row = 0; row < product.row_count; row += kRows) {
       const int64_t rows = product.row_count - row < kRows ? product.row_count - row : kRows;
-      if (panels == 1) multiply_rows_of_tile<NUMBER, 1>(product, row, rows, panel, scratch);
-      if (panels == 2) multiply_rows_of_tile<NUMBER, 2>(product, row, rows, panel, scratch);
-      if (panels == 3) multiply_rows_of_tile<NUMBER, kPanels>(product, row, rows, panel, scratch);
+      if (panels == 1) multiply_rows_of_tile<NUMBER, 1>(product, finish, row, rows, panel, scratch);
+      if (panels == 2) multiply_rows_of_tile<NUMBER, 2>(product, finish, row, rows, panel, scratch);
+      if (panels == 3) multiply_rows_of_tile<NUMBER, kPanels>(product, finish, row, rows, panel, scratch);
     }
     panel += panels;
   }
@@ -342,7 +386,8 @@ constexpr int64_t kAmxStride = 2 * kLine;
 // One block of 16 or 32 rows and columns, while the rows of the block before it are finished.
 template <Number NUMBER, int BLOCKS, int PANELS>
 static inline void multiply_tiles(
-    const Product& product, int64_t block, int64_t panel, const Block& before, char* to, bool prefetches) {
+    const Product& product, Finish finish, int64_t block, int64_t panel, const Block& before, char* to,
+    int64_t pass, int64_t passes) {
   const Weight& weight = *product.weight;
   const int64_t tiles = weight.lines / 16, panel_bytes = weight.lines * kLine;
   const char* rows = product.rows + block * tiles * kTile;
@@ -351,18 +396,17 @@ static inline void multiply_tiles(
   if (PANELS == 2) _tile_zero(1);
   if (BLOCKS == 2) _tile_zero(2);
   if (BLOCKS == 2 && PANELS == 2) _tile_zero(3);
-  int64_t finished = 0, due = 0;
+  int64_t finished = 0;
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    if (prefetches) {
-      const char* next = panels + PANELS * panel_bytes + tile * kTile;
-      for (int p = 0; p < PANELS; ++p) {
-        for (int64_t line = 0; line < 16; ++line) _mm_prefetch(next + p * panel_bytes + line * kLine, _MM_HINT_T1);
-      }
+    // the next panels, of which each pass over the rows asks for its part
+    const char* next = panels + PANELS * panel_bytes + tile * kTile;
+    for (int64_t line = pass; line < 16; line += passes) {
+      for (int p = 0; p < PANELS; ++p) _mm_prefetch(next + p * panel_bytes + line * kLine, _MM_HINT_T1);
     }
     multiply_tile<NUMBER, BLOCKS, PANELS>(rows + tile * kTile, tiles * kTile, panels + tile * kTile, panel_bytes);
-    for (due += before.rows; finished * tiles < due && finished < before.rows; ++finished) {
-      finish_row<NUMBER == kInt8>(product, before, finished);
-    }
+    const int64_t due = before.rows * (tile + 1) / tiles;
+    if (due > finished) finish(product, before, finished, due);
+    finished = due;
   }
   _tile_stored(0, to, kAmxStride);
   if (PANELS == 2) _tile_stored(1, to + kLine, kAmxStride);
@@ -373,6 +417,7 @@ static inline void multiply_tiles(
 template <Number NUMBER>
 static void multiply_by_tiles(const Product& product, int64_t first_panel, int64_t end_panel, char* scratch) {
   const int64_t blocks = (product.row_count + kBlock - 1) / kBlock;
+  const Finish finish = finish_of<NUMBER == kInt8>(product);
   configure_tiles();
   Block before{scratch, kAmxStride, 0, 0, 0, 0};
   int64_t turn = 0;
@@ -380,17 +425,18 @@ static void multiply_by_tiles(const Product& product, int64_t first_panel, int64
     const int64_t panels = end_panel - panel < 2 ? 1 : 2;
     for (int64_t block = 0; block < blocks; block += 2) {
       char* to = scratch + turn * 32 * kAmxStride;
-      const bool two = block + 1 < blocks, prefetches = block == 0 && panel + 4 <= end_panel;
-      if (two && panels == 2) multiply_tiles<NUMBER, 2, 2>(product, block, panel, before, to, prefetches);
-      if (two && panels == 1) multiply_tiles<NUMBER, 2, 1>(product, block, panel, before, to, false);
-      if (!two && panels == 2) multiply_tiles<NUMBER, 1, 2>(product, block, panel, before, to, prefetches);
-      if (!two && panels == 1) multiply_tiles<NUMBER, 1, 1>(product, block, panel, before, to, false);
+      const bool two = block + 1 < blocks;
+      const int64_t pass = panel + 4 <= end_panel ? block / 2 : 16, passes = (blocks + 1) / 2;
+      if (two && panels == 2) multiply_tiles<NUMBER, 2, 2>(product, finish, block, panel, before, to, pass, passes);
+      if (two && panels == 1) multiply_tiles<NUMBER, 2, 1>(product, finish, block, panel, before, to, pass, passes);
+      if (!two && panels == 2) multiply_tiles<NUMBER, 1, 2>(product, finish, block, panel, before, to, pass, passes);
+      if (!two && panels == 1) multiply_tiles<NUMBER, 1, 1>(product, finish, block, panel, before, to, pass, passes);
       const int64_t row = block * kBlock, left = product.row_count - row;
       before = {to, kAmxStride, row, left < 2 * kBlock ? left : 2 * kBlock, panel, panels};
       turn ^= 1;
     }
   }
-  for (int64_t row = 0; row < before.rows; ++row) finish_row<NUMBER == kInt8>(product, before, row);
+  finish(product, before, 0, before.rows);
   _tile_release();
 }
 
@@ -571,15 +617,205 @@ struct Kernels {
 
 }  // namespace by_vectors
 
-static int64_t attention_scratch(int64_t tokens, int64_t head_size) {
-  return 4 * (2 * tokens * head_size + 32 * (2 * head_size + tokens)) + 64;
+#if HAS_AMX
+
+namespace by_tiles {
+
+// Whether AMX attends: heads of whole lines of bfloat16, whose queries see every key.
+static inline bool can_attend(const Heads& heads) {
+  return heads.tiles != nullptr && heads.number == kBFloat16 && heads.head_size % 32 == 0 && heads.cosines == nullptr &&
+      heads.window >= kNoWindow;
 }
 
-static bool attends_to_tiles(const Heads&) {
+// What the kernel of one head needs: keys and values as tiles, and of 16 queries scores, weights and context.
+struct Scratch {
+  char *keys, *values, *high, *low;
+  float *scores, *context;
+};
+
+static inline int64_t place(int64_t tokens, int64_t head_size, char* memory, Scratch* scratch) {
+  const int64_t blocks = (tokens + 15) / 16, pairs = (tokens + 31) / 32, steps = head_size / 32;
+  int64_t at = 0;
+  const auto next = [&](int64_t bytes) {
+    char* here = memory + at;
+    at += bytes;
+    return here;
+  };
+  Scratch result;
+  result.keys = next(blocks * steps * kTile);
+  result.values = next(pairs * 2 * steps * kTile);
+  result.high = next(pairs * kTile);
+  result.low = next(pairs * kTile);
+  result.scores = reinterpret_cast<float*>(next(16 * pairs * 32 * 4));
+  result.context = reinterpret_cast<float*>(next(16 * head_size * 4));
+  if (scratch != nullptr) *scratch = result;
+  return at;
+}
+
+// Line j of a tile of keys holds numbers 2 j and 2 j + 1 of 16 keys.
+static inline void tile_keys(const char* keys, int64_t stride, int64_t tokens, int64_t steps, char* to) {
+  for (int64_t token = 0; token < tokens; token += 16) {
+    for (int64_t step = 0; step < steps; ++step) {
+      Floats block[16];
+      for (int64_t lane = 0; lane < 16; ++lane) {
+        const int64_t key = token + lane < tokens ? token + lane : tokens - 1;
+        block[lane] = load(reinterpret_cast<const float*>(keys + key * stride + step * kLine));
+      }
+      transpose(block);
+      for (int64_t line = 0; line < 16; ++line) store(reinterpret_cast<float*>(to + line * kLine), block[line]);
+      to += kTile;
+    }
+  }
+}
+
+// Line j of a tile of values holds 16 numbers of tokens 2 j and 2 j + 1; zeros behind the last token.
+static inline void tile_values(const char* values, int64_t stride, int64_t tokens, int64_t steps, char* to) {
+  const auto wide = [&](int64_t token, int64_t column) {
+    if (token >= tokens) return Words{};
+    Halves halves;
+    __builtin_memcpy(&halves, values + token * stride + column * 32, sizeof halves);
+    return __builtin_convertvector(halves, Words);
+  };
+  for (int64_t token = 0; token < tokens; token += 32) {
+    for (int64_t column = 0; column < 2 * steps; ++column) {
+      for (int64_t line = 0; line < 16; ++line) {
+        const Words pair = wide(token + 2 * line, column) | wide(token + 2 * line + 1, column) << 16;
+        __builtin_memcpy(to + line * kLine, &pair, sizeof pair);
+      }
+      to += kTile;
+    }
+  }
+}
+
+// The scores of one query become weights, each as the sum of two bfloat16; returns the sum of the weights.
+static inline float weigh(const float* scores, int64_t tokens, float scale_log2, char* high, char* low) {
+  const int64_t whole = tokens / 16 * 16;
+  const __mmask16 rest = static_cast<__mmask16>((1u << (tokens - whole)) - 1);
+  const Floats none = splat(-__builtin_inff());
+  const Floats tail = _mm512_mask_loadu_ps(none, rest, scores + whole);
+  Floats largest = tail;
+  for (int64_t t = 0; t < whole; t += 16) largest = larger(load(scores + t), largest);
+  const Floats shift = splat(-scale_log2 * largest_of(largest));
+  Floats total{};
+  for (int64_t t = 0; t < tokens; t += 32) {
+    Floats weights[2], truncated[2];
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = t + half * 16;
+      const Floats lanes = at < whole ? load(scores + at) : at == whole ? tail : none;
+      weights[half] = decay<false>(lanes * scale_log2 + shift);
+      truncated[half] = (Floats)((Words)weights[half] & 0xffff0000u);
+      total += weights[half];
+      weights[half] -= truncated[half];
+    }
+    const auto high_halves = _mm512_cvtne2ps_pbh(truncated[1], truncated[0]);
+    const auto low_halves = _mm512_cvtne2ps_pbh(weights[1], weights[0]);
+    __builtin_memcpy(high + t / 32 * kTile, &high_halves, sizeof high_halves);
+    __builtin_memcpy(low + t / 32 * kTile, &low_halves, sizeof low_halves);
+  }
+  return sum_of(total);
+}
+
+// The compiler does not know that tiles are loaded from memory.
+static inline void finish_stores() {
+  __asm__ volatile("" ::: "memory");
+}
+
+static inline void score_block(const char* query, int64_t stride, int64_t steps, int64_t blocks, const Scratch& scratch) {
+  const int64_t row_bytes = (blocks + 1) / 2 * 32 * 4;
+  for (int64_t block = 0; block < blocks; ++block) {
+    _tile_zero(0);
+    for (int64_t step = 0; step < steps; ++step) {
+      _tile_loadd(4, query + step * kLine, stride);
+      _tile_loadd(6, scratch.keys + (block * steps + step) * kTile, kLine);
+      _tile_dpbf16ps(0, 4, 6);
+    }
+    _tile_stored(0, scratch.scores + block * 16, row_bytes);
+  }
+}
+
+static inline void sum_values(int64_t pairs, int64_t columns, const Scratch& scratch) {
+  for (int64_t column = 0; column < columns; column += 2) {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const char* values = scratch.values + (pair * columns + column) * kTile;
+      _tile_loadd(4, scratch.high + pair * kTile, kLine);
+      _tile_loadd(5, scratch.low + pair * kTile, kLine);
+      _tile_loadd(6, values, kLine);
+      _tile_loadd(7, values + kTile, kLine);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(0, 5, 6);
+      _tile_dpbf16ps(1, 5, 7);
+    }
+    _tile_stored(0, scratch.context + column * 16, columns * kLine);
+    _tile_stored(1, scratch.context + (column + 1) * 16, columns * kLine);
+  }
+}
+
+static void attend(const Heads& heads, char* memory) {
+  const int64_t tokens = heads.tokens, size = heads.head_size, steps = size / 32, columns = size / 16;
+  const int64_t blocks = (tokens + 15) / 16, pairs = (tokens + 31) / 32;
+  Scratch scratch;
+  place(tokens, size, memory, &scratch);
+  configure_tiles();
+  for (int64_t head = heads.first; head < heads.end; ++head) {
+    const char* query = heads.rows + head * size * 2;
+    const char* key = query + heads.width * 2;
+    tile_keys(key, heads.stride, tokens, steps, scratch.keys);
+    tile_values(key + heads.width * 2, heads.stride, tokens, steps, scratch.values);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t queries = tokens - block * 16 < 16 ? tokens - block * 16 : 16;
+      finish_stores();
+      score_block(query + block * 16 * heads.stride, heads.stride, steps, blocks, scratch);
+      float totals[16];
+      for (int64_t q = 0; q < queries; ++q) {
+        totals[q] = weigh(
+            scratch.scores + q * pairs * 32, tokens, heads.scale_log2, scratch.high + q * kLine, scratch.low + q * kLine);
+      }
+      finish_stores();
+      sum_values(pairs, columns, scratch);
+      for (int64_t q = 0; q < queries; ++q) {
+        const float factor = 1.f / totals[q];
+        for (int64_t step = 0; step < steps; ++step) {
+          const float* from = scratch.context + q * size + step * 32;
+          const auto halves = _mm512_cvtne2ps_pbh(load(from + 16) * factor, load(from) * factor);
+          char* to = tile_line(heads.tiles, heads.lines, heads.first_row + block * 16 + q, head * steps + step);
+          __builtin_memcpy(to, &halves, sizeof halves);
+        }
+      }
+    }
+  }
+  _tile_release();
+}
+
+}  // namespace by_tiles
+
+#endif
+
+static int64_t attention_scratch(int64_t tokens, int64_t head_size) {
+  const int64_t vectors = 4 * (2 * tokens * head_size + 32 * (2 * head_size + tokens)) + 64;
+#if HAS_AMX
+  const int64_t tiles = by_tiles::place(tokens, head_size + 31, nullptr, nullptr);
+  return vectors > tiles ? vectors : tiles;
+#else
+  return vectors;
+#endif
+}
+
+static bool attends_to_tiles(const Heads& heads) {
+#if HAS_AMX
+  return by_tiles::can_attend(heads);
+#else
+  (void)heads;
   return false;
+#endif
 }
 
 static void attend(const Heads& heads, char* scratch) {
+#if HAS_AMX
+  if (by_tiles::can_attend(heads)) return by_tiles::attend(heads, scratch);
+#endif
   const int64_t size = bytes_of(heads.number), stride = heads.stride / size;
   const by_vectors::Attention call{
       heads.rows,
