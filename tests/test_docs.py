@@ -47,6 +47,8 @@ NOT_RUN = {
     "fastkd demo": "takes minutes; tests/test_cli.py runs a small one",
     "torchrun": "starts processes of its own; tests/test_training.py trains by it",
     "fastkd predict model big": "reads a folder of millions of rows; tests/test_folders.py answers small ones",
+    "fastkd serve": "answers until it is stopped; tests/test_serve.py does both",
+    "curl": "asks a server that does not run here",
 }
 LANGUAGES = {"python", "bash", "text"}
 # What a page's blocks write themselves, and so must not find there.

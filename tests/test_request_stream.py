@@ -154,15 +154,30 @@ def test_what_has_begun_is_answered_although_it_is_late() -> None:
 
 
 def test_a_row_that_can_only_just_be_answered_in_time_runs_first() -> None:
-    model, rows = early_exit_model(num_labels=3), encoded_rows(12)
-    stream = stream_of(model, tokens_per_run=100000, clock=lambda: 0.0)
+    model, rows, now = early_exit_model(num_labels=3), encoded_rows(12), [0.0]
+    stream = stream_of(model, tokens_per_run=100000, clock=lambda: now[0])
     stream.add([request_of(model, rows[0], speed=0.0, due=math.inf)])
     stream.step()
-    stream.add([request_of(model, row, speed=0.0) for row in rows[1:]])
-    # the fuller queue, so that the others catch up
-    assert stream.step().rows == 11
-    stream.add([request_of(model, rows[0], speed=0.0, due=0.0), request_of(model, rows[1], speed=0.0)])
+    now[0] = 1.0
+    stream.add([request_of(model, rows[0], speed=0.0, due=9.0), request_of(model, rows[1], speed=0.0)])
+    assert stream.step().layer == 2
+    now[0] = 9.0
     assert stream.step().layer == 1
+
+
+def test_a_fuller_queue_runs_first_until_what_is_left_elsewhere_has_waited_long() -> None:
+    model, rows, now = early_exit_model(num_labels=3), encoded_rows(12), [0.0]
+    stream = stream_of(model, tokens_per_run=100000, clock=lambda: now[0])
+    stream.add([request_of(model, rows[0], speed=0.0)])
+    stream.step()
+    now[0] = 1.0
+    stream.add([request_of(model, row, speed=0.0) for row in rows[1:]])
+    stream._read()
+    now[0] = 1.9
+    # so that the others catch up
+    assert stream._next_stage() == 0
+    now[0] = 1.1
+    assert stream._next_stage() == 1
 
 
 def test_deadlines_order_what_waits_before_the_first_layer() -> None:

@@ -3,9 +3,12 @@
 It is the stream engine without an order of answers: rows come when they come, and an answer is given in the step in
 which its row leaves. Each step reads what has arrived and then runs one queue:
 
-    1. of the rows that can only just be answered in time, the queue of the one that is due first
-    2. of the full queues the deepest
-    3. the queue with the most tokens, of equals the deepest: rows that wait there are joined by others meanwhile
+    1. where a row can only just be answered in time, the queue of the one that is due first
+    2. else the queue with the largest tokens x age^2, where tokens are those of its next run, and age is that of its
+       oldest row: large runs cost less a token, and nothing waits for ever. Of equals the deepest
+
+Without the age a few rows that are left over deep down would wait until they are many; the deepest or the oldest first
+would make more runs of few tokens.
 
 Nothing waits for company while the processor is idle.
 """
@@ -175,12 +178,16 @@ class RequestStream(Stream):
         return step
 
     def _next_stage(self) -> int | None:
-        waiting = [
-            (min(queue.tokens, self._schedule.tokens_per_run), stage) for stage, queue in enumerate(self._queues)
-        ]
         overdue = self._overdue()
-        tokens, stage = max(waiting)
-        return overdue if overdue is not None else stage if tokens else None
+        if overdue is not None:
+            return overdue
+        now, most = self._clock(), self._schedule.tokens_per_run
+        weights = [
+            (min(queue.tokens, most) * (now - min(row.since for row in queue.rows)) ** 2, stage)
+            for stage, queue in enumerate(self._queues)
+            if queue.rows
+        ]
+        return max(weights)[1] if weights else None
 
     def _overdue(self) -> int | None:
         """The queue of the row that is due first, where it can only just be answered in time."""
