@@ -21,7 +21,6 @@ _BINDINGS = (
     "enable_eager_exit_gate",
     "enable_triton_launch",
     "exit_gate",
-    "instruction_sets",
     "launch_triton",
     "new_triton_binaries",
     "remember_triton",

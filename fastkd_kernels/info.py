@@ -71,7 +71,7 @@ def _op_report(name: str, op: OpBackends) -> Report:
     uses = {device: device if reason is None else "reference" for device, reason in missing.items()}
     if not torch.cuda.is_available():
         uses["cuda"] = "no device"
-    chosen = _extension.extension.instruction_sets if _extension.extension is not None else {}
+    chosen = getattr(_extension.extension, "instruction_sets", {})
     return {
         "uses": uses,
         "missing": {backend: reason for backend, reason in missing.items() if reason is not None},

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,23 @@ def test_makefile_and_backend_name_one_torch() -> None:
     assert in_makefile is not None
     assert in_backend is not None
     assert in_makefile.group(1) == in_backend.group(1)
+
+
+def test_the_source_archive_builds_and_tests_from_itself(tmp_path: Path) -> None:
+    """It holds every file of the checkout but what serves the checkout itself."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a checkout of git")
+    code = f"import build_backend; print(build_backend.build_sdist({str(tmp_path)!r}))"
+    # a build in the checkout would leave its egg-info behind
+    source = tmp_path / "source"
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).exists():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        inside = {name.partition("/")[2] for name in packed.getnames()}
+    missing = {name for name in listed.stdout.splitlines() if not name.startswith(".")} - inside
+    assert missing == set()

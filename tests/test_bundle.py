@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from gpu.plan import STEPS
 from fastkd_kernels import _extension, _triton
 
 ROOT = Path(__file__).parents[1]
-EXTENSION = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+EXTENSION = "_C.abi3.so"
 LAUNCH_TWO = """
 import importlib, pkgutil
 import torch

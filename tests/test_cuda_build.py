@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,7 +80,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def binary(package: Path) -> Path:
-    return next((package / "fastkd_kernels").glob(f"_C*{sysconfig.get_config_var('EXT_SUFFIX')}"))
+    return package / "fastkd_kernels" / "_C.abi3.so"
 
 
 def symbols(library: Path, *options: str) -> set[str]:
