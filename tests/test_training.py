@@ -575,6 +575,34 @@ def test_torchrun_trains_like_one_process(plain: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_weights_spread_over_processes_learn_the_same(plain: Path, tmp_path: Path) -> None:
+    """FSDP2, of a run that one process began and of one that one process continues."""
+    still = tmp_path / "still"
+    model = load(plain, num_labels=2)
+    model.config.backbone.hidden_dropout_prob = model.config.backbone.attention_probs_dropout_prob = 0.0
+    model.config.head_dropout = 0.0
+    model.save_pretrained(still)
+    options = {"learning_rate": 1e-4, "eval_steps": 4}
+    with pytest.raises(Stopped):
+        train("finetune", load(still), tmp_path / "one_then_two", stop_at=18, **options)
+    finished = torchrun(
+        WORKER, "finetune", still, tmp_path / "two", "--batch-size", "4", "--learning-rate", "1e-4",
+        "--eval-steps", "4", "--fsdp", "--then-distill", tmp_path / "two_distilled",
+        "--then-resume", tmp_path / "one_then_two", "--then-stop", tmp_path / "two_then_one",
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    train("finetune", load(still), tmp_path / "two_then_one", resume=True, **options)
+    train("finetune", load(still), tmp_path / "one", **options)
+    train("distill", load(tmp_path / "one"), tmp_path / "one_distilled", **options)
+    expected = _losses(tmp_path / "one")
+    for name in ("two", "one_then_two", "two_then_one"):
+        assert _losses(tmp_path / name) == pytest.approx(expected, rel=1e-3), name
+        log = json.loads((tmp_path / name / LOG_FILE).read_text())
+        found = _accuracies(load(tmp_path / name), rows(40, seed=1))[-1]
+        assert found == pytest.approx(log["metrics"]["accuracy"])
+    assert _losses(tmp_path / "two_distilled") == pytest.approx(_losses(tmp_path / "one_distilled"), rel=1e-3)
+
+
 def test_several_gpus_of_one_process_are_never_data_parallel(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -601,7 +629,7 @@ def test_sharding_is_refused_before_anything_is_written(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="fsdp: heads and engines read whole weights, so sharded training is not off"):
+    with pytest.raises(ValueError, match=r"fsdp: heads and engines read whole weights, .* and pass fsdp=True"):
         train("finetune", load(plain, num_labels=2), tmp_path / "out", max_steps=1)
     assert _leftovers(tmp_path) == []
 

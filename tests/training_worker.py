@@ -133,12 +133,13 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--eval-steps", type=int)
     parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--then-distill", type=Path)
     parser.add_argument("--then-resume", type=Path)
     parser.add_argument("--then-stop", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    changes = {"batch_size": arguments.batch_size, "eval_steps": arguments.eval_steps}
+    changes = {"batch_size": arguments.batch_size, "eval_steps": arguments.eval_steps, "fsdp": arguments.fsdp}
     if arguments.learning_rate:
         changes["learning_rate"] = arguments.learning_rate
     train(arguments.stage, load(arguments.model), arguments.output_dir, arguments.kill_at, **changes)

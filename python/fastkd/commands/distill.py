@@ -13,6 +13,7 @@ from fastkd.commands.options import (
     DataOption,
     DevFile,
     Epochs,
+    Fsdp,
     Json,
     LabelColumn,
     LabelsAreOption,
@@ -62,6 +63,7 @@ def distill(
     parity: Parity = None,
     bf16: Bf16 = None,
     seed: Seed = 42,
+    fsdp: Fsdp = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -99,7 +101,7 @@ def distill(
         chosen = {
             "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate,
             "temperature": temperature, "direction": direction, "learned_exit": learned_exit, "bf16": bf16,
-            "seed": seed, "resume": resume, "overwrite": overwrite,
+            "seed": seed, "fsdp": fsdp, "resume": resume, "overwrite": overwrite,
         }  # fmt: skip
         options = training_options(self_distillation.DistillOptions, parity, context, chosen, limit)
         rows = folder.train if train_rows is None else folder.train.sample(train_rows, seed)

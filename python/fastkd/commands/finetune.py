@@ -14,6 +14,7 @@ from fastkd.commands.options import (
     DataOption,
     DevFile,
     Epochs,
+    Fsdp,
     Json,
     LabelColumn,
     LabelNames,
@@ -83,6 +84,7 @@ def finetune(
     ] = None,
     bf16: Bf16 = None,
     seed: Seed = 42,
+    fsdp: Fsdp = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -125,7 +127,7 @@ def finetune(
         chosen = {
             "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate,
             "head_learning_rate_factor": head_factor, "early_stopping_patience": patience, "bf16": bf16, "seed": seed,
-            "resume": resume, "overwrite": overwrite,
+            "fsdp": fsdp, "resume": resume, "overwrite": overwrite,
         }  # fmt: skip
         options = training_options(training.FinetuneOptions, parity, context, chosen, limit)
         rows = folder.train if train_rows is None else folder.train.sample(train_rows, seed)

@@ -12,6 +12,7 @@ from fastkd.commands.options import (
     DataOption,
     DevFile,
     Epochs,
+    Fsdp,
     Json,
     LabelColumn,
     LabelNames,
@@ -102,6 +103,7 @@ def kd(
     max_length: MaxLength = None,
     bf16: Bf16 = None,
     seed: Seed = 42,
+    fsdp: Fsdp = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -153,7 +155,8 @@ def kd(
         options: dict[str, Any] = {
             "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate,
             "head_learning_rate_factor": head_factor, "bf16": bf16, "seed": seed, "progress": False, "pool": pool,
-            "resume": resume, "overwrite": overwrite, "arguments": arguments, "freeze_embeddings": freeze_embeddings,
+            "fsdp": fsdp, "resume": resume, "overwrite": overwrite, "arguments": arguments,
+            "freeze_embeddings": freeze_embeddings,
             "metric": () if metric is None else tuple(words(metric)),
             "assistants": () if assistants is None else tuple(words(assistants)),
         }  # fmt: skip

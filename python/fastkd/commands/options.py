@@ -101,6 +101,9 @@ Parity = Annotated[
         help="fastbert: train as its official code does, quirks included; the options that you give still win."
     ),
 ]
+Fsdp = Annotated[
+    bool, typer.Option("--fsdp", help="Of several processes: each keeps its share of weights and optimizer (FSDP2).")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a killed run of the same command.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier run.")]
 

@@ -24,7 +24,7 @@ from fastkd.model.modeling import EarlyExitForSequenceClassification
 
 _RUN_FILE = "run.json"
 # what may differ between a killed run and its continuation without changing the weights; the batch is that of a process
-_FREE_OPTIONS = ("resume", "overwrite", "progress", "logging_steps", "batch_size")
+_FREE_OPTIONS = ("resume", "overwrite", "progress", "logging_steps", "batch_size", "fsdp")
 
 
 def require(name: str, value: Any, is_right: bool, expected: str) -> None:

@@ -50,7 +50,10 @@ from fastkd.training.checks import check_outputs, clear_failed_start, require
 from fastkd.training.log import LOG_FILE
 from fastkd.training.optimizers import BiasedAdamW
 from fastkd.training.processes import by_first, refuse_sharding, use_one_gpu
+from fastkd.training.sharding import ShardedObjective, load_whole_state, whole_state
 
+# as `transformers.Trainer` calls them
+_OPTIMIZER, _SCHEDULER = "optimizer.pt", "scheduler.pt"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 # what the official code does in both steps; weight decay it asks for under a name that its optimiser does not read
 _FASTBERT: Mapping[str, Any] = {
@@ -104,6 +107,7 @@ class TrainOptions:
         shuffle_once: the rows come in one order, `random.Random(seed).shuffle` of theirs, in every epoch, as in
             FastBERT's code, instead of a new order of batches of like length in each.
         keep_last: keep the weights of the last step, not those of the best evaluation.
+        fsdp: spread weights, gradients and what the optimizer keeps over the processes (FSDP2); nothing else changes.
         logging_steps: log the mean loss every so many steps.
         progress: show a progress bar and print the logs.
         resume: continue the killed run whose checkpoints lie beside `output_dir`, if there are any.
@@ -130,6 +134,7 @@ class TrainOptions:
     adam_epsilon: float = 1e-8
     shuffle_once: bool = False
     keep_last: bool = False
+    fsdp: bool = False
     logging_steps: int = 25
     progress: bool = True
     resume: bool = False
@@ -276,6 +281,7 @@ def train_stage(
     checkpoint = last_checkpoint(folder)
     with _checkpointing_as_before(stage.objective.core):
         output = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.make_whole()
     trainer.accelerator.free_memory()
     return TrainResult(
         output_dir=folder,
@@ -556,6 +562,7 @@ class ObjectiveTrainer(Trainer):
         self.head_names = head_names
         self.options = options
         self.sampler = sampler
+        self.sharded: ShardedObjective | None = None
         if isinstance(sampler, LengthGroupedSampler):
             self.add_callback(_SamplerEpoch(sampler))
 
@@ -577,6 +584,9 @@ class ObjectiveTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is not None:
             return self.optimizer
+        if self.options.fsdp and self.args.world_size > 1 and self.sharded is None:
+            # before the optimizer, which keeps what it knows of a parameter where that is
+            self.sharded = ShardedObjective(cast(nn.Module, self.model), self.accelerator.autocast)
         objective: Any = self.model if model is None else model
         decaying = set(self.get_decay_parameter_names(objective))
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -599,6 +609,44 @@ class ObjectiveTrainer(Trainer):
             **arguments,
         )
         return self.optimizer
+
+    def make_whole(self) -> None:
+        """Every process has the whole objective again, if it was spread over several."""
+        if self.sharded is not None:
+            self.sharded.make_whole()
+            self.sharded = None
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        # another module than the model, so that accelerate puts no DistributedDataParallel around it
+        return super()._wrap_model(model, training, dataloader) if self.sharded is None else self.sharded
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.sharded is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, state_dict=self.sharded.weights())
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.sharded is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = whole_state(cast(torch.optim.Optimizer, self.optimizer))
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / _OPTIMIZER)
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / _SCHEDULER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.sharded is None or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        folder = Path(checkpoint)
+        state = torch.load(folder / _OPTIMIZER, map_location="cpu", weights_only=True)
+        load_whole_state(cast(torch.optim.Optimizer, self.optimizer), state)
+        cast(Any, self.lr_scheduler).load_state_dict(torch.load(folder / _SCHEDULER, weights_only=True))
+
+    def _load_best_model(self) -> None:
+        self.make_whole()
+        super()._load_best_model()
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -79,10 +79,10 @@ def use_one_gpu(arguments: TrainingArguments) -> None:
 
 
 def refuse_sharding(arguments: TrainingArguments) -> None:
-    """Raise ValueError where weights would be spread over processes, by an option or by `accelerate launch`."""
+    """Raise ValueError where accelerate would shard, which has its own idea of which weights are whole when."""
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
     if arguments.fsdp or launched:
         raise ValueError(
-            "fsdp: heads and engines read whole weights, so sharded training is not offered; every process holds the "
-            "model with torchrun --nproc-per-node=N, or accelerate launch --multi_gpu"
+            "fsdp: heads and engines read whole weights, which accelerate's FSDP does not leave; start the processes "
+            "with torchrun --nproc-per-node=N, or accelerate launch --multi_gpu, and pass fsdp=True"
         )
