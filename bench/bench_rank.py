@@ -56,7 +56,7 @@ def embeddings(checkpoint: str, texts: list[str]) -> Tensor:
     return torch.cat(found)
 
 
-def candidates(data: Path, first_stage: str, queries: int, documents: int) -> dict[str, dict[str, list[str]]]:
+def candidates(data: Path, first_stage: str, queries: dict[str, int], documents: int) -> dict[str, dict[str, list[str]]]:
     """For dev and test the documents of each query."""
     splits = {split: load_rows(data, split=split, num_labels=1).dataset for split in ("dev", "test")}
     pool = list(dict.fromkeys(text for rows in splits.values() for text in rows["text_b"][:]))
@@ -64,7 +64,7 @@ def candidates(data: Path, first_stage: str, queries: int, documents: int) -> di
     found = {}
     for split, rows in splits.items():
         texts = list(dict.fromkeys(rows["text_a"][:]))
-        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[:queries].tolist()
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[: queries[split]].tolist()
         texts = [texts[index] for index in order]
         nearest = (embeddings(first_stage, texts) @ vectors.T).topk(documents).indices.tolist()
         found[split] = {text: [pool[index] for index in row] for text, row in zip(texts, nearest, strict=True)}
@@ -100,7 +100,8 @@ def main(
     checkpoint: str,
     data: Path,
     top_k: Annotated[int, typer.Option(min=1)] = 10,
-    queries: Annotated[int, typer.Option(min=2, help="Of dev and of test, at most.")] = 300,
+    queries: Annotated[int, typer.Option(min=2, help="That are measured, of test.")] = 300,
+    calibrating: Annotated[int, typer.Option(min=2, help="That calibrate, of dev.")] = 300,
     documents: Annotated[int, typer.Option(min=2, help="Of each query.")] = 50,
     first_stage: Annotated[str, typer.Option(help="Encoder whose embeddings choose the documents.")] = "minilm",
     timed: Annotated[int, typer.Option(help="Queries that are timed.")] = 40,
@@ -110,7 +111,7 @@ def main(
     """Measure a reranker on a ranking task made of pairs."""
     torch.set_num_threads(1)
     model, tokenizer = fastkd.load_model(checkpoint, "cpu")
-    lists = candidates(data, first_stage, queries, documents)
+    lists = candidates(data, first_stage, {"dev": calibrating, "test": queries}, documents)
     traces = {
         split: model.trace(
             [(query, text) for query, texts in found.items() for text in texts], tokenizer=tokenizer, batch_size=64

@@ -13,7 +13,6 @@ from torch import Tensor
 from fastkd.encoders.layout import TokenLayout
 from fastkd.engines.packed_encoder import (
     MOST_ADDED,
-    PackedEncoder,
     compact_rows,
     cumulative_lengths,
     encoder_of,
@@ -71,9 +70,8 @@ class _Documents:
         self.rows = rows
         self.scores: Tensor | None = None
         self._model, self._score, self._tokens_per_run = model, score, tokens_per_run
-        self._encoder: PackedEncoder | PaddedRuns = (
-            encoder_of(model) if model.config.has_own_path else PaddedRuns(model)
-        )
+        packed = encoder_of(model) if model.config.has_fast_paths else None
+        self._encoder = PaddedRuns(model) if packed is None or not packed.can_run else packed
         self._states: Tensor | None = None
 
     def run(self, numbers: range, keeps: bool) -> Tensor:
