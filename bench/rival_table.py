@@ -2,11 +2,17 @@
 
 `bench_end_to_end.py --rivals` calls it. Everybody gets the same rows, sorted by length, and the same threads: batches
 of each size for all, and the whole file, which ours streams and they take in batches of 32. Rows where we lose stay.
+
+    python bench/rival_table.py README.md bench/results/cpu-rivals-*.json
+
+puts the table of those results between the two markers of a page; a test holds README to them.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -230,3 +236,61 @@ def write(rows: Sequence[RivalRow], facts: Mapping[str, Any], output: Path) -> N
     facts = {**facts, "date": date.today().isoformat()}
     write_json(output, {"machine": facts, "rows": [asdict(row) for row in rows]})
     write_text(output.with_suffix(".md"), markdown(rows, facts))
+
+
+BEGIN, END = "<!-- rivals: made by bench/rival_table.py -->", "<!-- end of rivals -->"
+
+
+def page_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Milliseconds a row of every contestant, one column for each file and form, and what accuracy the file had.
+
+    Args:
+        results: what `write` wrote, one for each run; in this order.
+    """
+    if not results:
+        return ""
+    columns: dict[tuple[str, str], dict[tuple[str, float], Mapping[str, Any]]] = {}
+    machines = {}
+    for result in results:
+        facts = result["machine"]
+        machines[f"{facts['processor']}, {facts['instruction_set']}, {facts['threads']} threads, {facts['date']}"] = 1
+        for row in result["rows"]:
+            name = row["contestant"].split(",")[0]
+            columns.setdefault((facts["data"], row["form"]), {})[name, row["speed"]] = row
+    names = list(dict.fromkeys(key for column in columns.values() for key in column))
+    # ours last, whatever order the runs had
+    names.sort(key=lambda key: key[0].startswith("fastkd"))
+    heads = [data if form == FILE else f"{data}, B={form}" for data, form in columns]
+    lines = [
+        f"Milliseconds a row, and accuracy where the whole file ran; {'; '.join(machines)}:",
+        "",
+        f"| contestant | speed | {' | '.join(heads)} |",
+        "|" + "---|" * (2 + len(heads)),
+    ]
+    for key in names:
+        cells = [_cell(form, column.get(key)) for (_, form), column in columns.items()]
+        lines.append(f"| {key[0]} | {key[1]:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(form: str, row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    taken = f"{row['ms_per_row']:.2f}"
+    return f"{taken}, {row['accuracy']:.2%}" if form == FILE else taken
+
+
+def page_with(page: str, table: str) -> str:
+    """The page with this table between its markers."""
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+
+
+def _main(page: str, *results: str) -> None:
+    path = Path(page)
+    found = [json.loads(Path(result).read_text(encoding="utf-8")) for result in sorted(results)]
+    write_text(path, page_with(path.read_text(encoding="utf-8"), page_table(found)))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
