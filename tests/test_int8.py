@@ -31,6 +31,10 @@ def test_codes_and_scales_are_those_of_the_formula() -> None:
     codes, scale = int8.quantise(torch.tensor([[1.0, -2.54, 0.0], [0.0, 0.0, 0.0], [0.005, 0.01, 127.0]]))
     assert codes.tolist() == [[50, -127, 0], [0, 0, 0], [0, 0, 127]]
     torch.testing.assert_close(scale[[0, 2], 0], torch.tensor([0.02, 1.0]))
+    module = int8.Int8Linear.of(linear())
+    again = int8.quantise(module.dequantised)
+    assert again[0].equal(module.weight)
+    torch.testing.assert_close(again[1][:, 0], module.weight_scale)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -114,6 +114,11 @@ class Int8Linear(nn.Module):
         made.bias = None if linear.bias is None else linear.bias.detach().float().clone()
         return made.train(linear.training)
 
+    @property
+    def dequantised(self) -> Tensor:
+        """[out, in] float32, which quantises to the same codes again."""
+        return self.weight * self.weight_scale[:, None]
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
