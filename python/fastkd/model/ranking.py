@@ -31,6 +31,9 @@ class RankedModel(ExitModel, Protocol):
     @property
     def exit_layers(self) -> list[int]: ...
 
+    @property
+    def weights_dtype(self) -> str: ...
+
     def changed_weights(self) -> str | None: ...
 
     def check_exits(self) -> None:
