@@ -25,10 +25,17 @@ remember all primitives (by default 1024, of which FastBERT's loop alone needs m
 a quiet machine. Where there is none, --one-thread measures processor seconds of a single thread, which other programs
 disturb less, and takes minima. --profile prints instead where the stream engine's time goes, and how much of it is
 Python.
+
+--rivals measures instead what people run on a CPU: OpenVINO and ONNX Runtime, float and int8, beside transformers and
+ours in every dtype of --dtypes, for each of --forms (rows a batch, or "file"). It needs the extra `rivals`, and says
+what is missing. The last rows of the file, which are not measured, calibrate OpenVINO's int8:
+
+    python bench/bench_end_to_end.py CHECKPOINT DATA.tsv --rivals --rows 300 --forms 1 --output rivals.json
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import statistics
 import time
@@ -42,6 +49,8 @@ from typing import Annotated, Any, NamedTuple
 # engines with many row counts must not make oneDNN forget what the others prepared; read when torch is loaded
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
+import rival_table
+import rivals
 import torch
 import typer
 from torch import Tensor
@@ -58,9 +67,12 @@ from fastkd.engines.allocator import keep_freed_memory
 from fastkd.engines.packed_encoder import encoder_of
 from fastkd.inference.benchmark import machine_facts
 from fastkd.inference.interleaved import interleaved
-from fastkd.model.loading import DTYPES
+from fastkd.model.loading import DTYPES, in_dtype
 
 Batch = dict[str, Tensor]
+
+CALIBRATION_ROWS = 200
+"""Of the end of the file, for OpenVINO's int8."""
 
 
 @dataclass(frozen=True)
@@ -267,6 +279,46 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def encoded_rows(dataset: Any, start: int, end: int) -> tuple[list[dict[str, list[int]]], Tensor]:
+    """Some tokenised rows, each as what the tokenizer gave, and their labels."""
+    columns = dataset[start:end]
+    labels = torch.tensor(columns.pop("labels"))
+    columns.pop("length")
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)], labels
+
+
+@torch.inference_mode()
+def race(
+    model: Any,
+    encoded: list[dict[str, list[int]]],
+    labels: Tensor,
+    held_back: list[dict[str, list[int]]],
+    pad: Any,
+    forms: Sequence[str],
+    dtypes: Sequence[str],
+    speeds: Sequence[float],
+    repeats: int,
+    only: Sequence[str],
+    facts: dict[str, Any],
+    output: Path | None,
+) -> None:
+    """Ours and the rivals on every form of the rows."""
+    models = {
+        dtype: model if dtype == "fp32" else in_dtype(copy.deepcopy(model), dtype)
+        for dtype in dict.fromkeys(["fp32", *dtypes])
+    }
+    calibration = [rival_table.arrays(pad([row])) for row in held_back]
+    prepared = rivals.prepare(model, rival_table.arrays(pad(encoded[:2])), calibration, only)
+    measured: list[rival_table.RivalRow] = []
+    for form in forms:
+        size = rival_table.FILE_BATCH if form == rival_table.FILE else int(form)
+        settings = {dtype: Setting(one, encoded, labels, pad, size) for dtype, one in models.items()}
+        measured += rival_table.measure_form(form, settings, prepared, speeds, repeats)
+        print(rival_table.markdown([row for row in measured if row.form == form], facts))
+        if output is not None:  # after every form, so that a run that is cut off leaves what it has
+            rival_table.write(measured, facts, output)
+
+
 def main(
     checkpoint: Path,
     data: Path,
@@ -280,22 +332,33 @@ def main(
     loop: Annotated[bool, typer.Option(help="Also FastBERT's loop.")] = True,
     one_thread: Annotated[bool, typer.Option("--one-thread", help="Processor seconds of one thread.")] = False,
     profiled: Annotated[bool, typer.Option("--profile", help="Profile the stream engine instead.")] = False,
+    with_rivals: Annotated[bool, typer.Option("--rivals", help="Other runtimes beside ours instead.")] = False,
+    forms: Annotated[str, typer.Option(help="--rivals: rows a batch, or file.")] = "1,8,32,file",
+    dtypes: Annotated[str, typer.Option(help="--rivals: of ours; fp32 is always there.")] = "fp32,bf16,int8",
+    only: Annotated[str, typer.Option(help="--rivals: names of rivals, separated by commas.")] = "",
     output: Annotated[Path | None, typer.Option(help="A JSON file.")] = None,
 ) -> None:
     """Time every engine on the first rows of a file."""
     keep_freed_memory()
     if one_thread:
         torch.set_num_threads(1)
-    model = fastkd.EarlyExitForSequenceClassification.from_pretrained(checkpoint, dtype=DTYPES[dtype]).eval()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = fastkd.EarlyExitForSequenceClassification.from_pretrained(
+        checkpoint, dtype=DTYPES["fp32" if with_rivals else dtype]
+    ).eval()
+    model.to("cuda" if torch.cuda.is_available() and not with_rivals else "cpu")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     source = load_rows(data, num_labels=model.config.num_labels)
     dataset = tokenize(source, tokenizer, min(max_length, tokenizer.model_max_length))
-    columns = dataset[: min(rows, len(dataset))]
-    labels = torch.tensor(columns.pop("labels"))
-    columns.pop("length")
-    encoded = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    encoded, labels = encoded_rows(dataset, 0, min(rows, len(dataset)))
     chosen_speeds = [float(speed) for speed in speeds.split(",")]
+    if with_rivals:
+        held_back = encoded_rows(dataset, max(len(labels), len(dataset) - CALIBRATION_ROWS), len(dataset))[0]
+        facts = machine_facts(model.device) | {"data": data.parent.name, "rows": len(labels), "repeats": repeats}
+        race(
+            model, encoded, labels, held_back, padding_collator(tokenizer), forms.split(","), dtypes.split(","),
+            chosen_speeds, repeats, list(filter(None, only.split(","))), facts, output,
+        )  # fmt: skip
+        return
     measured: list[Row] = []
     for size in map(int, batch_sizes.split(",")):
         setting = Setting(model, encoded, labels, padding_collator(tokenizer), size)

@@ -169,7 +169,7 @@ def test_no_other_command_has_a_criterion() -> None:
     ("choices", "names"),
     [
         (Criterion, CRITERIA),
-        (Dtype, loading.DTYPES),
+        (Dtype, (*loading.PRECISIONS, loading.AUTO)),
         (LabelsAre, LABELS_ARE),
         (Guarantee, GUARANTEES),
         (Method, METHODS),
@@ -403,6 +403,36 @@ def test_bench_measures_and_writes(work: Path, model: Path, tmp_path: Path) -> N
     assert (tmp_path / "out" / "wall_clock.png").read_bytes().startswith(PNG)
 
 
+def test_bench_calls_single_sentences(work: Path, model: Path, tmp_path: Path) -> None:
+    result = succeeded(
+        "bench", model, "--latency", "--rows", 6, "--dtypes", "fp32,int8", "--speeds", 0.5, "-o", tmp_path, "--json"
+    )
+    report = json.loads(result.stdout)
+    assert [(row["dtype"], row["speed"]) for row in report["rows"]] == [
+        (dtype, speed) for dtype in ("fp32", "int8") for speed in (0.0, 0.5)
+    ]
+    for row in report["rows"]:
+        assert row["sentences"] == 6
+        assert 0 < row["p50"] <= row["p90"] <= row["p99"]
+    assert (tmp_path / "latency.png").read_bytes().startswith(PNG)
+    shown = succeeded("bench", model, work / "data", "--latency", "--rows", 2, "--dtypes", "fp32", "-o", tmp_path)
+    assert "One sentence at a time on" in " ".join(shown.stdout.split())
+    assert "name a file or a folder of splits" in refused("bench", model, "-o", tmp_path / "never")
+
+
+def test_int8_is_certified_for_itself(work: Path, model: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.safetensors"
+    succeeded("trace", model, work / "data", "--dtype", "int8", "-o", trace)
+    assert ExitTrace.load(trace).source.dtype == "int8"
+    answers = {}
+    for dtype in ("int8", "auto"):
+        output = tmp_path / f"{dtype}.tsv"
+        said = succeeded("predict", model, work / "data" / "test.tsv", "-o", output, "--dtype", dtype)
+        answers[dtype] = output.read_text(encoding="utf-8").splitlines()
+    assert len(answers["int8"]) == len(answers["auto"])
+    assert "(measured)" in " ".join(said.stderr.split())
+
+
 def test_bench_table_says_what_it_compares(work: Path, model: Path, tmp_path: Path) -> None:
     output = succeeded(
         "bench", model, work / "data" / "test.tsv", "--rows", 4, "--batch-sizes", 4, "--dtypes", "fp32",
@@ -617,7 +647,7 @@ def bad_arguments(work: Path) -> dict[str, tuple[list[object], str]]:
         "trace of an empty file": (["trace", model, empty, *out], "empty"),
         "trace of a folder without the split": (["trace", model, work / "data", "--split", "final", *out], "final"),
         "bench speed 0": (["bench", model, test, "--speeds", "0", "-o", work / "never"], "speeds: got"),
-        "bench dtype": (["bench", model, test, "--dtypes", "int8", "-o", work / "never"], "dtypes: got"),
+        "bench dtype": (["bench", model, test, "--dtypes", "int4", "-o", work / "never"], "dtypes: got"),
         "bench batch size": (["bench", model, test, "--batch-sizes", "a", "-o", work / "never"], "--batch-sizes"),
         "no data": (["finetune", work / "plain", "-o", work / "never"], "--data"),
         "data twice": (

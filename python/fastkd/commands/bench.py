@@ -25,12 +25,19 @@ from fastkd.commands.options import (
     whole_numbers,
     words,
 )
-from fastkd.commands.screen import benchmark_table, quieten, screen_for, show_written
+from fastkd.commands.screen import benchmark_table, latency_table, quieten, screen_for, show_written
 
 
 def bench(
     checkpoint: Checkpoint,
-    data: Annotated[Path, typer.Argument(help="A .tsv, .csv, .jsonl or .parquet file, or a folder of splits.")],
+    data: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A .tsv, .csv, .jsonl or .parquet file, or a folder of splits; with --latency texts that fastkd "
+            "brings along where there is none.",
+            show_default=False,
+        ),
+    ] = None,
     split: Split = "test",
     text_column: TextColumn = None,
     pair_column: PairColumn = None,
@@ -40,15 +47,23 @@ def bench(
         str, typer.Option(help="Numbers above 0; the full model is always measured.")
     ] = "0.1,0.3,0.5,0.8",
     batch_sizes: Annotated[str, typer.Option(help="Rows a batch.")] = "1,8,32",
-    dtypes: Annotated[str, typer.Option(help="Some of fp32, bf16, fp16.")] = "fp32,bf16",
+    dtypes: Annotated[str, typer.Option(help="Some of fp32, bf16, fp16, int8.")] = "fp32,bf16",
     criterion: OneCriterion = None,
     top_n: TopN = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a pass, drawn at random.")] = 512,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Rows of a pass, drawn at random; default 512, with --latency 1000.", show_default=False
+        ),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved passes; their median counts.")] = 5,
     max_length: MaxLength = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Processor threads; default: as many as torch takes.")
     ] = None,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Single sentences instead, one call each: p50, p90 and p99.")
+    ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for JSON, CSV and picture.")] = Path("bench"),
     seed: DrawSeed = 0,
     device: Device = "auto",
@@ -63,11 +78,18 @@ def bench(
     any batches or as a stream: whichever is fastest. Where early exit loses,
     the table says so.
 
+    With --latency one sentence after the other is a call of its own, as behind
+    a server, at speed 0 and each of --speeds: how long half, nine tenths and 99
+    of 100 of them take at most, and how much of a call is Python. A length that
+    was not seen before counts like any other, so p99 / p50 shows whether the
+    first call of a length is slow.
+
     [bold]Examples[/]
 
     \b
       [cyan]fastkd bench model data/test.tsv[/]
       [cyan]fastkd bench model data --batch-sizes 32,128 --dtypes bf16 --device cuda[/]
+      [cyan]fastkd bench model --latency --speeds 0.3,0.5 --dtypes fp32,bf16,int8[/]
     """
     with screen_for(as_json, reads=(checkpoint, data)) as screen:
         quieten()
@@ -76,16 +98,36 @@ def bench(
 
         from fastkd.commands.inputs import load_data
         from fastkd.inference.benchmark import benchmark_rows, passes
+        from fastkd.inference.latency import SENTENCES, built_in_texts, measure_latency
         from fastkd.model.loading import load_model
-        from fastkd.report.results import write_benchmark
+        from fastkd.report.results import write_benchmark, write_latency
         from fastkd.training.progress import counted
 
+        if data is None and not latency:
+            raise ValueError(
+                "data: got none; name a file or a folder of splits, or measure single calls with --latency"
+            )
         chosen, sizes, kinds = parse_speeds(speeds), whole_numbers(batch_sizes, "--batch-sizes"), words(dtypes)
         if threads is not None:
             torch.set_num_threads(threads)
         model, tokenizer = load_model(checkpoint, device)
-        reading = row_reading(text_column, pair_column, label_column, labels_are)
-        table = load_data(data, split, model, reading).sample(rows, seed)
+        count = rows or (SENTENCES if latency else _ROWS)
+        if data is None:
+            table = built_in_texts(count)
+        else:
+            reading = row_reading(text_column, pair_column, label_column, labels_are)
+            table = load_data(data, split, model, reading).sample(count, seed)
+        if latency:
+            with counted(screen, "measuring", len(table)) as on_progress:
+                called = measure_latency(
+                    model, tokenizer, table, max_length=max_length, speeds=sorted({0.0, *chosen}), dtypes=kinds,
+                    criterion=criterion and criterion.value, top_n=top_n, on_progress=on_progress,
+                )  # fmt: skip
+            files = write_latency(called, output)
+            screen.out.print(latency_table(called, screen.is_narrow))
+            show_written(screen, output, files)
+            screen.result(called.to_dict() | {"files": [str(path) for path in files]})
+            return
         with counted(screen, "measuring", passes(chosen, sizes, kinds, repeats)) as on_progress:
             measured = benchmark_rows(
                 model, tokenizer, table, max_length=max_length, speeds=chosen, batch_sizes=sizes, dtypes=kinds,
@@ -95,3 +137,7 @@ def bench(
         screen.out.print(benchmark_table(measured, screen.is_narrow))
         show_written(screen, output, files)
         screen.result(measured.to_dict() | {"files": [str(path) for path in files]})
+
+
+_ROWS = 512
+"""Of a pass where nothing else is asked for."""

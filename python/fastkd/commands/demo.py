@@ -48,7 +48,7 @@ def demo(
     bench_rows: Annotated[int | None, typer.Option(min=1, help="Rows of a measured pass.")] = None,
     bench_repeats: Annotated[int | None, typer.Option(min=1, help="Interleaved passes; their median counts.")] = None,
     batch_sizes: Annotated[str | None, typer.Option(help="Measured, as in 1,8,32.")] = None,
-    dtypes: Annotated[str | None, typer.Option(help="Measured: some of fp32, bf16, fp16.")] = None,
+    dtypes: Annotated[str | None, typer.Option(help="Measured: some of fp32, bf16, fp16, int8.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of corpus, rows and weights.")] = None,
     device: Device = "auto",
     start_over: Annotated[bool, typer.Option("--start-over", help="Forget what an earlier demo left.")] = False,

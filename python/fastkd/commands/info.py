@@ -52,7 +52,7 @@ def info(
         else:
             screen.out.print("[bold]certificate[/]")
             print_certificate(screen, certificate, config.num_hidden_layers)
-        mismatches = [] if certificate is None else certificate.mismatches(config, config.dtype or "unknown")
+        mismatches = [] if certificate is None else certificate.mismatches(config, config.weights_dtype)
         folder = local_folder(checkpoint, {})
         fingerprint = None if folder is None else weights_fingerprint(folder, {})
         is_described = None
@@ -79,7 +79,7 @@ def _facts(config: EarlyExitConfig) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "heads": config.head,
         "heads_after": config.exit_layers,
-        "dtype": str(config.dtype).removeprefix("torch."),
+        "dtype": config.weights_dtype,
         "labels": [str(name) for name in (config.id2label or {}).values()],
         "exits_trained": config.exits_trained,
         "default_speed": config.speed,

@@ -80,7 +80,7 @@ class TraceOptions:
         batch_size: rows run together.
         seed: of the draw.
         device: as for `fastkd.model.loading.pick_device`.
-        dtype: of the weights, one of `fastkd.model.loading.DTYPES`.
+        dtype: of the weights, as for `fastkd.model.loading.load_model`.
         reading: the columns of the rows.
     """
 
@@ -96,7 +96,7 @@ class TraceOptions:
 
 def make_trace(screen: Screen, checkpoint: str, data: Path, options: TraceOptions) -> ExitTrace:
     """The trace of a model folder on the rows of a file or of one split of a folder."""
-    model, tokenizer = load_model(checkpoint, options.device, options.dtype)
+    model, tokenizer = load_model(checkpoint, options.device, options.dtype, on_choice=screen.say)
     rows = load_data(data, options.split, model, options.reading)
     with screen.progress("tracing", None) as update:
         return trace_rows(

@@ -31,6 +31,8 @@ class Dtype(str, Enum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
+    int8 = "int8"
+    auto = "auto"
 
 
 class LabelsAre(str, Enum):
@@ -42,7 +44,15 @@ class LabelsAre(str, Enum):
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output, and nothing else.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1...; auto takes a GPU where there is one.")]
-DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Precision of the weights.")]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        "--dtype",
+        help="Precision of the weights. int8 quantises the products of the layers (on a CPU; what is saved in int8 "
+        "stays so); auto takes that of the certificate, else whichever of fp32 and bf16 a measurement at the start "
+        "finds faster, and says so.",
+    ),
+]
 Checkpoint = Annotated[str, typer.Argument(help="Folder of a model trained by fastkd.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same weights.")]
 DrawSeed = Annotated[int, typer.Option("--seed", help="The same seed draws the same rows.")]

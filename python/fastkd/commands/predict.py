@@ -129,7 +129,7 @@ def predict(
             return
         watched_share = None if monitor is None else parse_share(monitor, "--monitor")
         check_files(source, output, input_format, output_format or from_json, bad_rows)
-        model, tokenizer = load_model(checkpoint, device, dtype.value)
+        model, tokenizer = load_model(checkpoint, device, dtype.value, on_choice=screen.say)
         exits: dict[str, Any] = {
             "speed": speed,
             "criterion": criterion and criterion.value,

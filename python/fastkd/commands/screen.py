@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +29,7 @@ from fastkd.data.text_counts import TextWarning
 
 if TYPE_CHECKING:
     from fastkd.exits.sweep import Sweep
+    from fastkd.inference.latency import Latency
     from fastkd.inference.measurements import Benchmark, BenchmarkRow
     from fastkd.training.harness import TrainResult
 
@@ -376,10 +377,10 @@ def benchmark_table(measured: Benchmark, is_narrow: bool = False) -> Table:
     machine = facts["processor"] if facts["device"] == "cpu" else facts["device"]
     threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
     table = Table(
-        title=f"Measured on {machine}, {threads}, torch {facts['torch']}; {measured.rows[0].rows} rows a pass",
+        title=f"Measured on {machine}{_instruction_set(facts)}, {threads}, torch {facts['torch']}; "
+        f"{measured.rows[0].rows} rows a pass",
         caption="stream: rows in their order, as fastkd predict runs them; batches: sorted by length. Speed-up against "
-        "the full model at its best, same rows, dtype and device. "
-        + ("" if facts["gpu_columns"] == "measured" else "GPU: not yet measured."),
+        "the full model at its best, same rows, dtype and device. " + _gpu_note(facts),
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD if is_narrow else box.HEAVY_HEAD,
@@ -417,6 +418,50 @@ def _benchmark_cells(row: BenchmarkRow) -> dict[str, str]:
         "full rows/s": f"{row.rows / row.full_seconds:,.0f}",
         "best full": row.full_form,
     }
+
+
+def latency_table(measured: Latency, is_narrow: bool = False) -> Table:
+    """Single calls for people; a narrow one leaves out what the CSV file also has."""
+    facts, first = measured.machine, measured.rows[0]
+    machine = facts["processor"] if facts["device"] == "cpu" else facts["device"]
+    threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
+    table = Table(
+        title=f"One sentence at a time on {machine}{_instruction_set(facts)}, {threads}, torch {facts['torch']}; "
+        f"{first.sentences} sentences of {first.lengths} lengths",
+        caption="Milliseconds of a call, tokenised before. host: of a mean call what lies outside of operators, as "
+        "torch's profiler sees it, with its own cost in it. " + _gpu_note(facts),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD if is_narrow else box.HEAVY_HEAD,
+    )
+    for number, row in enumerate(measured.rows):
+        cells = {
+            "dtype": row.dtype,
+            "speed": f"{row.speed:g}",
+            "layers": f"{row.average_layers:.2f}",
+            "p50": f"{row.p50:.2f}",
+            "p90": f"{row.p90:.2f}",
+            "p99": f"{row.p99:.2f}",
+            "p99 / p50": f"{row.tail:.2f}",
+            "host": f"{row.host:.2f}",
+        }
+        if number == 0:
+            for name in cells:
+                table.add_column(name, justify="right", no_wrap=True, style="bold" if name == "p50" else None)
+        elif measured.rows[number - 1].dtype != row.dtype:
+            table.add_section()
+        table.add_row(*cells.values())
+    return table
+
+
+def _instruction_set(facts: Mapping[str, Any]) -> str:
+    """What the processor multiplies with; nothing for measurements that did not note it, or of a GPU."""
+    known = facts.get("instruction_set") if facts["device"] == "cpu" else None
+    return "" if known is None else f", {known}"
+
+
+def _gpu_note(facts: Mapping[str, Any]) -> str:
+    return "" if facts["gpu_columns"] == "measured" else "GPU: not yet measured."
 
 
 def share(value: float | None) -> str:

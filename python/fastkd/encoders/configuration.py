@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from fastkd.data.input_format import INPUT_FORMATS
 from fastkd.encoders import families
 from fastkd.encoders.anatomy import anatomy_of, check_is_encoder
+from fastkd.encoders.int8 import INT8
 from fastkd.exits.catalogue import check_criterion, default_criterion
 from fastkd.exits.rule import check_speed, head_speeds
 
@@ -50,6 +51,7 @@ class EarlyExitConfig(PreTrainedConfig):
         speed_table: what some speeds cost and are worth on the dev rows, as `fastkd.distill` measures it, for the model
             card.
         layers: where the backbone's list of layers lies, as in "encoder.layers"; None: found by itself.
+        quantized: "int8" where the products of the layers are, see `fastkd.encoders.int8`; None: they are not.
         pool: what the heads read: "cls", the first token, or "mean", all tokens' mean, which is put in front of them.
             Default: what the backbone's own classifier reads, where its configuration says so, else "cls".
         weights_fingerprint: of the weights that `exits_trained`, `certificate`, `label_scale` and `training_data`
@@ -86,6 +88,7 @@ class EarlyExitConfig(PreTrainedConfig):
         layers: str | None = None,
         pool: str | None = None,
         rank_certificate: Mapping[str, Any] | None = None,
+        quantized: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.backbone = _backbone_config(backbone)
@@ -93,6 +96,11 @@ class EarlyExitConfig(PreTrainedConfig):
         self.pool = _default_pool(self.backbone) if pool is None else pool
         if self.pool not in POOLS:
             raise ValueError(f"pool: got {pool!r}, expected one of {', '.join(POOLS)}")
+        if quantized not in (None, INT8):
+            raise ValueError(f"quantized: got {quantized!r}, expected {INT8!r} or None")
+        if quantized is not None:
+            self.check_quantisable()
+        self.quantized = quantized
         if head not in HEADS:
             raise ValueError(f"head: got {head!r}, expected one of {', '.join(HEADS)}")
         if head_width < 1 or head_width % head_attention_heads:
@@ -145,6 +153,19 @@ class EarlyExitConfig(PreTrainedConfig):
     def is_replayed(self) -> bool:
         """Whether layers of the backbone that do not run from their parts are run by `fastkd.encoders.replay`."""
         return families.is_replayed(self.backbone, self.layers)
+
+    def check_quantisable(self) -> None:
+        """Raise ValueError for a backbone whose layers transformers runs and not their parts."""
+        if not self.has_fast_paths or self.is_replayed:
+            raise ValueError(
+                f"model: it cannot be quantised, because its encoder of family {self.backbone.model_type!r} is "
+                "replayed; int8 is for encoders whose layers run from their parts, and bfloat16 for all"
+            )
+
+    @property
+    def weights_dtype(self) -> str:
+        """What traces and certificates call the weights as they were saved: "float32", "int8"..."""
+        return self.quantized or str(self.dtype or "unknown").removeprefix("torch.")
 
     @property
     def longest_input(self) -> int:

@@ -5,7 +5,7 @@ parts:
 
 * queries, keys and values are one product; the joined copy of their weights is made again when a parameter changes;
 * sums and normalisations are one pass (`fastkd_kernels.add_layer_norm`);
-* on a CPU, weights are rearranged once for oneDNN, and the activation is inside its product.
+* on a CPU, weights are rearranged once for oneDNN, and the activation is inside its product; int8 weights are as well.
 
 Any other layer runs its own `forward`, with the attention that this file registers with transformers.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import sdpa_mask
 
 import fastkd_kernels as fk
-from fastkd.encoders import families
+from fastkd.encoders import families, int8
 from fastkd.encoders.layout import TokenLayout
 from fastkd.encoders.untouched import are_untouched, has_plain_weight
 
@@ -105,9 +105,31 @@ class PackedLinear(JoinedLinear):
         return torch.ops.mkldnn._linear_pointwise.binary(rows, factors, self._weight, self._bias, "mul")
 
 
+class Int8JoinedLinear(JoinedLinear):
+    """The same of quantised layers, whose product oneDNN has in int8."""
+
+    _product: int8.Int8Product | None = None
+
+    @property
+    def copies(self) -> list[Tensor]:
+        return [] if self._product is None else self._product.tensors
+
+    def prepare(self) -> None:
+        self._product = int8.joined(cast(Sequence[int8.Int8Linear], self._modules))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        assert self._product is not None
+        return self._product(rows)
+
+
 def linear_on(device: torch.device) -> type[JoinedLinear]:
     """The kind of linear layer that is fastest there."""
     return PackedLinear if device.type == "cpu" else JoinedLinear
+
+
+def _linear_for(parts: families.LayerParts) -> type[JoinedLinear]:
+    is_int8 = isinstance(parts.output, int8.Int8Linear)
+    return Int8JoinedLinear if is_int8 else linear_on(parts.output.weight.device)
 
 
 _FUSED_ACTIVATIONS: dict[str, tuple[tuple[str, str], Callable[[Tensor], Tensor]]] = {
@@ -253,9 +275,9 @@ def _add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 def _is_plain(layer: nn.Module, parts: families.LayerParts) -> bool:
-    """Whether running the parts is all that running the layer does: no adapters, quantised weights, hooks, patches."""
+    """Whether running the parts is all that running the layer does: no adapters, hooks, patches, foreign weights."""
     return (
-        all(map(has_plain_weight, parts.linears))
+        (all(map(has_plain_weight, parts.linears)) or all(map(int8.runs, parts.linears)))
         and all(type(norm) is nn.LayerNorm and norm.weight is not None for norm in parts.norms)
         and (parts.rotary is None or parts.rotary.is_fixed)
         and are_untouched(layer)
@@ -354,7 +376,7 @@ def _current_layer(
     if parts is None or not _is_plain(module, parts):
         return ModuleLayer(module, config)
     if not isinstance(old, LayerFromParts) or not old.runs(parts):
-        old = LayerFromParts(parts, config.num_attention_heads, linear_on(parts.output.weight.device))
+        old = LayerFromParts(parts, config.num_attention_heads, _linear_for(parts))
     old.refresh()
     return old
 

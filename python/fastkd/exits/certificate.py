@@ -57,7 +57,9 @@ class CertifiedModel(HasWeights, Protocol):
     def config(self) -> CertifiedConfig: ...
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def weights_dtype(self) -> str:
+        """As torch calls it, or "int8"."""
+        ...
 
     def confirm_weights(self) -> None:
         """Say that the configuration describes the weights as they are now."""
@@ -176,7 +178,7 @@ class Certificate(KeptCertificate):
     exit_layers: list[int]
     """The layers after which rows may leave, and the last layer."""
     dtype: str
-    """Of the weights, as torch calls it: "float32"; empty if the trace did not say."""
+    """Of the weights, as torch calls it: "float32"; "int8" of a quantised model; empty if the trace did not say."""
     tolerance: float | None
     """Regression: up to which difference two answers are the same, in units of the label."""
     n: int
@@ -289,7 +291,7 @@ def warn_if_uncertified(model: CertifiedModel, **exits: Any) -> list[str]:
     certificate = Certificate.of(model.config)
     if certificate is None or not certificate.is_needed(model.config, exits.get("speed")):
         return []
-    mismatches = certificate.mismatches(model.config, model.dtype, **exits)
+    mismatches = certificate.mismatches(model.config, model.weights_dtype, **exits)
     changed = model.changed_weights()
     if changed is not None:
         mismatches.append(f"it is for other weights: {changed}; calibrate again")

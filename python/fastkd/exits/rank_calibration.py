@@ -90,7 +90,7 @@ class RankCertificate(KeptCertificate):
     def rule(self) -> RankRule:
         return RankRule.within(self.half_widths, self.top_k, self.exit_layers)
 
-    def mismatches(self, config: CertifiedConfig, dtype: torch.dtype, label: int | None) -> list[str]:
+    def mismatches(self, config: CertifiedConfig, dtype: torch.dtype | str, label: int | None) -> list[str]:
         """One sentence for each difference between use and certificate."""
         compared: dict[str, tuple[object, object]] = {
             "dtype": (self.dtype or "unknown", str(dtype).removeprefix("torch.")),

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fastkd.data.batches import LengthSortedBatches, tokenize
@@ -38,7 +38,7 @@ from fastkd.exits.trace import correlation, predictions
 from fastkd.inference.interleaved import interleaved
 from fastkd.inference.measurements import STREAM, Benchmark, BenchmarkRow
 from fastkd.inference.predict import WINDOW
-from fastkd.model.loading import DTYPES
+from fastkd.model.loading import PRECISIONS, in_dtype
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.model.tokenizers import length_limit
 
@@ -83,7 +83,7 @@ def benchmark(
             where the model has them, without padding, with or without `labels`. None measures batches alone.
         speeds: each above 0 and at most 1; the full model is always measured.
         batch_sizes: rows a batch.
-        dtypes: of `fastkd.model.loading.DTYPES`.
+        dtypes: of `fastkd.model.loading.PRECISIONS`.
         criterion: uncertainty criterion; None takes the model's.
         top_n: classes that the "top_n" criterion looks at.
         repeats: interleaved passes; one more warms up and is not counted.
@@ -102,7 +102,7 @@ def benchmark(
     measured: list[BenchmarkRow] = []
     for dtype in dtypes:
         cast = copy.deepcopy(model).eval()
-        nn.Module.to(cast, DTYPES[dtype])
+        in_dtype(cast, dtype)
         races: list[tuple[_Form, Sequence[_Form]]] = [(form, [form]) for form in batched]
         if streamed is not None:
             races.insert(0, (streamed, [streamed, *batched]))
@@ -350,6 +350,7 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
     return {
         "device": device_name(device),
         "processor": _processor(),
+        "instruction_set": instruction_set(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -363,13 +364,41 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+_EXTENSIONS = (
+    ("amx_bf16", "AMX-BF16"),
+    ("amx_int8", "AMX-INT8"),
+    ("avx512_fp16", "AVX512-FP16"),
+    ("avx512_bf16", "AVX512-BF16"),
+    ("avx512_vnni", "AVX512-VNNI"),
+    ("avx_vnni", "AVX-VNNI"),
+    ("asimddp", "dot product"),
+    ("i8mm", "I8MM"),
+    ("bf16", "BF16"),
+    ("sve", "SVE"),
+)
+"""What Linux calls what speeds up products, and what it is called here."""
+
+
+def instruction_set() -> str:
+    """What the processor's products may use, as torch and Linux name it, and what limits oneDNN."""
+    flags = _processor_line("flags", "Features").split()
+    found = [torch.backends.cpu.get_cpu_capability(), *(name for flag, name in _EXTENSIONS if flag in flags)]
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return ", ".join(found) + ("" if limit is None else f" (oneDNN limited to {limit})")
+
+
 def _processor() -> str:
+    return _processor_line("model name") or platform.processor() or platform.machine()
+
+
+def _processor_line(*names: str) -> str:
+    """The first line of /proc/cpuinfo with one of these names; empty where there is none."""
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             for line in lines:
-                if line.startswith("model name"):
+                if line.startswith(names):
                     return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return ""
 
 
 def _moved(batch: Batch, device: torch.device) -> dict[str, Tensor]:
@@ -383,7 +412,7 @@ def _check(speeds: Sequence[float], batch_sizes: Sequence[int], dtypes: Sequence
         )
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch_sizes: got {list(batch_sizes)}, expected numbers from 1")
-    if not dtypes or not set(dtypes) <= set(DTYPES):
-        raise ValueError(f"dtypes: got {list(dtypes)}, expected some of {', '.join(DTYPES)}")
+    if not dtypes or not set(dtypes) <= set(PRECISIONS):
+        raise ValueError(f"dtypes: got {list(dtypes)}, expected some of {', '.join(PRECISIONS)}")
     if repeats < 1:
         raise ValueError(f"repeats: got {repeats}, expected at least 1")

@@ -59,6 +59,13 @@ class WeightsClaims:
         elif fingerprint is not None and fingerprint != described:
             self._problem = OTHER_FILE
 
+    def carry_over(self, model: DescribedModel, problem: str | None) -> None:
+        """The weights were written in another form; `problem` is how they differed before."""
+        if self._knows_nothing(model):
+            return
+        self.confirm(model)
+        self._problem = problem
+
     @property
     def is_open(self) -> bool:
         """Whether nothing is known yet."""

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 import fastkd_kernels as fk
 from fastkd.data.columns import Columns
 from fastkd.data.row_hashes import Hashes
-from fastkd.encoders import anatomy
+from fastkd.encoders import anatomy, int8
 from fastkd.encoders.catalogue import check_family
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.encoders.driver import driver_of
@@ -39,6 +39,7 @@ from fastkd.model.claims import WeightsClaims, asks_about_weights
 from fastkd.model.inputs import check_tokens, checked_mask
 from fastkd.model.pretrained import (
     check_complete,
+    check_loaded_dtype,
     config_to_load,
     damage_explained,
     local_folder,
@@ -92,6 +93,10 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         # transformers maps the keys of plain checkpoints by this prefix
         self.base_model_prefix = backbone.base_model_prefix
         setattr(self, self.base_model_prefix, backbone)
+        if config.quantized is not None:
+            int8.replace_linears(self.layers, int8.empty_like)
+            # no gradient goes through it, so none is asked for
+            backbone.requires_grad_(False)
         self.heads = ExitHeads(config)
         self.learned_exit = LearnedExit(config) if config.learned_exit else None
         if heads_are_new and config.is_replayed:
@@ -118,6 +123,11 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
     def exit_layers(self) -> list[int]:
         """1-based numbers of the layers that have a head, ascending; the last one is the encoder's last layer."""
         return self.config.exit_layers
+
+    @property
+    def weights_dtype(self) -> str:
+        """What traces and certificates call the weights: "int8" where they are quantised, else as torch: "float32"."""
+        return self.config.quantized or str(self.dtype).removeprefix("torch.")
 
     @property
     def last_head(self) -> ExitHead:
@@ -270,6 +280,39 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         part.seen_rows = dict(self.seen_rows)
         part.name_or_path = ""
         return part.train(self.training)
+
+    def quantize(self, dtype: str = int8.INT8) -> EarlyExitForSequenceClassification:
+        """Put the products of all layers into int8, in place; `save_pretrained` then saves the quantised weights.
+
+        Weights get one scale for each channel, activations one for each token, and no rows are needed. Everything
+        else, embeddings and heads among it, is float32, and stays where it is. Rows leave as the quantised model
+        decides: a certificate for other weights promises nothing, so trace and calibrate again. No gradient goes
+        through the encoder; its heads can be distilled anew.
+
+        Args:
+            dtype: "int8".
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: another dtype; a model that is not on a CPU, that fastkd has no fast path for, that is
+                quantised already, or whose linear layers hold adapters, hooks or weights that are not finite.
+        """
+        if dtype != int8.INT8:
+            raise ValueError(f"dtype: got {dtype!r}, expected {int8.INT8!r}; for others use model.to(torch.bfloat16)")
+        self.config.check_quantisable()
+        reason = int8.why_not(self.layers, self.device)
+        if reason is not None:
+            raise ValueError(f"model: it cannot be quantised, because {reason}")
+        problem = self.changed_weights()
+        cast(nn.Module, self).float()
+        int8.replace_linears(self.layers, int8.Int8Linear.of)
+        self.backbone.requires_grad_(False)
+        self.config.quantized = dtype
+        self.config.speed_table = None
+        self._claims.carry_over(self, problem)
+        return self
 
     def confirm_weights(self) -> None:
         """Say that the configuration (`exits_trained`, `certificate`...) describes the weights as they are now.
@@ -885,9 +928,12 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             return cls._load_merged(path, base, *model_args, config=config, added=added, **kwargs)
         saved = None if path is None else saved_config(path, kwargs)
         config = config_to_load(saved, path, config, added, kwargs)
+        check_loaded_dtype(config, path, kwargs)
         heads_are_new = saved is not None and not isinstance(saved, EarlyExitConfig)
         loaded = cls._load(path, *model_args, config=config, heads_are_new=heads_are_new, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if config.quantized is not None:
+            model.backbone.requires_grad_(False)  # loading makes new parameters
         if model.device.type != "meta":
             model._driver.check(model.backbone)
         if not heads_are_new and path is not None:

@@ -155,6 +155,16 @@ def config_to_load(
     return config
 
 
+def check_loaded_dtype(config: EarlyExitConfig, path: str | os.PathLike[str] | None, kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError where quantised weights are asked for in another dtype: what lies between them is float32."""
+    wanted = kwargs.get("dtype", kwargs.get("torch_dtype"))
+    if config.quantized is not None and wanted not in (None, "auto", "float32", torch.float32):
+        raise ValueError(
+            f"dtype: got {wanted}, but the model in {path} is quantised to {config.quantized}, with everything else in "
+            "float32; leave dtype out, or load the model that was not quantised"
+        )
+
+
 @contextmanager
 def damage_explained(path: str | os.PathLike[str] | None, build: Callable[[], Any] | None = None) -> Iterator[None]:
     """Turn what reading damaged weights, or weights of another configuration, raises into a ValueError that says so.

@@ -31,6 +31,9 @@ class RankedModel(ExitModel, Protocol):
     @property
     def exit_layers(self) -> list[int]: ...
 
+    @property
+    def weights_dtype(self) -> str: ...
+
     def changed_weights(self) -> str | None: ...
 
     def check_exits(self) -> None:
@@ -117,7 +120,7 @@ def _rule(model: RankedModel, wanted: int, speed: float | None, label: int | Non
     if speed is not None or model.config.rank_certificate is None:
         return RankRule.at_speed(speed or 0.0, wanted, model.exit_layers)
     certificate = RankCertificate.from_dict(model.config.rank_certificate)
-    mismatches = certificate.mismatches(model.config, model.dtype, label)
+    mismatches = certificate.mismatches(model.config, model.weights_dtype, label)
     changed = model.changed_weights()
     if changed is not None:
         mismatches.append(f"it is for other weights: {changed}; calibrate again")

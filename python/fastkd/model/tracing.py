@@ -39,7 +39,7 @@ class TracedModel(HasWeights, Protocol):
     def device(self) -> torch.device: ...
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def weights_dtype(self) -> str: ...
 
     @property
     def exit_layers(self) -> list[int]: ...
@@ -112,7 +112,7 @@ def record_trace(
             model=model_fingerprint(model),
             data=fingerprint or f"tokens:{recorder.tokens.hexdigest()}",
             training_data=dict(model.config.training_data),
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=model.weights_dtype,
             seen=seen,
             seen_anywhere=seen_anywhere,
         ),

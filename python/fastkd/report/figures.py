@@ -22,6 +22,7 @@ from fastkd.training.log import RECORDED_SPEED
 if TYPE_CHECKING:
     from fastkd.exits.reliability import AccuracyByUncertainty, UncertaintyAtLayer
     from fastkd.exits.sweep import Sweep, SweepRow
+    from fastkd.inference.latency import LatencyRow
     from fastkd.inference.measurements import BenchmarkRow
     from fastkd.training.log import TrainingPoint
 
@@ -148,6 +149,35 @@ def wall_clock(rows: Sequence[BenchmarkRow], path: PathLike) -> None:
         axes.xaxis.set_major_formatter(_TIMES)
         axes.yaxis.set_major_formatter(_TIMES)
         _legend(axes, len(curves))
+
+    _save(path, draw)
+
+
+def latency(rows: Sequence[LatencyRow], path: PathLike) -> None:
+    """Milliseconds of the share of sentences that were answered by then, one curve for each dtype and speed.
+
+    Raises:
+        ValueError: `rows` is empty.
+    """
+    if not rows:
+        raise ValueError("rows: got none; measure the latency first")
+
+    def draw(axes: Axes) -> None:
+        for number, row in enumerate(rows):
+            # the slowest call would set the scale for all others
+            shown = range(0, len(row.quantiles) - 1)
+            axes.plot(
+                [row.quantiles[place] for place in shown], [place / 100 for place in shown],
+                label=f"{row.dtype}, speed {row.speed:g}", color=_COLOURS[number % len(_COLOURS)],
+                linestyle=_LINES[number // len(_COLOURS) % len(_LINES)], linewidth=1.8, zorder=3,
+            )  # fmt: skip
+        for share in (0.5, 0.9, 0.99):
+            axes.axhline(share, color=_GREY, linewidth=0.6, linestyle=":", zorder=1)
+        axes.set(xlabel="milliseconds a sentence", ylabel="share of sentences answered by then", ylim=(0, 1.02))
+        axes.set_xlim(left=0)
+        axes.set_title("One sentence at a time")
+        axes.yaxis.set_major_formatter(_PERCENT)
+        _legend(axes, len(rows))
 
     _save(path, draw)
 

@@ -1,4 +1,4 @@
-"""The files that a sweep, a comparison and a benchmark leave: numbers and pictures in one folder."""
+"""The files that a sweep, a comparison, a benchmark and single calls leave: numbers and pictures in one folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastkd.data.files import atomic_path
 from fastkd.exits.sweep import Sweep
+from fastkd.inference.latency import Latency
 from fastkd.inference.measurements import Benchmark
 from fastkd.report import figures
 
@@ -49,4 +50,13 @@ def write_benchmark(measured: Benchmark, folder: Path) -> list[Path]:
     measured.to_json(files[0])
     measured.to_csv(files[1])
     figures.wall_clock(measured.rows, files[2])
+    return files
+
+
+def write_latency(measured: Latency, folder: Path) -> list[Path]:
+    """JSON, CSV and picture of single calls; the paths written."""
+    files = [folder / "latency.json", folder / "latency.csv", folder / "latency.png"]
+    measured.to_json(files[0])
+    measured.to_csv(files[1])
+    figures.latency(measured.rows, files[2])
     return files

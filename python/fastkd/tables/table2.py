@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fastkd.data.batches import LengthSortedBatches, tokenize
@@ -42,7 +41,7 @@ from fastkd.kd.options import KDOptions
 from fastkd.kd.probe import encoder_layers
 from fastkd.kd.teacher import Teacher
 from fastkd.kd.trainer import KDTrainer
-from fastkd.model.loading import DTYPES, load_model
+from fastkd.model.loading import PRECISIONS, in_dtype, load_model
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.training.early_exit import DISTILLED, TrainingPlan, distill_in, finetune_in
 from fastkd.training.log import LOG_FILE, read_log
@@ -70,7 +69,7 @@ class Table2Options:
         bench_rows: rows of a timed pass.
         bench_repeats: interleaved passes; their median counts.
         batch_size: rows of a timed batch.
-        dtype: of the timed models, one of `fastkd.model.loading.DTYPES`.
+        dtype: of the timed models, one of `fastkd.model.loading.PRECISIONS`.
         device: where the models are measured, as for `fastkd.model.loading.pick_device`.
     """
 
@@ -92,8 +91,8 @@ class Table2Options:
             raise ValueError(f"student_layers: got {self.student_layers}, expected numbers from 1")
         if not self.speeds or not all(0 < speed <= 1 for speed in self.speeds):
             raise ValueError(f"speeds: got {self.speeds}, expected numbers above 0 and at most 1")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: got {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if self.dtype not in PRECISIONS:
+            raise ValueError(f"dtype: got {self.dtype!r}, expected one of {', '.join(PRECISIONS)}")
 
 
 @dataclass(frozen=True)
@@ -487,9 +486,7 @@ def _seconds(
 
 
 def _cast(model: EarlyExitForSequenceClassification, dtype: str) -> EarlyExitForSequenceClassification:
-    cast_model = copy.deepcopy(model).eval()
-    nn.Module.to(cast_model, DTYPES[dtype])
-    return cast_model
+    return in_dtype(copy.deepcopy(model).eval(), dtype)
 
 
 def _known(accuracy: float | None) -> float:

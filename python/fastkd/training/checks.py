@@ -18,6 +18,7 @@ from fastkd.data.errors import DataError
 from fastkd.data.files import check_fields, check_output_folder, read_json, write_json
 from fastkd.data.labels import label_rule, names_of_classes
 from fastkd.data.rows import Rows, RowSource, load_splits
+from fastkd.encoders.int8 import Int8Linear
 from fastkd.exits.merged_state import is_adapter
 from fastkd.model.adapters import adapter_base, check_adapter, is_peft_model
 from fastkd.model.modeling import EarlyExitForSequenceClassification
@@ -153,8 +154,13 @@ def parameters_to_train(trained: Sequence[nn.Module], adapter: Any, remedy: str)
     """All parameters of these modules; around an adapter those that peft trains.
 
     Raises:
-        ValueError: none, or other than float32.
+        ValueError: none, or other than float32, or quantised layers.
     """
+    if any(isinstance(part, Int8Linear) for module in trained for part in module.modules()):
+        raise ValueError(
+            "model: its layers are quantised to int8, through which no gradient goes; train the model that was not "
+            "quantised, and quantise it then"
+        )
     everything = dict.fromkeys(parameter for module in trained for parameter in module.parameters())
     chosen = [parameter for parameter in everything if adapter is None or parameter.requires_grad]
     if not chosen:

@@ -1,0 +1,210 @@
+"""Products in int8: weights with one scale for each output channel, activations with one for each token.
+
+    s_n = max_k |W_nk| / 127                    a channel of the weights, once
+    t_r = max_k |x_rk| / 127                    a token, at every call
+    y_rn = s_n t_r sum_k round(x_rk / t_r) round(W_nk / s_n) + b_n
+
+The sum is exact in int32, so an answer depends neither on batch mates nor on how products are joined. What lies between
+the products stays float32. A token's scale needs no calibration rows. The product is oneDNN's (VNNI, AMX, the dot
+product of ARM), behind `Int8Product`; elsewhere it is PyTorch's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastkd_kernels as fk
+from fastkd.encoders.untouched import has_plain_weight, is_untouched
+from fastkd.exits.merged_state import is_adapter
+
+INT8 = "int8"
+"""What configurations, certificates and options call it."""
+
+_LARGEST = 127.0
+
+
+def quantise(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 of the shape of `values` [..., K] float32, and the scale [..., 1] of each row.
+
+    A row of zeros has codes 0; one that is not finite has a scale that is not.
+    """
+    scale = values.abs().amax(-1, keepdim=True).clamp_min_(torch.finfo(values.dtype).tiny).div_(_LARGEST)
+    return (values / scale).round_().to(torch.int8), scale
+
+
+def reference(rows: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The formula in plain PyTorch: rows [R, K] float32, codes [N, K] int8, scale [N]; gives [R, N] float32."""
+    row_codes, row_scale = quantise(rows)
+    # float64 holds every sum of products of codes exactly
+    sums = (row_codes.double() @ codes.double().t()).float()
+    scaled = sums * scale * row_scale
+    return scaled if bias is None else scaled + bias
+
+
+class Int8Product:
+    """Weights arranged once, and the product with rows of float32.
+
+    Args:
+        codes: [N, K] int8.
+        scale: [N] float32.
+        bias: [N] float32, or None.
+    """
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        self._scale = scale
+        self._bias = bias
+        self._has_onednn = hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.backends.mkldnn.is_available()
+        self._codes: Any = torch.ops.onednn.qlinear_prepack(codes, None) if self._has_onednn else codes.t()
+        self._zero = torch.zeros(len(scale), dtype=torch.int32)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What it reads."""
+        return [tensor for tensor in (self._codes, self._scale, self._bias) if tensor is not None]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[R, N] float32 of rows [R, K] float32."""
+        if not rows.shape[0]:  # which oneDNN does not take
+            return rows.new_empty(0, len(self._scale))
+        codes, row_scale = quantise(rows)
+        if self._has_onednn:
+            scaled = torch.ops.onednn.qlinear_pointwise(
+                codes, 1.0, 0, self._codes, self._scale, self._zero, None, 1.0, 0, torch.float32, "none", [], ""
+            )
+        else:
+            scaled = torch._int_mm(codes, self._codes).float().mul_(self._scale)
+        if self._bias is None:
+            return scaled.mul_(row_scale)
+        return torch.addcmul(self._bias, scaled, row_scale, out=scaled)
+
+
+class Int8Linear(nn.Module):
+    """In the place of an `nn.Linear` whose weights were quantised; without a gradient.
+
+    Attributes:
+        weight: [out, in] int8.
+        weight_scale: [out] float32.
+        bias: [out] float32, or None.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.ones(out_features))
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+        self._stamp: fk.ParameterStamp | None = None
+        self._product: Int8Product | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, linear: nn.Linear) -> Int8Linear:
+        """The quantised weights of a linear layer."""
+        made = cls(linear.in_features, linear.out_features, linear.bias is not None)
+        made.weight, scale = quantise(linear.weight.detach().float())
+        made.weight_scale = scale[:, 0]
+        made.bias = None if linear.bias is None else linear.bias.detach().float().clone()
+        return made.train(linear.training)
+
+    @property
+    def dequantised(self) -> Tensor:
+        """[out, in] float32, which quantises to the same codes again."""
+        return self.weight * self.weight_scale[:, None]
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def forward(self, values: Tensor) -> Tensor:
+        """[..., out] float32 of [..., in].
+
+        Raises:
+            ValueError: elsewhere than on a CPU, in another dtype, or where a gradient is wanted.
+        """
+        rows = values.reshape(-1, self.in_features)
+        if torch.compiler.is_compiling():
+            return reference(rows, self.weight, self.weight_scale, self.bias).view(
+                *values.shape[:-1], self.out_features
+            )
+        if values.device.type != "cpu" or values.dtype != torch.float32:
+            raise ValueError(
+                f"model: it is quantised to int8, which runs on a CPU with everything else in float32, but got "
+                f"{values.dtype} on {values.device}; load the model that was not quantised"
+            )
+        if torch.is_grad_enabled() and values.requires_grad:
+            raise ValueError(
+                "model: it is quantised to int8, through which no gradient goes; train the model that was not "
+                "quantised, and quantise it then"
+            )
+        with torch.no_grad():
+            return self._current_product()(rows).view(*values.shape[:-1], self.out_features)
+
+    def _current_product(self) -> Int8Product:
+        tensors = [self.weight, self.weight_scale]
+        if self._product is None or self._stamp is None or not self._stamp.is_current(tensors):
+            self._stamp = fk.ParameterStamp(tensors)
+            self._product = Int8Product(self.weight, self.weight_scale, self.bias)
+        return self._product
+
+    def __getstate__(self) -> dict[str, Any]:
+        # what oneDNN arranged can neither be copied nor pickled
+        return {**self.__dict__, "_stamp": None, "_product": None}
+
+
+def joined(modules: Sequence[Int8Linear]) -> Int8Product:
+    """Layers of the same input as one product."""
+    biases = [module.bias for module in modules if module.bias is not None]
+    return Int8Product(
+        torch.cat([module.weight for module in modules]),
+        torch.cat([module.weight_scale for module in modules]),
+        torch.cat(biases) if biases else None,
+    )
+
+
+def runs(module: nn.Module) -> bool:
+    """Whether it is a quantised layer that can run where it is: on a CPU, its scales in float32."""
+    return (
+        isinstance(module, Int8Linear)
+        and module.weight.device.type == "cpu"
+        and module.weight_scale.dtype == torch.float32
+    )
+
+
+def replace_linears(layers: Iterable[nn.Module], make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Put what `make` gives in the place of every linear layer inside these layers of an encoder."""
+    for layer in layers:
+        for parent in list(layer.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.Linear:
+                    setattr(parent, name, make(child))
+
+
+def empty_like(linear: nn.Linear) -> Int8Linear:
+    """Room for the weights of a saved model."""
+    return Int8Linear(linear.in_features, linear.out_features, linear.bias is not None)
+
+
+def why_not(layers: Iterable[nn.Module], device: torch.device) -> str | None:
+    """Why these layers of an encoder cannot be quantised; None where they can."""
+    if device.type != "cpu":
+        return f"it is on {device}, and int8 runs on a CPU; move it there first (model.to('cpu'))"
+    modules = [module for layer in layers for module in layer.modules()]
+    if any(isinstance(module, Int8Linear) for module in modules):
+        return "it is quantised already"
+    if any(map(is_adapter, modules)):
+        return "an adapter of peft is in its layers; merge it first (merge_and_unload)"
+    linears = [module for module in modules if isinstance(module, nn.Linear)]
+    if not all(map(has_plain_weight, linears)):
+        return "its layers hold weights that something else quantised; load the model that was not"
+    if not all(map(is_untouched, linears)):
+        return "something is hooked to its linear layers; remove it first"
+    if not all(bool(module.weight.isfinite().all()) for module in linears):
+        return "some of its weights are not finite"
+    return None

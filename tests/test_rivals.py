@@ -1,0 +1,69 @@
+"""The tables of OpenVINO and ONNX Runtime beside ours: what they say, and that README says it too."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import bench_router
+import pytest
+import rival_table
+import rivals
+
+ROOT = Path(__file__).parents[1]
+FACTS = {
+    "processor": "P", "instruction_set": "AVX512, AVX512-VNNI", "threads": 2, "date": "2026-01-01", "data": "sst2",
+    "rows": 10, "repeats": 3,
+}  # fmt: skip
+
+
+def row(form: str, contestant: str, speed: float = 0.0, gflops: float | None = 200.0) -> rival_table.RivalRow:
+    return rival_table.RivalRow(
+        form=form, contestant=contestant, how="latency hint" if "openvino" in contestant else "", speed=speed,
+        ms_per_row=2.5, accuracy=0.9, agreement=0.99, average_layers=6.0, gflops=gflops,
+        share_of_peak=None if gflops is None else 0.25, over_best_rival=0.5,
+    )  # fmt: skip
+
+
+def test_a_table_names_machine_instruction_set_and_peak(tmp_path: Path) -> None:
+    rows = [row("8", "openvino bf16"), row("8", "fastkd bf16, forward", 0.5, None)]
+    rival_table.write(rows, FACTS, tmp_path / "a.json")
+    table = (tmp_path / "a.md").read_text(encoding="utf-8")
+    for words in (
+        "AVX512-VNNI",
+        "bf16 800",
+        "| 8 | openvino bf16 | 0 | 2.500 | 0.50x |",
+        "200 | 25% |",
+        "latency hint",
+    ):
+        assert words in table
+    saved = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert saved["rows"][1]["speed"] == 0.5
+    page = rival_table.page_table([saved, {**saved, "rows": [row("file", "fastkd bf16, stream", 0.5).__dict__]}])
+    assert "| contestant | speed | sst2, B=8 | sst2 |" in page
+    assert "| fastkd bf16 | 0.5 | 2.50 | 2.50, 90.00% |" in page
+
+
+def test_readme_has_what_was_measured() -> None:
+    results = sorted((ROOT / "bench" / "results").glob("cpu-rivals-*.json"))
+    table = rival_table.page_table([json.loads(path.read_text(encoding="utf-8")) for path in results])
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert rival_table.page_with(page, table) == page
+
+
+def test_what_is_missing_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert rivals.missing()["openvino"] == (
+        "openvino is left out: openvino and nncf not installed; pip install 'fastkd-kernels[rivals]'"
+    )
+
+
+@pytest.mark.parametrize(("average", "layers"), bench_router.PATTERNS.items())
+def test_imposed_exits_have_their_average(average: float, layers: tuple[int, ...]) -> None:
+    assert sum(layers) / len(layers) == average
+    for layer in layers:
+        speeds = bench_router.speeds_for(layer, 11)
+        assert len(speeds) == 11
+        assert [speed == 1 for speed in speeds].index(True) == layer - 1
+        assert all(speeds)
