@@ -93,7 +93,9 @@ def post(address: str, path: str, body: Any, **headers: str) -> tuple[int, Any]:
         with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.status, json.loads(answer.read() or b"null")
     except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read() or b"null")
+        text = error.read()
+        # Ray Serve's own errors are no JSON
+        return error.code, json.loads(text) if text.startswith(b"{") else None
     except (OSError, ValueError):
         return 0, None
 

@@ -717,7 +717,8 @@ def test_a_reload_drops_nothing_and_changes_the_answers(tmp_path: Path) -> None:
         assert service.worker is not first
         assert await ask() != before
         gate.set()
-        assert await asyncio.gather(*tasks) == [before] * 9
+        for answer in await asyncio.gather(*tasks):
+            assert answer == [{**row, "score": pytest.approx(row["score"], abs=1e-6)} for row in before]
         assert (await client.get("/info", headers=token)).json()["model_sha"] == told.json()["model_sha"]
         await asyncio.to_thread(first.join, 10)
         assert not first.is_alive

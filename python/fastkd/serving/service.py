@@ -334,15 +334,16 @@ class Service:
     async def answers_as_they_come(self, accepted: Accepted) -> AsyncIterator[tuple[int, Answered | Refusal]]:
         """Each row's number and its answer, the moment that it has one."""
         numbers = {future: number for number, future in enumerate(accepted.futures)}
-        waiting = set(accepted.futures)
+        done: asyncio.Queue[asyncio.Future[Answered]] = asyncio.Queue()
+        for future in accepted.futures:
+            future.add_done_callback(done.put_nowait)
         try:
-            while waiting:
-                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                for future in sorted(done, key=numbers.__getitem__):
-                    try:
-                        yield numbers[future], future.result()
-                    except Refusal as refusal:
-                        yield numbers[future], refusal
+            for _ in numbers:
+                future = await done.get()
+                try:
+                    yield numbers[future], future.result()
+                except Refusal as refusal:
+                    yield numbers[future], refusal
         finally:
             self.cancel(accepted)
             _retrieve(accepted.futures)
