@@ -72,7 +72,7 @@ class _Documents:
         self.scores: Tensor | None = None
         self._model, self._score, self._tokens_per_run = model, score, tokens_per_run
         self._encoder: PackedEncoder | PaddedRuns = (
-            encoder_of(model) if model.config.has_own_path else PaddedRuns(model)
+            encoder_of(model) if model.config.has_fast_paths else PaddedRuns(model)
         )
         self._states: Tensor | None = None
 
