@@ -1,52 +1,19 @@
 // The CPU exit gate called straight from Python: PyTorch's dispatcher and three allocations through it would cost more
-// than deciding on a small batch. Tensors cross by DLPack's C exchange interface, whose ABI is stable.
+// than deciding on a small batch.
 #include "python_api.h"
 
 #include <cstdint>
-#include <cstdlib>
-#include <new>
 #include <optional>
 
-#include "dlpack_exchange.h"
+#include "eager_tensors.h"
 #include "exit_gate_cpu.h"
 
 namespace {
 
 using fastkd::Owned;
 
-const DLPackExchangeAPI* exchange = nullptr;
-
 // releasing the lock of the interpreter costs about as much as this many elements
 constexpr int64_t kElementsWorthUnlocking = 4096;
-
-constexpr int64_t kAlignment = 64;
-
-// What precedes the data of an output, in the same allocation.
-struct alignas(kAlignment) Header {
-  DLManagedTensorVersioned tensor;
-  int64_t size, stride;
-};
-
-void release(DLManagedTensorVersioned* tensor) {
-  std::free(tensor->manager_ctx);
-}
-
-// A new tensor [size] of 4-byte elements; `data` receives its memory. Empty where Python has an error set.
-template <typename T>
-Owned allocate(int64_t size, uint8_t type_code, T*& data) {
-  const int64_t bytes = (size * static_cast<int64_t>(sizeof(T)) / kAlignment + 1) * kAlignment;
-  void* memory = std::aligned_alloc(kAlignment, sizeof(Header) + bytes);
-  if (memory == nullptr) throw std::bad_alloc();
-  data = reinterpret_cast<T*>(static_cast<char*>(memory) + sizeof(Header));
-  Header* header = new (memory) Header{{}, size, 1};
-  header->tensor.version = {1, 0};
-  header->tensor.manager_ctx = memory;
-  header->tensor.deleter = release;
-  header->tensor.dl_tensor = {data, {kDLCPU, 0}, 1, {type_code, 32, 1}, &header->size, &header->stride, 0};
-  void* object = nullptr;
-  if (exchange->managed_tensor_to_py_object_no_sync(&header->tensor, &object) != 0) return nullptr;
-  return Owned(static_cast<PyObject*>(object));
-}
 
 bool logits_type(DLDataType type, fastkd::LogitsType& result) {
   if (type.lanes != 1) return false;
@@ -65,11 +32,7 @@ bool logits_type(DLDataType type, fastkd::LogitsType& result) {
 // The gate without its criterion; false where the logits need the care of the dispatcher and of its errors.
 bool read_logits(PyObject* logits, fastkd::ExitGate& gate) {
   DLTensor view;
-  if (exchange->dltensor_from_py_object_no_sync(logits, &view) != 0) {
-    PyErr_Clear();
-    return false;
-  }
-  if (view.device.device_type != kDLCPU || view.ndim != 2 || view.shape[1] < 2 || view.shape[0] > INT32_MAX ||
+  if (!fastkd::view_tensor(logits, view) || view.ndim != 2 || view.shape[1] < 2 || view.shape[0] > INT32_MAX ||
       !logits_type(view.dtype, gate.type)) {
     return false;
   }
@@ -85,7 +48,8 @@ PyObject* decide(const fastkd::ExitGate& gate) {
   float* uncertainty;
   int32_t *survivors, *count;
   const Owned decision[] = {
-      allocate(gate.rows, kDLFloat, uncertainty), allocate(gate.rows, kDLInt, survivors), allocate(1, kDLInt, count)};
+      fastkd::allocate_tensor(gate.rows, kDLFloat, uncertainty), fastkd::allocate_tensor(gate.rows, kDLInt, survivors),
+      fastkd::allocate_tensor(1, kDLInt, count)};
   for (const Owned& tensor : decision) {
     if (!tensor) return nullptr;
   }
@@ -100,8 +64,8 @@ PyObject* decide(const fastkd::ExitGate& gate) {
 // exit_gate(logits, speed, criterion, top_n) -> (uncertainty, survivors, count), or None where the arguments need the care
 // of the dispatcher and of its errors.
 PyObject* exit_gate(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  if (count != 4 || exchange == nullptr) {
-    PyErr_SetString(PyExc_TypeError, "exit_gate: logits, speed, criterion, top_n, after enable_eager_exit_gate");
+  if (count != 4 || fastkd::tensor_exchange == nullptr) {
+    PyErr_SetString(PyExc_TypeError, "exit_gate: logits, speed, criterion, top_n, after enable_eager_tensors");
     return nullptr;
   }
   const double speed = PyFloat_AsDouble(given[1]);
@@ -117,16 +81,16 @@ PyObject* exit_gate(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return fastkd::catching([&] { return decide(gate); });
 }
 
-PyObject* enable_eager_exit_gate(PyObject*, PyObject* capsule) {
-  exchange = exchange_of(capsule);
-  return PyErr_Occurred() ? nullptr : PyBool_FromLong(exchange != nullptr);
+PyObject* enable_eager_tensors(PyObject*, PyObject* capsule) {
+  fastkd::tensor_exchange = exchange_of(capsule);
+  return PyErr_Occurred() ? nullptr : PyBool_FromLong(fastkd::tensor_exchange != nullptr);
 }
 
 PyMethodDef methods[] = {
     fastkd::method(
-        "enable_eager_exit_gate", enable_eager_exit_gate, METH_O,
-        "Give exit_gate the capsule torch.Tensor.__dlpack_c_exchange_api__; False where it cannot be used."),
-    fastkd::method("exit_gate", exit_gate, METH_FASTCALL, "Eager CPU exit gate, after enable_eager_exit_gate."),
+        "enable_eager_tensors", enable_eager_tensors, METH_O,
+        "Give the eager functions the capsule torch.Tensor.__dlpack_c_exchange_api__; False where it cannot be used."),
+    fastkd::method("exit_gate", exit_gate, METH_FASTCALL, "Eager CPU exit gate, after enable_eager_tensors."),
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -1,9 +1,11 @@
-// The Python module: what this build is made of. Ops reach Python through torch.ops; exit_gate has a shorter way too.
+// The Python module: what this build is made of. Ops reach Python through torch.ops; some have a shorter way too.
 #include "python_api.h"
 
 #include "instruction_sets.h"
 
 bool bind_exit_gate(PyObject* module);
+bool bind_module_stamp(PyObject* module);
+bool bind_pack_tokens(PyObject* module);
 bool bind_triton_launch(PyObject* module);
 
 namespace {
@@ -26,7 +28,7 @@ bool add_instruction_sets(PyObject* module) {
 
 bool describe(PyObject* module) {
   // raised together with INTERFACE in fastkd_kernels/_extension.py whenever a schema or a binding changes
-  return PyModule_AddIntConstant(module, "interface", 2) == 0 &&
+  return PyModule_AddIntConstant(module, "interface", 3) == 0 &&
       PyModule_AddStringConstant(module, "built_with_torch", FASTKD_BUILT_WITH_TORCH) == 0 &&
       PyModule_AddStringConstant(module, "compiler", kCompiler) == 0 &&
       // both empty where the CUDA kernels were not built
@@ -42,7 +44,8 @@ PyModuleDef definition = {
 
 PyMODINIT_FUNC PyInit__C() {
   fastkd::Owned module(PyModule_Create(&definition));
-  if (!module || !describe(module.get()) || !bind_exit_gate(module.get()) || !bind_triton_launch(module.get())) {
+  if (!module || !describe(module.get()) || !bind_exit_gate(module.get()) || !bind_module_stamp(module.get()) ||
+      !bind_pack_tokens(module.get()) || !bind_triton_launch(module.get())) {
     return nullptr;
   }
   return module.release();

@@ -35,7 +35,7 @@ struct Heads {
   int64_t padded;             // T of the padded layout
   const int64_t* lengths;     // [B] or null
   const bool* mask;           // [B, T] or null
-  const int64_t* cu_seqlens;  // [B + 1] or null
+  const int32_t* cu_seqlens;  // [B + 1] or null
   float* logits;              // [B, C]
 
   int64_t first(int64_t sequence) const {
@@ -108,9 +108,9 @@ void check_sequences(
     }
   }
   if (cu_seqlens) {
-    check_values(*cu_seqlens, ScalarType::Long, "cu_seqlens");
+    check_values(*cu_seqlens, ScalarType::Int, "cu_seqlens");
     STD_TORCH_CHECK(cu_seqlens->numel() == batch + 1, "cu_seqlens: expected [B + 1]");
-    const auto* values = static_cast<const int64_t*>(cu_seqlens->const_data_ptr());
+    const auto* values = static_cast<const int32_t*>(cu_seqlens->const_data_ptr());
     STD_TORCH_CHECK(values[0] == 0 && values[batch] <= total, "cu_seqlens: expected 0 first and at most N last");
     for (int64_t b = 0; b < batch; ++b) {
       STD_TORCH_CHECK(values[b] < values[b + 1], "cu_seqlens: expected rising values");
@@ -162,7 +162,7 @@ Tensor student_head_pool(
       padded,
       pointer_or_null<int64_t>(lengths),
       pointer_or_null<bool>(mask),
-      pointer_or_null<int64_t>(cu_seqlens),
+      pointer_or_null<int32_t>(cu_seqlens),
       static_cast<float*>(logits.mutable_data_ptr())};
   const auto run = type == ScalarType::Float ? kernels.float32 : kernels.bfloat16;
   const int64_t workers = std::min<int64_t>(batch, torch::stable::get_num_threads());

@@ -10,7 +10,7 @@ import torch
 extension: ModuleType | None
 missing_reason: str | None
 
-INTERFACE = 2
+INTERFACE = 3
 """Version of schemas and bindings, raised along with csrc/module.cpp: another extension would read other arguments."""
 
 _BINDINGS = (
@@ -18,11 +18,14 @@ _BINDINGS = (
     "compiler",
     "cuda_architectures",
     "cuda_toolkit",
-    "enable_eager_exit_gate",
+    "enable_eager_tensors",
     "enable_triton_launch",
     "exit_gate",
     "launch_triton",
+    "module_stamp",
+    "module_stamp_is_current",
     "new_triton_binaries",
+    "pack_tokens",
     "remember_triton",
 )
 _REBUILD = "rebuild it with: pip install --no-build-isolation ."

@@ -144,7 +144,7 @@ def test_messages_and_binary_name_no_folder_of_the_build() -> None:
         fk.pack([torch.randn(1, 3)], int32(9))
 
 
-@pytest.mark.parametrize("lacking", ["interface", "exit_gate", "enable_eager_exit_gate", "remember_triton"])
+@pytest.mark.parametrize("lacking", ["interface", "exit_gate", "enable_eager_tensors", "remember_triton"])
 def test_an_extension_of_another_version_says_rebuild_it(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
     from types import ModuleType

@@ -52,13 +52,15 @@ def check_packed_tokens_are_refused(model: Model, inputs: dict[str, Tensor]) -> 
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("layers", ["from parts", "from parts, as on a GPU", "modules"])
+@pytest.mark.parametrize("layers", ["whole", "product by product", "product by product, as on a GPU", "modules"])
 def test_same_answers_and_exits_as_the_padded_engine(family: str, layers: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if layers == "modules":
         monkeypatch.setattr(packed_encoder, "runs_from_parts", lambda model: False)
         if FAMILIES[family].is_replayed:
             return check_packed_tokens_are_refused(early_exit_model(family), random_batch(family))
-    if layers == "from parts, as on a GPU":
+    if layers == "product by product":
+        monkeypatch.setattr(packed_layers.LayerFromParts, "_packed_whole", lambda self: None)
+    if layers == "product by product, as on a GPU":
         monkeypatch.setattr(packed_layers, "linear_on", lambda device: packed_layers.JoinedLinear)
     model, inputs = early_exit_model(family), random_batch(family, rows=23)
     speed = some_speed(model, inputs)
@@ -90,14 +92,16 @@ def test_sequences_that_left_may_stay_in_the_batch(pays: bool, criterion: str, m
     model, inputs = early_exit_model(), random_batch(rows=23)
     speed = some_speed(model, inputs) if criterion == "entropy" else 0.5
     expected = padded(model, inputs, speed, criterion=criterion)
-    rows, layer = [], packed_encoder.PackedEncoder.layer
+    rows, run_layers = [], packed_encoder.PackedEncoder.run_layers
 
-    def counted(self: packed_encoder.PackedEncoder, number: int, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
-        rows.append(layout.cu_seqlens.shape[0] - 1)
-        return layer(self, number, hidden_states, layout)
+    def counted(
+        self: packed_encoder.PackedEncoder, numbers: range, hidden_states: Tensor, layout: TokenLayout
+    ) -> Tensor:
+        rows.extend([layout.cu_seqlens.shape[0] - 1] * len(numbers))
+        return run_layers(self, numbers, hidden_states, layout)
 
     monkeypatch.setattr(packed_encoder.PackedEncoder, "compaction_pays", lambda *_: pays)
-    monkeypatch.setattr(packed_encoder.PackedEncoder, "layer", counted)
+    monkeypatch.setattr(packed_encoder.PackedEncoder, "run_layers", counted)
     result = packed_run(model, inputs, speed, criterion=criterion)
     assert result.exit_layer.equal(expected.exit_layer)
     torch.testing.assert_close(result.logits, expected.logits, rtol=1e-4, atol=1e-4)
@@ -164,8 +168,8 @@ def test_batch_mates_and_padding_change_no_exit() -> None:
 
 def test_forward_runs_packed_only_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    run = packed.run
-    monkeypatch.setattr(packed, "run", lambda *arguments: calls.append(1) or run(*arguments))
+    run = packed.run_packed
+    monkeypatch.setattr(packed, "run_packed", lambda *arguments: calls.append(1) or run(*arguments))
     model, inputs = early_exit_model(), random_batch()
     left_padded = {name: values.flip(1) for name, values in inputs.items()}
     left_padded["attention_mask"][:, 0] = 1

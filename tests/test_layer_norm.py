@@ -173,3 +173,20 @@ def test_machine_code() -> None:
 def test_the_extension_is_what_runs_here() -> None:
     assert _extension.missing_kernel_reason("add_layer_norm_", "CPU") is None
     assert _extension.missing_kernel_reason("embed_layer_norm_", "CPU") is None
+
+
+@pytest.mark.skipif(_extension.extension is None, reason="needs the compiled extension")
+def test_a_prepared_embedding_is_the_embedding() -> None:
+    tables = [torch.randn(9, 8), torch.randn(5, 8)]
+    weight, bias = torch.randn(8), torch.randn(8)
+    indices = [torch.tensor([8, 0, 3]), torch.tensor([4, 4, 1])]
+    prepared = fk.PreparedEmbedding(tables, weight, bias, 1e-5)
+    expected = fk.embed_layer_norm(tables, indices, weight, bias, 1e-5)
+    assert prepared(indices).equal(expected)
+    with_room = prepared(indices, rows=7)
+    assert with_room.shape == (7, 8)
+    assert with_room[:3].equal(expected)
+    with pytest.raises(IndexError, match=r"indices\[1\]\[0\]: got 5"):
+        prepared([indices[0], torch.tensor([5, 0, 0])])
+    with pytest.raises(ValueError, match=r"^bias: got shape"):
+        fk.PreparedEmbedding(tables, weight[:3], bias, 1e-5)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastkd_kernels as fk
 from fastkd_kernels import _extension, _triton
-from fastkd_kernels.ops.packed import pack_reference
+from fastkd_kernels.ops.packed import pack_reference, pack_tokens_reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = ["reference", *(["cuda"] if _triton.available else []), *([] if DEVICE.type == "cuda" else ["cpu"])]
@@ -137,6 +137,50 @@ def test_values_out_of_range_raise_on_cpu() -> None:
         fk.compact_packed([packed], bounds, ints([0, 2]))
     with pytest.raises(ValueError, match="cu_seqlens: got 5 last, for 4 rows"):
         fk.compact_packed([packed[:4]], bounds, ints([0]))
+
+
+@pytest.mark.parametrize("lengths", [[3], [2, 5, 1], [5, 5]])
+@pytest.mark.parametrize("mask_dtype", [None, torch.bool, torch.uint8, torch.int32, torch.int64, torch.float32])
+@pytest.mark.parametrize("with_segments", [False, True])
+def test_pack_tokens(lengths: list[int], mask_dtype: torch.dtype | None, with_segments: bool) -> None:
+    ids = torch.arange(100, 100 + 2 * len(lengths) * 5, device=DEVICE).view(len(lengths), 10)[:, ::2]
+    if mask_dtype is None:
+        lengths = [5] * len(lengths)
+    mask = torch.arange(5, device=DEVICE) < torch.tensor(lengths, device=DEVICE)[:, None]
+    given = None if mask_dtype is None else mask.to(mask_dtype)
+    segments = ids % 7 if with_segments else None
+    packed = fk.pack_tokens(ids, given, segments, 2)
+    assert packed is not None
+    assert packed.lengths == lengths
+    assert packed.cu_seqlens.equal(ints([sum(lengths[:b]) for b in range(len(lengths) + 1)]))
+    assert packed.input_ids.equal(ids[mask])
+    assert packed.positions.tolist() == [2 + token for length in lengths for token in range(length)]
+    assert packed.token_type_ids.equal((ids % 7 if with_segments else ids * 0)[mask])
+    expected = pack_tokens_reference(ids, given, segments, 2)
+    assert expected is not None
+    for one, other in zip(packed, expected, strict=True):
+        assert one == other if isinstance(one, list) else one.equal(other) and one.dtype == other.dtype
+
+
+@pytest.mark.parametrize("mask", [[[0, 1, 1]], [[1, 0, 1]], [[1, 1, 1], [0, 0, 0]]])
+def test_pack_tokens_leaves_padding_elsewhere_to_others(mask: list[list[int]]) -> None:
+    attention_mask = torch.tensor(mask, device=DEVICE)
+    assert fk.pack_tokens(torch.ones_like(attention_mask), attention_mask) is None
+
+
+def test_pack_tokens_of_nothing() -> None:
+    assert fk.pack_tokens(torch.ones(0, 3, dtype=torch.int64, device=DEVICE)) is None
+    assert fk.pack_tokens(torch.ones(2, 0, dtype=torch.int64, device=DEVICE)) is None
+
+
+def test_bad_input_of_pack_tokens() -> None:
+    ids = torch.ones(2, 3, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match=r"^input_ids: got shape \(3,\)"):
+        fk.pack_tokens(ids[0])
+    with pytest.raises(ValueError, match=r"^attention_mask: got shape \(2, 2\)"):
+        fk.pack_tokens(ids, ids[:, :2])
+    with pytest.raises(ValueError, match=r"^token_type_ids: got torch\.int32"):
+        fk.pack_tokens(ids, None, ids.int())
 
 
 def test_opcheck() -> None:

@@ -1148,3 +1148,19 @@ def test_what_the_h200_runs() -> None:
         assert not narrow_loads, f"features are loaded one by one: {narrow_loads}"
         tickets = sum(count for name, count in opcodes.items() if name.startswith("ATOMG"))
         assert tickets == (2 if arguments["SPLITS"] > 1 else 1), "a ticket of the batch, and one of a split sequence"
+
+
+@pytest.mark.skipif(_extension.extension is None or DEVICE.type != "cpu", reason="needs the compiled extension")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [16, 64, 160])
+def test_a_prepared_head_answers_as_the_head_does(dtype: torch.dtype, rows: int) -> None:
+    head = random_head(dtype=dtype)
+    hidden_states = torch.randn(rows, 48).to(dtype)
+    cu_seqlens = torch.tensor([0, 3, 9], dtype=torch.int32)
+    prepared = fk.PreparedStudentHead(head)
+    expected = fk.student_head(hidden_states, head, cu_seqlens=cu_seqlens)
+    torch.testing.assert_close(prepared(hidden_states, cu_seqlens), expected, rtol=1e-5, atol=1e-5)
+    for weight, bias in head[:7]:
+        weight.zero_()
+        bias.zero_()
+    torch.testing.assert_close(prepared(hidden_states, cu_seqlens), expected, rtol=1e-5, atol=1e-5)

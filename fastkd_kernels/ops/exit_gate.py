@@ -17,7 +17,6 @@ returned in ascending order with their count on the device of the logits; the ro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from numbers import Real
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd_kernels import _backend, _extension, _triton
+from fastkd_kernels import _backend, _eager, _extension, _triton
 from fastkd_kernels._arguments import check_written, dense, mark_written, plain, values_are_free
 from fastkd_kernels._derivatives import transforming
 from fastkd_kernels._launch import LaunchConfig, Launcher, next_power_of_2
@@ -818,26 +817,8 @@ def _exit_gate_record_fake(
 _CODES = {name: code for code, name in enumerate(CRITERIA)}
 
 
-def _find_eager_cpu() -> Callable[[Tensor, float, int, int], tuple[Tensor, Tensor, Tensor] | None] | None:
-    """The extension's gate that skips the dispatcher, where this torch offers DLPack's C exchange interface."""
-    extension, exchange = _extension.extension, _extension.tensor_exchange
-    if extension is None or exchange is None or not extension.enable_eager_exit_gate(exchange):
-        return None
-    return extension.exit_gate
-
-
-_eager_cpu = _find_eager_cpu()
-
-
-def _is_unwatched() -> bool:
-    """Whether no backend is forced and nothing records ops, so that skipping the dispatcher goes unseen."""
-    return (
-        _backend._forced.name is None
-        and not torch.compiler.is_compiling()
-        and not transforming()
-        and not torch._C._len_torch_dispatch_stack()
-        and torch._C._get_tracing_state() is None
-    )
+_eager_cpu = _eager.find("exit_gate")
+"""(logits, speed, criterion, top_n) -> the decision, or None where the arguments need care."""
 
 
 def _run(name: str, logits: Tensor, call: GateCall) -> ExitGateOutput:
@@ -910,7 +891,7 @@ def exit_gate(
         and row_ids is None
         and record is None
         and (top_n is None or type(top_n) is int)
-        and _is_unwatched()
+        and _eager.is_unwatched()
         and not logits.is_neg()
     ):
         decided = _eager_cpu(logits, speed, _CODES.get(criterion, -1), top_n or 0)

@@ -417,3 +417,41 @@ def _check(weight: Tensor, bias: Tensor | None, **tensors: Tensor | None) -> Non
         if rows is not None and tensor.shape[0] != rows:
             raise ValueError(f"{name}: got {tensor.shape[0]} rows, expected {rows}")
         rows = tensor.shape[0]
+
+
+class PreparedEmbedding:
+    """`embed_layer_norm` of the same tables again and again on a CPU, checked once; without a gradient.
+
+    Args:
+        tables: one to three of [rows, H], one dtype.
+        weight, bias, eps: as in `embed_layer_norm`.
+
+    Raises:
+        ValueError, TypeError: as `embed_layer_norm`.
+    """
+
+    def __init__(self, tables: Sequence[Tensor], weight: Tensor, bias: Tensor | None, eps: float) -> None:
+        nothing = torch.empty(0, dtype=torch.int64)
+        with torch.no_grad():
+            embed_layer_norm(tables, [nothing] * len(tables), weight, bias, eps)
+        self._tables = [_dense_rows(table) for table in tables]
+        self._norm = dense(weight), None if bias is None else dense(bias), eps
+
+    def __call__(self, indices: Sequence[Tensor], rows: int | None = None) -> Tensor:
+        """[R, H] of N rows, and what happens to be in memory behind them.
+
+        Args:
+            indices: for each table [N] int64, contiguous.
+            rows: R, at least N; default N.
+
+        Raises:
+            IndexError: an index outside its table.
+        """
+        table, used = self._tables[0], indices[0].shape[0]
+        room = table.new_empty(used if rows is None else rows, table.shape[1])
+        target = room if rows in (None, used) else room[:used]
+        try:
+            _embed_layer_norm_op(self._tables, indices, *self._norm, target)
+        except RuntimeError as error:
+            raise _extension.as_typed_error(error) from None
+        return room

@@ -2,6 +2,7 @@
 
     pack             out[cu[b] + t] = padded[b, t]  for t < lengths[b],  cu[b + 1] = cu[b] + lengths[b]
     unpack           out[b, t] = packed[cu[b] + t]  for t < cu[b + 1] - cu[b], else 0
+    pack_tokens      pack of what a model is given, with the places of its tokens
     compact_packed   the sequences survivors[:count] of a packed batch, one behind the other, and their bounds
 
 Padding costs nothing in this layout, and an early exit removes a range of rows. Bounds are computed on the device in
@@ -12,12 +13,12 @@ keep room for all of them unless the caller knows better.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkd_kernels import _extension, _triton
+from fastkd_kernels import _eager, _extension, _triton
 from fastkd_kernels._arguments import check_written, dense, mark_written, refuse_gradient, select_rows, values_are_free
 from fastkd_kernels._backend import register_backends, resolve
 from fastkd_kernels._derivatives import wants_gradient
@@ -34,6 +35,34 @@ def pack_reference(tensors: Sequence[Tensor], lengths: Tensor, total: int) -> tu
     padded = tensors[0].shape[1]
     rows = sequence * padded + token
     return [select_rows(tensor.flatten(0, 1), rows) for tensor in tensors], cu_seqlens
+
+
+class PackedInput(NamedTuple):
+    """What the embeddings of a model are asked for, of N tokens that count."""
+
+    input_ids: Tensor
+    """[N] int64"""
+    positions: Tensor
+    """[N] int64"""
+    token_type_ids: Tensor
+    """[N] int64; 0 where none were given"""
+    cu_seqlens: Tensor
+    """[B + 1] int32"""
+    lengths: list[int]
+    """Of the B sequences, on the host."""
+
+
+def pack_tokens_reference(
+    input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None, first_position: int
+) -> PackedInput | None:
+    """`pack_tokens` in plain PyTorch: the oracle of the tests and the fallback on any device."""
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    if mask.numel() == 0 or not bool(mask[:, 0].all() & (mask[:, 1:] <= mask[:, :-1]).all()):
+        return None
+    lengths = mask.sum(1, dtype=torch.int32)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids) + first_position
+    segments = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+    return PackedInput(input_ids[mask], positions[mask], segments[mask], _bounds(lengths), lengths.tolist())
 
 
 def unpack_reference(tensors: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int) -> list[Tensor]:
@@ -567,3 +596,42 @@ def _check_vector(name: str, vector: Tensor, device: torch.device) -> None:
         raise TypeError(f"{name}: got dtype {vector.dtype}, expected int32")
     if vector.dim() != 1 or vector.device != device:
         raise ValueError(f"{name}: got shape {tuple(vector.shape)} on {vector.device}, expected a vector on {device}")
+
+
+def pack_tokens(
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    first_position: int = 0,
+) -> PackedInput | None:
+    """What a model does with its arguments before the first layer; a GPU is waited for.
+
+    Args:
+        input_ids, token_type_ids: [B, T] int64.
+        attention_mask: [B, T] of any dtype, non-zero where a token counts; None where nothing is padded.
+        first_position: of the first token of each sequence.
+
+    Returns:
+        The tokens that count, one sequence behind the other; None where there are none, where padding is not on the
+        right, or where it begins a row.
+
+    Raises:
+        ValueError: other shapes or dtypes.
+    """
+    given = (input_ids, attention_mask, token_type_ids)
+    if _eager_pack_tokens is not None and all(t is None or type(t) is Tensor for t in given) and _eager.is_unwatched():
+        packed = _eager_pack_tokens(*given, first_position)
+        if packed is not None:
+            return PackedInput(*packed)
+    for name, tensor in zip(("input_ids", "attention_mask", "token_type_ids"), given, strict=True):
+        if tensor is None:
+            continue
+        if tensor.dim() != 2 or tensor.shape != input_ids.shape:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected [B, T], that of input_ids")
+        if name != "attention_mask" and tensor.dtype != torch.int64:
+            raise ValueError(f"{name}: got {tensor.dtype}, expected torch.int64")
+    return pack_tokens_reference(input_ids, attention_mask, token_type_ids, first_position)
+
+
+_eager_pack_tokens = _eager.find("pack_tokens")
+"""The same for tensors on the CPU; also None where the arguments need care."""

@@ -32,11 +32,12 @@ from fastkd_kernels._arguments import dense, mark_written, plain, values_are_fre
 from fastkd_kernels._derivatives import transforming, wants_gradient
 from fastkd_kernels._launch import LaunchConfig, Launcher, as_op, next_power_of_2
 from fastkd_kernels._library import library
-from fastkd_kernels._onednn import linear_tanh
+from fastkd_kernels._onednn import PreparedLinearTanh, linear_tanh
 from fastkd_kernels._student_head_weights import (
     FoldedStudentHead,
     StudentHeadWeights,
     check_head,
+    fold,
     fold_cache,
     matrix_shape,
     parameters_of,
@@ -767,7 +768,7 @@ def _student_head_cpu(hidden_states: Tensor, head: StudentHeadWeights, layout: H
         *folded.classifier,
         None if lengths is None else lengths.to(torch.int64).contiguous(),
         None if attention_mask is None else (attention_mask != 0).contiguous(),
-        None if cu_seqlens is None else cu_seqlens.to(torch.int64).contiguous(),
+        None if cu_seqlens is None else cu_seqlens.to(torch.int32).contiguous(),
     )
 
 
@@ -1121,3 +1122,42 @@ def _check_values(hidden_states: Tensor, layout: HeadLayout) -> None:
                 f"cu_seqlens: got values from {ends[0]} to {ends[1]}, expected them to rise from 0 to at "
                 f"most N_tokens={tokens} with at least one token a sequence"
             )
+
+
+class PreparedStudentHead:
+    """A head made ready, once, for packed sequences on a CPU; whoever keeps it knows when its weights change.
+
+    `student_head` asks 14 parameters at every call, which takes longer than answering one short sequence.
+
+    Args:
+        head: whose parameters are read now, and not kept.
+
+    Raises:
+        ValueError, TypeError: as `student_head`, for weights that do not fit each other.
+    """
+
+    def __init__(self, head: StudentHeadWeights) -> None:
+        check_head(head)
+        with torch.inference_mode(False), torch.no_grad():
+            folded = fold(head)
+            self._narrow = PreparedLinearTanh(folded.narrow[0].clone(), folded.narrow[1].clone())
+        self._folded = (
+            folded.num_attention_heads,
+            folded.query_key,
+            folded.query_bias,
+            folded.mix,
+            folded.mix_bias,
+            *(tensor.clone() for tensor in folded.classifier),
+        )
+
+    def __call__(self, hidden_states: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Logits [B, C] float32, without a gradient.
+
+        Args:
+            hidden_states: [R, H], dense, of the dtype of the weights; rows behind the last sequence belong to none.
+            cu_seqlens: [B + 1] int32.
+        """
+        rows, tail = self._narrow(hidden_states)
+        return torch.ops.fastkd_kernels.student_head_pool.default(
+            rows, tail, cu_seqlens.shape[0] - 1, 0, *self._folded, None, None, cu_seqlens
+        )

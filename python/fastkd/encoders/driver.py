@@ -54,6 +54,10 @@ class Driver(Protocol):
         """Hidden states [B, T, H], or packed [N, H], after what the encoder does behind its last layer (final norm)."""
         ...
 
+    def has_final_norm(self, encoder: PreTrainedModel) -> bool:
+        """Whether `before_heads` changes anything."""
+        ...
+
     def reads_padding(self, encoder: PreTrainedModel) -> bool:
         """Whether a row's answer depends on how far it is padded."""
         ...
@@ -99,6 +103,9 @@ class OwnPath:
 
     def before_heads(self, encoder: PreTrainedModel, hidden_states: Tensor) -> Tensor:
         return hidden_states
+
+    def has_final_norm(self, encoder: PreTrainedModel) -> bool:
+        return False
 
     def reads_padding(self, encoder: PreTrainedModel) -> bool:
         return False

@@ -53,6 +53,10 @@ class FastBertHead(nn.Module):
             num_attention_heads=self.num_attention_heads,
         )
 
+    def prepared(self) -> fk.PreparedStudentHead | None:
+        """The head for packed rows on a CPU, with its weights as they are now; None where it has to be called."""
+        return fk.PreparedStudentHead(self.weights()) if is_untouched(self) and self._is_plain() else None
+
     def forward(self, hidden_states: Tensor, layout: TokenLayout = NO_PADDING) -> Tensor:
         """Logits [B, C] in float32 of hidden states [B, T, H], or packed [N, H]."""
         if torch.compiler.is_exporting() or not self._is_plain():
@@ -132,6 +136,9 @@ class LinearHead(nn.Module):
         super().__init__()
         self.dropout = nn.Dropout(config.head_dropout)
         self.out_proj = nn.Linear(config.hidden_size, config.num_classes)
+
+    def prepared(self) -> None:
+        """There is nothing to prepare."""
 
     def forward(self, hidden_states: Tensor, layout: TokenLayout = NO_PADDING) -> Tensor:
         """Logits [B, C] in float32 of hidden states [B, T, H], or packed [N, H]; padding cannot touch [CLS]."""

@@ -115,6 +115,10 @@ class Replay:
             hidden_states = encoder.get_submodule(path)(hidden_states)
         return hidden_states
 
+    def has_final_norm(self, encoder: PreTrainedModel) -> bool:
+        """See `Driver.has_final_norm`."""
+        return bool(self.check(encoder).tail)
+
     def reads_padding(self, encoder: PreTrainedModel) -> bool:
         """See `Driver.reads_padding`."""
         return self.check(encoder).reads_padding

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 import fastkd_kernels as fk
+from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.encoders.layout import TokenLayout
 from fastkd.engines.batch import warn_about_nan
 from fastkd.engines.packed_encoder import PackedEncoder, PackedTokens, compact_rows
@@ -42,16 +46,48 @@ def run(
         The logits, uncertainty and exit layer of all B sequences.
     """
     tokens = packed_tokens(input_ids, attention_mask, token_type_ids)
-    record = fk.ExitRecord.allocate(len(tokens.lengths), model.config.num_classes, input_ids.device)
     if not tokens.lengths:
-        return record
-    lengths, layout = list(tokens.lengths), tokens.layout
-    row_ids = torch.arange(len(lengths), dtype=torch.int32, device=input_ids.device)
+        return fk.ExitRecord.allocate(0, model.config.num_classes, input_ids.device)
+    return run_packed(model, encoder, encoder.embed(tokens), tokens.lengths, tokens.cu_seqlens, rule)
+
+
+class PackedHeads(Protocol):
+    """The heads of a model; both as in `ExitModel`."""
+
+    @property
+    def config(self) -> EarlyExitConfig: ...
+
+    @property
+    def decide(self) -> Callable[..., fk.ExitGateOutput]: ...
+
+    @property
+    def answer(self) -> Callable[..., Tensor]: ...
+
+
+class PackedLayers(Protocol):
+    """The layers of a model; both as in `PackedEncoder`."""
+
+    def run_layers(self, numbers: range, hidden_states: Tensor, layout: TokenLayout) -> Tensor: ...
+
+    def compaction_pays(self, tokens: int, kept: int, layers: int) -> bool: ...
+
+
+def run_packed(
+    model: PackedHeads,
+    encoder: PackedLayers,
+    hidden_states: Tensor,
+    lengths: Sequence[int],
+    cu_seqlens: Tensor,
+    rule: ExitRule,
+) -> fk.ExitRecord:
+    """`run` of hidden states before the first layer, [R, H]; of at least one sequence."""
+    record = fk.ExitRecord.allocate(len(lengths), model.config.num_classes, hidden_states.device)
+    lengths, layout = list(lengths), TokenLayout(cu_seqlens=cu_seqlens, max_seqlen=max(lengths))
+    row_ids = torch.arange(len(lengths), dtype=torch.int32, device=hidden_states.device)
     stages, last = rule.stages, rule.last_layer
     left: set[int] = set()
     checksums = []
     with torch.no_grad():
-        hidden_states = encoder.embed(tokens)
         for stage, following in zip(stages, (*stages[1:], range(0)), strict=True):
             layer = stage[-1]
             hidden_states = encoder.run_layers(stage, hidden_states, layout)

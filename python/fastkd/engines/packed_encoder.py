@@ -19,7 +19,7 @@ import fastkd_kernels as fk
 from fastkd.encoders import families
 from fastkd.encoders.layout import TokenLayout
 from fastkd.engines.compaction_cost import CompactionCost, fit
-from fastkd.engines.packed_layers import Layer, LayerFromParts, current_layers
+from fastkd.engines.packed_layers import Layer, LayerFromParts, current_layers, run_layers
 from fastkd.engines.protocol import ExitModel
 
 _USUAL_LENGTH = 32  # tokens of the sequences on which costs are measured
@@ -131,6 +131,20 @@ class PackedEncoder:
             )
 
     @property
+    def layers_now(self) -> Sequence[Layer]:
+        """What runs the layers, after the last `refresh`."""
+        return tuple(self._layers)
+
+    def use(self, layers: Sequence[Layer]) -> None:
+        """Run these layers, which `layers_now` gave."""
+        self._layers = list(layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states."""
+        return self._backbone.dtype
+
+    @property
     def copies(self) -> list[Tensor]:
         """What its layers read beside the parameters of the model; whoever captures them has to keep it."""
         return [tensor for layer in self._layers if isinstance(layer, LayerFromParts) for tensor in layer.copies]
@@ -164,6 +178,19 @@ class PackedEncoder:
         self._embeddings = families.embedding_parts(self._backbone.embeddings)
         parts_of = partial(self._family.parts, self._backbone)
         self._layers = current_layers(self._modules, self._layers, parts_of, self._config, from_parts=from_parts)
+
+    def prepared_embedding(self) -> fk.PreparedEmbedding | None:
+        """The sum of the tables and its norm, for who knows when they change; None where there is more to do."""
+        parts = self._embeddings
+        if parts is None or getattr(self._backbone, "embeddings_project", None) is not None:
+            return None
+        norm = parts.norm
+        return fk.PreparedEmbedding([table.weight for table in parts.tables], norm.weight, norm.bias, norm.eps)
+
+    @property
+    def embedded(self) -> tuple[int, ...]:
+        """By what each table of the embeddings is asked, as `EmbeddingParts.inputs`; nothing where there is more."""
+        return () if self._embeddings is None else self._embeddings.inputs
 
     def embed(self, tokens: PackedTokens, out: Tensor | None = None) -> Tensor:
         """Hidden states before the first layer, [R, H]; R is N rounded up, and the rows added are finite.
@@ -210,9 +237,7 @@ class PackedEncoder:
 
     def run_layers(self, numbers: range, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
         """The output of the last of these layers (1 is the first), packed [R, H] or padded [B, T, H] as its input."""
-        for number in numbers:
-            hidden_states = self.layer(number, hidden_states, layout)
-        return hidden_states
+        return run_layers(self._layers[numbers.start - 1 : numbers.stop - 1], hidden_states, layout)
 
     def layer(self, number: int, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
         return self._layers[number - 1](hidden_states, layout)

@@ -5,7 +5,8 @@ parts:
 
 * queries, keys and values are one product; the joined copy of their weights is made again when a parameter changes;
 * sums and normalisations are one pass (`fastkd_kernels.add_layer_norm`);
-* on a CPU, weights are rearranged once for oneDNN, and the activation is inside its product; int8 weights are as well.
+* on a CPU, layers are one call (`fastkd_kernels.encoder_layers`) on weights that are rearranged once; where it has no
+  kernel, products are oneDNN's, with the activation inside; int8 weights are rearranged as well.
 
 Any other layer runs its own `forward`, with the attention that this file registers with transformers.
 """
@@ -134,20 +135,26 @@ def _linear_for(parts: families.LayerParts) -> type[JoinedLinear]:
 
 _FUSED_ACTIVATIONS: dict[str, tuple[tuple[str, str], Callable[[Tensor], Tensor]]] = {
     "gelu": (("gelu", "none"), F.gelu),
-    "tanh gelu": (("gelu", "tanh"), partial(F.gelu, approximate="tanh")),
+    "tanh_gelu": (("gelu", "tanh"), partial(F.gelu, approximate="tanh")),
     "relu": (("relu", ""), F.relu),
     "silu": (("swish", ""), F.silu),
 }
 
 
-def _fused_activation(activation: Callable[[Tensor], Tensor]) -> tuple[str, str] | None:
-    """How oneDNN calls an activation, found out by what it does; None where it has no such one."""
+def _activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
+    """The name of an activation that is in `_FUSED_ACTIVATIONS`, found out by what it does; None for any other."""
     probe = torch.linspace(-4, 4, 65)
     found = activation(probe)
-    for name, exact in _FUSED_ACTIVATIONS.values():
+    for name, (_, exact) in _FUSED_ACTIVATIONS.items():
         if torch.allclose(found, exact(probe), rtol=0, atol=1e-6):
             return name
     return None
+
+
+def _fused_activation(activation: Callable[[Tensor], Tensor]) -> tuple[str, str] | None:
+    """How oneDNN calls an activation; None where it has no such one."""
+    name = _activation_name(activation)
+    return None if name is None else _FUSED_ACTIVATIONS[name][0]
 
 
 class Expansion:
@@ -192,7 +199,10 @@ class LayerFromParts:
         self._device = parts.output.weight.device
         self._heads = heads
         self._stamp: fk.ParameterStamp | None = None
+        self._epsilons: tuple[float, ...] = ()
         self._rotary: tuple[Tensor, Tensor] | None = None
+        self._whole: fk.PackedEncoderLayer | None = None
+        self._is_prepared = False
         self._project = linear(parts.projections)
         self._output = linear([parts.output])
         self._contract = linear([parts.contract])
@@ -205,16 +215,58 @@ class LayerFromParts:
 
     def refresh(self) -> None:
         """Prepare the weights again if they changed since the last time."""
+        parts = self._parts
         parameters = [parameter for linear in self._products for parameter in linear.parameters]
-        if self._parts.rotary is not None:
-            parameters.append(self._parts.rotary.frequencies)
-        if self._stamp is not None and self._stamp.is_current(parameters):
+        parameters += [p for norm in parts.norms for p in (norm.weight, norm.bias) if p is not None]
+        if parts.rotary is not None:
+            parameters.append(parts.rotary.frequencies)
+        epsilons = tuple(norm.eps for norm in parts.norms)
+        if self._stamp is not None and epsilons == self._epsilons and self._stamp.is_current(parameters):
             return
         stamp = fk.ParameterStamp(parameters)
+        self._rotary = None if parts.rotary is None else parts.rotary.tables
+        self._whole, self._is_prepared = self._packed_whole(), False
+        if self._whole is None:
+            self._prepare()
+        self._stamp, self._epsilons = stamp, epsilons
+
+    def _prepare(self) -> None:
         for linear in self._products:
             linear.prepare()
-        self._rotary = None if self._parts.rotary is None else self._parts.rotary.tables
-        self._stamp = stamp
+        self._is_prepared = True
+
+    def _packed_whole(self) -> fk.PackedEncoderLayer | None:
+        """The layer for `fastkd_kernels.encoder_layers`, where that has a kernel for it."""
+        parts, activation = self._parts, _activation_name(self._parts.activation)
+        is_taken = isinstance(self._output, PackedLinear) and fk.missing_kernels(("encoder_layer",), "cpu") is None
+        if not is_taken or activation is None or parts.output.weight.dtype not in (torch.float32, torch.bfloat16):
+            return None
+        attention_norm = parts.attention_norm
+        form = fk.EncoderLayerForm(
+            heads=self._heads,
+            activation=activation,
+            gated=parts.is_gated,
+            norm_first=parts.norms_first,
+            attention_epsilon=0.0 if attention_norm is None else attention_norm.eps,
+            feed_forward_epsilon=parts.feed_forward_norm.eps,
+            window=parts.window,
+        )
+        weights = fk.EncoderLayerWeights(
+            project=tuple((linear.weight, linear.bias) for linear in parts.projections),
+            output=(parts.output.weight, parts.output.bias),
+            attention_norm=None if attention_norm is None else (attention_norm.weight, attention_norm.bias),
+            expand=_joined(parts.expand),
+            contract=(parts.contract.weight, parts.contract.bias),
+            feed_forward_norm=(parts.feed_forward_norm.weight, parts.feed_forward_norm.bias),
+        )
+        with torch.inference_mode(False), torch.no_grad():
+            rotary = None if self._rotary is None else torch.stack(self._rotary)
+            return fk.pack_encoder_layer(weights, form, rotary=rotary)
+
+    @property
+    def whole(self) -> fk.PackedEncoderLayer | None:
+        """What `fastkd_kernels.encoder_layers` takes; None where the layer runs product by product."""
+        return self._whole
 
     @property
     def copies(self) -> list[Tensor]:
@@ -228,7 +280,11 @@ class LayerFromParts:
     def __call__(self, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
         """The layer's output, packed [R, H], where rows behind the last sequence stay finite, or padded [B, T, H]."""
         if layout.cu_seqlens is None:
+            if not self._is_prepared:
+                self._prepare()
             return self._padded(hidden_states, layout.layer_mask)
+        if self._whole is not None:
+            return fk.encoder_layer(hidden_states, layout.cu_seqlens, self._whole)
         query, key, value = self._queries_keys_values(hidden_states)
         attended = fk.varlen_attention(
             query,
@@ -267,6 +323,16 @@ class LayerFromParts:
         assert self._parts.attention_norm is not None
         middle = _add_norm(total, rows, self._parts.attention_norm)
         return _add_norm(self._contract(self._expand(middle)), middle, norm)
+
+
+def _joined(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of layers of the same input as those of one."""
+    if len(linears) == 1:
+        return linears[0].weight, linears[0].bias
+    weights: list[Tensor] = [linear.weight for linear in linears]
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+    with torch.no_grad():
+        return torch.cat(weights), torch.cat(biases) if biases else None
 
 
 def _add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -344,6 +410,16 @@ def _with_packed_attention(module: nn.Module) -> nn.Module:
 
 
 Layer = LayerFromParts | ModuleLayer
+
+
+def run_layers(layers: Sequence[Layer], hidden_states: Tensor, layout: TokenLayout) -> Tensor:
+    """The output of the last of these layers, packed [R, H] or padded [B, T, H] as its input."""
+    whole = [layer.whole for layer in layers if isinstance(layer, LayerFromParts) and layer.whole is not None]
+    if layout.cu_seqlens is not None and whole and len(whole) == len(layers):
+        return fk.encoder_layers(hidden_states, layout.cu_seqlens, whole)
+    for layer in layers:
+        hidden_states = layer(hidden_states, layout)
+    return hidden_states
 
 
 def current_layers(

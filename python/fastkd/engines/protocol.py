@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 import fastkd_kernels as fk
 from fastkd.encoders.configuration import EarlyExitConfig
+from fastkd.encoders.heads import ExitHeads
 from fastkd.encoders.layout import TokenLayout
 from fastkd.encoders.recording import EncoderInputs
 from fastkd.exits.rule import ExitRule
@@ -38,6 +39,41 @@ class ExitModel(Protocol):
     @property
     def layers(self) -> nn.ModuleList:
         """The encoder's layers, for what runs them from their parts."""
+        ...
+
+    @property
+    def base_model_prefix(self) -> str:
+        """The name of the encoder among the model's modules."""
+        ...
+
+    @property
+    def _modules(self) -> dict[str, nn.Module | None]: ...
+
+    @property
+    def heads(self) -> ExitHeads: ...
+
+    @property
+    def exit_layers(self) -> list[int]:
+        """The layers that have a head, ascending."""
+        ...
+
+    @property
+    def claims_version(self) -> int:
+        """Another number after each change of what is known of the weights."""
+        ...
+
+    def exit_rule(
+        self,
+        speed: float | Sequence[float] | None = None,
+        criterion: str | None = None,
+        top_n: int | None = None,
+        exit_layers: Sequence[int] | None = None,
+    ) -> ExitRule:
+        """Where rows leave with these options; ValueError for what the model refuses."""
+        ...
+
+    def prepared_head(self, layer: int) -> fk.PreparedStudentHead | None:
+        """What answers packed rows after `layer`, with the weights as they are now; None: `decide` and `answer` do."""
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...

@@ -31,6 +31,7 @@ from fastkd.engines.packed_encoder import (
     round_up_tokens,
 )
 from fastkd.engines.padded_runs import PaddedRuns
+from fastkd.engines.plan import current_plan_of
 from fastkd.engines.protocol import ExitModel
 from fastkd.engines.schedule import Schedule
 from fastkd.engines.stream_reader import EncodedRow, StreamReader, longest_row, packed_rows
@@ -195,7 +196,8 @@ class Stream(Iterator[StreamRow]):
         self._given_early: set[int] = set()
         self._next = 0
         self._is_whole = True
-        packed = encoder_of(model) if config.has_fast_paths else None
+        self._plan = current_plan_of(model)
+        packed = self._plan.encoder if self._plan is not None else encoder_of(model) if config.has_fast_paths else None
         self._encoder = PaddedRuns(model) if packed is None or not packed.can_run else packed
         self._names = dict(config.id2label or {})
         stages = len(self._stages)
@@ -342,12 +344,13 @@ class Stream(Iterator[StreamRow]):
         """Survivors, as sequence numbers of the run; the answers of the others are in the record."""
         row_ids = torch.tensor(slots, dtype=torch.int32, device=self._device)
         layer, record = self._stages[stage][-1], self._slots.record
+        heads = self._model if self._plan is None else self._plan.heads_of(self._model, layer)
         if stage == len(self._stages) - 1:
-            uncertainty = self._model.answer(hidden_states, layout, self._rule, record=record, row_ids=row_ids)
+            uncertainty = heads.answer(hidden_states, layout, self._rule, record=record, row_ids=row_ids)
             warn_about_nan([uncertainty.sum()])
             return row_ids[:0]
         thresholds = self._thresholds_of(layer, rows)
-        return self._model.decide(
+        return heads.decide(
             layer, hidden_states, layout, self._rule, record=record, row_ids=row_ids, thresholds=thresholds
         ).kept()
 

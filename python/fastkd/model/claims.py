@@ -43,10 +43,13 @@ class WeightsClaims:
     def __init__(self) -> None:
         self._sketch: WeightsSketch | None = None
         self._problem: str | None = None
+        self.version = 0
+        """Another number after each change of what is claimed."""
 
     def confirm(self, model: DescribedModel) -> None:
         """The configuration describes the weights as they are now."""
         self._sketch, self._problem = WeightsSketch.of(merged_state(model)), None
+        self.version += 1
         _stamps.pop(model, None)
 
     def loaded(self, model: DescribedModel, fingerprint: str | None) -> None:
@@ -58,6 +61,7 @@ class WeightsClaims:
             model.config.weights_fingerprint = fingerprint
         elif fingerprint is not None and fingerprint != described:
             self._problem = OTHER_FILE
+            self.version += 1
 
     def carry_over(self, model: DescribedModel, problem: str | None) -> None:
         """The weights were written in another form; `problem` is how they differed before."""

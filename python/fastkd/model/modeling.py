@@ -24,7 +24,7 @@ from fastkd.encoders.driver import driver_of
 from fastkd.encoders.heads import ExitHead, ExitHeads, LearnedExit
 from fastkd.encoders.layout import TokenLayout
 from fastkd.encoders.recording import EncoderInputs
-from fastkd.engines import batch, graphs, packed, packed_encoder, stream, stream_batches
+from fastkd.engines import batch, graphs, packed, packed_encoder, plan, stream, stream_batches
 from fastkd.engines.output import EarlyExitOutput, fields_of
 from fastkd.engines.stream_reader import longest_row
 from fastkd.exits import calibration, comparison, criteria, rank_calibration
@@ -203,6 +203,13 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
                 "output_attentions: got True, but the early-exit model keeps none; ask its encoder, loaded with "
                 "attn_implementation='eager': model.backbone(**batch, output_attentions=True).attentions"
             )
+        others = (position_ids, inputs_embeds, labels, engine, output_hidden_states, return_dict)
+        if all(argument is None for argument in others):
+            output = self._planned_answer(
+                input_ids, attention_mask, token_type_ids, (speed, criterion, top_n, exit_layers)
+            )
+            if output is not None:
+                return output
         rule = self.exit_rule(speed, criterion, top_n, exit_layers)
         mask = self.check_input(input_ids, attention_mask, inputs_embeds)
         rows = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]  # type: ignore[union-attr]
@@ -401,6 +408,17 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
     def logits_after(self, layer: int, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
         """Logits [B, C] of the head after `layer`, of hidden states [B, T, H] or packed [N, H]."""
         return self._head(layer)(*self._read(hidden_states, layout))
+
+    @property
+    def claims_version(self) -> int:
+        """Another number after each change of what is known of the weights."""
+        return self._claims.version
+
+    def prepared_head(self, layer: int) -> fk.PreparedStudentHead | None:
+        """What answers packed rows after `layer`, with the weights as they are now; None: `decide` and `answer` do."""
+        if self.config.pool != "cls" or self.config.num_classes == 1 or self._driver.has_final_norm(self.backbone):
+            return None
+        return self._head(layer).prepared()
 
     def decide(
         self,
@@ -708,6 +726,40 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             max_length=max_length,
             tokens_per_run=tokens_per_run,
         )
+
+    def _planned_answer(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        options: tuple[Any, ...],
+    ) -> EarlyExitOutput | None:
+        """The answer on a CPU, where the plan of the model has it; `_run` has all the others.
+
+        `options` are those of `exit_rule`.
+        """
+        if self.training or input_ids is None or input_ids.dim() != 2 or not input_ids.is_cpu:
+            return None
+        planned = plan.plan_of(self) if input_ids.shape[1] <= self._longest_input else None
+        if planned is None or not planned.gives_usual_output:
+            return None
+        rule = planned.rule(self, options)
+        if rule is not None:
+            if torch.is_grad_enabled() and not rule.rule.leaves_early:
+                return None
+            with torch.no_grad():
+                tokens = planned.pack(input_ids, attention_mask, token_type_ids)
+                if tokens is None:
+                    return None
+                if len(tokens.lengths) == 1 and planned.can_answer(rule):
+                    answers = planned.answer(tokens, rule)
+                else:
+                    record = planned.answer_batch(self, tokens, rule.rule)
+                    answers = None if record is None else fields_of(record)
+            if answers is not None:
+                return EarlyExitOutput.of(answers)
+        plan.forget_plan(self)
+        return None
 
     def _run(
         self,

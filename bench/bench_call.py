@@ -1,0 +1,106 @@
+"""What one call of a model costs on a CPU: the host's share of it, and how it depends on the length of the row.
+
+    python bench/bench_call.py
+
+The host's share is measured by a model so small that its kernels cost next to nothing, on 50 tokens: "plan" is
+`model(**row)`, "usual" the path that asks every module and parameter, which is `engine="packed"`. Then a model of the
+size of MiniLM is called with rows of different lengths, each once and in random order: a length that is seen for the
+first time should cost what its tokens cost.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from transformers import BertConfig
+
+import fastkd
+from fastkd.encoders.configuration import EarlyExitConfig
+
+_WORDS = 30522
+
+
+def random_model(hidden_size: int, dtype: torch.dtype) -> fastkd.EarlyExitForSequenceClassification:
+    """Random weights, six layers; at speed 1 every row leaves after the first."""
+    torch.manual_seed(0)
+    backbone = BertConfig(
+        vocab_size=_WORDS, hidden_size=hidden_size, num_hidden_layers=6, num_attention_heads=max(1, hidden_size // 32),
+        intermediate_size=4 * hidden_size,
+    )  # fmt: skip
+    config = EarlyExitConfig(backbone=backbone, num_labels=4, exits_trained=True)
+    return fastkd.EarlyExitForSequenceClassification(config).to(dtype).eval()
+
+
+def row_of(tokens: int) -> dict[str, Tensor]:
+    """One random row, as a tokenizer gives it."""
+    input_ids = torch.randint(1000, _WORDS, (1, tokens))
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "token_type_ids": torch.zeros_like(input_ids),
+    }
+
+
+def microseconds(call: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e6
+
+
+@torch.no_grad()
+def main(
+    calls: Annotated[int, typer.Option(help="How often each call is measured.")] = 2000,
+    lengths: Annotated[int, typer.Option(help="How many rows of different lengths.")] = 1000,
+    longest: Annotated[int, typer.Option(help="Tokens of the longest of them.")] = 128,
+    threads: Annotated[int, typer.Option(help="Of torch.")] = 2,
+    hidden_size: Annotated[int, typer.Option(help="Of the model whose lengths differ.")] = 384,
+    dtype: Annotated[str, typer.Option(help="Of its weights: float32 or bfloat16.")] = "bfloat16",
+) -> None:
+    """Print both measurements."""
+    torch.set_num_threads(threads)
+    host_time(calls)
+    by_length(random_model(hidden_size, getattr(torch, dtype)), lengths, longest)
+
+
+def host_time(calls: int) -> None:
+    """Print what a call costs beside its kernels, in interleaved turns."""
+    model, row = random_model(32, torch.float32), row_of(50)
+    print("host time of a call, microseconds (least, median)")
+    for speed in (1.0, 0.0):
+        ways: dict[str, dict[str, Any]] = {"plan": {}, "usual": {"engine": "packed"}, "batch": {"engine": "batch"}}
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(calls):
+            for name, options in ways.items():
+                taken = microseconds(partial(model, **row, speed=speed, **options))
+                if turn >= calls // 10:
+                    times[name].append(taken)
+        layers = 1 if speed == 1 else model.num_layers
+        for name, values in times.items():
+            print(
+                f"  {layers} of {model.num_layers} layers, {name:6} {min(values):8.1f} {statistics.median(values):8.1f}"
+            )
+
+
+def by_length(model: fastkd.EarlyExitForSequenceClassification, lengths: int, longest: int) -> None:
+    """Print the quantiles of rows of different lengths, and of their times over those of a second visit."""
+    rows = [row_of(random.Random(number).randrange(3, longest + 1)) for number in range(lengths)]
+    model(**row_of(longest), speed=0)  # what is done once for the model
+    first = [microseconds(partial(model, **row, speed=0)) for row in rows]
+    second = [microseconds(partial(model, **row, speed=0)) for row in rows]
+    for name, values in (("first", first), ("second", second)):
+        ordered = sorted(values)
+        middle, late = ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100]
+        print(f"{lengths} rows of 3 to {longest} tokens, {name} visit: p50 {middle:.0f}, p99 {late:.0f} us")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,308 @@
+"""`Plan`: what is decided once for a model and a version of its weights, so that a call costs little but its kernels.
+
+Whether its encoder runs from its parts, rearranged weights, folded heads, rules: all this follows from what the modules
+and the configuration hold. A plan keeps a `fastkd_kernels.ModuleStamp` of them, which tells in one call whether it is
+still true; where it is not, or anything is put around the modules, the usual path asks all questions anew. There is one
+stamp for each layer and head, so that a row which leaves early asks only about what it has run through.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+import fastkd_kernels as fk
+from fastkd.encoders import families
+from fastkd.encoders.layout import TokenLayout
+from fastkd.encoders.untouched import are_untouched
+from fastkd.engines import packed, packed_encoder
+from fastkd.engines.batch import warn_about_nan
+from fastkd.engines.packed_encoder import PackedEncoder, round_up_tokens
+from fastkd.engines.packed_layers import Layer, run_layers
+from fastkd.engines.protocol import ExitModel
+from fastkd.exits.rule import ExitRule
+
+_REMEMBER_NOTHING = ("entropy", "max_prob", "margin", "top_n")  # criteria that look at one head alone
+_MOST_RULES = 64
+
+
+@dataclass(frozen=True)
+class Step:
+    """Layers that run together, and the head behind them."""
+
+    layers: range
+    head: int
+    threshold: float
+    """At which a row leaves there; 0 after the last layer."""
+
+
+@dataclass(frozen=True)
+class PlannedRule:
+    """A rule, and the steps that it makes."""
+
+    rule: ExitRule
+    steps: tuple[Step, ...]
+
+    @classmethod
+    def of(cls, rule: ExitRule) -> PlannedRule:
+        return cls(rule, tuple(Step(stage, stage[-1], rule.threshold(stage[-1])) for stage in rule.stages))
+
+
+class Plan:
+    """Made by `plan_of`, which keeps it; nothing in it changes but what it remembers of rules."""
+
+    def __init__(self, model: ExitModel) -> None:
+        # before anything is read, so that a change from now on is noticed
+        self._watched = _watched(model)
+        self._config = model.config
+        self._layer_stamps = {number: fk.ModuleStamp([layer]) for number, layer in enumerate(model.layers, 1)}
+        self._head_stamps = {number: fk.ModuleStamp([model.heads.after(number)]) for number in model.exit_layers}
+        self._frame = fk.ModuleStamp(_around_layers(model), [model.config, model.config.backbone], inside=False)
+        self._last = model.exit_layers[-1]
+        self._onednn = torch.backends.mkldnn.enabled
+        self._encoder: PackedEncoder = packed_encoder.encoder_of(model)
+        self._layers: Sequence[Layer] = self._encoder.layers_now
+        self._heads = {layer: head for layer in model.exit_layers if (head := model.prepared_head(layer)) is not None}
+        self._embedding = self._encoder.prepared_embedding()
+        self._first_position = families.first_position(model.config.backbone)
+        self._numbers = {number: torch.tensor([number], dtype=torch.int32) for number in self._heads}
+        self._rules: dict[Any, PlannedRule] = {}
+        config = model.config
+        self.gives_usual_output = bool(
+            config.return_dict and not config.output_hidden_states and not config.output_attentions
+        )
+        """Whether calls without further arguments are answered by an `EarlyExitOutput` of the answers alone."""
+
+    @property
+    def is_faster(self) -> bool:
+        """Whether packed tokens beat padded batches."""
+        return self._encoder.is_faster
+
+    def is_current(self, model: ExitModel) -> bool:
+        """Whether all of the model is as it was when the plan was made."""
+        return self.frame_is_current(model) and self._are_current(range(1, self._last + 1), *self._head_stamps)
+
+    def frame_is_current(self, model: ExitModel) -> bool:
+        """Whether all but its layers and heads are: embeddings, configuration, and which layers and heads there are."""
+        return (
+            model.config is self._config
+            and all(map(_is, _watched(model), self._watched))
+            and self._onednn == torch.backends.mkldnn.enabled
+            and self._frame.is_current()
+        )
+
+    def _are_current(self, layers: range, *heads: int) -> bool:
+        return all(self._layer_stamps[layer].is_current() for layer in layers) and all(
+            self._head_stamps[head].is_current() for head in heads
+        )
+
+    def rule(self, model: ExitModel, options: tuple[Any, ...]) -> PlannedRule | None:
+        """`model.exit_rule(*options)`, asked once; ValueError as there. None where it has to be asked again.
+
+        That is where the last head changed: the model then warns of early heads that were trained for another.
+        """
+        if not self._head_stamps[self._last].is_current():
+            return None
+        # a bool is equal to a number, and refused where that is taken
+        key = (model.claims_version, *options, *map(type, options)) if all(map(_is_simple, options)) else None
+        known = None if key is None else self._rules.get(key)
+        if known is None:
+            known = PlannedRule.of(model.exit_rule(*options))
+            if key is not None:
+                if len(self._rules) >= _MOST_RULES:
+                    self._rules.clear()
+                self._rules[key] = known
+        return known
+
+    def can_answer(self, planned: PlannedRule) -> bool:
+        """Whether `answer` is for this rule; `answer_batch` is for all."""
+        return planned.rule.criterion in _REMEMBER_NOTHING and all(step.head in self._heads for step in planned.steps)
+
+    def answer(self, tokens: fk.PackedInput, planned: PlannedRule) -> dict[str, Tensor] | None:
+        """Of one row: the fields of `EarlyExitOutput`; without a gradient, which must not be wanted.
+
+        None where one of the layers and heads on the way has changed.
+
+        Args:
+            tokens: of one sequence.
+            planned: a rule that `can_answer` is true for.
+        """
+        layout = TokenLayout(cu_seqlens=tokens.cu_seqlens, max_seqlen=tokens.lengths[0])
+        hidden_states = self.embed(tokens)
+        rule = planned.rule
+        for step in planned.steps:
+            if not self._are_current(step.layers, step.head):
+                return None
+            hidden_states = self.run_layers(step.layers, hidden_states, layout)
+            logits = self._heads[step.head](hidden_states, tokens.cu_seqlens)
+            decided = fk.exit_gate(logits, step.threshold, rule.criterion, top_n=rule.top_n)
+            uncertainty = decided.uncertainty.item()
+            if uncertainty != uncertainty:
+                warn_about_nan([decided.uncertainty])
+            if not decided.count.item():
+                break
+        return {"logits": logits, "exit_layer": self._numbers[step.head].clone(), "uncertainty": decided.uncertainty}
+
+    def answer_batch(self, model: ExitModel, tokens: fk.PackedInput, rule: ExitRule) -> fk.ExitRecord | None:
+        """Of any number of rows and by any rule, without a gradient; None where anything has changed."""
+        if not self.is_current(model):
+            return None
+        heads = _PlannedHeads(model, self._heads)
+        return packed.run_packed(heads, self, self.embed(tokens), tokens.lengths, tokens.cu_seqlens, rule)
+
+    @property
+    def encoder(self) -> PackedEncoder:
+        """That of the model, with the layers of the plan."""
+        self._encoder.use(self._layers)
+        return self._encoder
+
+    def heads_of(self, model: ExitModel, layer: int) -> packed.PackedHeads:
+        """What decides after `layer`: the prepared heads, or where that one has changed those of the model."""
+        return _PlannedHeads(model, self._heads if self._are_current(range(0), layer) else {})
+
+    def compaction_pays(self, tokens: int, kept: int, layers: int) -> bool:
+        """As `PackedEncoder.compaction_pays`."""
+        return self._encoder.compaction_pays(tokens, kept, layers)
+
+    def pack(
+        self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None
+    ) -> fk.PackedInput | None:
+        """The tokens of a batch [B, T] that count; None where the model has to look at the arguments itself."""
+        if input_ids.dtype != torch.int64 or not input_ids.numel():
+            return None
+        for tensor in (attention_mask, token_type_ids):
+            if tensor is not None and (tensor.shape != input_ids.shape or not tensor.is_cpu):
+                return None
+        if token_type_ids is not None and token_type_ids.dtype != torch.int64:
+            return None
+        return fk.pack_tokens(input_ids, attention_mask, token_type_ids, self._first_position)
+
+    def embed(self, tokens: fk.PackedInput) -> Tensor:
+        """Hidden states before the first layer, [R, H]; R is N rounded up, and the rows added are finite."""
+        columns = tokens.input_ids, tokens.positions, tokens.token_type_ids
+        used = tokens.input_ids.shape[0]
+        rows = round_up_tokens(used)
+        if self._embedding is not None:
+            hidden_states = self._embedding([columns[kind] for kind in self._encoder.embedded], rows)
+        else:
+            hidden_states = torch.empty(rows, self._config.hidden_size, dtype=self._encoder.dtype)
+            self._encoder.embed_rows(*columns, out=hidden_states[:used])
+        if rows != used:
+            hidden_states[used:].zero_()
+        return hidden_states
+
+    def run_layers(self, numbers: range, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
+        """The output of the last of these layers, packed [R, H]."""
+        return run_layers(self._layers[numbers.start - 1 : numbers.stop - 1], hidden_states, layout)
+
+
+class _PlannedHeads:
+    """The heads of a model, those of them that are prepared in their place."""
+
+    def __init__(self, model: ExitModel, heads: dict[int, fk.PreparedStudentHead]) -> None:
+        self.config = model.config
+        self._model, self._heads = model, heads
+
+    def decide(
+        self,
+        layer: int,
+        hidden_states: Tensor,
+        layout: TokenLayout,
+        rule: ExitRule,
+        *,
+        record: fk.ExitRecord,
+        row_ids: Tensor,
+        thresholds: Tensor | None = None,
+    ) -> fk.ExitGateOutput:
+        head = self._heads.get(layer)
+        if head is None or rule.criterion not in fk.CRITERIA:
+            return self._model.decide(
+                layer, hidden_states, layout, rule, record=record, row_ids=row_ids, thresholds=thresholds
+            )
+        assert layout.cu_seqlens is not None
+        logits = head(hidden_states, layout.cu_seqlens)
+        speed = rule.threshold(layer) if thresholds is None else thresholds
+        decided = fk.exit_gate(logits, speed, rule.criterion, row_ids, rule.top_n, record=record, layer=layer)
+        return decided._replace(logits=logits)
+
+    def answer(
+        self, hidden_states: Tensor, layout: TokenLayout, rule: ExitRule, *, record: fk.ExitRecord, row_ids: Tensor
+    ) -> Tensor:
+        last = rule.last_layer
+        if last not in self._heads or rule.criterion not in fk.CRITERIA:
+            return self._model.answer(hidden_states, layout, rule, record=record, row_ids=row_ids)
+        decided = self.decide(last, hidden_states, layout, rule, record=record, row_ids=row_ids)
+        assert decided.logits is not None
+        record.write(row_ids, decided.logits, decided.uncertainty, last)
+        return decided.uncertainty
+
+
+def _is(one: object, other: object) -> bool:
+    return one is other
+
+
+def _is_simple(option: object) -> bool:
+    return option is None or type(option) in (float, int, str)
+
+
+def _watched(model: ExitModel) -> tuple[nn.Module, ...]:
+    """The modules that a plan follows from."""
+    modules = model._modules
+    return modules[model.base_model_prefix], modules["heads"]  # type: ignore[return-value]
+
+
+def _around_layers(model: ExitModel) -> list[nn.Module]:
+    inside = {module for layer in model.layers for module in layer.modules()}
+    return [*(module for module in model.backbone.modules() if module not in inside), model.heads]
+
+
+_plans: weakref.WeakKeyDictionary[Any, Plan] = weakref.WeakKeyDictionary()
+
+
+def plan_of(model: ExitModel) -> Plan | None:
+    """The plan of a model in evaluation mode, made anew where something changed.
+
+    None where packed tokens are not the fastest way to run it on the CPU, and where skipping PyTorch's dispatcher would
+    be seen: by hooks, torch.compile, autocast, transforms, a forced backend.
+    """
+    if not fk.is_unwatched() or torch.is_autocast_enabled("cpu") or torch_module._has_any_global_hook():
+        return None
+    plan = _plans.get(model)
+    if plan is None or not plan.frame_is_current(model):
+        _plans.pop(model, None)
+        if not _can_be_planned(model):
+            return None
+        # copies made in inference mode could not be used outside of it
+        with torch.inference_mode(False), torch.no_grad():
+            plan = _plans[model] = Plan(model)
+    return plan if plan.is_faster else None
+
+
+def current_plan_of(model: ExitModel) -> Plan | None:
+    """`plan_of`, made anew where a layer or a head changed."""
+    plan = plan_of(model)
+    if plan is None or plan.is_current(model):
+        return plan
+    forget_plan(model)
+    return plan_of(model)
+
+
+def forget_plan(model: ExitModel) -> None:
+    """Make a new one the next time; of a model that a part of its plan is no longer true for."""
+    _plans.pop(model, None)
+
+
+def _can_be_planned(model: ExitModel) -> bool:
+    return (
+        # a replica of DataParallel lives for one call
+        not getattr(model, "_is_replica", False)
+        and model.config.has_fast_paths
+        and packed_encoder.supports(model)
+        and all(map(are_untouched, _watched(model)))
+    )
