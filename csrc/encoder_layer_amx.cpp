@@ -1,5 +1,6 @@
 // The kernels of encoder_layer_simd.h for AMX.
 #define LEVEL amx
+#define NAME "AMX"
 #define LANES 16
 #define HAS_VNNI 1
 #define HAS_BF16 1

@@ -1,5 +1,6 @@
 // The kernels of encoder_layer_simd.h for AVX-512.
 #define LEVEL avx512
+#define NAME "AVX-512"
 #define LANES 16
 #if defined(__clang__)
 #define TARGETS "avx512f,avx512dq,avx512vl,avx512bw,fma"

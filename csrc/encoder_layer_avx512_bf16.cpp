@@ -1,5 +1,6 @@
 // The kernels of encoder_layer_simd.h for AVX-512 with dot products of bfloat16 too.
 #define LEVEL avx512_bf16
+#define NAME "AVX512-BF16"
 #define LANES 16
 #define HAS_VNNI 1
 #define HAS_BF16 1

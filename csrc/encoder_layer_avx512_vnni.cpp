@@ -1,5 +1,6 @@
 // The kernels of encoder_layer_simd.h for AVX-512 with dot products of 8-bit integers.
 #define LEVEL avx512_vnni
+#define NAME "AVX512-VNNI"
 #define LANES 16
 #define HAS_VNNI 1
 #if defined(__clang__)

@@ -96,7 +96,7 @@ struct Chosen {
   const Kernels* kernels = baseline_kernels();
 };
 
-Chosen choose() {
+Chosen find() {
   const Level most = std::min(found_level(), allowed_level());
   const std::pair<Level, const Kernels* (*)()> files[] = {
       {kAmx, amx_kernels},
@@ -115,7 +115,11 @@ Chosen choose() {
   return {};
 }
 
-const Chosen chosen = choose();
+const Chosen chosen = [] {
+  const Chosen found = find();
+  chosen_instruction_sets().emplace_back("encoder_layer", found.kernels->name);
+  return found;
+}();
 
 int64_t encoder_layer_instructions_cpu() {
   return chosen.level;

@@ -838,13 +838,11 @@ static void attend(const Heads& heads, char* scratch) {
   }
 }
 
-#define FASTKD_QUOTED(name) FASTKD_TEXT(name)
 static const Kernels kKernels{
-    FASTKD_QUOTED(LEVEL),
+    NAME,
     {true, HAS_BF16 ? true : false, true},
     multiply,
     work_on_rows,
     attend,
     attends_to_tiles,
     attention_scratch};
-#undef FASTKD_QUOTED

@@ -98,14 +98,22 @@ def wide(given: fk.EncoderLayerWeights) -> fk.EncoderLayerWeights:
 
 
 def check_layer(
-    sizes: tuple[int, int, int], lengths: list[int], dtype: torch.dtype, biased: bool = True, **form: object
+    sizes: tuple[int, int, int],
+    lengths: list[int],
+    dtype: torch.dtype,
+    biased: bool = True,
+    rotary: bool = False,
+    **form: object,
 ) -> None:
     """One layer with `sizes` = H, I and head size against float64."""
     hidden, intermediate, head_size = sizes
     heads = max(hidden // head_size, 1)
     described = fk.EncoderLayerForm(heads, **form)  # type: ignore[arg-type]
     given = weights(hidden, intermediate, heads * head_size, dtype, described.gated, biased)
-    layer = fk.pack_encoder_layer(given, described)
+    angles = torch.arange(600.0)[:, None] * 0.9 ** torch.arange(head_size // 2)
+    layer = fk.pack_encoder_layer(
+        given, described, rotary=torch.stack([angles.cos(), angles.sin()]) if rotary else None
+    )
     assert layer.packed is not None
     rows = torch.randn(sum(lengths), hidden).to(dtype)
     with torch.no_grad():
@@ -146,6 +154,9 @@ def check_this_instruction_set() -> None:
         check_layer((48, 33, 7), [9], dtype, gated=True, norm_first=True, activation="relu")
         check_layer((192, 256, 64), [1, 130], dtype, scale=0.2)
         check_layer((32, 64, 32), [512, 1], dtype)
+        check_layer((64, 96, 32), [1, 90, 20], dtype, window=8, norm_first=True)
+        check_layer((64, 96, 32), [1, 40, 20], dtype, rotary=True)
+        check_layer((48, 40, 12), [33], dtype, rotary=True, window=3)
     check_int8((64, 96, 32), [1, 30])
     check_int8((40, 37, 8), [17, 0, 5], activation="silu", norm_first=True)
     check_int8((36, 50, 12), [20], gated=True)
