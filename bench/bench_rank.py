@@ -56,7 +56,9 @@ def embeddings(checkpoint: str, texts: list[str]) -> Tensor:
     return torch.cat(found)
 
 
-def candidates(data: Path, first_stage: str, queries: dict[str, int], documents: int) -> dict[str, dict[str, list[str]]]:
+def candidates(
+    data: Path, first_stage: str, queries: dict[str, int], documents: int
+) -> dict[str, dict[str, list[str]]]:
     """For dev and test the documents of each query."""
     splits = {split: load_rows(data, split=split, num_labels=1).dataset for split in ("dev", "test")}
     pool = list(dict.fromkeys(text for rows in splits.values() for text in rows["text_b"][:]))
