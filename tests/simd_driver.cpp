@@ -67,14 +67,14 @@ void normalise_row() {
   const void* rows[] = {x.data(), y.data()};
   std::vector<float> sums(width), out(width);
   const Norm norm{weight.data(), y.data(), width, 1e-5f};
-  kernels.float32(rows, 2, norm, sums.data(), out.data());
+  kernels.float32(rows, 2, norm, sums.data(), nullptr, out.data());
   print("layer_norm", out);
 
   const auto half_x = rounded(x), half_y = rounded(y), half_weight = rounded(weight);
   const void* half_rows[] = {half_x.data(), half_y.data()};
   std::vector<fastkd::Bf16> half_out(width);
   const Norm half_norm{half_weight.data(), half_y.data(), width, 1e-5f};
-  kernels.bfloat16(half_rows, 2, half_norm, sums.data(), half_out.data());
+  kernels.bfloat16(half_rows, 2, half_norm, sums.data(), nullptr, half_out.data());
   print("layer_norm_bfloat16", widened(half_out));
 }
 
@@ -96,6 +96,7 @@ void attend_sequence() {
   call.heads = 1;
   call.head_size = width;
   call.scale_log2 = 0.2f * 1.4426950408889634f;
+  call.window = tokens;
   kernels.float32(call, 0, tokens, 0, scratch.data());
   print("varlen_attention", out);
 }

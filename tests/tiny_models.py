@@ -20,7 +20,6 @@ from transformers import (
     DistilBertTokenizer,
     ElectraConfig,
     ErnieConfig,
-    GteConfig,
     JinaEmbeddingsV3Config,
     MegatronBertConfig,
     ModernBertConfig,
@@ -80,7 +79,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         **_BERT_LIKE, local_attention=4, global_attn_every_n_layers=3, pad_token_id=0, cls_token_id=2, sep_token_id=3
     ),
     "nomic_bert": NomicBertConfig(**_BERT_LIKE, pad_token_id=0),
-    "gte": GteConfig(**_BERT_LIKE, pad_token_id=0),
+    # the oldest transformers lack it
+    **({"gte": transformers.GteConfig(**_BERT_LIKE, pad_token_id=0)} if hasattr(transformers, "GteConfig") else {}),
     "jina_embeddings_v3": JinaEmbeddingsV3Config(**_BERT_LIKE, pad_token_id=0),
     "roberta-prelayernorm": RobertaPreLayerNormConfig(**_ROBERTA_LIKE),
     "megatron-bert": MegatronBertConfig(**_BERT_LIKE),
