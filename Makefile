@@ -1,6 +1,7 @@
 # Everything a fresh machine needs comes from here: Python, a C++ compiler and make are enough to start with.
 #   make demo    the whole story on generated text
 #   make test    the test suite            (PYTEST_ARGS="tests/test_compact.py -x")
+#   make sanitize  the C++ kernels built with AddressSanitizer and UBSan, and the tests of the ops on them (SANITIZE_ARGS=...)
 #   make bench   the benchmarks            (BENCH_ARGS="bench/bench_compact.py --save-results")
 #   make gpu     on a CUDA machine: tests, sanitizers, benchmarks and their report (GPU_ARGS=--prove, then GPU_ARGS=--measure)
 #   make gpu-bundle   beforehand and without a GPU: what `make gpu` would otherwise build and compile (GPU_PYTHON=python3.12)
@@ -31,6 +32,10 @@ DEMO_STAMP := build/demo$(NAME).stamp
 TORCH := torch==2.13.0
 
 PYTEST_ARGS ?=
+# what runs in C++: Triton's interpreter has nothing to find here, and accuracy is a matter of the usual build's vector code
+SANITIZE_ARGS ?= -k "(cpu or varlen) and not accurate and not budget" tests/test_exit_gate.py tests/test_student_head.py tests/test_compact.py tests/test_layer_norm.py \
+	tests/test_kd_loss.py tests/test_universal_kd_loss.py tests/test_distillation_loss.py tests/test_packed.py \
+	tests/test_varlen_attention.py
 BENCH_ARGS ?= $(wildcard bench/bench_*.py)
 GPU_ARGS ?=
 
@@ -43,13 +48,23 @@ BUNDLE_ARGS ?=
 # tests of the ops and of what the packages around them change most often
 LEG_TESTS ?= tests/test_kd_loss.py tests/test_varlen_attention.py tests/test_layer_norm.py tests/test_model.py tests/test_cli.py
 
-.PHONY: demo test bench gpu gpu-bundle lint docs setup wheel lowest newest simd clean
+.PHONY: demo test sanitize bench gpu gpu-bundle lint docs setup wheel lowest newest simd clean
 
 demo: $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO_STAMP))
 	"$(ENVIRONMENT)/bin/fastkd" demo
 
 test: $(STAMP)
 	"$(PYTHON)" -m pytest $(PYTEST_ARGS)
+
+# a build beside the usual one. Python itself is not built so: the runtimes come first by LD_PRELOAD (libstdc++ with them, or
+# exceptions are not seen), and its own leaks are not looked for. pytest by its script, which puts no folder before the build
+SANITIZERS = $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $${CXX:-c++} -print-file-name=$(library)))
+sanitize: $(STAMP)
+	FASTKD_SANITIZE=address,undefined "$(PYTHON)" setup.py build --build-base build/sanitize
+	export PYTHONPATH=$$(echo $(CURDIR)/build/sanitize/lib.*) LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=print_stacktrace=1; \
+	(cd build && "$(abspath $(PYTHON))" -c 'from fastkd_kernels import _C; assert "build/sanitize" in _C.__file__, _C.__file__'); \
+	"$(ENVIRONMENT)/bin/pytest" $(SANITIZE_ARGS)
 
 bench: $(STAMP)
 	"$(PYTHON)" -m pytest $(BENCH_ARGS)

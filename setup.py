@@ -6,6 +6,7 @@ Environment variables:
     CUDA_HOME              the CUDA toolkit; default: that of nvcc on PATH, then /usr/local/cuda
     TORCH_CUDA_ARCH_LIST   such as "8.0;9.0+PTX"; default: the visible GPUs, or without one DEFAULT_ARCHITECTURES
     MAX_JOBS               how many compilers run at once
+    FASTKD_SANITIZE        sanitizers of the compiler to build in, such as address,undefined; `make sanitize` sets it
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ CXX_FLAGS = [
     "-Wno-pass-failed",  # clang's, of loops in float64 that call a function and so stay scalar
 ]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden", "-Xptxas=-warn-spills"]
+
+# The first finding ends the process, with its line in csrc. Type information of torch's classes is not there to see.
+SANITIZER_FLAGS = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-fno-sanitize=vptr"]
 
 # what csrc asks of a compiler beside C++17: vectors as types, and functions for one instruction set
 COMPILER_PROBE = """
@@ -210,6 +214,12 @@ def without_build_paths(torch: ModuleType) -> list[str]:
     return [f"-ffile-prefix-map={torch_headers}/=", f"-ffile-prefix-map={ROOT.resolve()}/="]
 
 
+def sanitizer_flags() -> list[str]:
+    """Flags for the compiler and the linker; behind the usual ones, so that they win."""
+    chosen = os.environ.get("FASTKD_SANITIZE")
+    return [f"-fsanitize={chosen}", *SANITIZER_FLAGS] if chosen else []
+
+
 def define_string(name: str, value: str) -> tuple[str, str]:
     return name, f'"{value}"'
 
@@ -245,8 +255,9 @@ def build_settings() -> dict[str, Any]:
             define_string("FASTKD_CUDA_ARCHITECTURES", architectures),
             define_string("FASTKD_CUDA_TOOLKIT", toolkit),
         ],
+        extra_link_args=sanitizer_flags()[:1],
         extra_compile_args={
-            "cxx": CXX_FLAGS + without_build_paths(torch),
+            "cxx": CXX_FLAGS + without_build_paths(torch) + sanitizer_flags(),
             "nvcc": NVCC_FLAGS + [f"-Xcompiler={flag}" for flag in without_build_paths(torch)],
         },
     )
