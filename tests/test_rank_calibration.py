@@ -214,3 +214,20 @@ def test_traces_of_pairs_say_which_rows_are_of_one_query(tmp_path: Path) -> None
     assert ExitTrace.load(tmp_path / "pairs.safetensors").queries.equal(trace.queries)
     assert trace.select(torch.tensor([1])).queries.shape == (1,)
     assert model.trace(["a film", "good"], tokenizer=tokenizer).queries is None
+
+
+def test_rows_are_calibrated_on_and_compared_without_a_trace_in_between() -> None:
+    model, tokenizer = early_exit_model(num_labels=2), tokenizer_of("bert")
+    labelled = [{"text": text, "label": number % 2} for number, text in enumerate(documents(80))]
+    trace = model.trace(labelled, tokenizer=tokenizer)
+    options: dict[str, Any] = {"max_drop": 0.9, "speeds": [0.5]}
+    found = model.calibrate(labelled, tokenizer=tokenizer, batch_size=7, **options)
+    expected = fastkd.calibrate(trace, **options)
+    assert (found.failures, found.n, found.speed) == (expected.failures, expected.n, expected.speed)
+    swept = model.compare(labelled, tokenizer=tokenizer, reliability=labelled[:40], points=3)
+    assert set(swept) == set(fastkd.compare(trace, points=3))
+    for function in (fastkd.calibrate, fastkd.compare):
+        with pytest.raises(TypeError, match=r"trace: got a list, expected an ExitTrace.*model\.\w+\(rows"):
+            function(labelled)
+    with pytest.raises(ValueError, match="tokenizer: got None"):
+        model.calibrate(labelled)
