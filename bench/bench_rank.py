@@ -106,7 +106,7 @@ def main(
     calibrating: Annotated[int, typer.Option(min=2, help="That calibrate, of dev.")] = 300,
     documents: Annotated[int, typer.Option(min=2, help="Of each query.")] = 50,
     first_stage: Annotated[str, typer.Option(help="Encoder whose embeddings choose the documents.")] = "minilm",
-    timed: Annotated[int, typer.Option(help="Queries that are timed.")] = 40,
+    timed: Annotated[int, typer.Option(min=0, help="Queries that are timed.")] = 40,
     passes: int = 3,
     output: Path | None = None,
 ) -> None:
@@ -138,13 +138,14 @@ def main(
         got = ranked(scores, certificate.rule)
         held = (got.recall >= recall).double().mean().item()
         promises.append((*measured(name, test, scores, certificate.rule, seq_len), f"{held:.3f}"))
+    facts = ", ".join(f"{name} {value}" for name, value in machine_facts(torch.device("cpu")).items())
     parts = [
         f"{len(scores)} queries of {documents} documents, top {top_k}, {seq_len} tokens on average; "
-        f"{len(lists['dev'])} queries calibrate. {machine_facts()}",
+        f"{len(lists['dev'])} queries calibrate. {facts}",
         table(_HEADINGS, rows),
         table((*_HEADINGS, "promise kept in"), promises),
     ]
-    if kept is not None:
+    if kept is not None and timed:
         kept.apply(model)
         some = dict(list(lists["test"].items())[:timed])
         full, early = seconds(model, tokenizer, some, top_k, passes)
