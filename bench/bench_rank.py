@@ -7,11 +7,11 @@ CHECKPOINT is an early-exit model with distilled heads for pairs, such as one fi
     fastkd finetune minilm --data stsb --num-labels 1 --max-steps 400 -o tuned
     fastkd distill tuned --data stsb --max-steps 250 -o model
 
-DATA is a folder of labelled pairs with dev and test. A query is a distinct first text; its documents are the second
-texts of both splits that are nearest to it by the mean embedding of a plain encoder (--first-stage), as a retriever
-would give them to a reranker. Queries of dev calibrate, queries of test are measured; labels play no part: what counts
-is the order of the full model. The plain speeds learn from nothing; certificates have half-widths from one half of the
-dev queries and their guarantee from the other. Operations are counted in FastBERT's convention at the mean length;
+DATA is a folder of labelled pairs with a file test. A query is a distinct first text of it; its documents are the second
+texts that are nearest to it by the mean embedding of a plain encoder (--first-stage), as a retriever would give them to
+a reranker. Some queries calibrate, others are measured; labels play no part: what counts is the order of the full
+model. The plain speeds learn from nothing; certificates have half-widths from one half of the calibrating queries and
+their guarantee from the other. Operations are counted in FastBERT's convention at the mean length;
 seconds are processor seconds of one thread, passes in turns, so they hold tokenising too.
 """
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,17 +60,16 @@ def embeddings(checkpoint: str, texts: list[str]) -> Tensor:
 def candidates(
     data: Path, first_stage: str, queries: dict[str, int], documents: int
 ) -> dict[str, dict[str, list[str]]]:
-    """For dev and test the documents of each query."""
-    splits = {split: load_rows(data, split=split, num_labels=1).dataset for split in ("dev", "test")}
-    pool = list(dict.fromkeys(text for rows in splits.values() for text in rows["text_b"][:]))
+    """For each part, by its number of queries, the documents of its queries; all are of test."""
+    rows = load_rows(data, split="test", num_labels=1).dataset
+    pool, texts = (list(dict.fromkeys(rows[name][:])) for name in ("text_b", "text_a"))
     vectors = embeddings(first_stage, pool)
+    order = iter(torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist())
     found = {}
-    for split, rows in splits.items():
-        texts = list(dict.fromkeys(rows["text_a"][:]))
-        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0))[: queries[split]].tolist()
-        texts = [texts[index] for index in order]
-        nearest = (embeddings(first_stage, texts) @ vectors.T).topk(documents).indices.tolist()
-        found[split] = {text: [pool[index] for index in row] for text, row in zip(texts, nearest, strict=True)}
+    for part, count in queries.items():
+        chosen = [texts[index] for index in islice(order, count)]
+        nearest = (embeddings(first_stage, chosen) @ vectors.T).topk(documents).indices.tolist()
+        found[part] = {text: [pool[index] for index in row] for text, row in zip(chosen, nearest, strict=True)}
     return found
 
 
@@ -102,8 +102,8 @@ def main(
     checkpoint: str,
     data: Path,
     top_k: Annotated[int, typer.Option(min=1)] = 10,
-    queries: Annotated[int, typer.Option(min=2, help="That are measured, of test.")] = 300,
-    calibrating: Annotated[int, typer.Option(min=2, help="That calibrate, of dev.")] = 300,
+    queries: Annotated[int, typer.Option(min=2, help="That are measured.")] = 300,
+    calibrating: Annotated[int, typer.Option(min=2, help="Others, that calibrate.")] = 300,
     documents: Annotated[int, typer.Option(min=2, help="Of each query.")] = 50,
     first_stage: Annotated[str, typer.Option(help="Encoder whose embeddings choose the documents.")] = "minilm",
     timed: Annotated[int, typer.Option(min=0, help="Queries that are timed.")] = 40,
@@ -113,14 +113,14 @@ def main(
     """Measure a reranker on a ranking task made of pairs."""
     torch.set_num_threads(1)
     model, tokenizer = fastkd.load_model(checkpoint, "cpu")
-    lists = candidates(data, first_stage, {"dev": calibrating, "test": queries}, documents)
+    lists = candidates(data, first_stage, {"calibrating": calibrating, "measured": queries}, documents)
     traces = {
         split: model.trace(
             [(query, text) for query, texts in found.items() for text in texts], tokenizer=tokenizer, batch_size=64
         )
         for split, found in lists.items()
     }
-    test = traces["test"]
+    test = traces["measured"]
     seq_len = round(test.lengths.double().mean().item())
     score = score_of(test.logits.shape[-1], None)
     scores = queries_of(test, score)
@@ -130,7 +130,9 @@ def main(
     for max_drop, recall in PROMISES:
         name = f"recall {recall:g} or more in {1 - max_drop:.0%} of queries"
         try:
-            certificate = fastkd.calibrate_ranking(traces["dev"], top_k, max_drop, recall=recall, seq_len=seq_len)
+            certificate = fastkd.calibrate_ranking(
+                traces["calibrating"], top_k, max_drop, recall=recall, seq_len=seq_len
+            )
         except CalibrationError as error:
             promises.append((name, str(error), "", "", "", ""))
             continue
@@ -141,13 +143,13 @@ def main(
     facts = ", ".join(f"{name} {value}" for name, value in machine_facts(torch.device("cpu")).items())
     parts = [
         f"{len(scores)} queries of {documents} documents, top {top_k}, {seq_len} tokens on average; "
-        f"{len(lists['dev'])} queries calibrate. {facts}",
+        f"{len(lists['calibrating'])} queries calibrate. {facts}",
         table(_HEADINGS, rows),
         table((*_HEADINGS, "promise kept in"), promises),
     ]
     if kept is not None and timed:
         kept.apply(model)
-        some = dict(list(lists["test"].items())[:timed])
+        some = dict(list(lists["measured"].items())[:timed])
         full, early = seconds(model, tokenizer, some, top_k, passes)
         parts.append(
             f"{kept}: {1e3 * early:.1f} ms a query, of the full model {1e3 * full:.1f} ms ({full / early:.2f}x)"
