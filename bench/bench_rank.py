@@ -7,11 +7,11 @@ CHECKPOINT is an early-exit model with distilled heads for pairs, such as one fi
     fastkd finetune minilm --data stsb --num-labels 1 --max-steps 400 -o tuned
     fastkd distill tuned --data stsb --max-steps 250 -o model
 
-DATA is a folder of labelled pairs with a file test. A query is one of its first texts; its documents are the second
-texts that are nearest to it by the mean embedding of a plain encoder (--first-stage), as a retriever would give them to
-a reranker. Some queries calibrate, others are measured; labels play no part: what counts is the order of the full
-model. The plain speeds learn from nothing; certificates have half-widths from one half of the calibrating queries and
-their guarantee from the other. Operations are counted in FastBERT's convention at the mean length;
+DATA is a folder of labelled pairs with a file test. A query is a distinct first text of it; its documents are the
+second texts that are nearest to it by the mean embedding of a plain encoder (--first-stage), as a retriever would give
+them to a reranker. Some queries calibrate, others are measured; labels play no part: what counts is the order of the
+full model. The plain speeds learn from nothing; certificates have half-widths from one half of the calibrating queries
+and their guarantee from the other. Operations are counted in FastBERT's convention at the mean length;
 seconds are processor seconds of one thread, passes in turns, so they hold tokenising too.
 """
 
