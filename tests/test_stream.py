@@ -17,7 +17,7 @@ from torch import nn
 
 import fastkd
 import fastkd_kernels as fk
-from fastkd.engines import stream_reader
+from fastkd.engines import plan, stream_reader
 from fastkd.engines.packed_encoder import encoder_of, round_up_tokens
 from fastkd.engines.stream import StreamRow, _Queue
 from fastkd.engines.stream_reader import EncodedRow
@@ -363,7 +363,7 @@ def test_ctrl_c_at_every_place_loses_and_repeats_no_row(mixed_input: list[Any]) 
         assert burst > 1 or torch.is_grad_enabled(), at
 
 
-@pytest.mark.parametrize("where", ["tokenizer", "embed", "layer", "decide", "compact_packed", "answer"])
+@pytest.mark.parametrize("where", ["tokenizer", "embed", "run_layers", "decide", "compact_packed", "answer"])
 @pytest.mark.parametrize("burst", [1, 12])
 def test_ctrl_c_in_every_call_to_the_outside_loses_no_row(
     where: str, burst: int, mixed_input: list[Any], monkeypatch: pytest.MonkeyPatch
@@ -381,9 +381,9 @@ def test_ctrl_c_in_every_call_to_the_outside_loses_no_row(
 
         return counted
 
-    owner = {"compact_packed": fk, "tokenizer": stream_reader}.get(where, model)
+    owner = {"compact_packed": fk, "tokenizer": stream_reader}.get(where, plan._PlannedHeads)
     encoder = encoder_of(model)
-    if where in ("embed", "layer"):
+    if where in ("embed", "run_layers"):
         owner = encoder
     name = "encode" if where == "tokenizer" else where
     monkeypatch.setattr(owner, name, interrupted(getattr(owner, name)))
