@@ -67,6 +67,8 @@ class _FullModel(nn.Module):
         super().__init__()
         self.model = model
         self.names = names
+        # exporters put back the mode of the outermost module, and so that of the model
+        self.train(model.training)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         batch = dict(zip(self.names, inputs, strict=True))
