@@ -238,6 +238,8 @@ async def _unless_gone(request: Request, work: Awaitable[Answer]) -> Answer:
     finally:
         task.cancel()
         leaving.cancel()
+        # a cancelled task withdraws its rows only when it runs again
+        await asyncio.wait({task, leaving})
 
 
 async def _disconnected(request: Request) -> None:
