@@ -154,7 +154,7 @@ def criterion_options() -> dict[str, Any]:
     return {name: found[0] for name, found in options.items() if found}
 
 
-@pytest.mark.parametrize("command", ["sweep", "calibrate", "predict", "bench", "report"])
+@pytest.mark.parametrize("command", ["sweep", "calibrate", "predict", "bench", "report", "serve"])
 def test_help_names_every_criterion_and_what_it_measures(command: str) -> None:
     text = criterion_options()[command].help
     for name, criterion in CRITERIA.items():
@@ -162,7 +162,7 @@ def test_help_names_every_criterion_and_what_it_measures(command: str) -> None:
 
 
 def test_no_other_command_has_a_criterion() -> None:
-    assert sorted(criterion_options()) == ["bench", "calibrate", "predict", "report", "sweep"]
+    assert sorted(criterion_options()) == ["bench", "calibrate", "predict", "report", "serve", "sweep"]
 
 
 @pytest.mark.parametrize(
