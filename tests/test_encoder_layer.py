@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from error_budget import assert_within_budget
 from torch import Tensor, nn
 
 import fastkd_kernels as fk
-from fastkd_kernels.ops.encoder_layer import INSTRUCTION_SETS, encoder_layer_reference
+from fastkd_kernels.ops.encoder_layer import INSTRUCTION_SETS, _quantized, encoder_layer_reference
 
 DTYPES = (torch.float32, torch.bfloat16)
 # what lowers the instruction set of oneDNN and these kernels
@@ -260,6 +261,46 @@ def test_projections_may_be_one_product_or_three() -> None:
     rows, packed = torch.randn(8, 48), bounds([8])
     one, three = (fk.encoder_layer(rows, packed, fk.pack_encoder_layer(each, form)) for each in (given, joined))
     assert one.equal(three)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_quantised_weights_are_taken_as_they_are(gated: bool) -> None:
+    given = weights(48, 50, 48, torch.float32, gated)
+
+    def quantised(affine: tuple[Tensor, Tensor | None]) -> tuple[fk.QuantizedWeight, Tensor | None]:
+        codes, scales = _quantized(affine[0])
+        return fk.QuantizedWeight(codes.to(torch.int8), scales[:, 0]), affine[1]
+
+    products: dict[str, Any] = {name: quantised(getattr(given, name)) for name in ("output", "expand", "contract")}
+    codes = replace(given, project=tuple(map(quantised, given.project)), **products)
+    form = fk.EncoderLayerForm(3, gated=gated)
+    layers = [fk.pack_encoder_layer(each, form, int8=True) for each in (given, codes)]
+    assert layers[0].packed is not None
+    assert layers[1].packed is not None
+    assert layers[0].packed.equal(layers[1].packed)
+    assert layers[1].hidden_dtype == torch.float32
+    rows = torch.randn(8, 48)
+    expected, found = (encoder_layer_reference(rows, bounds([5, 3]), layer) for layer in layers)
+    assert found.equal(expected)
+    with fk.backend("reference"):
+        torch.testing.assert_close(fk.encoder_layer(rows, bounds([5, 3]), layers[1]), expected)
+    # not made of their largest value
+    halved = replace(codes, contract=(fk.QuantizedWeight(products["contract"][0].codes // 2, torch.ones(48)), None))
+    layer = fk.pack_encoder_layer(halved, form, int8=True)
+    result, expected = fk.encoder_layer(rows, bounds([8]), layer), encoder_layer_reference(rows, bounds([8]), layer)
+    assert (result - expected).abs().quantile(0.5) < 1e-4
+
+
+def test_what_is_no_quantised_weight_is_refused() -> None:
+    codes, form = torch.ones(64, 64, dtype=torch.int8), fk.EncoderLayerForm(2)
+    with pytest.raises(TypeError, match=r"codes: got torch.uint8"):
+        fk.QuantizedWeight(codes.byte(), torch.ones(64))
+    with pytest.raises(ValueError, match=r"scales: got shape \(63,\) for codes \(64, 64\)"):
+        fk.QuantizedWeight(codes, torch.ones(63))
+    mixed = replace(weights(64, 96, 64, torch.float32), output=(fk.QuantizedWeight(codes, torch.ones(64)), None))
+    for int8 in (True, False):
+        with pytest.raises(TypeError, match=rf"weights: got 1 of 6 quantised and int8={int8}"):
+            fk.pack_encoder_layer(mixed, form, int8=int8)
 
 
 def test_other_dtypes_run_the_reference() -> None:

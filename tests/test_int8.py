@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import early_exit_model, random_batch
+from tiny_models import QUANTISABLE, early_exit_model, random_batch, row_of
 from torch import Tensor, nn
 
 import fastkd
+import fastkd_kernels as fk
 from fastkd.encoders import int8
+from fastkd.engines import packed_encoder
+from fastkd.engines.packed_layers import LayerFromParts
 from fastkd.exits.certificate import Certificate
 from fastkd.exits.fingerprints import model_fingerprint
 from fastkd.model.loading import choose_dtype, in_dtype
@@ -23,18 +29,31 @@ def linear(inputs: int = 48, outputs: int = 40, bias: bool = True) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=bias)
 
 
-def quantised() -> Any:
-    return early_exit_model().eval().quantize()
+def quantised(family: str = "bert") -> Any:
+    return early_exit_model(family).eval().quantize()
+
+
+needs_whole_layers = pytest.mark.skipif(
+    fk.missing_kernels(("encoder_layer",), "cpu") is not None,
+    reason="the compiled extension has no kernel of encoder_layers",
+)
+
+
+def whole_layers(model: Any) -> list[fk.PackedEncoderLayer]:
+    """What packed tokens are run by."""
+    layers = packed_encoder.encoder_of(model).layers_now
+    whole = [layer.whole for layer in layers if isinstance(layer, LayerFromParts)]
+    assert len(whole) == len(model.layers)
+    return [layer for layer in whole if layer is not None]
 
 
 def test_codes_and_scales_are_those_of_the_formula() -> None:
     codes, scale = int8.quantise(torch.tensor([[1.0, -2.54, 0.0], [0.0, 0.0, 0.0], [0.005, 0.01, 127.0]]))
     assert codes.tolist() == [[50, -127, 0], [0, 0, 0], [0, 0, 127]]
     torch.testing.assert_close(scale[[0, 2], 0], torch.tensor([0.02, 1.0]))
-    module = int8.Int8Linear.of(linear())
-    again = int8.quantise(module.dequantised)
-    assert again[0].equal(module.weight)
-    torch.testing.assert_close(again[1][:, 0], module.weight_scale)
+    module, original = int8.Int8Linear.of(linear()), linear().weight.detach()
+    half_a_step = module.weight_scale[:, None] * 0.501
+    assert bool(((module.weight * module.weight_scale[:, None] - original).abs() <= half_a_step).all())
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -49,8 +68,31 @@ def test_the_product_is_the_reference(rows: int, bias: bool) -> None:
 def test_without_onednn_the_product_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(9, 48, generator=torch.Generator().manual_seed(1))
     expected = int8.Int8Linear.of(linear())(values)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(int8, "_onednn_adds_exactly", lambda: False)
     torch.testing.assert_close(int8.Int8Linear.of(linear())(values), expected, rtol=2e-6, atol=2e-6)
+
+
+_LARGE_CODES = """
+import torch
+from fastkd.encoders import int8
+
+codes = torch.full((64, 96), 127, dtype=torch.int8)
+codes[::2, ::3] = -127
+module = int8.Int8Linear(96, 64)
+module.weight = codes
+rows = torch.ones(5, 96)
+expected = int8.reference(rows, codes, module.weight_scale, module.bias)
+torch.testing.assert_close(module(rows), expected, rtol=2e-6, atol=2e-6)
+"""
+
+
+@pytest.mark.parametrize("most", ["AVX2", "AVX512_CORE"])
+def test_no_instruction_set_overflows(most: str) -> None:
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": most}
+    result = subprocess.run(
+        [sys.executable, "-c", _LARGE_CODES], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_a_row_does_not_depend_on_its_mates() -> None:
@@ -71,6 +113,42 @@ def test_every_engine_gives_the_quantised_answer(speed: float) -> None:
         outputs = [model(**batch, speed=speed, engine=engine) for engine in ("batch", "packed")]
     torch.testing.assert_close(outputs[0].logits, outputs[1].logits, rtol=1e-4, atol=1e-4)
     assert outputs[0].exit_layer.equal(outputs[1].exit_layer)
+
+
+@needs_whole_layers
+@pytest.mark.parametrize("family", QUANTISABLE)
+def test_whole_layers_give_the_answers_of_their_products(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantised(family)
+    rows = [row_of(random_batch(family, rows=6, longest=11), row) for row in range(6)]
+    ids = [{name: value[0].tolist() for name, value in row.items()} for row in rows]
+    for speed in (0.0, 0.5):
+        with torch.no_grad():
+            found = [model(**row, speed=speed) for row in rows]
+            streamed = list(model.stream(ids, speed=speed))
+        assert [layer.dtype for layer in whole_layers(model)] == [torch.int8] * len(model.layers)
+        with monkeypatch.context() as patch, torch.no_grad():
+            patch.setattr(LayerFromParts, "_packed_whole", lambda _: None)
+            other = quantised(family)
+            by_products = [other(**row, speed=speed) for row in rows]
+            assert not whole_layers(other)
+        for one, line, expected in zip(found, streamed, by_products, strict=True):
+            torch.testing.assert_close(one.logits, expected.logits, rtol=1e-4, atol=1e-4)
+            assert one.exit_layer.equal(expected.exit_layer)
+            assert line.exit_layer == expected.exit_layer.item()
+
+
+@needs_whole_layers
+def test_whole_layers_copy_nothing_but_what_they_rearrange(tmp_path: Path) -> None:
+    quantised().save_pretrained(tmp_path)
+    model: Any = fastkd.EarlyExitForSequenceClassification.from_pretrained(tmp_path).eval()
+    (first, *_) = whole_layers(model)
+    weight = first.weights.contract[0]
+    assert isinstance(weight, fk.QuantizedWeight)
+    linear = model.layers[0].output.dense
+    assert weight.codes.data_ptr() == linear.weight.data_ptr()
+    assert weight.scales.data_ptr() == linear.weight_scale.data_ptr()
+    layers = packed_encoder.encoder_of(model).layers_now
+    assert not any(layer.copies for layer in layers if isinstance(layer, LayerFromParts))
 
 
 def test_answers_are_near_those_of_the_float_model() -> None:
@@ -143,12 +221,36 @@ def test_what_cannot_be_quantised_is_refused() -> None:
         module(torch.ones(1, 48, dtype=torch.bfloat16))
 
 
-def test_changed_weights_are_noticed() -> None:
+@pytest.mark.parametrize("name", ["weight", "weight_scale", "bias"])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_changed_weights_are_noticed(name: str, in_place: bool) -> None:
     model, batch = quantised(), random_batch()
-    with torch.no_grad():
-        before = model(**batch, speed=0).logits
-        model.layers[0].attention.self.query.weight.neg_()
-        assert not model(**batch, speed=0).logits.equal(before)
+    row = row_of(batch, 0)
+    engines: list[dict[str, Any]] = [{}, {"engine": "batch"}, {"engine": "packed"}]
+
+    def answers(of: Any) -> list[Tensor]:
+        with torch.no_grad():
+            return [of(**inputs, speed=0, **engine).logits for engine in engines for inputs in (batch, row)]
+
+    linear = model.layers[0].output.dense
+    linear.bias.normal_(generator=torch.Generator().manual_seed(2))
+    before, changed = answers(model), getattr(linear, name)
+    changed.neg_() if in_place else setattr(linear, name, -changed)
+    after = answers(model)
+    assert not any(map(torch.equal, before, after))
+    for found, expected in zip(after, answers(copy.deepcopy(model)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["weight", "weight_scale", "bias"])
+def test_a_layer_by_itself_notices_changed_weights(name: str) -> None:
+    module = int8.Int8Linear.of(linear())
+    values = torch.randn(3, 48, generator=torch.Generator().manual_seed(1))
+    module(values)
+    setattr(module, name, -getattr(module, name))
+    torch.testing.assert_close(
+        module(values), int8.reference(values, module.weight, module.weight_scale, module.bias), rtol=2e-6, atol=2e-6
+    )
 
 
 def test_auto_keeps_what_a_certificate_promises() -> None:

@@ -15,6 +15,7 @@ import torch
 from tiny_models import (
     CONFIGS,
     CRITERIA,
+    QUANTISABLE,
     early_exit_model,
     one_thread,  # noqa: F401  # a fixture
     random_batch,
@@ -298,6 +299,41 @@ def test_notices(change: Callable[[Model], Any]) -> None:
     if change is not CHANGES["other embeddings"]:
         after = answer(model, speed=0.0).logits, answer(model, speed=1.0).logits
         assert not all(map(torch.equal, before, after))
+
+
+def _other_scale(model: Model) -> None:
+    model.layers[1].output.dense.weight_scale = model.layers[1].output.dense.weight_scale * 0.5
+
+
+INT8_CHANGES: dict[str, Callable[[Model], Any]] = {
+    "a weight in place": lambda model: model.layers[1].output.dense.weight.neg_(),
+    "a scale in place": lambda model: model.layers[1].output.dense.weight_scale.mul_(0.5),
+    "a bias in place": lambda model: model.layers[1].output.dense.bias.mul_(0.5),
+    "another scale": _other_scale,
+    "a hook of a linear layer": lambda model: _hook(model.layers[0].output.dense),
+    "another epsilon": _epsilon,
+}
+
+
+@pytest.mark.parametrize("change", INT8_CHANGES.values(), ids=INT8_CHANGES)
+def test_notices_what_changes_in_int8(change: Callable[[Model], Any]) -> None:
+    model = early_exit_model().quantize()
+    model.layers[1].output.dense.bias.normal_(generator=torch.Generator().manual_seed(2))
+    made = planned(model)
+    before = answer(model, speed=0.0).logits
+    change(model)
+    assert not made.is_current(model)
+    assert_answers_as_the_batch_engine(model, speed=0.0)
+    assert not answer(model, speed=0.0).logits.equal(before)
+
+
+@pytest.mark.parametrize("speed", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("family", QUANTISABLE)
+@pytest.mark.usefixtures("usual_path_raises")
+def test_int8_takes_no_usual_path(family: str, speed: float) -> None:
+    model = early_exit_model(family).quantize()
+    with torch.no_grad():
+        assert model(**one_row(family), speed=speed).exit_layer.numel() == 1
 
 
 def test_notices_another_dtype_and_back() -> None:

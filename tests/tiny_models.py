@@ -120,6 +120,12 @@ def save_plain_checkpoint(folder: Path, family: str) -> Path:
     return folder
 
 
+QUANTISABLE = [
+    family for family, config in CONFIGS.items() if not fastkd.EarlyExitConfig(config, num_labels=2).is_replayed
+]
+"""The families that run in int8."""
+
+
 def early_exit_model(
     family: str = "bert", *, num_labels: int = 3, **options: Any
 ) -> fastkd.EarlyExitForSequenceClassification:

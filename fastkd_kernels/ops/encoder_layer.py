@@ -43,13 +43,61 @@ ACTIVATIONS = ("gelu", "tanh_gelu", "relu", "silu")
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """The weight of a product as whole numbers and a scale for each row, standing for `codes * scales[:, None]`.
+
+    Attributes:
+        codes: [out, in] int8.
+        scales: [out], of the dtype of the hidden states.
+
+    Raises:
+        TypeError: codes that are not int8, or elsewhere than their scales.
+        ValueError: shapes that do not fit each other.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def __post_init__(self) -> None:
+        if self.codes.dtype != torch.int8 or self.codes.device != self.scales.device:
+            raise TypeError(
+                f"codes: got {self.codes.dtype} on {self.codes.device}, expected torch.int8 on that of scales, "
+                f"{self.scales.device}"
+            )
+        if self.codes.dim() != 2 or self.scales.shape != self.codes.shape[:1]:
+            raise ValueError(
+                f"scales: got shape {tuple(self.scales.shape)} for codes {tuple(self.codes.shape)}, expected [out] "
+                "for [out, in]"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what it stands for."""
+        return self.scales.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+
 Affine = tuple[Tensor, Tensor | None]
 """Weight and bias: [out, in] and [out] of a product, [H] and [H] of a normalisation."""
+
+ProductAffine = tuple[Tensor | QuantizedWeight, Tensor | None]
+"""The same of a product whose weight may be quantised already."""
 
 
 @dataclass(frozen=True)
 class EncoderLayerWeights:
     """The parameters of one layer with hidden size H, D = heads * head size and intermediate size I, of one dtype.
+
+    Weights of products may be `QuantizedWeight`, which an int8 layer takes as they are.
 
     Attributes:
         project: queries, keys and values: one product [3 D, H], or three [D, H].
@@ -60,11 +108,11 @@ class EncoderLayerWeights:
         feed_forward_norm: norm_2.
     """
 
-    project: tuple[Affine, ...]
-    output: Affine
+    project: tuple[ProductAffine, ...]
+    output: ProductAffine
     attention_norm: Affine | None
-    expand: Affine
-    contract: Affine
+    expand: ProductAffine
+    contract: ProductAffine
     feed_forward_norm: Affine
 
 
@@ -154,11 +202,11 @@ def encoder_layer_reference(hidden_states: Tensor, cu_seqlens: Tensor, layer: Pa
     return feed_forward_norm(middle + feed_forward(middle))
 
 
-def _product_reference(rows: Tensor, affine: Affine, quantized: bool) -> Tensor:
-    weight, bias = (None if part is None else part.detach() for part in affine)
-    assert weight is not None
+def _product_reference(rows: Tensor, affine: ProductAffine, quantized: bool) -> Tensor:
+    weight, bias = affine[0], None if affine[1] is None else affine[1].detach()
     if not quantized:
-        return F.linear(rows, weight, bias)
+        assert isinstance(weight, Tensor)
+        return F.linear(rows, weight.detach(), bias)
     whole_rows, row_scales = _quantized(rows)
     whole_weight, weight_scales = _quantized(weight)
     # float64 adds such integers exactly
@@ -167,8 +215,11 @@ def _product_reference(rows: Tensor, affine: Affine, quantized: bool) -> Tensor:
     return product if bias is None else product + bias
 
 
-def _quantized(rows: Tensor) -> tuple[Tensor, Tensor]:
+def _quantized(rows: Tensor | QuantizedWeight) -> tuple[Tensor, Tensor]:
     """Whole numbers from -127 to 127 and the scale of each row, [N, 1]."""
+    if isinstance(rows, QuantizedWeight):
+        return rows.codes.to(rows.scales.dtype), rows.scales[:, None]
+    rows = rows.detach()
     largest = rows.abs().amax(-1, keepdim=True)
     scales = largest / 127
     # a row of zeros has scale 0
@@ -261,12 +312,12 @@ def pack_encoder_layer(
     Args:
         weights: of one dtype and device; float32 and bfloat16 on a CPU run the kernel.
         form: what the layer computes with them.
-        int8: whether the products are those of 8-bit integers; only from float32.
+        int8: whether the products are those of 8-bit integers; from float32, or from weights that are quantised.
         rotary: [2, places, head size / 2] float32, the cosines and sines of each place's angles.
 
     Raises:
         ValueError: shapes that do not fit each other, an unknown activation.
-        TypeError: dtypes that differ, int8 from another dtype than float32.
+        TypeError: dtypes that differ, int8 from another dtype than float32, quantised weights without `int8`.
     """
     _check_layer(weights, form, int8, rotary)
     dtype = torch.int8 if int8 else weights.output[0].dtype
@@ -300,11 +351,11 @@ def _pack(weights: EncoderLayerWeights, form: EncoderLayerForm, dtype: torch.dty
     project_bias = (
         None
         if all(bias is None for _, bias in project)
-        else torch.cat([w.new_zeros(w.shape[0]) if b is None else b for w, b in project])
+        else torch.cat([torch.zeros(w.shape[0], dtype=w.dtype) if b is None else b for w, b in project])
     )
     sections: list[Tensor] = []
     for weight, bias in (
-        (torch.cat([w for w, _ in project]), project_bias),
+        (_stacked([w for w, _ in project]), project_bias),
         weights.output,
         _interleaved(weights.expand) if form.gated else weights.expand,
         weights.contract,
@@ -346,7 +397,15 @@ def _bits(value: float) -> int:
     return int(struct.unpack("<q", struct.pack("<d", value))[0])
 
 
-def _interleaved(expand: Affine) -> Affine:
+def _stacked(weights: Sequence[Tensor | QuantizedWeight]) -> Tensor | QuantizedWeight:
+    """Weights of the same input as one; codes keep the scales of their rows."""
+    quantized = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
+    if not quantized:
+        return torch.cat([weight for weight in weights if isinstance(weight, Tensor)])
+    return QuantizedWeight(torch.cat([w.codes for w in quantized]), torch.cat([w.scales for w in quantized]))
+
+
+def _interleaved(expand: ProductAffine) -> ProductAffine:
     """The two halves of a gated product, a panel of one after a panel of the other, each half filled up with zeros."""
     weight, bias = expand
     half = weight.shape[0] // 2
@@ -356,10 +415,13 @@ def _interleaved(expand: Affine) -> Affine:
         filled = F.pad(part.unflatten(0, (2, half)).movedim(1, -1), (0, missing)).movedim(-1, 1)
         return filled.unflatten(1, (-1, _PANEL)).transpose(0, 1).flatten(0, 2)
 
-    return panels(weight), None if bias is None else panels(bias)
+    arranged_bias = None if bias is None else panels(bias)
+    if isinstance(weight, QuantizedWeight):
+        return QuantizedWeight(panels(weight.codes), panels(weight.scales)), arranged_bias
+    return panels(weight), arranged_bias
 
 
-def _packed_product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
+def _packed_product(weight: Tensor | QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
     """Panels, biases, scales of the columns and their sums, as bytes.
 
     A panel is 16 rows of the weight; line k of it holds, for each, the terms that fill 4 bytes: one float32, two
@@ -369,9 +431,9 @@ def _packed_product(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> 
     in_line = 4 // dtype.itemsize
     scales = sums = torch.zeros(0)
     if dtype == torch.int8:
-        weight, scales = _quantized(weight.float())
-        sums = weight.sum(-1)
-        scales, sums = scales[:, 0], sums
+        weight, scales = _quantized(weight)
+        scales, sums = scales[:, 0], weight.sum(-1)
+    assert isinstance(weight, Tensor)
     filled = F.pad(weight, (0, -terms % (16 * in_line), 0, -rows % _PANEL)).to(dtype)
     panels = filled.view(-1, _PANEL, filled.shape[1] // in_line, in_line).transpose(1, 2).contiguous()
     columns = filled.shape[0]
@@ -514,7 +576,7 @@ def _check_call(hidden_states: Tensor, cu_seqlens: Tensor, layers: Sequence[Pack
 
 def _check_layer(weights: EncoderLayerWeights, form: EncoderLayerForm, int8: bool, rotary: Tensor | None) -> None:
     check_choice("activation", form.activation, ACTIVATIONS)
-    if weights.output[0].dim() != 2:
+    if len(weights.output[0].shape) != 2:
         raise ValueError(f"output: got shape {tuple(weights.output[0].shape)}, expected [H, D]")
     hidden, width = weights.output[0].shape
     if form.heads < 1 or width % form.heads:
@@ -524,14 +586,14 @@ def _check_layer(weights: EncoderLayerWeights, form: EncoderLayerForm, int8: boo
     if len(weights.project) not in (1, 3):
         raise ValueError(f"project: got {len(weights.project)} products, expected one or three")
     intermediate = weights.contract[0].shape[-1]
-    expected = {
+    expected: dict[str, tuple[int, ...]] = {
         **{f"project[{n}]": (3 * width // len(weights.project), hidden) for n in range(len(weights.project))},
         "output": (hidden, width),
         "expand": (intermediate * (2 if form.gated else 1), hidden),
         "contract": (hidden, intermediate),
         "feed_forward_norm": (hidden,),
     }
-    given = {f"project[{n}]": part for n, part in enumerate(weights.project)}
+    given: dict[str, ProductAffine] = {f"project[{n}]": part for n, part in enumerate(weights.project)}
     given |= {name: getattr(weights, name) for name in ("output", "expand", "contract", "feed_forward_norm")}
     if weights.attention_norm is not None:
         expected["attention_norm"], given["attention_norm"] = (hidden,), weights.attention_norm
@@ -549,6 +611,13 @@ def _check_layer(weights: EncoderLayerWeights, form: EncoderLayerForm, int8: boo
                 )
     if int8 and model.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"int8: got weights of {model.dtype}, expected torch.float32")
+    products = (*weights.project, weights.output, weights.expand, weights.contract)
+    quantized = [isinstance(weight, QuantizedWeight) for weight, _ in products]
+    if any(quantized) and not (int8 and all(quantized)):
+        raise TypeError(
+            f"weights: got {sum(quantized)} of {len(quantized)} quantised and int8={int8}, expected all of them with "
+            "int8=True, or none"
+        )
     head_size = width // form.heads
     if rotary is not None and (
         rotary.dtype != torch.float32 or rotary.dim() != 3 or rotary.shape[0] != 2 or 2 * rotary.shape[2] != head_size

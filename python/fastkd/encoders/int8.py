@@ -5,13 +5,17 @@
     y_rn = s_n t_r sum_k round(x_rk / t_r) round(W_nk / s_n) + b_n
 
 The sum is exact in int32, so an answer depends neither on batch mates nor on how products are joined. What lies between
-the products stays float32. A token's scale needs no calibration rows. The product is oneDNN's (VNNI, AMX, the dot
-product of ARM), behind `Int8Product`; elsewhere it is PyTorch's.
+the products stays float32. A token's scale needs no calibration rows. Engines on packed tokens run whole layers by
+`fastkd_kernels.encoder_layers` (AMX, VNNI, or what the CPU has). `Int8Product` is for all else: padded tokens, layers
+that run by their own forward, installations without the extension. There the product is oneDNN's (VNNI, AMX, the dot
+product of ARM). With AVX2 alone oneDNN, like `torch._int_mm`, adds pairs of products in 16 bits, which overflow; there,
+and without oneDNN, codes are multiplied as float32, exactly up to 1,040 inputs and with its rounding beyond.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -45,6 +49,19 @@ def reference(rows: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -
     return scaled if bias is None else scaled + bias
 
 
+@lru_cache(maxsize=1)
+def _onednn_adds_exactly() -> bool:
+    """Whether the largest codes that there are do not overflow in oneDNN's product."""
+    if not hasattr(torch.ops.onednn, "qlinear_pointwise") or not torch.backends.mkldnn.is_available():
+        return False
+    outputs, inputs = 128, 128
+    with torch.inference_mode(False), torch.no_grad():
+        codes = torch.full((outputs, inputs), int(_LARGEST), dtype=torch.int8)
+        product = Int8Product(codes, torch.ones(outputs), None, by_onednn=True)
+        sums = product.sums(codes)
+    return bool((sums == inputs * _LARGEST**2).all())
+
+
 class Int8Product:
     """Weights arranged once, and the product with rows of float32.
 
@@ -52,13 +69,14 @@ class Int8Product:
         codes: [N, K] int8.
         scale: [N] float32.
         bias: [N] float32, or None.
+        by_onednn: whether oneDNN multiplies; None: where it does so exactly.
     """
 
-    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, by_onednn: bool | None = None) -> None:
         self._scale = scale
         self._bias = bias
-        self._has_onednn = hasattr(torch.ops.onednn, "qlinear_pointwise") and torch.backends.mkldnn.is_available()
-        self._codes: Any = torch.ops.onednn.qlinear_prepack(codes, None) if self._has_onednn else codes.t()
+        self._by_onednn = _onednn_adds_exactly() if by_onednn is None else by_onednn
+        self._codes: Any = torch.ops.onednn.qlinear_prepack(codes, None) if self._by_onednn else codes.float()
         self._zero = torch.zeros(len(scale), dtype=torch.int32)
 
     @property
@@ -71,15 +89,18 @@ class Int8Product:
         if not rows.shape[0]:  # which oneDNN does not take
             return rows.new_empty(0, len(self._scale))
         codes, row_scale = quantise(rows)
-        if self._has_onednn:
-            scaled = torch.ops.onednn.qlinear_pointwise(
-                codes, 1.0, 0, self._codes, self._scale, self._zero, None, 1.0, 0, torch.float32, "none", [], ""
-            )
-        else:
-            scaled = torch._int_mm(codes, self._codes).float().mul_(self._scale)
+        scaled = self.sums(codes)
         if self._bias is None:
             return scaled.mul_(row_scale)
         return torch.addcmul(self._bias, scaled, row_scale, out=scaled)
+
+    def sums(self, codes: Tensor) -> Tensor:
+        """[R, N] float32 of codes [R, K] int8, of scale 1."""
+        if not self._by_onednn:
+            return (codes.float() @ self._codes.t()).mul_(self._scale)
+        return torch.ops.onednn.qlinear_pointwise(
+            codes, 1.0, 0, self._codes, self._scale, self._zero, None, 1.0, 0, torch.float32, "none", [], ""
+        )
 
 
 class Int8Linear(nn.Module):
@@ -115,9 +136,9 @@ class Int8Linear(nn.Module):
         return made.train(linear.training)
 
     @property
-    def dequantised(self) -> Tensor:
-        """[out, in] float32, which quantises to the same codes again."""
-        return self.weight * self.weight_scale[:, None]
+    def quantized_weight(self) -> fk.QuantizedWeight:
+        """The codes and scales themselves, as `fastkd_kernels.encoder_layers` takes them."""
+        return fk.QuantizedWeight(self.weight, self.weight_scale)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -147,7 +168,7 @@ class Int8Linear(nn.Module):
             return self._current_product()(rows).view(*values.shape[:-1], self.out_features)
 
     def _current_product(self) -> Int8Product:
-        tensors = [self.weight, self.weight_scale]
+        tensors = [tensor for tensor in (self.weight, self.weight_scale, self.bias) if tensor is not None]
         if self._product is None or self._stamp is None or not self._stamp.is_current(tensors):
             self._stamp = fk.ParameterStamp(tensors)
             self._product = Int8Product(self.weight, self.weight_scale, self.bias)

@@ -5,8 +5,8 @@ parts:
 
 * queries, keys and values are one product; the joined copy of their weights is made again when a parameter changes;
 * sums and normalisations are one pass (`fastkd_kernels.add_layer_norm`);
-* on a CPU, layers are one call (`fastkd_kernels.encoder_layers`) on weights that are rearranged once; where it has no
-  kernel, products are oneDNN's, with the activation inside; int8 weights are rearranged as well.
+* on a CPU, layers are one call (`fastkd_kernels.encoder_layers`) on weights that are rearranged once, float or int8;
+  where it has no kernel, and on padded tokens, products are oneDNN's, in float with the activation inside.
 
 Any other layer runs its own `forward`, with the attention that this file registers with transformers.
 """
@@ -112,11 +112,19 @@ class Int8JoinedLinear(JoinedLinear):
     _product: int8.Int8Product | None = None
 
     @property
+    def parameters(self) -> list[Tensor]:
+        return [*super().parameters, *(module.weight_scale for module in self._int8_modules)]
+
+    @property
+    def _int8_modules(self) -> Sequence[int8.Int8Linear]:
+        return cast(Sequence[int8.Int8Linear], self._modules)
+
+    @property
     def copies(self) -> list[Tensor]:
         return [] if self._product is None else self._product.tensors
 
     def prepare(self) -> None:
-        self._product = int8.joined(cast(Sequence[int8.Int8Linear], self._modules))
+        self._product = int8.joined(self._int8_modules)
 
     def __call__(self, rows: Tensor) -> Tensor:
         assert self._product is not None
@@ -238,8 +246,10 @@ class LayerFromParts:
     def _packed_whole(self) -> fk.PackedEncoderLayer | None:
         """The layer for `fastkd_kernels.encoder_layers`, where that has a kernel for it."""
         parts, activation = self._parts, _activation_name(self._parts.activation)
-        is_taken = isinstance(self._output, PackedLinear) and fk.missing_kernels(("encoder_layer",), "cpu") is None
-        if not is_taken or activation is None or parts.output.weight.dtype not in (torch.float32, torch.bfloat16):
+        is_int8 = isinstance(self._output, Int8JoinedLinear)
+        has_dtype = is_int8 or parts.output.weight.dtype in (torch.float32, torch.bfloat16)
+        is_taken = has_dtype and (is_int8 or isinstance(self._output, PackedLinear))
+        if not is_taken or activation is None or fk.missing_kernels(("encoder_layer",), "cpu") is not None:
             return None
         attention_norm = parts.attention_norm
         form = fk.EncoderLayerForm(
@@ -252,16 +262,16 @@ class LayerFromParts:
             window=parts.window,
         )
         weights = fk.EncoderLayerWeights(
-            project=tuple((linear.weight, linear.bias) for linear in parts.projections),
-            output=(parts.output.weight, parts.output.bias),
+            project=tuple(map(_affine, parts.projections)),
+            output=_affine(parts.output),
             attention_norm=None if attention_norm is None else (attention_norm.weight, attention_norm.bias),
             expand=_joined(parts.expand),
-            contract=(parts.contract.weight, parts.contract.bias),
+            contract=_affine(parts.contract),
             feed_forward_norm=(parts.feed_forward_norm.weight, parts.feed_forward_norm.bias),
         )
         with torch.inference_mode(False), torch.no_grad():
             rotary = None if self._rotary is None else torch.stack(self._rotary)
-            return fk.pack_encoder_layer(weights, form, rotary=rotary)
+            return fk.pack_encoder_layer(weights, form, int8=is_int8, rotary=rotary)
 
     @property
     def whole(self) -> fk.PackedEncoderLayer | None:
@@ -325,14 +335,26 @@ class LayerFromParts:
         return _add_norm(self._contract(self._expand(middle)), middle, norm)
 
 
-def _joined(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+def _affine(linear: nn.Module) -> tuple[Tensor | fk.QuantizedWeight, Tensor | None]:
+    """Weight and bias, which keep the memory of the layer."""
+    assert isinstance(linear, (nn.Linear, int8.Int8Linear))
+    return linear.quantized_weight if isinstance(linear, int8.Int8Linear) else linear.weight, linear.bias
+
+
+def _joined(linears: Sequence[nn.Module]) -> tuple[Tensor | fk.QuantizedWeight, Tensor | None]:
     """Weight and bias of layers of the same input as those of one."""
-    if len(linears) == 1:
-        return linears[0].weight, linears[0].bias
-    weights: list[Tensor] = [linear.weight for linear in linears]
-    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+    affines = list(map(_affine, linears))
+    if len(affines) == 1:
+        return affines[0]
+    quantized = [weight for weight, _ in affines if isinstance(weight, fk.QuantizedWeight)]
+    weights = [weight for weight, _ in affines if isinstance(weight, Tensor)]
+    biases = [bias for _, bias in affines if bias is not None]
     with torch.no_grad():
-        return torch.cat(weights), torch.cat(biases) if biases else None
+        bias = torch.cat(biases) if biases else None
+        if not quantized:
+            return torch.cat(weights), bias
+        codes, scales = (torch.cat([getattr(weight, name) for weight in quantized]) for name in ("codes", "scales"))
+        return fk.QuantizedWeight(codes, scales), bias
 
 
 def _add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
