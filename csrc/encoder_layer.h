@@ -1,4 +1,4 @@
-// What the driver of an encoder layer and its kernels for each instruction set have in common.
+// What the drivers of an encoder layer and of a student head have in common with their kernels for each instruction set.
 //
 // Inputs of products lie in tiles: a row is cut into lines of 64 bytes, and the same line of 16 rows is one tile of 1 KiB.
 // Weights lie in panels: line k of a panel holds, for 16 columns, the terms that fill 4 bytes each (one float32, two
@@ -19,7 +19,7 @@ constexpr int64_t kTile = kBlock * kLine;
 
 // The numbers that ops/encoder_layer.py writes.
 enum Number : int64_t { kFloat32, kBFloat16, kInt8, kNumbers };
-enum Activation : int64_t { kGelu, kTanhGelu, kRelu, kSilu, kActivations, kNone };
+enum Activation : int64_t { kGelu, kTanhGelu, kRelu, kSilu, kActivations, kNone, kTanh };
 
 inline int64_t bytes_of(Number number) {
   return number == kFloat32 ? 4 : number == kBFloat16 ? 2 : 1;
@@ -121,5 +121,12 @@ const Kernels* avx512_kernels();
 const Kernels* avx512_vnni_kernels();
 const Kernels* avx512_bf16_kernels();
 const Kernels* amx_kernels();
+
+// Those that this process runs.
+const Kernels& chosen_kernels();
+
+inline int64_t round_up(int64_t value, int64_t step) {
+  return (value + step - 1) / step * step;
+}
 
 }  // namespace fastkd::encoder_layer

@@ -154,10 +154,6 @@ double as_double(int64_t bits) {
   return value;
 }
 
-int64_t round_up(int64_t value, int64_t step) {
-  return (value + step - 1) / step * step;
-}
-
 // A header and its places, as ops/encoder_layer.py writes them.
 Layer read_layer(const Tensor& packed) {
   STD_TORCH_CHECK(
@@ -218,27 +214,6 @@ Layer read_layer(const Tensor& packed) {
 }
 
 // ---- memory
-
-// Grows and stays, one for each thread: fresh megabytes for every call would cost more than the call.
-class Arena {
- public:
-  char* take(int64_t bytes) {
-    if (bytes > size_) {
-      std::free(memory_);
-      size_ = round_up(bytes, 4096);
-      memory_ = static_cast<char*>(std::aligned_alloc(4096, size_));
-      STD_TORCH_CHECK(memory_ != nullptr, "hidden_states: no memory for ", size_, " bytes between products");
-    }
-    return memory_;
-  }
-  ~Arena() {
-    std::free(memory_);
-  }
-
- private:
-  char* memory_ = nullptr;
-  int64_t size_ = 0;
-};
 
 // What lies between the products of one group of sequences.
 struct Buffers {
@@ -692,6 +667,10 @@ void encoder_layers_cpu(
 }
 
 }  // namespace
+
+const Kernels& chosen_kernels() {
+  return *chosen.kernels;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd_kernels, CPU, m) {
   m.impl("encoder_layers_", TORCH_BOX(&encoder_layers_cpu));

@@ -65,6 +65,15 @@ static inline Floats times_sigmoid(Floats x, Floats y) {
   return x * (y < 0.f ? small : one) / (one + small);
 }
 
+// (1 - d) / (1 + d) of |x|, with d = exp(-2 |x|)
+template <bool PRECISE>
+static inline Floats tanh_of(Floats x) {
+  const Floats small = decay<PRECISE>(size_of(x) * -2.8853900817779268f);
+  const Floats one = splat(1.f);
+  const Floats result = (one - small) / (one + small);
+  return x < 0.f ? -result : result;
+}
+
 template <bool PRECISE>
 static inline Floats activate(Activation activation, Floats x) {
   switch (activation) {
@@ -72,6 +81,7 @@ static inline Floats activate(Activation activation, Floats x) {
     case kTanhGelu: return times_sigmoid<PRECISE>(x, x * (1.5957691216057308f + 0.07135481282553487f * (x * x)));
     case kRelu: return larger(Floats{}, x);
     case kSilu: return times_sigmoid<PRECISE>(x, x);
+    case kTanh: return tanh_of<PRECISE>(x);
     default: return x;
   }
 }

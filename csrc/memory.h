@@ -1,7 +1,8 @@
-// Where tensors lie in memory: what an op that writes into given tensors must know before it starts.
+// Memory: where tensors lie, which an op that writes into given ones must know before it starts, and room between steps.
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <vector>
 
 #include "stable_compat.h"
@@ -33,5 +34,31 @@ inline void check_no_overlap(const std::vector<Tensor>& inputs, const std::vecto
     for (size_t u = 0; u < t; ++u) STD_TORCH_CHECK(!overlap(out[t], out[u]), "out: two of its tensors overlap");
   }
 }
+
+// Grows and stays, one for each thread: fresh megabytes for every call would cost more than the call.
+class Arena {
+ public:
+  char* take(int64_t bytes) {
+    if (bytes > size_) {
+      std::free(memory_);
+      size_ = (bytes + kPage - 1) / kPage * kPage;
+      memory_ = static_cast<char*>(std::aligned_alloc(kPage, size_));
+      if (memory_ == nullptr) {
+        const int64_t wanted = size_;
+        size_ = 0;
+        STD_TORCH_CHECK(false, "hidden_states: no memory for ", wanted, " bytes between products");
+      }
+    }
+    return memory_;
+  }
+  ~Arena() {
+    std::free(memory_);
+  }
+
+ private:
+  static constexpr int64_t kPage = 4096;
+  char* memory_ = nullptr;
+  int64_t size_ = 0;
+};
 
 }  // namespace fastkd

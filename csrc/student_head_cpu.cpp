@@ -1,13 +1,15 @@
-// Student head on CPU, everything after the narrow projection: single-query attention over the narrow activations with
-// folded projections, then the classifier (formulas: fastkd_kernels/ops/student_head.py), computed in float32.
-#include "stable_compat.h"
+// Student head on CPU (formulas: fastkd_kernels/ops/student_head.py): single-query attention over the narrow activations
+// with folded projections, then the classifier, computed in float32; and before them, where its weights are packed as
+// those of an encoder layer, the narrow product.
+#include "memory.h"
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <vector>
 
-#include "simd.h"
+#include "encoder_layer.h"
 
 namespace fastkd::student_head {
 namespace {
@@ -29,7 +31,8 @@ struct Heads {
   const float* classifier;  // [C, D]
   const float* classifier_bias;
 
-  const void* rows;  // [head_rows, D]
+  const void* rows;    // [head_rows, D]
+  int64_t row_stride;  // at least D, also of the tail
   const void* tail;  // the rows from head_rows on
   int64_t head_rows;
   int64_t padded;             // T of the padded layout
@@ -118,6 +121,56 @@ void check_sequences(
   }
 }
 
+// The folded weights, as both ops take them.
+struct Folded {
+  int64_t heads;
+  const Tensor &query_key, &query_bias, &mix, &mix_bias, &classifier, &classifier_bias;
+
+  void check(int64_t width) const {
+    for (const Tensor* weights : {&query_key, &query_bias, &mix, &mix_bias, &classifier, &classifier_bias}) {
+      check_values(*weights, ScalarType::Float, "folded weights");
+    }
+    STD_TORCH_CHECK(heads > 0 && classifier.dim() == 2, "classifier: expected [C, D]");
+    STD_TORCH_CHECK(query_key.numel() == heads * width * width, "query_key: expected [heads, D, D]");
+    STD_TORCH_CHECK(mix.numel() == heads * width * width, "mix: expected [heads, D, D]");
+    STD_TORCH_CHECK(query_bias.numel() == heads * width, "query_bias: expected [heads, D]");
+    STD_TORCH_CHECK(mix_bias.numel() == width, "mix_bias: expected [D]");
+    STD_TORCH_CHECK(classifier.numel() == classifier_bias.numel() * width, "classifier: expected [C, D]");
+  }
+
+  // A call without its rows and sequences.
+  Heads call(const Tensor& logits) const {
+    const auto values = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
+    Heads call{};
+    call.width = mix_bias.numel();
+    call.heads = heads;
+    call.classes = classifier.size(0);
+    call.query_key = values(query_key);
+    call.query_bias = values(query_bias);
+    call.mix = values(mix);
+    call.mix_bias = values(mix_bias);
+    call.classifier = values(classifier);
+    call.classifier_bias = values(classifier_bias);
+    call.logits = static_cast<float*>(logits.mutable_data_ptr());
+    return call;
+  }
+};
+
+void answer(const Heads& call, ScalarType type, int64_t batch, int64_t threads) {
+  const auto run = type == ScalarType::Float ? kernels.float32 : kernels.bfloat16;
+  const int64_t workers = std::min(batch, threads);
+  // allocated here, because nothing may throw inside parallel_for
+  std::vector<Workspace> workspaces(workers, Workspace(call, longest_sequence(call, batch)));
+  const auto work_on = [&](int64_t worker) {
+    Workspace& work = workspaces[worker];
+    run(call, worker * batch / workers, (worker + 1) * batch / workers, work.scratch.data(), work.pointers.data());
+  };
+  if (workers == 1) return work_on(0);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) work_on(worker);
+  });
+}
+
 // The Python caller words these errors for its users; here the checks keep memory safe.
 Tensor student_head_pool(
     const Tensor& rows, const std::optional<Tensor>& tail, int64_t batch, int64_t padded, int64_t heads,
@@ -129,56 +182,194 @@ Tensor student_head_pool(
   STD_TORCH_CHECK(rows.dim() == 2, "rows: expected [N, D]");
   check_values(rows, type, "rows");
   if (tail) check_values(*tail, type, "tail");
-  for (const Tensor* folded : {&query_key, &query_bias, &mix, &mix_bias, &classifier, &classifier_bias}) {
-    check_values(*folded, ScalarType::Float, "folded weights");
-  }
   const int64_t width = rows.size(1);
-  STD_TORCH_CHECK(heads > 0 && classifier.dim() == 2, "classifier: expected [C, D]");
+  const Folded folded{heads, query_key, query_bias, mix, mix_bias, classifier, classifier_bias};
+  folded.check(width);
   STD_TORCH_CHECK(!tail || (tail->dim() == 2 && tail->size(1) == width), "tail: expected [N, D]");
-  STD_TORCH_CHECK(query_key.numel() == heads * width * width, "query_key: expected [heads, D, D]");
-  STD_TORCH_CHECK(mix.numel() == heads * width * width, "mix: expected [heads, D, D]");
-  STD_TORCH_CHECK(query_bias.numel() == heads * width, "query_bias: expected [heads, D]");
-  STD_TORCH_CHECK(mix_bias.numel() == width, "mix_bias: expected [D]");
-  STD_TORCH_CHECK(classifier.numel() == classifier_bias.numel() * width, "classifier: expected [C, D]");
   const int64_t total = rows.size(0) + (tail.has_value() ? tail->size(0) : 0);
   check_sequences(batch, padded, total, lengths, mask, cu_seqlens);
   const auto logits = torch::stable::new_empty(classifier, {batch, classifier.size(0)});
   if (batch == 0) return logits;
 
-  const auto values = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
-  const Heads call{
-      width,
-      heads,
-      classifier.size(0),
-      values(query_key),
-      values(query_bias),
-      values(mix),
-      values(mix_bias),
-      values(classifier),
-      values(classifier_bias),
-      rows.const_data_ptr(),
-      pointer_or_null<void>(tail),
-      rows.size(0),
-      padded,
-      pointer_or_null<int64_t>(lengths),
-      pointer_or_null<bool>(mask),
-      pointer_or_null<int32_t>(cu_seqlens),
-      static_cast<float*>(logits.mutable_data_ptr())};
-  const auto run = type == ScalarType::Float ? kernels.float32 : kernels.bfloat16;
-  const int64_t workers = std::min<int64_t>(batch, torch::stable::get_num_threads());
-  // allocated here, because nothing may throw inside parallel_for
-  std::vector<Workspace> workspaces(workers, Workspace(call, longest_sequence(call, batch)));
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      Workspace& work = workspaces[worker];
-      run(call, worker * batch / workers, (worker + 1) * batch / workers, work.scratch.data(), work.pointers.data());
+  Heads call = folded.call(logits);
+  call.rows = rows.const_data_ptr();
+  call.row_stride = width;
+  call.tail = pointer_or_null<void>(tail);
+  call.head_rows = rows.size(0);
+  call.padded = padded;
+  call.lengths = pointer_or_null<int64_t>(lengths);
+  call.mask = pointer_or_null<bool>(mask);
+  call.cu_seqlens = pointer_or_null<int32_t>(cu_seqlens);
+  answer(call, type, batch, torch::stable::get_num_threads());
+  return logits;
+}
+
+// ---- with the narrow product
+
+constexpr int64_t kChunk = 64;  // rows, whose tiles stay in the first cache or close to it
+// With fewer rows a thread, waking another one costs more than it takes off.
+constexpr int64_t kRowsPerThread = 64;
+
+// tanh(x W0' + b0) of packed rows, whose number is that of the hidden states.
+class NarrowProduct {
+ public:
+  NarrowProduct(const Tensor& hidden_states, const Tensor& panels, const Tensor& bias)
+      : number_(number_of(panels)),
+        hidden_number_(number_of(hidden_states)),
+        hidden_(hidden_states.size(1)),
+        weight_{
+            static_cast<const char*>(panels.const_data_ptr()),
+            static_cast<const float*>(bias.const_data_ptr()),
+            nullptr,
+            nullptr,
+            panels.size(0),
+            panels.size(1)},
+        from_(static_cast<const char*>(hidden_states.const_data_ptr())) {
+    using encoder_layer::kLine;
+    using encoder_layer::kPanel;
+    const int64_t size = encoder_layer::bytes_of(number_);
+    STD_TORCH_CHECK(
+        panels.size(2) == kPanel && panels.size(3) * size == 4 &&
+            weight_.lines * 4 == encoder_layer::round_up(hidden_ * size, kLine) && bias.numel() == weight_.panel_count * kPanel,
+        "narrow: expected panels and bias of [D, H]");
+    STD_TORCH_CHECK(
+        encoder_layer::chosen_kernels().multiplies[number_],
+        "narrow: packed for other instructions than this process has; pack it again");
+  }
+
+  int64_t row_stride() const {
+    return weight_.panel_count * encoder_layer::kPanel;
+  }
+
+  int64_t row_bytes() const {
+    return row_stride() * encoder_layer::bytes_of(hidden_number_);
+  }
+
+  int64_t scratch() const {
+    return kChunk * weight_.lines * 4 + scratch_of_rows();
+  }
+
+  void run(int64_t first, int64_t end, char* out, char* scratch) const {
+    for (int64_t row = first; row < end; row += kChunk) {
+      const int64_t rows = std::min(kChunk, end - row);
+      to_tiles(row, rows, scratch + scratch_of_rows(), scratch);
+      encoder_layer::Product product{};
+      product.weight = &weight_;
+      product.number = number_;
+      product.rows = scratch + scratch_of_rows();
+      product.row_count = rows;
+      product.sink = encoder_layer::Sink::kRows;
+      product.activation = encoder_layer::kTanh;
+      product.out_number = hidden_number_;
+      product.out = out + row * row_bytes();
+      product.out_stride = row_bytes();
+      encoder_layer::chosen_kernels().multiply(product, 0, weight_.panel_count, scratch);
     }
-  });
+  }
+
+ private:
+  static encoder_layer::Number number_of(const Tensor& tensor) {
+    return tensor.scalar_type() == ScalarType::Float ? encoder_layer::kFloat32 : encoder_layer::kBFloat16;
+  }
+
+  int64_t scratch_of_rows() const {
+    using encoder_layer::round_up;
+    return round_up(std::max(encoder_layer::kProductScratch, round_up(hidden_, encoder_layer::kPanel) * 4), 64);
+  }
+
+  void to_tiles(int64_t first, int64_t rows, char* tiles, char* scratch) const {
+    using namespace encoder_layer;
+    const int64_t lines = weight_.lines / 16, bytes = hidden_ * bytes_of(hidden_number_);
+    const char* from = from_ + first * bytes;
+    if (number_ != hidden_number_) {
+      RowWork work{};
+      work.from = from;
+      work.from_number = hidden_number_;
+      work.from_stride = bytes;
+      work.width = hidden_;
+      work.tiles = tiles;
+      work.lines = lines;
+      work.tile_number = number_;
+      return chosen_kernels().work_on_rows(work, 0, rows, scratch);
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+      char* to = tiles + row / kBlock * lines * kTile + row % kBlock * kLine;
+      const char* line = from + row * bytes;
+      const char* const last = line + bytes - bytes % kLine;
+      for (; line < last; line += kLine, to += kTile) std::memcpy(to, line, kLine);
+      if (bytes % kLine == 0) continue;
+      std::memset(to, 0, kLine);
+      std::memcpy(to, line, bytes % kLine);
+    }
+  }
+
+  encoder_layer::Number number_, hidden_number_;
+  int64_t hidden_;
+  encoder_layer::Weight weight_;
+  const char* from_;
+};
+
+Tensor student_head_packed(
+    const Tensor& hidden_states, const Tensor& narrow, const Tensor& narrow_bias, int64_t heads,
+    const Tensor& query_key, const Tensor& query_bias, const Tensor& mix, const Tensor& mix_bias,
+    const Tensor& classifier, const Tensor& classifier_bias, const Tensor& cu_seqlens) {
+  const ScalarType type = hidden_states.scalar_type();
+  STD_TORCH_CHECK(
+      type == ScalarType::Float || type == ScalarType::BFloat16, "hidden_states: expected float32 or bfloat16");
+  STD_TORCH_CHECK(hidden_states.dim() == 2, "hidden_states: expected [R, H]");
+  check_values(hidden_states, type, "hidden_states");
+  const ScalarType packed = narrow.scalar_type();
+  STD_TORCH_CHECK(packed == ScalarType::Float || packed == type, "narrow: expected float32, or that of hidden_states");
+  STD_TORCH_CHECK(narrow.dim() == 4, "narrow: expected panels");
+  check_values(narrow, packed, "narrow");
+  check_values(narrow_bias, ScalarType::Float, "narrow_bias");
+  STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.numel() >= 1, "cu_seqlens: expected [B + 1]");
+  const int64_t batch = cu_seqlens.numel() - 1;
+  check_sequences(batch, 0, hidden_states.size(0), std::nullopt, std::nullopt, cu_seqlens);
+  const Folded folded{heads, query_key, query_bias, mix, mix_bias, classifier, classifier_bias};
+  folded.check(mix_bias.numel());
+  const NarrowProduct product(hidden_states, narrow, narrow_bias);
+  STD_TORCH_CHECK(
+      product.row_stride() == encoder_layer::round_up(mix_bias.numel(), encoder_layer::kPanel),
+      "narrow: expected D rows of the weight");
+  const auto logits = torch::stable::new_empty(classifier, {batch, classifier.size(0)});
+  if (batch == 0) return logits;
+
+  const auto* bounds = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+  const int64_t rows = bounds[batch];
+  const int64_t threads =
+      std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(1, rows / kRowsPerThread));
+  static thread_local Arena arena;
+  const int64_t scratch = encoder_layer::round_up(product.scratch(), 4096);
+  char* const memory = arena.take(threads * scratch + rows * product.row_bytes());
+  char* const narrowed = memory + threads * scratch;
+  const auto work_on = [&](int64_t t) {
+    // whole blocks of rows, so that two threads share no tile
+    const int64_t blocks = (rows + kChunk - 1) / kChunk;
+    const int64_t first = blocks * t / threads * kChunk, end = std::min(rows, blocks * (t + 1) / threads * kChunk);
+    product.run(first, end, narrowed, memory + t * scratch);
+  };
+  if (threads == 1) {
+    work_on(0);
+  } else {
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) work_on(t);
+    });
+  }
+  Heads call = folded.call(logits);
+  call.rows = narrowed;
+  call.row_stride = product.row_stride();
+  call.head_rows = rows;
+  call.cu_seqlens = bounds;
+  answer(call, type, batch, threads);
   return logits;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd_kernels, CPU, m) { m.impl("student_head_pool", TORCH_BOX(&student_head_pool)); }
+STABLE_TORCH_LIBRARY_IMPL(fastkd_kernels, CPU, m) {
+  m.impl("student_head_pool", TORCH_BOX(&student_head_pool));
+  m.impl("student_head_packed", TORCH_BOX(&student_head_packed));
+}
 
 }  // namespace fastkd::student_head

@@ -135,14 +135,14 @@ static inline void tanh_row(float* row, int64_t width) {
 // The tokens of a sequence that may be attended to: the others are never read, so NaN in padding changes nothing.
 template <typename T>
 static inline int64_t find_rows(const Heads& call, int64_t sequence, const T** rows) {
-  const int64_t first = call.first(sequence), length = call.length(sequence), width = call.width;
+  const int64_t first = call.first(sequence), length = call.length(sequence), stride = call.row_stride;
   const T* head = static_cast<const T*>(call.rows);
   const T* tail = static_cast<const T*>(call.tail);
   int64_t found = 0;
   for (int64_t token = 0; token < length; ++token) {
     if (call.mask && !call.mask[sequence * call.padded + token]) continue;
     const int64_t row = first + token;
-    rows[found++] = row < call.head_rows ? head + row * width : tail + (row - call.head_rows) * width;
+    rows[found++] = row < call.head_rows ? head + row * stride : tail + (row - call.head_rows) * stride;
   }
   return found;
 }

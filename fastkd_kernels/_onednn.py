@@ -45,23 +45,3 @@ def _in_buckets(rows: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Ten
 def _multiply(rows: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """One product with its epilogue; in float32 it is also twice as fast as MKL on AMD's CPUs."""
     return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "tanh", [], "")
-
-
-class PreparedLinearTanh:
-    """`linear_tanh` of one layer, whose weight is rearranged once.
-
-    Args:
-        weight, bias: [D, H] and [D], which may be kept.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self._multiplies = onednn_multiplies(weight.dtype)
-        self._weight, self._bias = weight, bias
-        if self._multiplies and hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-
-    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """tanh(rows W' + b), [N, D], as the rows up to a multiple of the bucket and the tail after them."""
-        if not self._multiplies:
-            return linear_tanh(rows, self._weight, self._bias)
-        return _in_buckets(rows, self._weight, self._bias)

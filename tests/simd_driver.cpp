@@ -123,6 +123,7 @@ void classify_sequences() {
   call.classifier = classifier.data();
   call.classifier_bias = classifier_bias.data();
   call.rows = rows.data();
+  call.row_stride = width;
   call.head_rows = batch * tokens;
   call.padded = tokens;
   call.logits = logits.data();

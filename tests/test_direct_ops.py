@@ -76,6 +76,7 @@ HEAD = [
     torch.zeros(3, 4),
     torch.zeros(3),
 ]
+NARROW = [torch.zeros(1, 16, 16, 1), torch.zeros(16)]
 
 
 @needs_extension
@@ -114,6 +115,16 @@ HEAD = [
             (torch.randn(4, 4), None, 2, 2, 2, *HEAD, None, torch.ones(1, 1, dtype=torch.bool), None),
         ),
         ("student_head_pool", (torch.randn(4, 4), None, 2, 2, 2, *HEAD, int32(1, 1), None, None)),
+        ("student_head_packed", (torch.randn(4, 6), *NARROW, 2, *HEAD, int32(0, 9))),
+        ("student_head_packed", (torch.randn(4, 6), *NARROW, 2, *HEAD, int32(0, 3, 2))),
+        ("student_head_packed", (torch.randn(4, 6), *NARROW, 2, *HEAD, int32())),
+        ("student_head_packed", (torch.randn(4, 17), *NARROW, 2, *HEAD, BOUNDS)),
+        ("student_head_packed", (torch.randn(4, 6).double(), *NARROW, 2, *HEAD, BOUNDS)),
+        ("student_head_packed", (torch.randn(4, 6), NARROW[0][:, :8], NARROW[1], 2, *HEAD, BOUNDS)),
+        ("student_head_packed", (torch.randn(4, 6), NARROW[0].bfloat16(), NARROW[1], 2, *HEAD, BOUNDS)),
+        ("student_head_packed", (torch.randn(4, 6), NARROW[0], NARROW[1][:4], 2, *HEAD, BOUNDS)),
+        ("student_head_packed", (torch.randn(4, 6), NARROW[0].repeat(2, 1, 1, 1), torch.zeros(32), 2, *HEAD, BOUNDS)),
+        ("student_head_packed", (torch.randn(4, 6), *NARROW, 0, *HEAD, BOUNDS)),
     ],
 )
 def test_bad_arguments_raise_instead_of_reading_elsewhere(name: str, arguments: tuple[Any, ...]) -> None:

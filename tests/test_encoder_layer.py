@@ -166,7 +166,8 @@ def check_this_instruction_set() -> None:
 @pytest.mark.parametrize("level", INSTRUCTION_SETS)
 def test_error_budget_of_every_instruction_set(level: str) -> None:
     code = (
-        "import fastkd_kernels as fk, test_encoder_layer; test_encoder_layer.check_this_instruction_set(); "
+        "import fastkd_kernels as fk, test_encoder_layer, test_student_head; "
+        "test_encoder_layer.check_this_instruction_set(); test_student_head.check_prepared_heads(); "
         "print(fk.encoder_layer_instructions())"
     )
     folder = Path(__file__).parent

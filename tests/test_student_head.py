@@ -1150,17 +1150,98 @@ def test_what_the_h200_runs() -> None:
         assert tickets == (2 if arguments["SPLITS"] > 1 else 1), "a ticket of the batch, and one of a split sequence"
 
 
-@pytest.mark.skipif(_extension.extension is None or DEVICE.type != "cpu", reason="needs the compiled extension")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [16, 64, 160])
-def test_a_prepared_head_answers_as_the_head_does(dtype: torch.dtype, rows: int) -> None:
-    head = random_head(dtype=dtype)
-    hidden_states = torch.randn(rows, 48).to(dtype)
-    cu_seqlens = torch.tensor([0, 3, 9], dtype=torch.int32)
+# Prepared once, for packed rows on a CPU
+
+PREPARED_DTYPES = [torch.float32, torch.bfloat16]
+needs_prepared = pytest.mark.skipif(
+    not _extension.has_kernel("student_head_packed", "CPU") or DEVICE.type != "cpu",
+    reason="the compiled extension is not built, or tensors are on a GPU",
+)
+
+
+def bounds_of(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def check_prepared_head(sizes: tuple[int, int, int, int], lengths: list[int], dtype: torch.dtype) -> None:
+    head, hidden_states = random_head(*sizes, dtype=dtype), torch.randn(sum(lengths), sizes[0]).to(dtype)
+    logits = fk.PreparedStudentHead(head)(hidden_states, bounds_of(lengths))
+    assert_accurate(logits, hidden_states, head, cu_seqlens=bounds_of(lengths))
+
+
+def check_prepared_heads() -> None:
+    """All that an instruction set must compute; run for each of them by test_encoder_layer.py."""
+    torch.manual_seed(0)
+    for dtype in PREPARED_DTYPES:
+        for rows in (1, 2, 7, 15, 16, 17, 31, 33, 64, 65, 130):
+            check_prepared_head((64, 32, 3, 2), [rows], dtype)
+        check_prepared_head((384, 128, 40, 2), [50, 1, 70, 3, 3, 3, 3, 3, 9], dtype)
+        check_prepared_head((100, 64, 3, 4), [67, 20], dtype)
+        check_prepared_head((7, 16, 2, 1), [5], dtype)
+        check_prepared_head((33, 20, 5, 5), [1, 9, 18], dtype)
+        check_prepared_head((64, 256, 300, 8), [3], dtype)
+
+
+@needs_prepared
+def test_error_budget_of_a_prepared_head() -> None:
+    check_prepared_heads()
+
+
+@needs_prepared
+@pytest.mark.parametrize("dtype", PREPARED_DTYPES)
+def test_a_prepared_head_keeps_its_weights(dtype: torch.dtype) -> None:
+    head, hidden_states, cu_seqlens = random_head(dtype=dtype), torch.randn(9, 48).to(dtype), bounds_of([3, 6])
     prepared = fk.PreparedStudentHead(head)
-    expected = fk.student_head(hidden_states, head, cu_seqlens=cu_seqlens)
-    torch.testing.assert_close(prepared(hidden_states, cu_seqlens), expected, rtol=1e-5, atol=1e-5)
+    before = prepared(hidden_states, cu_seqlens)
     for weight, bias in head[:7]:
         weight.zero_()
         bias.zero_()
-    torch.testing.assert_close(prepared(hidden_states, cu_seqlens), expected, rtol=1e-5, atol=1e-5)
+    assert prepared(hidden_states, cu_seqlens).equal(before)
+
+
+@needs_prepared
+@pytest.mark.parametrize("dtype", PREPARED_DTYPES)
+def test_neither_threads_nor_other_rows_change_a_prepared_answer(dtype: torch.dtype) -> None:
+    prepared = fk.PreparedStudentHead(random_head(dtype=dtype))
+    lengths = [70, 3, 41, 90, 17, 66, 1, 5, 8, 200]
+    hidden_states, cu_seqlens = torch.randn(sum(lengths) + 9, 48).to(dtype), bounds_of(lengths)
+    hidden_states[sum(lengths) :] = float("nan")  # rows behind the last sequence belong to none
+    parts = hidden_states[: sum(lengths)].split(lengths)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(prepared(hidden_states, cu_seqlens))
+            results.append(torch.cat([prepared(part, bounds_of([len(part)])) for part in parts]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(result.equal(results[0]) for result in results)
+    hidden_states[71] = float("nan")  # of sequence 1
+    assert prepared(hidden_states, cu_seqlens).isnan().any(1).tolist() == [n == 1 for n in range(10)]
+
+
+@needs_prepared
+def test_a_prepared_head_of_no_sequences() -> None:
+    prepared = fk.PreparedStudentHead(random_head(labels=5))
+    assert prepared(torch.empty(0, 48), bounds_of([])).shape == (0, 5)
+
+
+@needs_prepared
+def test_a_prepared_head_of_float16_answers_as_the_head_does() -> None:
+    head, hidden_states, cu_seqlens = random_head(dtype=torch.float16), torch.randn(9, 48).half(), bounds_of([3, 6])
+    expected = fk.student_head(hidden_states, head, cu_seqlens=cu_seqlens)
+    torch.testing.assert_close(fk.PreparedStudentHead(head)(hidden_states, cu_seqlens), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_prepared_head_of_float64() -> None:
+    with pytest.raises(TypeError, match=r"head: got torch\.float64, expected torch\.float32, torch\.bfloat16 or"):
+        fk.PreparedStudentHead(random_head(dtype=torch.float64))
+
+
+@needs_prepared
+@pytest.mark.parametrize("dtype", PREPARED_DTYPES)
+def test_opcheck_of_the_prepared_head(dtype: torch.dtype) -> None:
+    weights = ops.packed_head(fold(random_head(dtype=dtype)))
+    arguments = (torch.randn(9, 48).to(dtype), *weights, bounds_of([3, 5]))
+    torch.library.opcheck(torch.ops.fastkd_kernels.student_head_packed.default, arguments)

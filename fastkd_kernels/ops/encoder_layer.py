@@ -326,17 +326,17 @@ def pack_encoder_layer(
         instructions = encoder_layer_instructions()
         if instructions is not None:
             with torch.no_grad():
-                packed = _pack(weights, form, _product_dtype(dtype, instructions))
+                packed = _pack(weights, form, product_dtype(dtype, instructions))
     return PackedEncoderLayer(weights, form, dtype, rotary, packed)
 
 
-def _product_dtype(dtype: torch.dtype, instructions: str) -> torch.dtype:
+def product_dtype(dtype: torch.dtype, instructions: str) -> torch.dtype:
     """Of the packed weights: without instructions for bfloat16, its numbers are kept as float32."""
     has_bfloat16 = INSTRUCTION_SETS.index(instructions) >= INSTRUCTION_SETS.index("avx512_bf16")
     return torch.float32 if dtype == torch.bfloat16 and not has_bfloat16 else dtype
 
 
-_PANEL = 16  # columns of a product that lie together: as many floats as a vector of 64 bytes has
+PANEL = 16  # columns of a product that lie together: as many floats as a vector of 64 bytes has
 _MAGIC = 0x6661737462657274
 _HEADER = 48  # words of 8 bytes
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -409,11 +409,11 @@ def _interleaved(expand: ProductAffine) -> ProductAffine:
     """The two halves of a gated product, a panel of one after a panel of the other, each half filled up with zeros."""
     weight, bias = expand
     half = weight.shape[0] // 2
-    missing = -half % _PANEL
+    missing = -half % PANEL
 
     def panels(part: Tensor) -> Tensor:
         filled = F.pad(part.unflatten(0, (2, half)).movedim(1, -1), (0, missing)).movedim(-1, 1)
-        return filled.unflatten(1, (-1, _PANEL)).transpose(0, 1).flatten(0, 2)
+        return filled.unflatten(1, (-1, PANEL)).transpose(0, 1).flatten(0, 2)
 
     arranged_bias = None if bias is None else panels(bias)
     if isinstance(weight, QuantizedWeight):
@@ -422,25 +422,30 @@ def _interleaved(expand: ProductAffine) -> ProductAffine:
 
 
 def _packed_product(weight: Tensor | QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
-    """Panels, biases, scales of the columns and their sums, as bytes.
+    """Panels, biases, scales of the columns and their sums, as bytes."""
+    scales = sums = torch.zeros(0)
+    if dtype == torch.int8:
+        weight, scales = _quantized(weight)
+        scales, sums = scales[:, 0], weight.sum(-1)
+    assert isinstance(weight, Tensor)
+    panels = panels_of(weight, dtype)
+    columns = panels.shape[0] * PANEL
+    bias = torch.zeros(0) if bias is None else bias
+    vectors = [_filled(vector.float(), columns) for vector in (bias, scales)]
+    whole_sums = _filled(sums, columns).to(torch.int32)
+    return [_bytes(part) for part in (panels, *vectors, whole_sums)]
+
+
+def panels_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight [out, in] as own products read it, [panels, lines, 16, terms in a line] of `dtype`.
 
     A panel is 16 rows of the weight; line k of it holds, for each, the terms that fill 4 bytes: one float32, two
     bfloat16 or four int8. Terms are filled up to whole tiles of 16 lines.
     """
     rows, terms = weight.shape
     in_line = 4 // dtype.itemsize
-    scales = sums = torch.zeros(0)
-    if dtype == torch.int8:
-        weight, scales = _quantized(weight)
-        scales, sums = scales[:, 0], weight.sum(-1)
-    assert isinstance(weight, Tensor)
-    filled = F.pad(weight, (0, -terms % (16 * in_line), 0, -rows % _PANEL)).to(dtype)
-    panels = filled.view(-1, _PANEL, filled.shape[1] // in_line, in_line).transpose(1, 2).contiguous()
-    columns = filled.shape[0]
-    bias = torch.zeros(0) if bias is None else bias
-    vectors = [_filled(vector.float(), columns) for vector in (bias, scales)]
-    whole_sums = _filled(sums, columns).to(torch.int32)
-    return [_bytes(part) for part in (panels, *vectors, whole_sums)]
+    filled = F.pad(weight, (0, -terms % (16 * in_line), 0, -rows % PANEL)).to(dtype)
+    return filled.view(-1, PANEL, filled.shape[1] // in_line, in_line).transpose(1, 2).contiguous()
 
 
 def _packed_norm(norm: Affine | None, width: int) -> list[Tensor]:
@@ -448,7 +453,7 @@ def _packed_norm(norm: Affine | None, width: int) -> list[Tensor]:
         return [_bytes(torch.zeros(0)), _bytes(torch.zeros(0))]
     weight, bias = norm
     bias = torch.zeros(0) if bias is None else bias
-    columns = -(-width // _PANEL) * _PANEL
+    columns = -(-width // PANEL) * PANEL
     return [_bytes(_filled(vector.float(), columns)) for vector in (weight, bias)]
 
 

@@ -32,7 +32,7 @@ from fastkd_kernels._arguments import dense, mark_written, plain, values_are_fre
 from fastkd_kernels._derivatives import transforming, wants_gradient
 from fastkd_kernels._launch import LaunchConfig, Launcher, as_op, next_power_of_2
 from fastkd_kernels._library import library
-from fastkd_kernels._onednn import PreparedLinearTanh, linear_tanh
+from fastkd_kernels._onednn import linear_tanh
 from fastkd_kernels._student_head_weights import (
     FoldedStudentHead,
     StudentHeadWeights,
@@ -45,6 +45,13 @@ from fastkd_kernels._student_head_weights import (
 from fastkd_kernels._tickets import tickets
 from fastkd_kernels._triton import jit, tl
 from fastkd_kernels.checks import check_same_device
+from fastkd_kernels.ops.encoder_layer import (
+    INSTRUCTION_SETS,
+    PANEL,
+    encoder_layer_instructions,
+    panels_of,
+    product_dtype,
+)
 from fastkd_kernels.ops.exit_gate import (
     ExitGateConfig,
     ExitGateOutput,
@@ -834,6 +841,11 @@ library.define(
     "Tensor? mask, Tensor? cu_seqlens) -> Tensor"
 )
 library.define(
+    "student_head_packed(Tensor hidden_states, Tensor narrow, Tensor narrow_bias, int heads, Tensor query_key, "
+    "Tensor query_bias, Tensor mix, Tensor mix_bias, Tensor classifier, Tensor classifier_bias, Tensor cu_seqlens) "
+    "-> Tensor"
+)
+library.define(
     "student_head(Tensor hidden_states, Tensor[] weights, int heads, Tensor? lengths, Tensor? attention_mask, "
     "Tensor? cu_seqlens) -> Tensor"
 )
@@ -863,6 +875,26 @@ def _student_head_pool_fake(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     return classifier.new_empty(batch, classifier.shape[0])
+
+
+@torch.library.register_fake("fastkd_kernels::student_head_packed", lib=library)
+def _student_head_packed_fake(
+    hidden_states: Tensor,
+    narrow: Tensor,
+    narrow_bias: Tensor,
+    heads: int,
+    query_key: Tensor,
+    query_bias: Tensor,
+    mix: Tensor,
+    mix_bias: Tensor,
+    classifier: Tensor,
+    classifier_bias: Tensor,
+    cu_seqlens: Tensor,
+) -> Tensor:
+    return classifier.new_empty(cu_seqlens.shape[0] - 1, classifier.shape[0])
+
+
+_student_head_packed_op: Any = torch.ops.fastkd_kernels.student_head_packed.default
 
 
 @torch.library.impl(library, "student_head", "CompositeExplicitAutograd")
@@ -1133,31 +1165,48 @@ class PreparedStudentHead:
         head: whose parameters are read now, and not kept.
 
     Raises:
-        ValueError, TypeError: as `student_head`, for weights that do not fit each other.
+        ValueError, TypeError: as `student_head`, for weights that do not fit each other; TypeError also for float64.
     """
 
     def __init__(self, head: StudentHeadWeights) -> None:
         check_head(head)
+        dtype = head.narrow[0].dtype
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise TypeError(f"head: got {dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
+        self._dtype = _kernel_dtype(dtype)
         with torch.inference_mode(False), torch.no_grad():
-            folded = fold(head)
-            self._narrow = PreparedLinearTanh(folded.narrow[0].clone(), folded.narrow[1].clone())
-        self._folded = (
-            folded.num_attention_heads,
-            folded.query_key,
-            folded.query_bias,
-            folded.mix,
-            folded.mix_bias,
-            *(tensor.clone() for tensor in folded.classifier),
-        )
+            self._weights = packed_head(fold(head))
 
     def __call__(self, hidden_states: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Logits [B, C] float32, without a gradient.
+        """Logits [B, C] float32, without a gradient; the same numbers whatever other rows there are.
 
         Args:
             hidden_states: [R, H], dense, of the dtype of the weights; rows behind the last sequence belong to none.
-            cu_seqlens: [B + 1] int32.
+            cu_seqlens: [B + 1] int32, rising from 0 to at most R.
         """
-        rows, tail = self._narrow(hidden_states)
-        return torch.ops.fastkd_kernels.student_head_pool.default(
-            rows, tail, cu_seqlens.shape[0] - 1, 0, *self._folded, None, None, cu_seqlens
-        )
+        return _student_head_packed_op(hidden_states.to(self._dtype), *self._weights, cu_seqlens)
+
+
+def packed_head(folded: FoldedStudentHead) -> tuple[Any, ...]:
+    """The weights as `student_head_packed` takes them, none of them a parameter's own memory.
+
+    oneDNN would prepare a primitive for every number of rows; the kernel's own product takes any.
+    """
+    weight, bias = folded.narrow
+    instructions = encoder_layer_instructions() or INSTRUCTION_SETS[0]
+    panels = panels_of(weight, product_dtype(_kernel_dtype(weight.dtype), instructions))
+    return (
+        panels,
+        F.pad(bias.float(), (0, panels.shape[0] * PANEL - bias.shape[0])),
+        folded.num_attention_heads,
+        folded.query_key,
+        folded.query_bias,
+        folded.mix,
+        folded.mix_bias,
+        *(tensor.clone() for tensor in folded.classifier),
+    )
+
+
+def _kernel_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of rows and their product: float16 becomes float32."""
+    return torch.float32 if dtype == torch.float16 else dtype
