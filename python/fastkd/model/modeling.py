@@ -352,6 +352,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         if is_main_process:
             save_seen_rows(self.seen_rows, save_directory)
             self.write_card(save_directory)
+        # some families have other names in older files; those of the modules are what the fingerprint names
+        kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, is_main_process, cast(Any, weights), **kwargs)
         if not self.name_or_path and not any(map(is_adapter, self.modules())):
             self.name_or_path = os.fspath(save_directory)  # where an adapter finds its base again
