@@ -387,7 +387,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
 
     @property
     def reads_padding(self) -> bool:
-        """Whether a row's answer depends on how far it is padded, in transformers as here: where layers convolve."""
+        """Whether a row's answer depends on how far it is padded, in transformers as here."""
         return self._driver.reads_padding(self.backbone)
 
     def narrowed(
