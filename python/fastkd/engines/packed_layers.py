@@ -123,10 +123,6 @@ class Int8JoinedLinear(JoinedLinear):
     def copies(self) -> list[Tensor]:
         return [] if self._product is None else self._product.tensors
 
-    @property
-    def parameters(self) -> list[Tensor]:
-        return [*super().parameters, *(cast(int8.Int8Linear, module).weight_scale for module in self._modules)]
-
     def prepare(self) -> None:
         self._product = int8.joined(self._int8_modules)
 
