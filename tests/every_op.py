@@ -25,6 +25,7 @@ class Op:
         written: arguments that are written; they are part of what `call` returns.
         distinct: integer arguments whose values must differ, so that they cannot be expanded.
         second_derivative: what the error says by which a second derivative is refused; None where there is one.
+        precise: floating-point arguments that are float32 where the others have fewer bits.
         varied: arguments that tests of every argument look at; empty for all, where no other call has them already.
     """
 
@@ -36,6 +37,7 @@ class Op:
     written: tuple[str, ...] = ()
     distinct: tuple[str, ...] = ()
     varied: tuple[str, ...] = ()
+    precise: tuple[str, ...] = ()
     second_derivative: str | None = None
 
 
@@ -298,6 +300,7 @@ def _layers() -> list[Op]:
             lambda: {**attended(), "cosines": torch.randn(4, 4), "sines": torch.randn(4, 4)},
             attend_nearby,
             ("query", "key", "value", "cosines", "sines"),
+            precise=("cosines", "sines"),
         ),
     ]
 
