@@ -28,7 +28,7 @@ from fastkd.exits.flops import flops
 from fastkd.exits.trace import ExitTrace
 from fastkd.inference import benchmark
 from fastkd.inference.trace_rows import trace_rows
-from fastkd.kd.probe import encoder_layers
+from fastkd.kd.probe import LayerProbe, encoder_layers
 from fastkd.model.loading import load_model
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.tables import table2
@@ -104,6 +104,7 @@ def test_student_of_any_encoder_is_its_first_layer(family: str, layers: str | No
     teacher = EarlyExitForSequenceClassification(config).eval()
     student = student_of(teacher, 1)
     assert (student.num_layers, student.config.layers, student.config.pool) == (1, layers, pool)
+    assert LayerProbe(student)(**random_inputs(99)).hidden_states.requires_grad
     teacher.heads.after(1).load_state_dict(teacher.last_head.state_dict())
     batch = random_inputs(99)
     with torch.no_grad():
