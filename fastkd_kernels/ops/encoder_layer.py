@@ -317,7 +317,7 @@ def pack_encoder_layer(
 
     Raises:
         ValueError: shapes that do not fit each other, an unknown activation.
-        TypeError: dtypes or devices that differ, int8 from another dtype than float32, quantised weights without `int8`.
+        TypeError: dtypes or devices that differ, int8 not from float32, quantised weights without `int8`.
     """
     _check_layer(weights, form, int8, rotary)
     dtype = torch.int8 if int8 else weights.output[0].dtype
