@@ -25,6 +25,7 @@ class Op:
         written: arguments that are written; they are part of what `call` returns.
         distinct: integer arguments whose values must differ, so that they cannot be expanded.
         second_derivative: what the error says by which a second derivative is refused; None where there is one.
+        precise: floating-point arguments that are float32 where the others have fewer bits.
         varied: arguments that tests of every argument look at; empty for all, where no other call has them already.
     """
 
@@ -36,6 +37,7 @@ class Op:
     written: tuple[str, ...] = ()
     distinct: tuple[str, ...] = ()
     varied: tuple[str, ...] = ()
+    precise: tuple[str, ...] = ()
     second_derivative: str | None = None
 
 
@@ -243,8 +245,28 @@ def _layers() -> list[Op]:
         rest = {name: tensor for name, tensor in t.items() if name not in ("cosines", "sines")}
         return [fk.varlen_attention(**rest, max_seqlen=4, window=1, rotary=(t["cosines"], t["sines"]))[:8]]
 
+    def layered() -> Tensors:
+        shapes = {"project": (24, 8), "output": (8, 8), "expand": (24, 8), "contract": (8, 12), "norm": (8, 1)}
+        weights = {f"{name}.weight": torch.randn(shape) / 3 for name, shape in shapes.items()}
+        biases = {f"{name}.bias": torch.randn(rows) / 4 for name, (rows, _) in shapes.items()}
+        angles = torch.rand(4, 2)
+        rotary = {"rotary": torch.stack([angles.cos(), angles.sin()])}
+        rows = {"hidden_states": torch.randn(9, 8), "cu_seqlens": _int32(0, 3, 4, 8)}
+        return {**rows, **weights, **biases, **rotary, "norm.weight": torch.rand(8) + 0.5}
+
+    def run_layers(t: Tensors) -> list[Tensor]:
+        pairs = {name: (t[f"{name}.weight"], t[f"{name}.bias"]) for name in ("output", "expand", "contract", "norm")}
+        norm = pairs.pop("norm")
+        project = ((t["project.weight"], t["project.bias"]),)
+        weights = fk.EncoderLayerWeights(project, attention_norm=norm, feed_forward_norm=norm, **pairs)
+        form = fk.EncoderLayerForm(heads=2, activation="silu", gated=True, norm_first=True, window=1)
+        layer = fk.pack_encoder_layer(weights, form, rotary=t["rotary"])
+        made = fk.encoder_layers(t["hidden_states"], t["cu_seqlens"], [layer, layer])
+        return [made[: int(t["cu_seqlens"][-1])]]
+
     affine = ("weight", "bias")
     return [
+        Op("encoder_layers", "encoder_layer", layered, run_layers),
         Op("add_layer_norm", "layer_norm", added, lambda t: [fk.add_layer_norm(**t)], ("x", "residual", *affine)),
         Op(
             "add_layer_norm into",
@@ -278,6 +300,7 @@ def _layers() -> list[Op]:
             lambda: {**attended(), "cosines": torch.randn(4, 4), "sines": torch.randn(4, 4)},
             attend_nearby,
             ("query", "key", "value", "cosines", "sines"),
+            precise=("cosines", "sines"),
         ),
     ]
 

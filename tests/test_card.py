@@ -38,11 +38,11 @@ def run_blocks(text: str, folder: Path) -> dict[str, Any]:
     return names
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert", "gte"])
 def test_its_code_runs(tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = early_exit_model(family, num_labels=2, id2label={0: "bad", 1: "good"})
     model.save_pretrained(tmp_path)
-    tokenizer_of(family).save_pretrained(tmp_path)
+    tokenizer_of("distilbert" if family == "distilbert" else "bert").save_pretrained(tmp_path)
     text = read(tmp_path)
     encoder = run_blocks(text, tmp_path)["encoder"].eval()
     answers = capsys.readouterr().out
@@ -60,6 +60,23 @@ def test_its_code_runs(tmp_path: Path, family: str, capsys: pytest.CaptureFixtur
     assert "2 classes (bad, good)" in text
     assert "after the layers 1, 2, 3, 4" in text
     assert str(tmp_path) not in text
+
+
+def test_an_encoder_in_int8_is_not_said_to_run_elsewhere(tmp_path: Path) -> None:
+    model = early_exit_model().quantize()
+    model.config.rank_certificate = {
+        "top_k": 3, "recall": 1.0, "method": "fixed-sequence", "max_drop": 0.05, "confidence": 0.95,
+        "half_widths": [0.5, 0.25, 0.125], "factor": 1.0, "label": 1, "exit_layers": [1, 2, 3, 4], "dtype": "int8",
+        "n": 1200, "failures": 20, "bound": 0.03, "mean_recall": 0.99, "documents": 12.0, "speedup": 1.5,
+        "average_layers": 2.5, "seq_len": 24, "data": "", "model": "", "seen_as": None,
+        "date": "2026-01-02T00:00:00", "version": "0",
+    }  # fmt: skip
+    model.save_pretrained(tmp_path)
+    text = read(tmp_path)
+    assert "without fastkd" not in text
+    assert "The products of its layers are in int8" in text
+    assert "Ranking by `model.rank`, top 3, int8 weights: with 95% confidence at most 5% of queries get another" in text
+    assert "1.50x fewer operations. Calibrated 2026-01-02 on 1,200 queries." in text
 
 
 def test_it_says_what_the_trainings_and_the_calibration_found(tmp_path: Path) -> None:

@@ -279,6 +279,9 @@ def test_any_encoder_walks_from_finetune_to_predict(work: Path, tmp_path: Path, 
     assert "has no list of modules of that name" in refused(
         "finetune", tmp_path / "plain", *data, "-o", tmp_path / "other", *steps, "--layers", "blocks"
     )
+    for command in (["demo", *data], ["table2", work / "data", "--students", 1]):
+        named = [*command, "--checkpoint", tmp_path / "plain", "--layers", "blocks", "-o", tmp_path / str(command[0])]
+        assert "has no list of modules of that name" in refused(*named)
 
 
 def test_trace_then_sweep(work: Path, model: Path, tmp_path: Path) -> None:

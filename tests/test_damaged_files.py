@@ -412,6 +412,13 @@ def test_traces_of_another_form_are_refused(fault: str, tmp_path: Path) -> None:
     assert expected in str(caught.value)
 
 
+def test_weights_that_are_tied_are_saved(tmp_path: Path) -> None:
+    weight = torch.randn(4, 3)
+    save_tensors(tmp_path / "file", {"one": weight, "other": weight, "part": weight[1:]})
+    found = load_tensors(tmp_path / "file", "argument", "remedy")[0]
+    assert all(map(torch.equal, found.values(), (weight, weight, weight[1:])))
+
+
 def test_shards_without_a_checksum_are_read_and_nan_in_them_is_refused(tmp_path: Path) -> None:
     kind = _cache(tmp_path, "logits-00000.safetensors")
     whole = kind.load()

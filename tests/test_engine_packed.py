@@ -252,6 +252,34 @@ def test_changed_frequencies_and_halves_are_noticed() -> None:
     )
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("engine", [None, "packed"])
+def test_changed_windows_and_scales_are_noticed(engine: str | None) -> None:
+    model, inputs = early_exit_model("modernbert"), random_batch("modernbert")
+
+    def check_answers_change() -> None:
+        found = model(**inputs, speed=0.0, engine=engine).logits
+        torch.testing.assert_close(found, padded(model, inputs, 0.0).logits, rtol=1e-4, atol=1e-4)
+        assert not any(torch.equal(found, before) for before in seen)
+        seen.append(found)
+
+    seen: list[Tensor] = []
+    check_answers_change()
+    model.backbone.config.local_attention = 2
+    check_answers_change()
+    model.backbone.rotary_emb.full_attention_attention_scaling = 1.5
+    check_answers_change()
+
+
+@pytest.mark.parametrize("engine", [None, "packed", "batch"])
+def test_integers_of_any_size_are_tokens(engine: str | None) -> None:
+    model, inputs = early_exit_model(), random_batch()
+    expected = padded(model, inputs, 0.5).logits
+    small = {name: value.int() for name, value in inputs.items()}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**small, speed=0.5, engine=engine).logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_changed_weights_and_modules_are_noticed() -> None:
     model, inputs = early_exit_model(), random_batch()
     packed_run(model, inputs, 0.0)
@@ -313,6 +341,71 @@ def test_activations(family: str, activation: str) -> None:
     # products of products: float32 is as far from float64 by either engine
     tolerance = 1e-4 if family == "bert" else 1e-3
     torch.testing.assert_close(result.logits, expected.logits, rtol=tolerance, atol=tolerance)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activation", ["relu6", "gelu_10", "prelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_that_are_cut_off_far_out_or_hold_weights(activation: str, dtype: torch.dtype) -> None:
+    config = copy.deepcopy(CONFIGS["bert"])
+    config.hidden_act = activation
+    model = Model(fastkd.EarlyExitConfig(config, num_labels=3)).eval()
+    for layer in model.layers:
+        layer.intermediate.dense.weight.mul_(20)
+    model, inputs = model.to(dtype), random_batch()
+    truth = padded(copy.deepcopy(model).double(), inputs, 0.0).logits
+    ours, theirs = packed_run(model, inputs, 0.0).logits, padded(model, inputs, 0.0).logits
+    assert (ours - truth).abs().mean() <= 2 * (theirs - truth).abs().mean()
+
+
+class Noted(nn.Module):
+    """What the classes below do beside their own: they give twice as much."""
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        given = super().forward(*inputs, **options)
+        return (2 * given[0], *given[1:]) if isinstance(given, tuple) else 2 * given
+
+
+@pytest.mark.parametrize("engine", [None, "packed"])
+@pytest.mark.parametrize(
+    ("family", "place"),
+    [
+        ("bert", "encoder.layer.1.attention.self"),
+        ("bert", "encoder.layer.2.output"),
+        ("bert", "encoder.layer.0"),
+        ("bert", "embeddings"),
+        ("distilbert", "transformer.layer.1.ffn"),
+        ("modernbert", "layers.1.mlp"),
+    ],
+)
+def test_modules_of_classes_of_somebody_else_are_called(family: str, place: str, engine: str | None) -> None:
+    """As libraries of adapters give modules other classes, with the same weights under the same names."""
+    model, inputs = early_exit_model(family), random_batch(family)
+    before = padded(model, inputs, 0.0).logits
+    module = model.backbone.get_submodule(place)
+    module.__class__ = type(f"{type(module).__name__}WithAdapters", (Noted, type(module)), {})
+    expected = padded(model, inputs, 0.0).logits
+    assert not torch.allclose(before, expected, atol=1e-2)
+    if engine == "packed" and family == "modernbert":
+        return check_packed_tokens_are_refused(model, inputs)
+    with torch.no_grad():
+        result = model(**inputs, speed=0.0, engine=engine)
+    torch.testing.assert_close(result.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_layers_of_another_form_are_called() -> None:
+    model, inputs = early_exit_model(), random_batch()
+    model.layers[1] = early_exit_model("roberta-prelayernorm").layers[0]
+    del model.layers[2].attention.self.key.bias
+    model.layers[2].attention.self.key.bias = None
+    expected = padded(model, inputs, 0.0).logits
+    torch.testing.assert_close(model(**inputs, speed=0.0).logits, expected, rtol=1e-4, atol=1e-4)
+    config = copy.deepcopy(CONFIGS["modernbert"])
+    config.hidden_size = config.num_attention_heads = 4  # rotary tables that transformers spreads over heads 1 wide
+    narrow = Model(fastkd.EarlyExitConfig(config, num_labels=3)).eval()
+    expected = padded(narrow, inputs, 0.0).logits
+    torch.testing.assert_close(narrow(**inputs, speed=0.0).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def reading(model: Any, seen: set[str]) -> None:

@@ -47,8 +47,11 @@ def brought_near(tensors: Tensors, distance: float | None) -> Tensors:
 
 
 def gradients(op: Op, tensors: Tensors, dtype: torch.dtype, backend: str | None) -> list[Tensor]:
+    dtypes = dict.fromkeys(op.precise, torch.promote_types(dtype, torch.float32))
     given = {
-        name: tensor.to(dtype).requires_grad_(name in op.differentiable) if tensor.is_floating_point() else tensor
+        name: tensor.to(dtypes.get(name, dtype)).requires_grad_(name in op.differentiable)
+        if tensor.is_floating_point()
+        else tensor
         for name, tensor in tensors.items()
     }
     with fk.backend(backend or "reference"):

@@ -209,6 +209,9 @@ def test_what_cannot_be_quantised_is_refused() -> None:
     hooked.layers[0].attention.self.query.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="something is hooked to its linear layers"):
         hooked.quantize()
+    dynamic = torch.ao.quantization.quantize_dynamic(early_exit_model(), {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(ValueError, match="its layers hold weights that something else quantised"):
+        dynamic.quantize()
     moved = early_exit_model().to("meta")
     with pytest.raises(ValueError, match="it is on meta, and int8 runs on a CPU"):
         moved.quantize()

@@ -221,6 +221,24 @@ def test_a_teacher_is_fine_tuned_once_a_task(work: Path, tmp_path: Path, monkeyp
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "table" / "teachers" / "Film").num_labels == 2
 
 
+def test_the_layers_of_teacher_and_student_are_named(work: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "tasks": {"Film": {"data": "film", "teacher": str(work / "teacher")}},
+        "teacher": {"layers": "encoder.layer"},
+        "blocks": [{"student": "layers:2", "methods": ["universal-il"], "train": {"student_layers": "encoder.layer"}}],
+        "seeds": [1],
+    }
+    named = tiny_grid(work, tmp_path / "grid.yaml", **changes)
+    assert set(run_table(named, tmp_path / "table")[1].scores) == {"Film", "Avg"}
+    for wrong in (
+        {"teacher": {"layers": "blocks"}},
+        {"blocks": [{**changes["blocks"][0], "train": {"student_layers": "blocks"}}]},
+    ):
+        grid = tiny_grid(work, tmp_path / "grid.yaml", **{**changes, **wrong})
+        with pytest.raises(ValueError, match="layers: got 'blocks', but BertModel has no list of modules of that name"):
+            run_table(grid, tmp_path / f"not-{next(iter(wrong))}")
+
+
 def test_processes_can_share_a_grid_by_tasks(work: Path, tmp_path: Path) -> None:
     tasks = {name: {"data": "film", "teacher": str(work / "teacher")} for name in ("One", "Two")}
     blocks = [{"student": "layers:2", "methods": ["none"]}]

@@ -110,6 +110,26 @@ def test_a_method_of_logits_asks_no_classifier_for_layers(tmp_path: Path, cache:
         )
 
 
+def test_the_layers_of_a_student_are_found_where_its_teachers_are_or_named(tmp_path: Path) -> None:
+    config, tokenizer = tiny_config("bart"), tokenizer_of("bert")
+    config.num_labels, config.eos_token_id = 2, tokenizer.sep_token_id
+    model = AutoModelForSequenceClassification.from_config(config)
+    model.config.eos_token_id = config.eos_token_id
+    options = replace(OPTIONS, max_steps=2, pool="mean")
+    teacher = Teacher(model, tokenizer, "mean", layers="encoder.layers")
+    trainer = KDTrainer(teacher, "layers:2", "universal-il", options)
+    trainer.train(rows(40), None, tmp_path / "student")
+    assert len(trainer.model.base_model.encoder.layers) == 2
+
+    student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
+    with pytest.raises(ValueError, match="BartModel has several lists of 3 modules"):
+        KDTrainer(teacher, AutoModelForSequenceClassification.from_config(config), "pkd-last", options).train(
+            rows(40), None, tmp_path / "other"
+        )
+    named = replace(options, student_layers="decoder.layers")
+    KDTrainer(teacher, student, "universal-il", named).train(rows(40), None, tmp_path / "named")
+
+
 @pytest.mark.parametrize("family", ["albert", "bart", "modernbert"])
 def test_any_classifier_teaches_by_its_layers(tmp_path: Path, family: str) -> None:
     config = tiny_config(family)

@@ -102,6 +102,17 @@ def test_no_documents_are_no_answers(reranker: fastkd.EarlyExitForSequenceClassi
     ("arguments", "error", "message"),
     [
         ({"documents": "one text"}, TypeError, "documents: got one str, expected a list of texts"),
+        ({"documents": None}, TypeError, "documents: got one NoneType, expected a list of texts"),
+        (
+            {"documents": [{"input_ids": [1.5]}]},
+            ValueError,
+            r"documents\[0\]: input_ids \[1.5\]; expected whole numbers",
+        ),
+        (
+            {"documents": [{"input_ids": [4, 5], "token_type_ids": [1]}]},
+            ValueError,
+            r"documents\[0\]: 1 token_type_ids for 2 input_ids",
+        ),
         ({"documents": ["good", " "]}, ValueError, r"documents\[1\]: empty text"),
         ({"documents": ["good", None]}, ValueError, r"documents\[1\]: no value"),
         ({"documents": ["good", 3]}, ValueError, r"documents\[1\]: 3 \(int\)"),
@@ -126,6 +137,16 @@ def test_bad_input_is_one_sentence(
     given = {"query": QUERY, "documents": documents(), "tokenizer": tokenizer_of("bert"), **arguments}
     with pytest.raises(error, match=message):
         reranker.rank(**given)
+
+
+def test_a_table_is_no_list_of_documents(reranker: fastkd.EarlyExitForSequenceClassification) -> None:
+    """It gives the names of its columns, which were ranked in silence."""
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed: pip install pandas")
+    frame = pandas.DataFrame({"text": documents(4)})
+    with pytest.raises(TypeError, match="documents: got a DataFrame with the columns 'text', expected a list of texts"):
+        reranker.rank(QUERY, frame, tokenizer=tokenizer_of("bert"))
+    ranked = reranker.rank(QUERY, frame["text"], frame.index[2], tokenizer=tokenizer_of("bert"))
+    assert ranked == reranker.rank(QUERY, documents(4), 2, tokenizer=tokenizer_of("bert"))
 
 
 def test_models_that_cannot_rank_say_so() -> None:

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 import fastkd
+import fastkd_kernels as fk
 from fastkd.encoders.anatomy import NO_LIMIT, anatomy_of
 from fastkd.encoders.layer_list import layer_path
 from fastkd.encoders.layout import TokenLayout
-from fastkd.encoders.recording import EncoderInputs
+from fastkd.encoders.recording import EncoderInputs, hidden_states_of
 from fastkd.encoders.replay import Replay
 from fastkd.engines.padded_runs import batches_of_like_lengths
 from fastkd.model.tracing import record_trace
@@ -431,6 +432,10 @@ def test_a_layer_that_changes_the_batch_is_refused() -> None:
             mean = hidden_states.mean(1, keepdim=True)
             return hidden_states + mean + mean.mean(0, keepdim=True), None
 
+    class Turning(_Table):
+        def forward(self, hidden_states: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, None]:
+            return (hidden_states + hidden_states.mean(1, keepdim=True)).flip(0), None
+
     class Drawing(_Table):
         def forward(self, hidden_states: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, None]:
             return hidden_states + torch.randn_like(hidden_states) + hidden_states.mean(1, keepdim=True), None
@@ -438,6 +443,7 @@ def test_a_layer_that_changes_the_batch_is_refused() -> None:
     for layer, sentence in (
         (Halving, r"layer 1 of _Encoder gives hidden states of shape \(3, 4, 8\) for 3 rows of 8 tokens"),
         (Mixing, "layer 1 of _Encoder gives other answers to a row where other rows left its batch"),
+        (Turning, "layer 1 of _Encoder gives other answers to a row where other rows left its batch"),
         (Drawing, "layer 1 of _Encoder does not give again what it gave"),
     ):
         encoder = _Encoder(4, layer).eval()
@@ -450,6 +456,56 @@ def test_a_layer_that_changes_the_batch_is_refused() -> None:
         Replay(encoder, 5, "blocks").check(encoder)
     with pytest.raises(ValueError, match="Linear has no list of modules of one class, so its layers cannot be found"):
         layer_path(nn.Linear(2, 2))
+
+
+class Halved(nn.Module):
+    """A layer that keeps the first half of the batch."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden_states: Tensor, *rest: Any, **options: Any) -> Any:
+        return hidden_states_of(self.layer(hidden_states, *rest, **options))[:3]
+
+
+@pytest.mark.parametrize("speed", [0.0, 0.5])
+@pytest.mark.parametrize("family", ["bert", "distilbert", "mpnet", "modernbert"])
+def test_a_layer_that_changes_the_batch_later_on_is_refused(family: str, speed: float) -> None:
+    model, inputs = model_of(family), random_inputs(99)
+    with torch.no_grad():
+        model(**inputs, speed=speed, engine="batch")
+        model.layers[1] = Halved(model.layers[1])
+        for name, value in vars(model.layers[1].layer).items():
+            if name == "attention_type":
+                model.layers[1].attention_type = value
+        with pytest.raises(ValueError, match=r"backbone: a layer Halved took hidden states .* and gave \(3, "):
+            model(**inputs, speed=speed, exit_layers=[3], engine="batch")
+
+
+@torch.no_grad()
+def test_frequencies_that_depend_on_the_length_see_the_batch_as_it_was_padded() -> None:
+    """Rows that leave make it narrower, and the layers above then took other frequencies."""
+    config = tiny_config("gte")
+    half = config.hidden_size // config.num_attention_heads // 2
+    factors = {"short_factor": [1.0] * half, "long_factor": [4.0] * half, "factor": 2.0}
+    config.rope_parameters = {
+        "rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 12, **factors
+    }  # fmt: skip
+    torch.manual_seed(3)
+    model = fastkd.EarlyExitForSequenceClassification(
+        fastkd.EarlyExitConfig(config, num_labels=3, head_width=16, exits_trained=True)
+    ).eval()
+    assert model.reads_padding
+    inputs = {name: value[:2] for name, value in random_inputs(99).items()}
+    uncertainty = torch.tensor([1.0, 0.0])
+    while uncertainty[0] >= uncertainty[1]:  # until the long row is the one that leaves
+        inputs["input_ids"] = torch.randint(4, 99, (2, 20)) * inputs["attention_mask"]
+        heads = model.all_exit_logits(**inputs)
+        uncertainty = fk.exit_gate(heads[:, 0], 0.0).uncertainty
+    result = model(**inputs, speed=uncertainty.mean().item(), exit_layers=[1])
+    assert result.exit_layer.tolist() == [1, 3]
+    torch.testing.assert_close(result.logits, torch.stack([heads[0, 0], heads[1, 2]]), rtol=1e-4, atol=1e-4)
 
 
 def test_code_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:

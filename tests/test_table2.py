@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
 
 import torch
+from every_encoder import random_inputs, tiny_config
 from tiny_models import early_exit_model, one_thread, random_batch, save_plain_checkpoint  # noqa: F401  # a fixture
 from typer.testing import CliRunner
 
@@ -21,13 +22,15 @@ from fastkd.commands.screen import Screen
 from fastkd.data import corpus
 from fastkd.data.rows import load_rows
 from fastkd.data.work_folders import claim_folder
+from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.encoders.layout import TokenLayout
 from fastkd.exits.flops import flops
 from fastkd.exits.trace import ExitTrace
 from fastkd.inference import benchmark
 from fastkd.inference.trace_rows import trace_rows
-from fastkd.kd.probe import encoder_layers
+from fastkd.kd.probe import LayerProbe, encoder_layers
 from fastkd.model.loading import load_model
+from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.tables import table2
 from fastkd.tables.table2 import Cell, Table2, Table2Options, run_table2, student_of
 from fastkd.training.early_exit import TrainingPlan
@@ -90,6 +93,23 @@ def test_student_starts_with_evenly_spaced_layers(family: str, layers: int, take
         hidden = by_hand.backbone(**batch, output_hidden_states=True).hidden_states[layers]
         logits = by_hand.last_head(hidden, TokenLayout(batch["attention_mask"].bool()))
         torch.testing.assert_close(student(**batch, speed=0.0).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "layers", "pool"),
+    [("albert", "encoder.albert_layer_groups", "mean"), ("modernbert", None, "cls"), ("deberta-v2", None, "cls")],
+)
+def test_student_of_any_encoder_is_its_first_layer(family: str, layers: str | None, pool: str) -> None:
+    config = EarlyExitConfig(tiny_config(family), layers=layers, pool=pool, num_labels=3)
+    teacher = EarlyExitForSequenceClassification(config).eval()
+    student = student_of(teacher, 1)
+    assert (student.num_layers, student.config.layers, student.config.pool) == (1, layers, pool)
+    assert LayerProbe(student)(**random_inputs(99)).hidden_states.requires_grad
+    teacher.heads.after(1).load_state_dict(teacher.last_head.state_dict())
+    batch = random_inputs(99)
+    with torch.no_grad():
+        expected = teacher.all_exit_logits(**batch)[:, 0]
+        torch.testing.assert_close(student(**batch, engine="batch").logits, expected, rtol=0, atol=0)
 
 
 def test_student_shares_nothing_with_its_teacher() -> None:

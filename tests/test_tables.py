@@ -136,6 +136,19 @@ def test_pandas_marks_of_absence_are_no_texts_and_no_labels() -> None:
         load_rows(pandas.DataFrame([["a", "b"]], columns=["text", "text"]))
 
 
+def test_a_frame_without_a_header_has_numbers_for_names() -> None:
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed: pip install pandas")
+    headless = pandas.DataFrame([[1, "a"], [0, "b"]])
+    for read in (load_rows, early_exit_model().trace):
+        options: Any = {} if read is load_rows else {"tokenizer": tokenizer_of("bert")}
+        with pytest.raises(DataError, match="no text column among 0, 1; expected one of text_a"):
+            read(headless, **options)
+    assert load_rows(headless, text_a=1, label=0).dataset["label"][:] == [1, 0]
+    levels = pandas.MultiIndex.from_tuples([("text", "first"), ("label", "first")])
+    with pytest.raises(DataError, match=r"no text column among \('text', 'first'\)"):
+        load_rows(pandas.DataFrame([["a", 1]], columns=levels))
+
+
 @pytest.mark.parametrize(
     ("source", "error", "message"),
     [

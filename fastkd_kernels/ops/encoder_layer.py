@@ -317,7 +317,7 @@ def pack_encoder_layer(
 
     Raises:
         ValueError: shapes that do not fit each other, an unknown activation.
-        TypeError: dtypes that differ, int8 from another dtype than float32, quantised weights without `int8`.
+        TypeError: dtypes or devices that differ, int8 not from float32, quantised weights without `int8`.
     """
     _check_layer(weights, form, int8, rotary)
     dtype = torch.int8 if int8 else weights.output[0].dtype
@@ -327,7 +327,7 @@ def pack_encoder_layer(
         if instructions is not None:
             with torch.no_grad():
                 packed = _pack(weights, form, product_dtype(dtype, instructions))
-    return PackedEncoderLayer(weights, form, dtype, rotary, packed)
+    return PackedEncoderLayer(weights, form, dtype, None if rotary is None else dense(rotary), packed)
 
 
 def product_dtype(dtype: torch.dtype, instructions: str) -> torch.dtype:
@@ -630,3 +630,5 @@ def _check_layer(weights: EncoderLayerWeights, form: EncoderLayerForm, int8: boo
         raise ValueError(
             f"rotary: got {rotary.dtype} {tuple(rotary.shape)}, expected torch.float32 [2, places, {head_size // 2}]"
         )
+    if rotary is not None and rotary.device != model.device:
+        raise TypeError(f"rotary: got a tensor on {rotary.device}, expected it on {model.device} as the weights")

@@ -49,14 +49,14 @@ def varlen_attention_reference(
     if used == 0:
         return torch.zeros_like(query)
 
-    if rotary is not None:
-        query, key = _turned((query, key), cu_seqlens, rotary)
     token = torch.arange(max(lengths), device=query.device)
     mask = token < cu_seqlens.diff()[:, None]
     packed_rows = query.shape[0]
     query, key, value = (
         rows.transpose(1, 2) for rows in unpack_reference([query, key, value], cu_seqlens, max(lengths))
     )
+    if rotary is not None:
+        query, key = _turned((query, key), token, rotary)
     # a sequence without tokens would attend to nothing, which softmax turns into NaN
     attendable = (mask | (token == 0))[:, None, None, :]
     if window is not None:
@@ -69,13 +69,16 @@ def varlen_attention_reference(
     return torch.cat([packed, packed.new_zeros((packed_rows - used, *packed.shape[1:]))])
 
 
-def _turned(tensors: tuple[Tensor, ...], cu_seqlens: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Packed rows [N, heads, head_size], each turned by the position in its own sequence."""
-    row = torch.arange(tensors[0].shape[0], device=cu_seqlens.device)
+def _places(cu_seqlens: Tensor, rows: int) -> Tensor:
+    """[rows, 1], the place of each packed row in its sequence; those behind the last one have a place as well."""
+    row = torch.arange(rows, device=cu_seqlens.device)
     sequence = torch.searchsorted(dense(cu_seqlens[1:]), row, right=True)
-    # rows behind the last sequence have a position as well
-    position = (row - cu_seqlens[sequence]).clamp(max=rotary[0].shape[0] - 1)
-    cosines, sines = (table[position][:, None] for table in rotary)
+    return (row - cu_seqlens[sequence])[:, None]
+
+
+def _turned(tensors: tuple[Tensor, ...], position: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Rows [..., head_size], each turned by its position, of a shape that fits them."""
+    cosines, sines = (table[position.clamp(max=table.shape[0] - 1)] for table in rotary)
     turned = []
     for tensor in tensors:
         left, right = tensor.to(torch.promote_types(tensor.dtype, cosines.dtype)).chunk(2, dim=-1)
@@ -168,7 +171,7 @@ def varlen_attention(
             return torch.zeros_like(query)  # a grid of no blocks cannot be launched
         cu_seqlens = dense(cu_seqlens)
         if rotary is not None:
-            query, key = _turned((query, key), cu_seqlens, rotary)
+            query, key = _turned((query, key), _places(cu_seqlens, query.shape[0]), rotary)
         # torch 2.10 knows the usual scale only
         query = query if scale == usual else query * (scale / usual)
         query, key, value = plain(query), plain(key), plain(value)

@@ -12,6 +12,7 @@ from fastkd.commands.options import (
     Json,
     LabelColumn,
     LabelsAreOption,
+    LayerList,
     PairColumn,
     TextColumn,
     parse_speeds,
@@ -36,6 +37,7 @@ def demo(
     checkpoint: Annotated[
         str, typer.Option(help="Start from this checkpoint instead of the packaged MiniLM.")
     ] = "minilm",
+    layers: LayerList = None,
     train_rows: Annotated[int | None, typer.Option(min=1, help="At most so many training rows.")] = None,
     max_length: Annotated[int | None, typer.Option(min=8, help="Tokens after which a text is cut.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes of fine-tuning.")] = None,
@@ -74,10 +76,10 @@ def demo(
         from fastkd.commands.demo_story import demo_options, run_demo
 
         given: dict[str, Any] = {
-            "checkpoint": checkpoint, "train_rows": train_rows, "max_length": max_length, "epochs": epochs,
-            "distill_epochs": distill_epochs, "batch_size": batch_size, "learning_rate": learning_rate,
-            "distill_learning_rate": distill_learning_rate, "bench_rows": bench_rows, "seed": seed,
-            "bench_repeats": bench_repeats, "device": device,
+            "checkpoint": checkpoint, "layers": layers, "train_rows": train_rows, "max_length": max_length,
+            "epochs": epochs, "distill_epochs": distill_epochs, "batch_size": batch_size, "seed": seed,
+            "learning_rate": learning_rate, "distill_learning_rate": distill_learning_rate,
+            "bench_rows": bench_rows, "bench_repeats": bench_repeats, "device": device,
             "speeds": speeds and tuple(parse_speeds(speeds)),
             "bench_speeds": bench_speeds and tuple(parse_speeds(bench_speeds)),
             "batch_sizes": batch_sizes and tuple(whole_numbers(batch_sizes, "--batch-sizes")),

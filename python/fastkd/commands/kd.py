@@ -92,6 +92,10 @@ def kd(
         str | None,
         typer.Option(help="Where the teacher's list of layers lies, as in encoder.layers; default: found."),
     ] = None,
+    student_layers: Annotated[
+        str | None,
+        typer.Option(help="The same of the student; default: as in the teacher that it is made of, else found."),
+    ] = None,
     freeze_embeddings: Annotated[
         bool, typer.Option("--freeze-embeddings", help="Word embeddings stay as they are.")
     ] = False,
@@ -156,7 +160,7 @@ def kd(
             "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate,
             "head_learning_rate_factor": head_factor, "bf16": bf16, "seed": seed, "progress": False, "pool": pool,
             "fsdp": fsdp, "resume": resume, "overwrite": overwrite, "arguments": arguments,
-            "freeze_embeddings": freeze_embeddings,
+            "freeze_embeddings": freeze_embeddings, "student_layers": student_layers,
             "metric": () if metric is None else tuple(words(metric)),
             "assistants": () if assistants is None else tuple(words(assistants)),
         }  # fmt: skip

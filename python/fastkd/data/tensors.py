@@ -23,10 +23,20 @@ def save_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a safetensors file with a checksum; it is either whole or absent."""
-    values = {name: value.contiguous() for name, value in tensors.items()}
+    values = {name: value.contiguous() for name, value in apart(tensors).items()}
     notes = dict(metadata or {})
     with atomic_path(path) as temporary:
         save_file(values, temporary, metadata=notes | {_CHECKSUM: checksum(values, notes)})
+
+
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, copied where one lies in the memory of another, as tied weights do; safetensors takes none such."""
+    taken, found = set[int](), {}
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if memory in taken else tensor
+        taken.add(memory)
+    return found
 
 
 def load_tensors(

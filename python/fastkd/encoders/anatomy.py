@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -68,7 +68,9 @@ def keep_layers(config: PreTrainedConfig, layers: Sequence[int]) -> None:
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:
     """The randomly initialised encoder of `config`, without a pooler where it can be left out."""
-    kind = MODEL_MAPPING[type(config)]
+    kind: Any = MODEL_MAPPING[type(config)]
+    if isinstance(kind, tuple):  # of which AutoModel chooses by a checkpoint's name for its class
+        return kind[0]._from_config(config)
     has_pooler = inspect.isclass(kind) and "add_pooling_layer" in inspect.signature(kind).parameters
     return AutoModel.from_config(config, **({"add_pooling_layer": False} if has_pooler else {}))
 

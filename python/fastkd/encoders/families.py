@@ -18,8 +18,9 @@ from transformers.masking_utils import create_bidirectional_mask
 from fastkd.encoders.anatomy import NO_LIMIT, anatomy_of
 from fastkd.encoders.catalogue import check_family
 from fastkd.encoders.layout import NO_PADDING, TokenLayout
+from fastkd.encoders.recording import same_rows
 from fastkd.encoders.rotary import Rotary
-from fastkd.encoders.untouched import are_untouched
+from fastkd.encoders.untouched import are_untouched, has_plain_weight
 
 
 def _bert_embed(
@@ -88,7 +89,7 @@ class LayerParts:
         feed_forward(x) = contract(activation(expand(x)))
                         = contract(activation(first) * second) where `is_gated`, both halves being expand(x)
 
-    No linear layer or norm needs a bias.
+    No linear layer or norm needs a bias, but all of `projections` have one or none has, and so those of `expand`.
     """
 
     projections: tuple[nn.Linear, ...]
@@ -105,6 +106,19 @@ class LayerParts:
     window: int | None = None
     """A token sees those that are at most so many tokens away, on both sides; None: all of its sequence."""
     rotary: Rotary | None = None
+
+    def fits(self, heads: int) -> bool:
+        """Whether sizes, with so many attention heads, and biases are as above."""
+        width, rest = divmod(sum(linear.out_features for linear in self.projections), 3)
+        is_square = rest == 0 and width % heads == 0 and self.output.in_features == width
+        turned = width if self.rotary is None else 2 * self.rotary.frequencies.numel() * heads
+        joined = (self.projections, self.expand)
+        return (
+            is_square
+            and turned == width
+            and all(len({linear.bias is None for linear in linears}) == 1 for linears in joined)
+            and len({linear.out_features for linear in self.projections}) == 1
+        )
 
     @property
     def linears(self) -> tuple[nn.Linear, ...]:
@@ -143,7 +157,7 @@ def _distilbert_parts(backbone: Any, layer: Any) -> LayerParts:
 
 def _modernbert_parts(backbone: Any, layer: Any) -> LayerParts:
     attention, feed_forward = layer.attn, layer.mlp
-    inclusive = attention.sliding_window  # in the words of FlashAttention: the token itself counts
+    is_local = layer.attention_type == "sliding_attention"
     return LayerParts(
         projections=(attention.Wqkv,),
         output=attention.Wo,
@@ -154,7 +168,7 @@ def _modernbert_parts(backbone: Any, layer: Any) -> LayerParts:
         feed_forward_norm=layer.mlp_norm,
         norms_first=True,
         is_gated=True,
-        window=None if inclusive is None else inclusive - 1,
+        window=backbone.config.sliding_window if is_local else None,  # of which transformers makes its masks
         rotary=Rotary(backbone.rotary_emb, layer.attention_type),
     )
 
@@ -295,14 +309,15 @@ class EmbeddingParts(NamedTuple):
 def embedding_parts(embeddings: nn.Module) -> EmbeddingParts | None:
     """The parts of embeddings that are a table of words, perhaps of positions and of segments, and a norm; else None.
 
-    Also None where something is hooked to them or wraps them.
+    Also None where something is hooked to them or wraps them, and where their weights are quantised.
     """
     if not are_untouched(embeddings):
         return None
     tables = {name: child for name, child in embeddings.named_children() if isinstance(child, nn.Embedding)}
     norm = next((child for name, child in embeddings.named_children() if name in ("LayerNorm", "norm")), None)
     inputs = tuple(_TABLES.get(name, -1) for name in tables)
-    if type(norm) is not nn.LayerNorm or 0 not in inputs or -1 in inputs:
+    are_plain = all(has_plain_weight(table, nn.Embedding) and table.max_norm is None for table in tables.values())
+    if type(norm) is not nn.LayerNorm or 0 not in inputs or -1 in inputs or not are_plain:
         return None
     return EmbeddingParts(tuple(tables.values()), inputs, norm)
 
@@ -323,5 +338,7 @@ def run_layer(layer: nn.Module, hidden_states: Tensor, layout: TokenLayout) -> T
     Packed sequences need an attention that takes `cu_seqlens` and `max_seqlen`.
     """
     if layout.cu_seqlens is None:
-        return layer(hidden_states, layout.layer_mask)
-    return layer(hidden_states[None], None, cu_seqlens=layout.cu_seqlens, max_seqlen=layout.max_seqlen)[0]
+        return same_rows(layer, hidden_states, layer(hidden_states, layout.layer_mask))
+    packed = hidden_states[None]
+    given = layer(packed, None, cu_seqlens=layout.cu_seqlens, max_seqlen=layout.max_seqlen)
+    return same_rows(layer, packed, given)[0]

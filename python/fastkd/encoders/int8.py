@@ -222,7 +222,8 @@ def why_not(layers: Iterable[nn.Module], device: torch.device) -> str | None:
     if any(map(is_adapter, modules)):
         return "an adapter of peft is in its layers; merge it first (merge_and_unload)"
     linears = [module for module in modules if isinstance(module, nn.Linear)]
-    if not all(map(has_plain_weight, linears)):
+    are_quantised = any(type(module).__module__.startswith("torch.ao.") for module in modules)
+    if are_quantised or not all(map(has_plain_weight, linears)):
         return "its layers hold weights that something else quantised; load the model that was not"
     if not all(map(is_untouched, linears)):
         return "something is hooked to its linear layers; remove it first"

@@ -57,8 +57,10 @@ class LayerCall(NamedTuple):
     def run(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
         """What `layer` makes of hidden states of the recorded rows."""
         if self.by_name:
-            return hidden_states_of(layer(*self.arguments, hidden_states=hidden_states, **self.options))
-        return hidden_states_of(layer(hidden_states, *self.arguments, **self.options))
+            given = layer(*self.arguments, hidden_states=hidden_states, **self.options)
+        else:
+            given = layer(hidden_states, *self.arguments, **self.options)
+        return same_rows(layer, hidden_states, hidden_states_of(given))
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +129,17 @@ def hidden_states_of(output: Any) -> Any:
     if isinstance(output, ModelOutput):
         return output.to_tuple()[0]
     return output[0] if isinstance(output, tuple) else output
+
+
+def same_rows(layer: nn.Module, taken: Tensor, given: Any) -> Tensor:
+    """`given`, the hidden states that `layer` made of `taken`; ValueError where it changed the batch or its tokens."""
+    if not isinstance(given, Tensor) or given.shape[:2] != taken.shape[:2]:
+        shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+        raise ValueError(
+            f"backbone: a layer {type(layer).__name__} took hidden states {tuple(taken.shape)} and gave {shape}; "
+            "rows leave between layers, so each has to keep the batch and its tokens: put back the layer that was here"
+        )
+    return given
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:

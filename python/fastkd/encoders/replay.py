@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from fastkd.encoders.layer_list import REMEDY, layer_path
 from fastkd.encoders.layout import TokenLayout
 from fastkd.encoders.recording import EncoderInputs, Observation, Recording, copied_row, observe, record
+from fastkd.encoders.rotary import reads_length
 
 _ROWS, _TOKENS = 3, 8  # of the made-up batch
 _LENGTHS = (_TOKENS, 3, 5)
@@ -34,7 +35,8 @@ class _Findings:
     Attributes:
         sizes: by the place of a layer: how long a tuple it returns, 0 for a tensor.
         tail: the modules between the last layer and the encoder's output, such as a final norm.
-        reads_padding: whether a row's answer depends on how far it is padded, as where layers convolve.
+        reads_padding: whether a row's answer depends on how far it is padded, as where layers convolve, or where rotary
+            frequencies depend on the length of the input.
         dims: by the kind of a recording: which dimension of which argument is the batch's; None where the arguments
             cannot be told apart, and are recorded anew.
     """
@@ -178,7 +180,8 @@ class Replay:
         with self._explained("cannot run without its layers"):
             recording = record(encoder, self.path, seen.sizes, inputs, self._arguments(inputs))
         layers = self.layers(encoder)
-        rows = torch.tensor([0, _ROWS - 1], device=recording.hidden_states.device)
+        # not the outer two, which a batch turned round keeps
+        rows = torch.tensor([0, 1], device=recording.hidden_states.device)
         hidden_states = recording.hidden_states
         dims = findings.dims[recording.kind()] = self._told_apart(encoder, recording, findings.sizes)
         some = None if dims is None else recording.selected(rows, dims)
@@ -254,6 +257,8 @@ class Replay:
 
     def _reads_padding(self, encoder: PreTrainedModel, inputs: EncoderInputs, seen: Observation) -> bool:
         assert inputs.input_ids is not None
+        if reads_length(encoder):
+            return True
         alone = encoder(**self._arguments(EncoderInputs(inputs.input_ids[1:2, : _LENGTHS[1]])))[0]
         return not _is_close(alone, seen.output[1:2, : _LENGTHS[1]], roundings=2**12)
 

@@ -21,9 +21,12 @@ def is_untouched(module: nn.Module) -> bool:
     )
 
 
+_KNOWN = ("torch.nn.", "transformers.", "fastkd.")
+
+
 def are_untouched(module: nn.Module) -> bool:
-    """Whether the module and all modules inside it are untouched."""
-    return all(map(is_untouched, module.modules()))
+    """Whether the module and all inside it are untouched, and none is of a class of somebody else, whatever it does."""
+    return all(is_untouched(inner) and type(inner).__module__.startswith(_KNOWN) for inner in module.modules())
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -31,6 +34,6 @@ def is_plain_linear(module: nn.Module) -> bool:
     return has_plain_weight(module) and module.bias is not None and is_untouched(module)
 
 
-def has_plain_weight(module: nn.Module) -> bool:
-    """Whether it is torch's own linear layer with a tensor of torch's own in it."""
-    return type(module) is nn.Linear and type(module.weight) in _PLAIN
+def has_plain_weight(module: nn.Module, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether it is torch's own linear layer, or one of this `kind`, with a tensor of torch's own in it."""
+    return type(module) is kind and type(module.weight) in _PLAIN

@@ -130,6 +130,7 @@ def packed_tokens(input_ids: Tensor, attention_mask: Tensor | None, token_type_i
     else:
         lengths = attention_mask.sum(1, dtype=torch.int32)
     on_host = lengths.tolist()
-    columns = [input_ids] if token_type_ids is None else [input_ids, token_type_ids]
+    # encoders of transformers take other integers too
+    columns = [column.long() for column in (input_ids, token_type_ids) if column is not None]
     packed, cu_seqlens = fk.pack(columns, lengths, total=sum(on_host))
     return PackedTokens(packed[0], packed[1] if len(packed) > 1 else None, on_host, cu_seqlens)

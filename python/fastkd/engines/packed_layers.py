@@ -151,7 +151,10 @@ _FUSED_ACTIVATIONS: dict[str, tuple[tuple[str, str], Callable[[Tensor], Tensor]]
 
 def _activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
     """The name of an activation that is in `_FUSED_ACTIVATIONS`, found out by what it does; None for any other."""
-    probe = torch.linspace(-4, 4, 65)
+    if isinstance(activation, nn.Module) and activation.state_dict():
+        return None
+    # far out, too, where some are cut off: relu6, gelu_10
+    probe = torch.cat([torch.linspace(-4, 4, 65), torch.tensor([-1e4, -100.0, -20.0, 20.0, 100.0, 1e4])])
     found = activation(probe)
     for name, (_, exact) in _FUSED_ACTIVATIONS.items():
         if torch.allclose(found, exact(probe), rtol=0, atol=1e-6):
@@ -229,14 +232,19 @@ class LayerFromParts:
         if parts.rotary is not None:
             parameters.append(parts.rotary.frequencies)
         epsilons = tuple(norm.eps for norm in parts.norms)
-        if self._stamp is not None and epsilons == self._epsilons and self._stamp.is_current(parameters):
+        rotary = None if parts.rotary is None else parts.rotary.tables
+        is_as_then = epsilons == self._epsilons and (rotary is None or self._turns_by(rotary))
+        if self._stamp is not None and is_as_then and self._stamp.is_current(parameters):
             return
         stamp = fk.ParameterStamp(parameters)
-        self._rotary = None if parts.rotary is None else parts.rotary.tables
+        self._rotary = rotary
         self._whole, self._is_prepared = self._packed_whole(), False
         if self._whole is None:
             self._prepare()
         self._stamp, self._epsilons = stamp, epsilons
+
+    def _turns_by(self, tables: tuple[Tensor, Tensor]) -> bool:
+        return self._rotary is not None and self._rotary[0] is tables[0]
 
     def _prepare(self) -> None:
         for linear in self._products:
@@ -362,14 +370,20 @@ def _add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
     return fk.add_layer_norm(x, residual, norm.weight, norm.bias, norm.eps, out=x)
 
 
-def _is_plain(layer: nn.Module, parts: families.LayerParts) -> bool:
-    """Whether running the parts is all that running the layer does: no adapters, hooks, patches, foreign weights."""
-    return (
+def _plain_parts(layer: nn.Module, parts_of: Callable[[nn.Module], families.LayerParts]) -> families.LayerParts | None:
+    """The parts of a layer, where to run them is all that it does: no adapters, hooks, patches, foreign code."""
+    if not are_untouched(layer):
+        return None
+    try:
+        parts = parts_of(layer)
+    except AttributeError:  # a layer of another family was put in its place
+        return None
+    is_plain = (
         (all(map(has_plain_weight, parts.linears)) or all(map(int8.runs, parts.linears)))
         and all(type(norm) is nn.LayerNorm and norm.weight is not None for norm in parts.norms)
         and (parts.rotary is None or parts.rotary.is_fixed)
-        and are_untouched(layer)
     )
+    return parts if is_plain else None
 
 
 class ModuleLayer:
@@ -463,7 +477,7 @@ def current_layers(
     """
     previous: Sequence[Layer | None] = before or [None] * len(modules)
     return [
-        _current_layer(module, old, parts_of(module) if from_parts else None, config)
+        _current_layer(module, old, _plain_parts(module, parts_of) if from_parts else None, config)
         for module, old in zip(modules, previous, strict=True)
     ]
 
@@ -471,9 +485,11 @@ def current_layers(
 def _current_layer(
     module: nn.Module, old: Layer | None, parts: families.LayerParts | None, config: PreTrainedConfig
 ) -> Layer:
-    if parts is None or not _is_plain(module, parts):
+    if parts is None:
         return ModuleLayer(module, config)
     if not isinstance(old, LayerFromParts) or not old.runs(parts):
+        if not parts.fits(config.num_attention_heads):
+            return ModuleLayer(module, config)
         old = LayerFromParts(parts, config.num_attention_heads, _linear_for(parts))
     old.refresh()
     return old

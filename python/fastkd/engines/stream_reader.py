@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, islice, repeat
@@ -137,7 +138,7 @@ class StreamReader:
             line = getattr(row, "line", position + 1)
             try:
                 if isinstance(row, Mapping) and "input_ids" in row:
-                    encoded.append(self._checked(position, line, row["input_ids"], row.get("token_type_ids"), now))
+                    encoded.append(self._checked(position, line, *_tokens_of(row), now))
                 else:
                     texts.append((position, line, _texts(row, self._text_columns)))
             except ValueError as error:
@@ -227,6 +228,28 @@ class StreamReader:
             raise ValueError(f"{len(ids)} tokens, expected 1 to {self._limit}")
         # segment 0 throughout is what no segments mean
         return EncodedRow(position, line, len(ids), ids, segments if segments and any(segments) else None, now)
+
+
+def _tokens_of(row: Mapping[str, Any]) -> tuple[Sequence[int], Sequence[int] | None]:
+    """The `input_ids` and perhaps `token_type_ids` of a row: lists, arrays or tensors.
+
+    Raises:
+        ValueError: other values than whole numbers; not as many of both.
+    """
+    ids, segments = _whole_numbers(row, "input_ids"), None
+    if row.get("token_type_ids") is not None:
+        segments = _whole_numbers(row, "token_type_ids")
+        if len(segments) != len(ids):
+            raise ValueError(f"{len(segments)} token_type_ids for {len(ids)} input_ids; expected one for each")
+    return ids, segments
+
+
+def _whole_numbers(row: Mapping[str, Any], name: str) -> Sequence[int]:
+    values = row[name]
+    try:
+        return array("q", values.tolist() if hasattr(values, "tolist") else values)
+    except (TypeError, OverflowError):
+        raise ValueError(f"{name} {reprlib.repr(values)}; expected whole numbers, one for each token") from None
 
 
 def _texts(row: Any, columns: Columns) -> Text:

@@ -26,6 +26,8 @@ class KDOptions(HeadTrainOptions):
             weights, and for a student made of a teacher they are the teacher's.
         assistants: student specs of TAKD's chain, largest first; default: one with half the layers between teacher and
             student.
+        student_layers: where the student's list of layers lies, as in "encoder.layers"; None: as in the teacher that it
+            is made of, else found by itself.
         pseudo_classifiers: how those of the teacher are pre-trained.
     """
 
@@ -35,4 +37,5 @@ class KDOptions(HeadTrainOptions):
     pool: str | None = None
     freeze_embeddings: bool = False
     assistants: tuple[str, ...] = ()
+    student_layers: str | None = None
     pseudo_classifiers: PseudoClassifierOptions = field(default_factory=PseudoClassifierOptions)

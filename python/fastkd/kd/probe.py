@@ -162,6 +162,8 @@ class LayerProbe:
             pool = default_pool(inner)
         self._pool: Pool = POOLS[check_pool(pool)] if isinstance(pool, str) else pool
         self._whole = whole_model(inner)
+        if self._whole:
+            inner.check_encoder()  # type: ignore[operator]  # before hooks listen, because it runs the layers
         modules = encoder_layers(inner, layers)
         self.num_layers = layer_count(inner, layers)
         # layers are then counted by their calls

@@ -48,7 +48,13 @@ class StudentObjective(Objective):
     """The student as the Trainer sees it, together with what the method adds to it in training."""
 
     def __init__(
-        self, stage: Stage, student: PreTrainedModel, loss: StageLoss, teacher: Teacher | None, pool: str | None
+        self,
+        stage: Stage,
+        student: PreTrainedModel,
+        loss: StageLoss,
+        teacher: Teacher | None,
+        pool: str | None,
+        layers: str | None = None,
     ) -> None:
         super().__init__()
         self.student = student
@@ -59,12 +65,14 @@ class StudentObjective(Objective):
         self._teacher = (teacher,)
         # a method that reads logits only takes students whose layers are not found
         self._probe = (
-            LayerProbe(student, pool, keep_sequence="sequence_output" in stage.student) if stage.student else None
+            LayerProbe(student, pool, keep_sequence="sequence_output" in stage.student, layers=layers)
+            if stage.student
+            else None
         )
-        layers = 0 if self._probe is None else self._probe.num_layers
-        has_heads = "layer_logits" in stage.student and layers > 1
+        depth = 0 if self._probe is None else self._probe.num_layers
+        has_heads = "layer_logits" in stage.student and depth > 1
         # the last layer has the student's own classifier
-        self.heads = PseudoClassifiers(layers - 1, _width(student), num_labels_of(student)) if has_heads else None
+        self.heads = PseudoClassifiers(depth - 1, _width(student), num_labels_of(student)) if has_heads else None
 
     def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:
         given = {name: batch.pop(f"teacher_{name}") for name in CACHED_KINDS if f"teacher_{name}" in batch}
@@ -185,8 +193,9 @@ class StageRun:
         options = self._stage_options()
         transformers.set_seed(options.seed)
         objective = StudentObjective(
-            self.stage, self.student, self._loss(), self.teacher, options.pool or self.method.pool
-        )
+            self.stage, self.student, self._loss(), self.teacher, options.pool or self.method.pool,
+            options.student_layers,
+        )  # fmt: skip
         train_tokens = tokenize(train, self.tokenizer, options.max_length)
         stage = TrainingStage(
             objective=objective,
@@ -220,7 +229,7 @@ class StageRun:
     def _loss(self) -> StageLoss:
         teacher = self.teacher
         shapes = Shapes(
-            student_layers=layer_count(self.student) if self.stage.student else 0,
+            student_layers=layer_count(self.student, self.options.student_layers) if self.stage.student else 0,
             teacher_layers=0 if teacher is None or not reads_layers(self.stage.teacher) else teacher.num_layers,
             student_width=_width(self.student),
             teacher_width=0 if teacher is None else _width(teacher.model),

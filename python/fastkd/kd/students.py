@@ -252,6 +252,7 @@ def student_from_teacher(
     teacher: PreTrainedModel,
     spec: str,
     *,
+    layers: str | None = None,
     copy_classifier: bool = True,
     copy_embeddings: bool = True,
     **options: Any,
@@ -259,7 +260,7 @@ def student_from_teacher(
     """A student for the task of `teacher`, with its labels.
 
     Args:
-        teacher: a sequence classifier; for "layers:..." one whose list of layers is found.
+        teacher: a sequence classifier; for "layers:..." one whose list of layers is found or named.
         spec: which student:
             "layers:K": K evenly spaced layers of the teacher, the last one among them (2, 4 and 6 of 6 for K = 3, as
             PKD-Skip pairs them), with its embeddings, pooler and classifier;
@@ -268,6 +269,7 @@ def student_from_teacher(
             "bilstm", "gated-cnn": new layers on the teacher's vocabulary;
             anything else: the folder of a checkpoint that `AutoModelForSequenceClassification` loads, whose tokenizer
             has to be the teacher's for the two to see the same tokens.
+        layers: where the teacher's list of layers lies, see `LayerProbe`.
         copy_classifier: for "layers:...": False leaves the classifier and what lies before it outside the encoder
             new, as for a teacher that is a pretrained checkpoint.
         copy_embeddings: for "bilstm" and "gated-cnn": start with the teacher's word embeddings, projected to the
@@ -288,9 +290,9 @@ def student_from_teacher(
     if options:
         raise ValueError(f"{', '.join(options)}: {spec!r} takes no options, only bilstm and gated-cnn do")
     if spec.startswith("layers:"):
-        _check_has_own_layers(teacher, spec)
-        layers = chosen_layers(spec, len(encoder_layers(teacher)))
-        return _with_layers(teacher, layers, copy_classifier)
+        _check_has_own_layers(teacher, spec, layers)
+        chosen = chosen_layers(spec, len(encoder_layers(teacher, layers)))
+        return _with_layers(teacher, chosen, copy_classifier, layers)
     if not os.path.isdir(spec):
         raise ValueError(f"spec: got {spec!r}, expected {SPECS}")
     labels = {name: getattr(teacher.config, name) for name in ("id2label", "label2id", "problem_type")}
@@ -300,12 +302,12 @@ def student_from_teacher(
     return _like(student, teacher)
 
 
-def _check_has_own_layers(teacher: PreTrainedModel, spec: str) -> None:
+def _check_has_own_layers(teacher: PreTrainedModel, spec: str, layers: str | None) -> None:
     """Raise ValueError where a teacher's layers cannot be taken out one by one."""
     kind, why = type(teacher).__name__, None
     if teacher.base_model is teacher:
         why = "has no encoder of its own to take layers from"
-    elif layer_count(teacher) > len(encoder_layers(teacher)):
+    elif layer_count(teacher, layers) > len(encoder_layers(teacher, layers)):
         why = "has layers that share weights"
     if why is not None:
         raise ValueError(f"spec: got {spec!r}, but {kind} {why}; use another student")
@@ -342,7 +344,9 @@ def _explicit_layers(spec: str, layers: Sequence[int], teacher_layers: int) -> t
     return tuple(layers)
 
 
-def _with_layers(teacher: PreTrainedModel, layers: Sequence[int], copy_classifier: bool) -> PreTrainedModel:
+def _with_layers(
+    teacher: PreTrainedModel, layers: Sequence[int], copy_classifier: bool, path: str | None
+) -> PreTrainedModel:
     config = copy.deepcopy(teacher.config)
     has_exits = isinstance(config, EarlyExitConfig)
     heads: dict[int, int] = {}
@@ -358,7 +362,7 @@ def _with_layers(teacher: PreTrainedModel, layers: Sequence[int], copy_classifie
     student = cast(PreTrainedModel, type(teacher)(cast(Any, config)))
     encoder = f"{teacher.base_model_prefix}."
     depth = teacher.config.num_hidden_layers
-    prefix = f"{encoder}{layer_path(teacher.base_model, getattr(config, 'layers', None), depth)}."
+    prefix = f"{encoder}{layer_path(teacher.base_model, path or getattr(config, 'layers', None), depth)}."
     positions: dict[int, list[int]] = {}
     for position, layer in enumerate(layers):
         positions.setdefault(layer, []).append(position)

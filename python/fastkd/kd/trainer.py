@@ -108,6 +108,8 @@ class KDTrainer:
         self.teacher = Teacher.load(teacher, pool) if isinstance(teacher, str | os.PathLike) else teacher
         if self.teacher is not None and pool is not None and self.teacher.pool != pool:
             raise ValueError(f"teacher: it pools by {self.teacher.pool}, expected {pool}; load it with pool={pool!r}")
+        if self.teacher is not None and self.options.student_layers is None and str(student).startswith("layers:"):
+            self.options = replace(self.options, student_layers=self.teacher.layers)
         self.tokenizer = tokenizer or self._default_tokenizer()
         self._chain = self._assistants() if self.method.has_assistants else ()
         asks_live = bool(self.method.teacher_kinds) and not self._is_cached
@@ -215,7 +217,7 @@ class KDTrainer:
             student = self.student
         elif is_made_of_teacher(str(self.student)):
             assert self.teacher is not None
-            student = student_from_teacher(self.teacher.model, str(self.student))
+            student = student_from_teacher(self.teacher.model, str(self.student), layers=self.teacher.layers)
         else:
             path = self.student
             labels: dict[str, Any] = {"num_labels": train.num_labels}
@@ -246,11 +248,11 @@ class KDTrainer:
             if not folder.exists():
                 options = replace(self.options, assistants=(), resume=True, overwrite=False)
                 transformers.set_seed(options.seed)
-                assistant = student_from_teacher(self.teacher.model, spec)
+                assistant = student_from_teacher(self.teacher.model, spec, layers=self.teacher.layers)
                 KDTrainer(teacher, assistant, "kd", options, cache=self._assistant_cache(number - 1)).train(
                     train, dev, folder
                 )
-            teacher = Teacher.load(folder, teacher.pool)
+            teacher = Teacher.load(folder, teacher.pool, self.teacher.layers)
         return teacher
 
     def _assistant_cache(self, number: int) -> bool | str | os.PathLike[str]:

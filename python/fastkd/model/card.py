@@ -9,6 +9,7 @@ from typing import Any
 
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.exits.certificate import Certificate, percent
+from fastkd.exits.rank_calibration import RankCertificate
 
 TAGS = ("fastkd-kernels", "early-exit")
 PLACE = "path/to/this/folder"
@@ -69,7 +70,7 @@ def _card(
         "## Speeds\n\n" + _speeds(config),
         "## Certificate\n\n" + _certificate(config),
     ]
-    if not is_adapter:
+    if not is_adapter and config.quantized is None:
         parts.append("## The encoder without fastkd\n\n" + _encoder(prefix, name))
     return "\n\n".join(parts) + "\n"
 
@@ -86,6 +87,8 @@ def _what(config: EarlyExitConfig, is_adapter: bool) -> str:
         "head that is certain enough (FastBERT, ACL 2020).",
         "transformers does not bring the class of this model: `pip install fastkd-kernels`.",
     ]
+    if config.quantized is not None:
+        lines.append(f"The products of its layers are in {config.quantized}, which fastkd alone runs, on a CPU.")
     if is_adapter:
         lines.append(
             "This folder holds an adapter of peft; `adapter_config.json` names its base, upon which it is loaded."
@@ -136,9 +139,26 @@ def _speeds(config: EarlyExitConfig) -> str:
 
 
 def _certificate(config: EarlyExitConfig) -> str:
+    found = [text for text in (_of_answers(config), _of_rankings(config)) if text is not None]
+    if not found:
+        return "None. `fastkd calibrate` finds a speed with a guarantee on rows that training has not seen."
+    return "\n\n".join(found)
+
+
+def _of_rankings(config: EarlyExitConfig) -> str | None:
+    certificate = RankCertificate.of(config)
+    if certificate is None:
+        return None
+    return (
+        f"Ranking by `model.rank`, top {certificate.top_k}, {certificate.dtype or 'unknown'} weights: {certificate}. "
+        f"{certificate.speedup:.2f}x fewer operations. Calibrated {certificate.date[:10]} on {certificate.n:,} queries."
+    )
+
+
+def _of_answers(config: EarlyExitConfig) -> str | None:
     certificate = Certificate.of(config)
     if certificate is None:
-        return "None. `fastkd calibrate` finds a speed with a guarantee on rows that training has not seen."
+        return None
     return (
         f"At speed {_listed(certificate.speed)}, criterion {certificate.criterion}, {certificate.dtype or 'unknown'} "
         f"weights: {certificate}. {certificate.speedup:.2f}x fewer operations; agreement with the full model at least "

@@ -7,10 +7,12 @@ from torch import Tensor
 
 
 def check_tokens(tokens: Tensor, embedded: bool, longest: int) -> None:
-    """Raise for input_ids that are no [B, T] integers, inputs_embeds that are no [B, T, E], or too many tokens."""
+    """Raise for input_ids that are no [B, T] integers, inputs_embeds that are no [B, T, E], no or too many tokens."""
     name, form = ("inputs_embeds", "[B, T, E] floats") if embedded else ("input_ids", "[B, T] integers")
     if tokens.dim() != 2 + embedded or tokens.is_floating_point() != embedded:
         raise ValueError(f"{name}: got shape {tuple(tokens.shape)} of {tokens.dtype}, expected {form}")
+    if tokens.shape[0] and not tokens.shape[1]:
+        raise ValueError(f"{name}: got shape {tuple(tokens.shape)}, rows without tokens; expected at least one a row")
     if tokens.shape[1] > longest:
         raise ValueError(
             f"{name}: got {tokens.shape[1]} tokens a row, but this encoder takes at most {longest}; truncate the "

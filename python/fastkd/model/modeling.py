@@ -381,6 +381,10 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         sketch = WeightsSketch.of(weights)
         self.config.weights_fingerprint = sketch.fingerprint
 
+    def check_encoder(self) -> None:
+        """Raise ValueError where the encoder cannot be run layer by layer; asked by the first call at the latest."""
+        self._driver.check(self.backbone)
+
     # What engines ask, see `fastkd.engines.protocol.ExitModel`
 
     def start(self, inputs: EncoderInputs) -> tuple[Tensor, TokenLayout]:
@@ -389,7 +393,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
 
     @property
     def reads_padding(self) -> bool:
-        """Whether a row's answer depends on how far it is padded, in transformers as here: where layers convolve."""
+        """Whether a row's answer depends on how far it is padded, in transformers as here."""
         return self._driver.reads_padding(self.backbone)
 
     def narrowed(
@@ -989,7 +993,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         if config.quantized is not None:
             model.backbone.requires_grad_(False)  # loading makes new parameters
         if model.device.type != "meta":
-            model._driver.check(model.backbone)
+            model.check_encoder()
         if not heads_are_new and path is not None:
             folder = local_folder(path, kwargs, besides=SEEN_ROWS)
             model.seen_rows = {} if folder is None else load_seen_rows(folder)

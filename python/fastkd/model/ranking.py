@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Protocol, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from fastkd.data.input_format import with_input_format
+from fastkd.data.tables import table_of
 from fastkd.data.texts import text_problem
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.engines import rank as engine
@@ -69,15 +71,13 @@ def rank(
     """See `EarlyExitForSequenceClassification.rank`."""
     if model.training:
         raise ValueError("model: is in training mode, where no document leaves early; call model.eval() first")
-    if isinstance(documents, str | Mapping):
-        raise TypeError(f"documents: got one {type(documents).__name__}, expected a list of texts")
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+    documents = _listed(documents)
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 1):
         raise ValueError(f"top_k: got {top_k!r}, expected a whole number from 1 on, or None for all documents")
     if tokens_per_run < 1:
         raise ValueError(f"tokens_per_run: got {tokens_per_run}, expected at least 1")
     number = label_number(model.config, label)
-    documents = list(documents)
-    wanted = len(documents) if top_k is None else min(top_k, len(documents))
+    wanted = len(documents) if top_k is None else min(int(top_k), len(documents))
     rule = _rule(model, wanted, speed, number)
     if rule.leaves_early:
         model.check_exits()
@@ -95,6 +95,21 @@ def rank(
     if return_documents:
         entries = (entry | {"text": documents[entry["corpus_id"]]} for entry in entries)
     return Ranking(entries, exit_layers.tolist())
+
+
+def _listed(documents: Any) -> list[Any]:
+    """The documents; TypeError for one alone, and for a table, which gives the names of its columns."""
+    if isinstance(documents, str | Mapping) or not isinstance(documents, Iterable):
+        raise TypeError(f"documents: got one {type(documents).__name__}, expected a list of texts")
+    table = table_of(documents, "documents")
+    if table is None:
+        return list(documents)
+    if "input_ids" not in table.columns:
+        raise TypeError(
+            f"documents: got a {type(documents).__name__} with the columns {', '.join(map(repr, table.columns))}, "
+            "expected a list of texts; pass the column of the texts"
+        )
+    return [table[row] for row in range(len(table))]
 
 
 def label_number(config: EarlyExitConfig, label: str | int | None) -> int | None:

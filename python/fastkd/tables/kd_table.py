@@ -94,12 +94,16 @@ class Task:
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """How teachers are fine-tuned; dev rows choose the best epoch."""
+    """How teachers are fine-tuned; dev rows choose the best epoch.
+
+    `layers` says where a teacher's list of layers lies, as in "encoder.layers"; None: found by itself.
+    """
 
     checkpoint: str = "minilm"
     train_rows: int | None = None
     dev_rows: int | None = None
     train: Mapping[str, Any] = field(default_factory=dict)
+    layers: str | None = None
 
 
 @dataclass(frozen=True)
@@ -398,7 +402,7 @@ class _Runner:
 
     def _teacher(self, task: str, pool: str | None) -> Teacher:
         if (task, pool) not in self._teachers:
-            self._teachers[task, pool] = Teacher.load(self._teacher_folder(task), pool)
+            self._teachers[task, pool] = Teacher.load(self._teacher_folder(task), pool, self.grid.teacher.layers)
         return self._teachers[task, pool]
 
     def _teacher_folder(self, task: str) -> Path:
@@ -408,7 +412,7 @@ class _Runner:
         record = self.output / "teachers" / f"{_slug(task)}.json"
         options = _teacher_options(self.grid, task)
         settings = _digest(
-            {"grid": asdict(self.grid.teacher), "task": _task_settings(plan), "options": asdict(options)}
+            {"grid": _settings_of(self.grid.teacher), "task": _settings_of(plan), "options": _settings_of(options)}
         )
         found = _read(record, plan.metric)
         if found is not None:
@@ -436,11 +440,11 @@ class _Runner:
         """A digest of all that a result depends on."""
         grid, options = self.grid, _options(self.grid, cell)
         parts = {
-            "options": asdict(options),
+            "options": _settings_of(options),
             "student": cell.block.student,
             "method": cell.method,
-            "task": _task_settings(grid.tasks[cell.task]),
-            "teacher": asdict(grid.teacher),
+            "task": _settings_of(grid.tasks[cell.task]),
+            "teacher": _settings_of(grid.teacher),
             "rows": [grid.train_rows, grid.eval_rows, grid.eval_split, grid.rows_seed],
         }
         return _digest(parts)
@@ -459,9 +463,9 @@ def _load_task(name: str, folder: Path, plan: Task) -> DataFolder:
         raise DataError(f"tasks.{name}: {message}") from error
 
 
-def _task_settings(plan: Task) -> dict[str, Any]:
+def _settings_of(plan: Task | TeacherPlan | KDOptions) -> dict[str, Any]:
     """All that a result depends on; what was added later counts where it is given, so that older results stay."""
-    later = {*_COLUMN_KEYS.values(), "labels_are"}
+    later = {*_COLUMN_KEYS.values(), "labels_are", "layers", "student_layers"}
     return {name: value for name, value in asdict(plan).items() if value is not None or name not in later}
 
 

@@ -239,7 +239,10 @@ def _kept_result(
 
 
 def _settings(options: Table2Options, reading: Mapping[str, str]) -> dict[str, Any]:
-    return _as_json(options) | ({"reading": dict(reading)} if reading else {})
+    settings = _as_json(options)
+    if options.early_exit.layers is None:
+        del settings["early_exit"]["layers"]
+    return settings | ({"reading": dict(reading)} if reading else {})
 
 
 def _as_json(options: Any) -> dict[str, Any]:
@@ -299,7 +302,8 @@ def _run_dataset(
 def student_of(teacher: EarlyExitForSequenceClassification, layers: int) -> EarlyExitForSequenceClassification:
     """A model with `layers` of the teacher's layers, evenly spaced from the first, its embeddings and its last head.
 
-    Half the layers are every second one, as DistilBERT starts (Sanh et al., 2019, section 3).
+    Half the layers are every second one, as DistilBERT starts (Sanh et al., 2019, section 3). Layers that share weights
+    are called less often.
 
     Raises:
         ValueError: as many layers as the teacher has, or more.
@@ -309,15 +313,19 @@ def student_of(teacher: EarlyExitForSequenceClassification, layers: int) -> Earl
     backbone = copy.deepcopy(teacher.config.backbone)
     chosen = [number * teacher.num_layers // layers for number in range(layers)]
     keep_layers(backbone, chosen)
-    kept = ("head", "head_width", "head_attention_heads", "head_dropout", "id2label", "label2id", "problem_type")
+    kept = (
+        "head", "head_width", "head_attention_heads", "head_dropout", "id2label", "label2id", "problem_type", "layers",
+        "pool", "input_format",
+    )  # fmt: skip
     config = EarlyExitConfig(backbone, exit_layers=[layers], **{name: getattr(teacher.config, name) for name in kept})
     student = EarlyExitForSequenceClassification(config)
     own = student.state_dict()
     shared = {name: weight for name, weight in teacher.state_dict().items() if name in own}
     student.load_state_dict(shared, strict=False)
     teacher_layers = encoder_layers(teacher)
-    for number, layer in zip(chosen, encoder_layers(student), strict=True):
-        layer.load_state_dict(teacher_layers[number].state_dict())
+    if len(teacher_layers) == teacher.num_layers:  # else they share weights, as ALBERT's do, and have them already
+        for number, layer in zip(chosen, encoder_layers(student), strict=True):
+            layer.load_state_dict(teacher_layers[number].state_dict())
     student.last_head.load_state_dict(teacher.last_head.state_dict())
     return student.eval()
 

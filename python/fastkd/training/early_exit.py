@@ -34,6 +34,7 @@ class TrainingPlan:
         head_factor: see there.
         distill_learning_rate: of the other heads.
         seed: of corpus, rows and weights.
+        layers: where the encoder's list of layers lies, as in "encoder.layers"; None: found by itself.
     """
 
     checkpoint: str = PACKAGED_CHECKPOINT
@@ -46,6 +47,7 @@ class TrainingPlan:
     head_factor: float = 10.0
     distill_learning_rate: float = 1e-3
     seed: int = 7
+    layers: str | None = None
 
     def shared_options(self) -> dict[str, Any]:
         """What both steps are told."""
@@ -59,7 +61,7 @@ def finetune_in(output: Path, folder: DataFolder, plan: TrainingPlan, shown: Pro
     if target.exists() or (output / DISTILLED).exists():
         return _KEPT
     shown.say("[bold]2[/] fine-tuning: backbone and last head learn the labels")
-    model, tokenizer = load_plain(plan.checkpoint, folder, "fastbert", None, plan.seed)
+    model, tokenizer = load_plain(plan.checkpoint, folder, "fastbert", None, plan.seed, plan.layers)
     set_length(model, tokenizer, plan.max_length)
     options = FinetuneOptions(
         epochs=plan.epochs, learning_rate=plan.learning_rate, head_learning_rate_factor=plan.head_factor,

@@ -45,6 +45,7 @@ from transformers import (
 from fastkd.data.batches import LengthGroupedSampler, ShuffledOnceSampler
 from fastkd.data.files import atomic_folder, read_json, write_json
 from fastkd.data.rows import Rows
+from fastkd.data.tensors import apart
 from fastkd.model.adapters import save_adapter
 from fastkd.training.checks import check_outputs, clear_failed_start, require
 from fastkd.training.log import LOG_FILE
@@ -625,6 +626,10 @@ class ObjectiveTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         self._save(output_dir, state_dict=self.sharded.weights())
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        weights = cast(nn.Module, self.model).state_dict() if state_dict is None else state_dict
+        super()._save(output_dir, state_dict=apart(weights))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.sharded is None:
