@@ -303,7 +303,7 @@ def test_files_of_older_versions_are_read(measured: Benchmark) -> None:
         ({"speeds": []}, "speeds: got"),
         ({"speeds": [float("nan")]}, "speeds: got"),
         ({"batch_sizes": [0]}, "batch_sizes: got"),
-        ({"dtypes": ["int8"]}, "dtypes: got"),
+        ({"dtypes": ["int4"]}, "dtypes: got"),
         ({"repeats": 0}, "repeats: got 0"),
     ],
 )

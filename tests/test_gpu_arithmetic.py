@@ -40,14 +40,16 @@ def test_exit_gate(criterion: str, dtype: torch.dtype) -> None:
     gate.test_uncertainty_is_within_the_error_budget("cuda", criterion, dtype)
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layer_norm(dtype: torch.dtype) -> None:
-    layer_norm.test_add_layer_norm("cuda", dtype, 3, 384, True)
+def test_layer_norm(dtype: torch.dtype, has_bias: bool) -> None:
+    layer_norm.test_add_layer_norm("cuda", dtype, 3, 384, True, has_bias)
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_embed_layer_norm(dtype: torch.dtype) -> None:
-    layer_norm.test_embed_layer_norm("cuda", dtype, 3)
+def test_embed_layer_norm(dtype: torch.dtype, has_bias: bool) -> None:
+    layer_norm.test_embed_layer_norm("cuda", dtype, 3, has_bias)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
