@@ -59,7 +59,7 @@ class Plan:
 
     def __init__(self, model: ExitModel) -> None:
         # before anything is read, so that a change from now on is noticed
-        self._watched = _watched(model)
+        self._watched = model.parts
         self._config = model.config
         self._layer_stamps = {number: fk.ModuleStamp([layer]) for number, layer in enumerate(model.layers, 1)}
         self._head_stamps = {number: fk.ModuleStamp([model.heads.after(number)]) for number in model.exit_layers}
@@ -92,7 +92,7 @@ class Plan:
         """Whether all but its layers and heads are: embeddings, configuration, and which layers and heads there are."""
         return (
             model.config is self._config
-            and all(map(_is, _watched(model), self._watched))
+            and all(map(_is, model.parts, self._watched))
             and self._onednn == torch.backends.mkldnn.enabled
             and self._frame.is_current()
         )
@@ -251,12 +251,6 @@ def _is_simple(option: object) -> bool:
     return option is None or type(option) in (float, int, str)
 
 
-def _watched(model: ExitModel) -> tuple[nn.Module, ...]:
-    """The modules that a plan follows from."""
-    modules = model._modules
-    return modules[model.base_model_prefix], modules["heads"]  # type: ignore[return-value]
-
-
 def _around_layers(model: ExitModel) -> list[nn.Module]:
     inside = {module for layer in model.layers for module in layer.modules()}
     return [*(module for module in model.backbone.modules() if module not in inside), model.heads]
@@ -300,9 +294,8 @@ def forget_plan(model: ExitModel) -> None:
 
 def _can_be_planned(model: ExitModel) -> bool:
     return (
-        # a replica of DataParallel lives for one call
-        not getattr(model, "_is_replica", False)
+        not model.is_replica
         and model.config.has_fast_paths
         and packed_encoder.supports(model)
-        and all(map(are_untouched, _watched(model)))
+        and all(map(are_untouched, model.parts))
     )

@@ -58,6 +58,16 @@ class ExitModel(Protocol):
         ...
 
     @property
+    def parts(self) -> tuple[nn.Module, nn.Module]:
+        """`backbone` and `heads`, cheaply."""
+        ...
+
+    @property
+    def is_replica(self) -> bool:
+        """Whether it lives for one call, as the copies of DataParallel do."""
+        ...
+
+    @property
     def claims_version(self) -> int:
         """Another number after each change of what is known of the weights."""
         ...

@@ -416,6 +416,17 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         return self._head(layer)(*self._read(hidden_states, layout))
 
     @property
+    def parts(self) -> tuple[nn.Module, nn.Module]:
+        """`backbone` and `heads`, past the search of `nn.Module` for attributes."""
+        modules: dict[str, Any] = self._modules
+        return modules[self.base_model_prefix], modules["heads"]
+
+    @property
+    def is_replica(self) -> bool:
+        """Whether it lives for one call, as the copies of DataParallel do."""
+        return getattr(self, "_is_replica", False)
+
+    @property
     def claims_version(self) -> int:
         """Another number after each change of what is known of the weights."""
         return self._claims.version
