@@ -36,6 +36,21 @@ def values_are_free(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not _derivatives.transforming()
 
 
+def check_rising(cu_seqlens: Tensor, rows: int, bound: str) -> None:
+    """What the C++ kernels check for themselves; ValueError names `rows` as `bound` does.
+
+    Args:
+        cu_seqlens: [B + 1] int32.
+        rows: of the tensors that it cuts.
+        bound: as in "at most N=7".
+    """
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last > rows or not bool((cu_seqlens.diff() >= 0).all()):
+        raise ValueError(
+            f"cu_seqlens: got values from {first} to {last}, expected them to rise from 0 to at most {bound}"
+        )
+
+
 def refuse_gradient(written: str, tensors: Sequence[Tensor | None]) -> None:
     """Raise ValueError where a gradient is wanted, which a written result would not have."""
     if _derivatives.wants_gradient(tensors):

@@ -528,13 +528,18 @@ def _losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in log["log_history"] if "loss" in entry]
 
 
-def test_torchrun_trains_like_one_process(plain: Path, tmp_path: Path) -> None:
-    """Fine-tuned and distilled by two processes, and begun by one and continued by two, and the other way round."""
-    still = tmp_path / "still"  # without dropout both see the same network
+def _without_dropout(plain: Path, folder: Path) -> Path:
+    """So that any number of processes sees the same network."""
     model = load(plain, num_labels=2)
     model.config.backbone.hidden_dropout_prob = model.config.backbone.attention_probs_dropout_prob = 0.0
     model.config.head_dropout = 0.0
-    model.save_pretrained(still)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_torchrun_trains_like_one_process(plain: Path, tmp_path: Path) -> None:
+    """Fine-tuned and distilled by two processes, and begun by one and continued by two, and the other way round."""
+    still = _without_dropout(plain, tmp_path / "still")
     options = {"learning_rate": 1e-4, "eval_steps": 4}
     with pytest.raises(Stopped):
         train("finetune", load(still), tmp_path / "one_then_two", stop_at=18, **options)
@@ -577,11 +582,7 @@ def test_torchrun_trains_like_one_process(plain: Path, tmp_path: Path) -> None:
 
 def test_weights_spread_over_processes_learn_the_same(plain: Path, tmp_path: Path) -> None:
     """FSDP2, of a run that one process began and of one that one process continues."""
-    still = tmp_path / "still"
-    model = load(plain, num_labels=2)
-    model.config.backbone.hidden_dropout_prob = model.config.backbone.attention_probs_dropout_prob = 0.0
-    model.config.head_dropout = 0.0
-    model.save_pretrained(still)
+    still = _without_dropout(plain, tmp_path / "still")
     options = {"learning_rate": 1e-4, "eval_steps": 4}
     with pytest.raises(Stopped):
         train("finetune", load(still), tmp_path / "one_then_two", stop_at=18, **options)

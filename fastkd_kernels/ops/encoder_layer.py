@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd_kernels import _extension
-from fastkd_kernels._arguments import dense, values_are_free
+from fastkd_kernels._arguments import check_rising, dense, values_are_free
 from fastkd_kernels._backend import register_backends, resolve
 from fastkd_kernels._derivatives import wants_gradient
 from fastkd_kernels._library import library
@@ -492,7 +492,7 @@ def encoder_layers(hidden_states: Tensor, cu_seqlens: Tensor, layers: Sequence[P
     packed = [layer.packed for layer in layers if layer.packed is not None]
     if backend != "cpu" or len(packed) < len(layers):
         if values_are_free(cu_seqlens):
-            _check_bounds(cu_seqlens, hidden_states.shape[0])
+            check_rising(cu_seqlens, hidden_states.shape[0], f"R={hidden_states.shape[0]}")
         for layer in layers:
             hidden_states = encoder_layer_reference(hidden_states, cu_seqlens, layer)
         return hidden_states
@@ -537,15 +537,6 @@ class PreparedEncoderLayers:
         except RuntimeError as error:
             raise _extension.as_typed_error(error) from None
         return out
-
-
-def _check_bounds(cu_seqlens: Tensor, rows: int) -> None:
-    """What the C++ kernel checks for itself."""
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last > rows or not bool((cu_seqlens.diff() >= 0).all()):
-        raise ValueError(
-            f"cu_seqlens: got values from {first} to {last}, expected them to rise from 0 to at most R={rows}"
-        )
 
 
 def _check_call(hidden_states: Tensor, cu_seqlens: Tensor, layers: Sequence[PackedEncoderLayer]) -> None:

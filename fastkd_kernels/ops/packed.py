@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from fastkd_kernels import _eager, _extension, _triton
-from fastkd_kernels._arguments import check_written, dense, mark_written, refuse_gradient, select_rows, values_are_free
+from fastkd_kernels._arguments import (
+    check_rising,
+    check_written,
+    dense,
+    mark_written,
+    refuse_gradient,
+    select_rows,
+    values_are_free,
+)
 from fastkd_kernels._backend import register_backends, resolve
 from fastkd_kernels._derivatives import wants_gradient
 from fastkd_kernels._launch import Launcher, next_power_of_2
@@ -438,7 +446,7 @@ def unpack(tensors: Sequence[Tensor], cu_seqlens: Tensor, max_seqlen: int) -> li
         raise ValueError(f"max_seqlen: got {max_seqlen}, expected at least 0")
     backend = _backend(tensors)
     if _checks_values(backend, cu_seqlens):
-        _check_bounds_values(cu_seqlens, tensors[0].shape[0])
+        _check_rising(cu_seqlens, tensors[0].shape[0])
         longest = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
         if longest > max_seqlen:
             raise ValueError(f"max_seqlen: got {max_seqlen}, expected at least the longest sequence, {longest} tokens")
@@ -490,7 +498,7 @@ def compact_packed(
         _check_out(out, tensors, cu_seqlens, survivors, count)
     backend = _backend(tensors)
     if _checks_values(backend, cu_seqlens):
-        _check_bounds_values(cu_seqlens, tensors[0].shape[0])
+        _check_rising(cu_seqlens, tensors[0].shape[0])
         _check_survivors(survivors, count, cu_seqlens, tensors if out is None else out)
     if backend == "reference":
         total = tensors[0].shape[0] if out is None else max(target.shape[0] for target in out)
@@ -549,14 +557,8 @@ def _check_lengths(lengths: Tensor, padded: int, total: int) -> None:
         raise ValueError(f"total: got {total}, expected at least the sum of the lengths, {rows}")
 
 
-def _check_bounds_values(cu_seqlens: Tensor, rows: int) -> None:
-    """As the C++ kernels check them."""
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last > rows or not bool((cu_seqlens.diff() >= 0).all()):
-        raise ValueError(
-            f"cu_seqlens: got values from {first} to {last}, expected them to rise from 0 to at most {rows}, the rows "
-            "of the tensors"
-        )
+def _check_rising(cu_seqlens: Tensor, rows: int) -> None:
+    check_rising(cu_seqlens, rows, f"{rows}, the rows of the tensors")
 
 
 def _check_survivors(survivors: Tensor, count: Tensor | None, cu_seqlens: Tensor, targets: Sequence[Tensor]) -> None:

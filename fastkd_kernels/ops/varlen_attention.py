@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastkd_kernels import _extension
-from fastkd_kernels._arguments import dense, plain, values_are_free
+from fastkd_kernels._arguments import check_rising, dense, plain, values_are_free
 from fastkd_kernels._backend import attention_of_reference, register_backends, resolve
 from fastkd_kernels._derivatives import wants_gradient
 from fastkd_kernels._library import library
@@ -181,7 +181,7 @@ def varlen_attention(
     tables = rotary or (None, None)
     if backend != "cpu" or query.dtype not in _CPU_DTYPES or wants_gradient((query, key, value, *tables)):
         if values_are_free(cu_seqlens):
-            _check_bounds(cu_seqlens, query.shape[0])
+            check_rising(cu_seqlens, query.shape[0], f"N={query.shape[0]}")
         return varlen_attention_reference(query, key, value, cu_seqlens, max_seqlen, scale, window, rotary)
     out = torch.empty(query.shape, dtype=query.dtype)
     cosines, sines = (None if table is None else dense(table) for table in tables)
@@ -191,15 +191,6 @@ def varlen_attention(
     except RuntimeError as error:
         raise _extension.as_typed_error(error) from None
     return out
-
-
-def _check_bounds(cu_seqlens: Tensor, rows: int) -> None:
-    """What the C++ kernel checks for itself."""
-    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-    if first != 0 or last > rows or not bool((cu_seqlens.diff() >= 0).all()):
-        raise ValueError(
-            f"cu_seqlens: got values from {first} to {last}, expected them to rise from 0 to at most N={rows}"
-        )
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:

@@ -374,11 +374,8 @@ def sweep_table(sweep: Sweep, name: str, is_narrow: bool = False) -> Table:
 def benchmark_table(measured: Benchmark, is_narrow: bool = False) -> Table:
     """The measurements for people; a narrow one leaves out what the CSV file also has."""
     facts = measured.machine
-    machine = facts["processor"] if facts["device"] == "cpu" else facts["device"]
-    threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
     table = Table(
-        title=f"Measured on {machine}{_instruction_set(facts)}, {threads}, torch {facts['torch']}; "
-        f"{measured.rows[0].rows} rows a pass",
+        title=f"Measured on {_machine(facts)}; {measured.rows[0].rows} rows a pass",
         caption="stream: rows in their order, as fastkd predict runs them; batches: sorted by length. Speed-up against "
         "the full model at its best, same rows, dtype and device. " + _gpu_note(facts),
         title_justify="left",
@@ -423,11 +420,8 @@ def _benchmark_cells(row: BenchmarkRow) -> dict[str, str]:
 def latency_table(measured: Latency, is_narrow: bool = False) -> Table:
     """Single calls for people; a narrow one leaves out what the CSV file also has."""
     facts, first = measured.machine, measured.rows[0]
-    machine = facts["processor"] if facts["device"] == "cpu" else facts["device"]
-    threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
     table = Table(
-        title=f"One sentence at a time on {machine}{_instruction_set(facts)}, {threads}, torch {facts['torch']}; "
-        f"{first.sentences} sentences of {first.lengths} lengths",
+        title=f"One sentence at a time on {_machine(facts)}; {first.sentences} sentences of {first.lengths} lengths",
         caption="Milliseconds of a call, tokenised before. host: of a mean call what lies outside of operators, as "
         "torch's profiler sees it, with its own cost in it. " + _gpu_note(facts),
         title_justify="left",
@@ -452,6 +446,13 @@ def latency_table(measured: Latency, is_narrow: bool = False) -> Table:
             table.add_section()
         table.add_row(*cells.values())
     return table
+
+
+def _machine(facts: Mapping[str, Any]) -> str:
+    """Processor or device, instruction set, threads and torch."""
+    name = facts["processor"] if facts["device"] == "cpu" else facts["device"]
+    threads = "1 thread" if facts["threads"] == 1 else f"{facts['threads']} threads"
+    return f"{name}{_instruction_set(facts)}, {threads}, torch {facts['torch']}"
 
 
 def _instruction_set(facts: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,3 +120,14 @@ def _write_json(stream: IO[str], prediction: Prediction | None) -> None:
     if prediction.problem is not None:
         answer["error"] = prediction.problem
     stream.write(json.dumps(answer, ensure_ascii=False) + "\n")
+
+
+def average_layers(exits: Counter[int]) -> float | None:
+    """Of rows by their exit layer; None where there are none."""
+    answered = exits.total()
+    return sum(layer * count for layer, count in exits.items()) / answered if answered else None
+
+
+def exits_in_order(exits: Counter[int]) -> dict[str, int]:
+    """Rows by their exit layer, as summaries write them."""
+    return {str(layer): exits[layer] for layer in sorted(exits)}

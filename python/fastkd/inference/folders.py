@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastkd.data.columns import Columns
 from fastkd.data.files import changed_settings, holds_input, reading, write_json
+from fastkd.inference.answers import average_layers, exits_in_order
 from fastkd.inference.blocks import WORK, Block, input_files, plan_blocks, records_of, write_answers
 from fastkd.inference.predict import predict
 from fastkd.inference.row_reader import InputRow, row_of
@@ -74,8 +75,7 @@ class FolderSummary:
 
     @property
     def average_layers(self) -> float | None:
-        answered = self.exits.total()
-        return sum(layer * count for layer, count in self.exits.items()) / answered if answered else None
+        return average_layers(self.exits)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -84,7 +84,7 @@ class FolderSummary:
             "rows": self.rows,
             "bad_rows": self.bad_rows,
             "average_layers": self.average_layers,
-            "exits_per_layer": {str(layer): self.exits[layer] for layer in sorted(self.exits)},
+            "exits_per_layer": exits_in_order(self.exits),
         }
 
 

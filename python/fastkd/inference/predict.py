@@ -21,7 +21,14 @@ import torch
 from fastkd.data.files import check_output_file, is_special, reading
 from fastkd.data.input_format import encode
 from fastkd.data.text_counts import TextCounts
-from fastkd.inference.answers import BadRowError, Prediction, output_stream, writer_of
+from fastkd.inference.answers import (
+    BadRowError,
+    Prediction,
+    average_layers,
+    exits_in_order,
+    output_stream,
+    writer_of,
+)
 from fastkd.inference.row_reader import STANDARD_STREAM, InputRow, format_of, input_rows, read_rows
 from fastkd.model.tokenizers import length_limit
 
@@ -52,8 +59,7 @@ class PredictSummary:
 
     @property
     def average_layers(self) -> float | None:
-        answered = self.exits.total()
-        return sum(layer * count for layer, count in self.exits.items()) / answered if answered else None
+        return average_layers(self.exits)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -61,7 +67,7 @@ class PredictSummary:
             "bad_rows": self.bad_rows,
             "problems": self.problems,
             "average_layers": self.average_layers,
-            "exits_per_layer": {str(layer): self.exits[layer] for layer in sorted(self.exits)},
+            "exits_per_layer": exits_in_order(self.exits),
             "seconds": round(self.seconds, 3),
             **self.texts.to_dict(),
         }
