@@ -97,6 +97,11 @@ static inline void store_bf16(char* to, Floats lanes) {
 #endif
 }
 
+template <int COUNT>
+struct Count {
+  static constexpr int value = COUNT;
+};
+
 // Sums of a block of a product: float32 or int32 rows of `panels` panels, of which the first is `panel` of the weight.
 struct Block {
   const char* sums;
@@ -105,11 +110,21 @@ struct Block {
   int64_t panel, panels;
 };
 
+// An activation that is known when a product is compiled, or kAny.
+constexpr Activation kAny = kActivations;
+
+template <Activation ACTIVATION, bool PRECISE>
+static inline Floats activate_as(Activation activation, Floats x) {
+  if constexpr (ACTIVATION == kAny) return activation == kNone ? x : activate<PRECISE>(activation, x);
+  return activate<PRECISE>(ACTIVATION, x);
+}
+
 // Rows `from` to `end` of a block. Everything that a store might change for the compiler is copied first.
-template <bool INTEGERS, Sink SINK, bool NARROW, bool GATED>
+template <bool INTEGERS, Sink SINK, bool NARROW, bool GATED, Activation ACTIVATION>
 static void finish_as(const Product& product, const Block& block, int64_t from, int64_t end) {
   constexpr int64_t kStep = GATED ? 2 : 1;
   constexpr int64_t kSize = NARROW ? 2 : 4;
+  constexpr int kAtOnce = GATED ? 1 : 2;  // panels, whose activations do not wait for each other
   const Activation activation = product.activation;
   const int64_t panels = block.panels, stride = block.stride, out_stride = product.out_stride;
   const int64_t column = block.panel / kStep * kPanel * kSize;  // bytes
@@ -133,43 +148,55 @@ static void finish_as(const Product& product, const Block& block, int64_t from, 
     };
     char* const out = SINK == Sink::kTiles ? product.out + at_row / kBlock * out_stride * kTile + at_row % kBlock * kLine
                                            : product.out + at_row * out_stride;
-    for (int64_t panel = 0; panel < panels; panel += kStep) {
-      for (int v = 0; v < kVectors; ++v) {
-        Floats result = columns(panel * kPanel + v * LANES);
-        if (SINK == Sink::kSums) {
-          float* to = reinterpret_cast<float*>(out + column) + panel * kPanel + v * LANES;
-          store(to, load(to) + result);
-          continue;
-        }
-        if (activation != kNone) result = activate<!NARROW>(activation, result);
-        if (GATED) result *= columns((panel + 1) * kPanel + v * LANES);
-        const int64_t byte = column + (panel / kStep * kPanel + v * LANES) * kSize;
-        char* to = SINK == Sink::kTiles ? out + byte / kLine * kTile + byte % kLine : out + byte;
-        if (NARROW) {
-          store_bf16(to, result);
-        } else {
-          store(reinterpret_cast<float*>(to), result);
-        }
+    const auto write = [&](int64_t i, Floats result) {
+      const int64_t byte = column + i * kSize;
+      char* to = SINK == Sink::kTiles ? out + byte / kLine * kTile + byte % kLine : out + byte;
+      if (NARROW) {
+        store_bf16(to, result);
+      } else if (SINK == Sink::kSums) {
+        store(reinterpret_cast<float*>(to), load(reinterpret_cast<float*>(to)) + result);
+      } else {
+        store(reinterpret_cast<float*>(to), result);
       }
-    }
+    };
+    const auto some = [&](int64_t panel, auto count) {
+      constexpr int kCount = decltype(count)::value * kVectors;
+      Floats results[kCount];
+      for (int n = 0; n < kCount; ++n) results[n] = columns(panel * kPanel + n * LANES);
+      if (SINK != Sink::kSums) {
+        for (int n = 0; n < kCount; ++n) results[n] = activate_as<ACTIVATION, !NARROW>(activation, results[n]);
+      }
+      for (int n = 0; n < kCount; ++n) {
+        if (GATED) results[n] *= columns((panel + 1) * kPanel + n * LANES);
+        write(panel / kStep * kPanel + n * LANES, results[n]);
+      }
+    };
+    int64_t panel = 0;
+    for (; panel + kAtOnce * kStep <= panels; panel += kAtOnce * kStep) some(panel, Count<kAtOnce>{});
+    for (; panel < panels; panel += kStep) some(panel, Count<1>{});
   }
 }
 
 using Finish = void (*)(const Product&, const Block&, int64_t from, int64_t end);
 
-template <bool INTEGERS, Sink SINK>
-static Finish finish_into(const Product& product) {
-  if (product.out_number == kBFloat16) {
-    return product.gated ? finish_as<INTEGERS, SINK, true, true> : finish_as<INTEGERS, SINK, true, false>;
+template <bool INTEGERS, Sink SINK, bool NARROW>
+static Finish finish_with(const Product& product) {
+  if (product.gated) return finish_as<INTEGERS, SINK, NARROW, true, kAny>;
+  switch (product.activation) {
+    case kNone: return finish_as<INTEGERS, SINK, NARROW, false, kNone>;
+    case kGelu: return finish_as<INTEGERS, SINK, NARROW, false, kGelu>;
+    default: return finish_as<INTEGERS, SINK, NARROW, false, kAny>;
   }
-  return product.gated ? finish_as<INTEGERS, SINK, false, true> : finish_as<INTEGERS, SINK, false, false>;
 }
 
 template <bool INTEGERS>
 static Finish finish_of(const Product& product) {
-  if (product.sink == Sink::kSums) return finish_as<INTEGERS, Sink::kSums, false, false>;
-  return product.sink == Sink::kRows ? finish_into<INTEGERS, Sink::kRows>(product)
-                                     : finish_into<INTEGERS, Sink::kTiles>(product);
+  const bool narrow = product.out_number == kBFloat16;
+  if (product.sink == Sink::kSums) return finish_as<INTEGERS, Sink::kSums, false, false, kNone>;
+  if (product.sink == Sink::kRows) {
+    return narrow ? finish_with<INTEGERS, Sink::kRows, true>(product) : finish_with<INTEGERS, Sink::kRows, false>(product);
+  }
+  return narrow ? finish_with<INTEGERS, Sink::kTiles, true>(product) : finish_with<INTEGERS, Sink::kTiles, false>(product);
 }
 
 // ---- products by vectors
@@ -239,12 +266,22 @@ static inline void add_quads(Ints& sums, Ints row, Ints line) {
 #endif
 }
 
+// Bytes that are asked for while a block is multiplied: each pass over the rows asks for its part of the next panels.
+struct Ahead {
+  const char* from;
+  int64_t bytes;
+};
+
 template <Number NUMBER, int ROWS, int PANELS>
 static inline void multiply_block(
-    const char* rows, const char* panels, int64_t panel_bytes, int64_t lines, char* to, int64_t stride) {
+    const char* rows, const char* panels, int64_t panel_bytes, int64_t lines, Ahead ahead, char* to, int64_t stride) {
   using Sums = typename Terms<NUMBER>::Sums;
   Sums sums[ROWS][PANELS * kVectors] = {};
+  const int64_t step = round_up(ahead.bytes / (lines / 16), kLine);
+  int64_t asked = 0;
   for (int64_t tile = 0; tile < lines / 16; ++tile) {
+    const int64_t due = asked + step < ahead.bytes ? asked + step : ahead.bytes;
+    for (; asked < due; asked += kLine) __builtin_prefetch(ahead.from + asked, 0, 2);
 #pragma GCC unroll 4
     for (int64_t k = 0; k < 16; ++k) {
       const char* line = panels + (tile * 16 + k) * kLine;
@@ -281,7 +318,7 @@ static inline void multiply_block(
 // Rows `first` to `first + rows` of one tile, at most kRows of them.
 template <Number NUMBER, int PANELS>
 static inline void multiply_rows_of_tile(
-    const Product& product, Finish finish, int64_t first, int64_t rows, int64_t panel, char* scratch) {
+    const Product& product, Finish finish, int64_t first, int64_t rows, int64_t panel, Ahead ahead, char* scratch) {
   const Weight& weight = *product.weight;
   const int64_t panel_bytes = weight.lines * kLine;
   const char* from = product.rows + first / kBlock * (weight.lines / 16) * kTile + first % kBlock * kLine;
@@ -289,22 +326,22 @@ static inline void multiply_rows_of_tile(
   constexpr int64_t stride = PANELS * kLine;
   int64_t done = 0;
   if (kRows == 8 && rows == 8) {
-    multiply_block<NUMBER, kRows, PANELS>(from, panels, panel_bytes, weight.lines, scratch, stride);
+    multiply_block<NUMBER, kRows, PANELS>(from, panels, panel_bytes, weight.lines, ahead, scratch, stride);
     done = kRows;
   }
   if (rows - done >= 4 && kRows >= 4) {
     multiply_block<NUMBER, kRows >= 4 ? 4 : 1, PANELS>(
-        from + done * kLine, panels, panel_bytes, weight.lines, scratch + done * stride, stride);
+        from + done * kLine, panels, panel_bytes, weight.lines, ahead, scratch + done * stride, stride);
     done += 4;
   }
   if (rows - done >= 2) {
     multiply_block<NUMBER, 2, PANELS>(
-        from + done * kLine, panels, panel_bytes, weight.lines, scratch + done * stride, stride);
+        from + done * kLine, panels, panel_bytes, weight.lines, ahead, scratch + done * stride, stride);
     done += 2;
   }
   if (rows - done >= 1) {
     multiply_block<NUMBER, 1, PANELS>(
-        from + done * kLine, panels, panel_bytes, weight.lines, scratch + done * stride, stride);
+        from + done * kLine, panels, panel_bytes, weight.lines, ahead, scratch + done * stride, stride);
   }
 #if HAS_VNNI
   if (NUMBER == kInt8) {
@@ -328,15 +365,21 @@ template <Number NUMBER>
 static void multiply_by_vectors(const Product& product, int64_t first_panel, int64_t end_panel, char* scratch) {
   constexpr int64_t kMost = kPanels;
   const Finish finish = finish_of<NUMBER == kInt8>(product);
+  const int64_t panel_bytes = product.weight->lines * kLine;
   for (int64_t panel = first_panel; panel < end_panel;) {
     const int64_t left = end_panel - panel;
     // gated panels stay together
     const int64_t panels = product.gated ? 2 : left < kMost ? left : kMost == 3 && left == 4 ? 2 : kMost;
+    const char* next = product.weight->panels + (panel + panels) * panel_bytes;
+    const int64_t next_bytes = (left - panels < panels ? left - panels : panels) * panel_bytes;
+    const int64_t pass_bytes = round_up(next_bytes / ((product.row_count + kRows - 1) / kRows), kLine);
     for (int64_t row = 0; row < product.row_count; row += kRows) {
       const int64_t rows = product.row_count - row < kRows ? product.row_count - row : kRows;
-      if (panels == 1) multiply_rows_of_tile<NUMBER, 1>(product, finish, row, rows, panel, scratch);
-      if (panels == 2) multiply_rows_of_tile<NUMBER, 2>(product, finish, row, rows, panel, scratch);
-      if (panels == 3) multiply_rows_of_tile<NUMBER, kPanels>(product, finish, row, rows, panel, scratch);
+      const int64_t passed = row / kRows * pass_bytes, unasked = next_bytes > passed ? next_bytes - passed : 0;
+      const Ahead ahead{next + passed, unasked < pass_bytes ? unasked : pass_bytes};
+      if (panels == 1) multiply_rows_of_tile<NUMBER, 1>(product, finish, row, rows, panel, ahead, scratch);
+      if (panels == 2) multiply_rows_of_tile<NUMBER, 2>(product, finish, row, rows, panel, ahead, scratch);
+      if (panels == 3) multiply_rows_of_tile<NUMBER, kPanels>(product, finish, row, rows, panel, ahead, scratch);
     }
     panel += panels;
   }
@@ -410,7 +453,7 @@ static inline void multiply_tiles(
   for (int64_t tile = 0; tile < tiles; ++tile) {
     // the next panels, of which each pass over the rows asks for its part
     const char* next = panels + PANELS * panel_bytes + tile * kTile;
-    for (int64_t line = pass; line < 16; line += passes) {
+    for (int64_t line = 2 * pass; line < 16; line += 2 * passes) {
       for (int p = 0; p < PANELS; ++p) _mm_prefetch(next + p * panel_bytes + line * kLine, _MM_HINT_T1);
     }
     multiply_tile<NUMBER, BLOCKS, PANELS>(rows + tile * kTile, tiles * kTile, panels + tile * kTile, panel_bytes);
