@@ -2,10 +2,10 @@
 
     python bench/bench_call.py
 
-The host's share is measured by a model so small that its kernels cost next to nothing, on 50 tokens: "plan" is
-`model(**row)`, "usual" the path that asks every module and parameter, which is `engine="packed"`. Then a model of the
-size of MiniLM is called with rows of different lengths, each once and in random order: a length that is seen for the
-first time should cost what its tokens cost.
+The host's share is measured on a small model and 50 tokens: "plan" is `model(**row)`, "usual" the path that asks every
+module and parameter, which is `engine="packed"`. What the plan spends outside of its calls into the kernels is its host
+time. Then a model of the size of MiniLM is called with rows of different lengths, each once and in random order: a
+length that is seen for the first time should cost what its tokens cost, which is a parabola through all second visits.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -24,6 +24,7 @@ from transformers import BertConfig
 
 import fastkd
 from fastkd.encoders.configuration import EarlyExitConfig
+from fastkd_kernels import _packed_stage
 
 _WORDS = 30522
 
@@ -71,35 +72,74 @@ def main(
     by_length(random_model(hidden_size, getattr(torch, dtype)), lengths, longest)
 
 
+class KernelClock:
+    """Microseconds inside the calls of a plan's stages, since the last question."""
+
+    def __init__(self) -> None:
+        self.spent = 0.0
+
+    def around(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            start = time.perf_counter()
+            result = run(*arguments)
+            self.spent += (time.perf_counter() - start) * 1e6
+            return result
+
+        return timed
+
+    def take(self) -> float:
+        spent, self.spent = self.spent, 0.0
+        return spent
+
+
 def host_time(calls: int) -> None:
-    """Print what a call costs beside its kernels, in interleaved turns."""
+    """Print what a call costs, and what of it no kernel takes, in interleaved turns."""
+    clock, direct = KernelClock(), _packed_stage._eager_stage
+    if direct is not None:
+        _packed_stage._eager_stage = clock.around(direct)
     model, row = random_model(32, torch.float32), row_of(50)
-    print("host time of a call, microseconds (least, median)")
+    print("a call, microseconds (least, median)")
     for speed in (1.0, 0.0):
         ways: dict[str, dict[str, Any]] = {"plan": {}, "usual": {"engine": "packed"}, "batch": {"engine": "batch"}}
-        times: dict[str, list[float]] = {name: [] for name in ways}
+        times: dict[str, list[float]] = {name: [] for name in ("plan", "plan's host", "usual", "batch")}
         for turn in range(calls):
             for name, options in ways.items():
+                clock.take()
                 taken = microseconds(partial(model, **row, speed=speed, **options))
-                if turn >= calls // 10:
-                    times[name].append(taken)
+                if turn < calls // 10:
+                    continue
+                times[name].append(taken)
+                if name == "plan":
+                    times["plan's host"].append(taken - clock.take())
         layers = 1 if speed == 1 else model.num_layers
         for name, values in times.items():
-            print(
-                f"  {layers} of {model.num_layers} layers, {name:6} {min(values):8.1f} {statistics.median(values):8.1f}"
-            )
+            least, median = min(values), statistics.median(values)
+            print(f"  {layers} of {model.num_layers} layers, {name:11} {least:8.1f} {median:8.1f}")
+    _packed_stage._eager_stage = direct
 
 
 def by_length(model: fastkd.EarlyExitForSequenceClassification, lengths: int, longest: int) -> None:
-    """Print the quantiles of rows of different lengths, and of their times over those of a second visit."""
+    """Print the quantiles of rows of different lengths, and of the first visits over what their lengths explain."""
     rows = [row_of(random.Random(number).randrange(3, longest + 1)) for number in range(lengths)]
     model(**row_of(longest), speed=0)  # what is done once for the model
     first = [microseconds(partial(model, **row, speed=0)) for row in rows]
     second = [microseconds(partial(model, **row, speed=0)) for row in rows]
-    for name, values in (("first", first), ("second", second)):
-        ordered = sorted(values)
-        middle, late = ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100]
-        print(f"{lengths} rows of 3 to {longest} tokens, {name} visit: p50 {middle:.0f}, p99 {late:.0f} us")
+    tokens = torch.tensor([row["input_ids"].shape[1] for row in rows], dtype=torch.float64)
+    powers = torch.stack([tokens**0, tokens, tokens**2], 1)
+    expected = powers @ torch.linalg.lstsq(powers, torch.tensor(second, dtype=torch.float64)[:, None]).solution[:, 0]
+    visits = {"first visit": first, "second visit": second, "by its tokens": expected.tolist()}
+    print("p50, p99 and their ratio")
+    for name, values in visits.items():
+        middle, late = median_and_late(values)
+        print(f"{lengths} rows of 3 to {longest} tokens, {name:13} {middle:.0f}, {late:.0f} us, {late / middle:.2f}x")
+    middle, late = median_and_late([time / usual for time, usual in zip(first, expected.tolist(), strict=True)])
+    print(f"first visits over what their tokens cost: p50 {middle:.2f}, p99 {late:.2f}")
+
+
+def median_and_late(values: Sequence[float]) -> tuple[float, float]:
+    """p50 and p99."""
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100]
 
 
 if __name__ == "__main__":

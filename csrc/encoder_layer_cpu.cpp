@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "encoder_layer.h"
+#include "packed_rows.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -27,8 +28,6 @@ namespace fastkd::encoder_layer {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // ---- instruction sets
 
 // The places in INSTRUCTION_SETS of ops/encoder_layer.py.
@@ -155,7 +154,7 @@ double as_double(int64_t bits) {
 }
 
 // A header and its places, as ops/encoder_layer.py writes them.
-Layer read_layer(const Tensor& packed) {
+Layer read_layer(const TensorView& packed) {
   STD_TORCH_CHECK(
       packed.is_cpu() && packed.dim() == 1 && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
           packed.numel() >= kHeaderWords * 8,
@@ -591,8 +590,15 @@ std::vector<int64_t> cut(const int32_t* bounds, int64_t sequences, int64_t threa
   return cuts;
 }
 
-void encoder_layers_cpu(
-    Tensor hidden_states, Tensor cu_seqlens, std::vector<Tensor> packed, std::vector<Tensor> rotary, Tensor out) {
+}  // namespace
+
+const Kernels& chosen_kernels() {
+  return *chosen.kernels;
+}
+
+void encoder_layers(
+    const TensorView& hidden_states, const TensorView& cu_seqlens, const std::vector<TensorView>& packed,
+    const std::vector<TensorView>& rotary, const TensorView& out) {
   STD_TORCH_CHECK(!packed.empty(), "layers: expected at least one");
   STD_TORCH_CHECK(
       rotary.empty() || rotary.size() == packed.size(), "rotary: expected none, or tables for every layer");
@@ -603,13 +609,13 @@ void encoder_layers_cpu(
   const auto dtype = hidden_states.scalar_type();
   STD_TORCH_CHECK(
       dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "hidden_states: expected float32 or bfloat16");
-  for (const Tensor* tensor : {&hidden_states, &out}) {
+  for (const TensorView* tensor : {&hidden_states, &out}) {
     STD_TORCH_CHECK(
         tensor->is_cpu() && tensor->dim() == 2 && tensor->is_contiguous() && tensor->scalar_type() == dtype &&
             tensor->size(0) == hidden_states.size(0) && tensor->size(1) == hidden_states.size(1),
         "hidden_states, out: expected contiguous [R, H] of one dtype");
   }
-  check_no_overlap({hidden_states, cu_seqlens}, {out});
+  check_no_overlap<TensorView>({hidden_states, cu_seqlens}, {out});
   const int64_t rows = hidden_states.size(0), hidden = hidden_states.size(1), sequences = cu_seqlens.numel() - 1;
   const auto* bounds = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
   STD_TORCH_CHECK(bounds[0] == 0 && bounds[sequences] <= rows, "cu_seqlens: expected 0 first and at most R last");
@@ -626,7 +632,7 @@ void encoder_layers_cpu(
         layer.hidden == hidden && layer.hidden_number == (dtype == ScalarType::Float ? kFloat32 : kBFloat16),
         "layers[", n, "]: expected the width and the dtype of hidden_states");
     if (!rotary.empty()) {
-      const Tensor& table = rotary[n];
+      const TensorView& table = rotary[n];
       STD_TORCH_CHECK(
           table.is_cpu() && table.dim() == 3 && table.size(0) == 2 && table.scalar_type() == ScalarType::Float &&
               table.is_contiguous() && 2 * table.size(2) == layer.head_size() && table.size(1) >= longest,
@@ -638,7 +644,7 @@ void encoder_layers_cpu(
     shapes.include(layer);
   }
   const int64_t used = bounds[sequences];
-  const int64_t row_bytes = hidden * static_cast<int64_t>(out.element_size());
+  const int64_t row_bytes = hidden * out.element_size();
   auto* target = static_cast<char*>(out.mutable_data_ptr());
   if (rows > used && row_bytes) std::memset(target + used * row_bytes, 0, (rows - used) * row_bytes);
   if (used == 0 || hidden == 0) return;
@@ -666,11 +672,24 @@ void encoder_layers_cpu(
   });
 }
 
-}  // namespace
+namespace {
 
-const Kernels& chosen_kernels() {
-  return *chosen.kernels;
+using torch::stable::Tensor;
+
+std::vector<TensorView> views_of(const std::vector<Tensor>& tensors) {
+  std::vector<TensorView> views;
+  for (const Tensor& tensor : tensors) views.push_back(TensorView::of(tensor));
+  return views;
 }
+
+void encoder_layers_cpu(
+    Tensor hidden_states, Tensor cu_seqlens, std::vector<Tensor> packed, std::vector<Tensor> rotary, Tensor out) {
+  encoder_layers(
+      TensorView::of(hidden_states), TensorView::of(cu_seqlens), views_of(packed), views_of(rotary),
+      TensorView::writable(out));
+}
+
+}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd_kernels, CPU, m) {
   m.impl("encoder_layers_", TORCH_BOX(&encoder_layers_cpu));

@@ -242,29 +242,9 @@ void fastkd::exit_gate(const ExitGate& gate, float* uncertainty, int32_t* surviv
 
 namespace {
 
-using Decision = std::tuple<Tensor, Tensor, Tensor>;
+using fastkd::TensorView;
 
-Tensor allocate(int64_t size, int32_t dtype) {
-  const int64_t stride = 1;
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(1, &size, &stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Decision run(const fastkd::ExitGate& gate) {
-  Tensor uncertainty = allocate(gate.rows, aoti_torch_dtype_float32());
-  Tensor survivors = allocate(gate.rows, aoti_torch_dtype_int32());
-  Tensor count = allocate(1, aoti_torch_dtype_int32());
-  fastkd::exit_gate(
-      gate,
-      static_cast<float*>(uncertainty.data_ptr()),
-      static_cast<int32_t*>(survivors.data_ptr()),
-      static_cast<int32_t*>(count.data_ptr()));
-  return {std::move(uncertainty), std::move(survivors), std::move(count)};
-}
-
-fastkd::LogitsType logits_type(const Tensor& logits) {
+fastkd::LogitsType logits_type(const TensorView& logits) {
   const ScalarType dtype = logits.scalar_type();
   if (dtype == ScalarType::Float) return fastkd::LogitsType::kFloat32;
   if (dtype == ScalarType::BFloat16) return fastkd::LogitsType::kBFloat16;
@@ -274,19 +254,21 @@ fastkd::LogitsType logits_type(const Tensor& logits) {
 
 // The data of a contiguous CPU tensor of one dtype and size.
 template <typename T>
-T* checked_data(const Tensor& tensor, ScalarType dtype, int64_t size, const char* name) {
+T* checked_data(const TensorView& tensor, ScalarType dtype, int64_t size, const char* name) {
   STD_TORCH_CHECK(
       tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == size,
       name,
       ": expected a contiguous CPU tensor of ",
       size,
       " elements and another dtype");
-  return static_cast<T*>(tensor.data_ptr());
+  return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+}  // namespace
+
 // fastkd_kernels.exit_gate words these errors for its users; here the checks keep memory safe.
-fastkd::ExitGate checked_gate(
-    const Tensor& logits, double speed, int64_t criterion, int64_t top_n, const std::optional<Tensor>& speeds) {
+fastkd::ExitGate fastkd::checked_gate(
+    const TensorView& logits, double speed, int64_t criterion, int64_t top_n, const std::optional<TensorView>& speeds) {
   STD_TORCH_CHECK(logits.dim() == 2, "logits: expected [B, C]");
   fastkd::ExitGate gate{};
   gate.logits = logits.const_data_ptr();
@@ -311,10 +293,58 @@ fastkd::ExitGate checked_gate(
   return gate;
 }
 
+fastkd::ExitRecord fastkd::checked_record(const ExitGate& gate, const RecordViews& views) {
+  const int64_t capacity = views.exit_layer.numel();
+  ExitRecord record{};
+  record.logits = checked_data<float>(views.logits, ScalarType::Float, capacity * gate.columns, "record.logits");
+  record.uncertainty = checked_data<float>(views.uncertainty, ScalarType::Float, capacity, "record.uncertainty");
+  record.exit_layer = checked_data<int32_t>(views.exit_layer, ScalarType::Int, capacity, "record.exit_layer");
+  record.history = checked_data<int32_t>(views.history, ScalarType::Int, 2 * capacity, "record.history");
+  record.layer = views.layer;
+  if (views.row_ids) {
+    record.wide_ids = views.row_ids->scalar_type() == ScalarType::Long;
+    record.row_ids = checked_data<const void>(
+        *views.row_ids, record.wide_ids ? ScalarType::Long : ScalarType::Int, gate.rows, "row_ids");
+  }
+  for (int64_t row = 0; row < gate.rows; ++row) {
+    STD_TORCH_CHECK(record.id(row) >= 0 && record.id(row) < capacity, "row_ids: expected rows of the record");
+  }
+  return record;
+}
+
+namespace {
+
+using Decision = std::tuple<Tensor, Tensor, Tensor>;
+
+Tensor allocate(int64_t size, int32_t dtype) {
+  const int64_t stride = 1;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, &size, &stride, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+std::optional<TensorView> view_or_none(const std::optional<Tensor>& tensor) {
+  if (!tensor) return std::nullopt;
+  return TensorView::of(*tensor);
+}
+
+Decision run(const fastkd::ExitGate& gate) {
+  Tensor uncertainty = allocate(gate.rows, aoti_torch_dtype_float32());
+  Tensor survivors = allocate(gate.rows, aoti_torch_dtype_int32());
+  Tensor count = allocate(1, aoti_torch_dtype_int32());
+  fastkd::exit_gate(
+      gate,
+      static_cast<float*>(uncertainty.data_ptr()),
+      static_cast<int32_t*>(survivors.data_ptr()),
+      static_cast<int32_t*>(count.data_ptr()));
+  return {std::move(uncertainty), std::move(survivors), std::move(count)};
+}
+
 Decision exit_gate_op(
     const Tensor& logits, double speed, int64_t criterion, int64_t top_n, const std::optional<Tensor>& speeds) {
   STD_TORCH_CHECK(criterion != kPatience, "criterion: patience needs a record");
-  return run(checked_gate(logits, speed, criterion, top_n, speeds));
+  return run(fastkd::checked_gate(TensorView::of(logits), speed, criterion, top_n, view_or_none(speeds)));
 }
 
 Decision exit_gate_record_op(
@@ -329,22 +359,11 @@ Decision exit_gate_record_op(
     const Tensor& exit_layer,
     const Tensor& history,
     int64_t layer) {
-  fastkd::ExitGate gate = checked_gate(logits, speed, criterion, top_n, speeds);
-  const int64_t capacity = exit_layer.numel();
-  fastkd::ExitRecord record{};
-  record.logits = checked_data<float>(exit_logits, ScalarType::Float, capacity * gate.columns, "record.logits");
-  record.uncertainty = checked_data<float>(exit_uncertainty, ScalarType::Float, capacity, "record.uncertainty");
-  record.exit_layer = checked_data<int32_t>(exit_layer, ScalarType::Int, capacity, "record.exit_layer");
-  record.history = checked_data<int32_t>(history, ScalarType::Int, 2 * capacity, "record.history");
-  record.layer = layer;
-  if (row_ids.has_value()) {
-    record.wide_ids = row_ids->scalar_type() == ScalarType::Long;
-    record.row_ids = checked_data<const void>(
-        *row_ids, record.wide_ids ? ScalarType::Long : ScalarType::Int, gate.rows, "row_ids");
-  }
-  for (int64_t row = 0; row < gate.rows; ++row) {
-    STD_TORCH_CHECK(record.id(row) >= 0 && record.id(row) < capacity, "row_ids: expected rows of the record");
-  }
+  fastkd::ExitGate gate = fastkd::checked_gate(TensorView::of(logits), speed, criterion, top_n, view_or_none(speeds));
+  const fastkd::ExitRecord record = fastkd::checked_record(
+      gate,
+      {TensorView::writable(exit_logits), TensorView::writable(exit_uncertainty), TensorView::writable(exit_layer),
+       TensorView::writable(history), view_or_none(row_ids), layer});
   gate.record = &record;
   return run(gate);
 }

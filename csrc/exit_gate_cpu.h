@@ -3,6 +3,9 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
+
+#include "tensor_view.h"
 
 namespace fastkd {
 
@@ -45,6 +48,20 @@ struct ExitGate {
   const float* speeds = nullptr;  // [B], or null where `speed` holds for all
   const ExitRecord* record = nullptr;
 };
+
+// A record as it is given.
+struct RecordViews {
+  TensorView logits, uncertainty, exit_layer, history;
+  std::optional<TensorView> row_ids;
+  int64_t layer;
+};
+
+// A gate without a record, whose arguments are checked: what keeps memory safe. Its logits may come later.
+ExitGate checked_gate(
+    const TensorView& logits, double speed, int64_t criterion, int64_t top_n, const std::optional<TensorView>& speeds);
+
+// The record of a checked gate.
+ExitRecord checked_record(const ExitGate& gate, const RecordViews& views);
 
 // Writes uncertainty [B], survivors [B] and count [1]. The caller has checked the arguments.
 void exit_gate(const ExitGate& gate, float* uncertainty, int32_t* survivors, int32_t* count);

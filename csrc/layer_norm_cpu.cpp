@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "packed_rows.h"
 #include "simd.h"
 
 namespace fastkd::layer_norm {
@@ -47,14 +48,14 @@ struct Addend {
   }
 };
 
-void check_rows(const Tensor& tensor, const Tensor& out, const char* name) {
+void check_rows(const TensorView& tensor, const TensorView& out, const char* name) {
   STD_TORCH_CHECK(
       tensor.is_cpu() && tensor.dim() == 2 && tensor.scalar_type() == out.scalar_type() &&
           tensor.size(1) == out.size(1) && (tensor.stride(1) == 1 || tensor.numel() == 0),
       name, ": expected dense rows of the width and dtype of out");
 }
 
-void check_vector(const Tensor& tensor, const Tensor& out, const char* name) {
+void check_vector(const TensorView& tensor, const TensorView& out, const char* name) {
   STD_TORCH_CHECK(
       tensor.is_cpu() && tensor.dim() == 1 && tensor.size(0) == out.size(1) && tensor.is_contiguous() &&
           tensor.scalar_type() == out.scalar_type(),
@@ -71,13 +72,13 @@ struct Target {
   }
 };
 
-Target target_of(const Tensor& tensor) {
-  return {static_cast<char*>(tensor.mutable_data_ptr()), tensor.stride(0) * static_cast<int64_t>(tensor.element_size())};
+Target target_of(const TensorView& tensor) {
+  return {static_cast<char*>(tensor.mutable_data_ptr()), tensor.stride(0) * tensor.element_size()};
 }
 
 void run(
-    const std::vector<Addend>& addends, const Tensor& weight, const std::optional<Tensor>& bias, double epsilon,
-    const Tensor& out, const std::optional<Tensor>& total) {
+    const std::vector<Addend>& addends, const TensorView& weight, const std::optional<TensorView>& bias, double epsilon,
+    const TensorView& out, const std::optional<TensorView>& total) {
   check_rows(out, out, "out");
   check_vector(weight, out, "weight");
   if (bias) check_vector(*bias, out, "bias");
@@ -100,10 +101,15 @@ void run(
   });
 }
 
-Addend addend(const Tensor& tensor, const int64_t* index) {
+Addend addend(const TensorView& tensor, const int64_t* index) {
   return {
       static_cast<const char*>(tensor.const_data_ptr()),
-      tensor.stride(0) * static_cast<int64_t>(tensor.element_size()), index};
+      tensor.stride(0) * tensor.element_size(), index};
+}
+
+std::optional<TensorView> view_or_none(const std::optional<Tensor>& tensor) {
+  if (!tensor) return std::nullopt;
+  return TensorView::of(*tensor);
 }
 
 void add_layer_norm_cpu(
@@ -114,27 +120,29 @@ void add_layer_norm_cpu(
     double epsilon,
     Tensor out,
     std::optional<Tensor> total) {
+  const TensorView target = TensorView::writable(out);
+  std::optional<TensorView> total_view;
   if (total) {
-    check_rows(*total, out, "total");
+    total_view = TensorView::writable(*total);
+    check_rows(*total_view, target, "total");
     STD_TORCH_CHECK(total->size(0) == out.size(0), "total: expected as many rows as out");
   }
   std::vector<Addend> addends;
   for (const Tensor* tensor : {&x, residual ? &*residual : nullptr}) {
     if (tensor == nullptr) continue;
-    check_rows(*tensor, out, "x, residual");
-    STD_TORCH_CHECK(tensor->size(0) == out.size(0), "x, residual: expected as many rows as out");
-    addends.push_back(addend(*tensor, nullptr));
+    const TensorView view = TensorView::of(*tensor);
+    check_rows(view, target, "x, residual");
+    STD_TORCH_CHECK(view.size(0) == target.size(0), "x, residual: expected as many rows as out");
+    addends.push_back(addend(view, nullptr));
   }
-  run(addends, weight, bias, epsilon, out, total);
+  run(addends, TensorView::of(weight), view_or_none(bias), epsilon, target, total_view);
 }
 
-void embed_layer_norm_cpu(
-    std::vector<Tensor> tables,
-    std::vector<Tensor> indices,
-    Tensor weight,
-    std::optional<Tensor> bias,
-    double epsilon,
-    Tensor out) {
+}  // namespace
+
+void embed_layer_norm(
+    const std::vector<TensorView>& tables, const std::vector<TensorView>& indices, const TensorView& weight,
+    const std::optional<TensorView>& bias, double epsilon, const TensorView& out) {
   STD_TORCH_CHECK(!tables.empty() && tables.size() == indices.size(), "indices: expected one tensor a table");
   std::vector<Addend> addends;
   for (size_t t = 0; t < tables.size(); ++t) {
@@ -152,6 +160,22 @@ void embed_layer_norm_cpu(
     addends.push_back(addend(tables[t], index));
   }
   run(addends, weight, bias, epsilon, out, std::nullopt);
+}
+
+namespace {
+
+void embed_layer_norm_cpu(
+    std::vector<Tensor> tables,
+    std::vector<Tensor> indices,
+    Tensor weight,
+    std::optional<Tensor> bias,
+    double epsilon,
+    Tensor out) {
+  std::vector<TensorView> table_views, index_views;
+  for (const Tensor& table : tables) table_views.push_back(TensorView::of(table));
+  for (const Tensor& index : indices) index_views.push_back(TensorView::of(index));
+  embed_layer_norm(
+      table_views, index_views, TensorView::of(weight), view_or_none(bias), epsilon, TensorView::writable(out));
 }
 
 }  // namespace

@@ -9,10 +9,9 @@
 
 namespace fastkd {
 
-using torch::stable::Tensor;
-
 // Bytes from the first element to the end of the last one; 0 for an empty tensor.
-inline int64_t extent_in_bytes(const Tensor& tensor) {
+template <typename Tensor>
+int64_t extent_in_bytes(const Tensor& tensor) {
   int64_t last = 0;
   for (int64_t d = 0; d < tensor.dim(); ++d) {
     if (tensor.size(d) == 0) return 0;
@@ -22,13 +21,15 @@ inline int64_t extent_in_bytes(const Tensor& tensor) {
 }
 
 // Whether their ranges of addresses meet.
-inline bool overlap(const Tensor& one, const Tensor& other) {
+template <typename Tensor>
+bool overlap(const Tensor& one, const Tensor& other) {
   const auto* first = static_cast<const char*>(one.const_data_ptr());
   const auto* second = static_cast<const char*>(other.const_data_ptr());
   return first < second + extent_in_bytes(other) && second < first + extent_in_bytes(one);
 }
 
-inline void check_no_overlap(const std::vector<Tensor>& inputs, const std::vector<Tensor>& out) {
+template <typename Tensor = torch::stable::Tensor>
+void check_no_overlap(const std::vector<Tensor>& inputs, const std::vector<Tensor>& out) {
   for (size_t t = 0; t < out.size(); ++t) {
     for (const Tensor& input : inputs) STD_TORCH_CHECK(!overlap(out[t], input), "out: overlaps an input");
     for (size_t u = 0; u < t; ++u) STD_TORCH_CHECK(!overlap(out[t], out[u]), "out: two of its tensors overlap");

@@ -5,6 +5,7 @@
 
 bool bind_exit_gate(PyObject* module);
 bool bind_module_stamp(PyObject* module);
+bool bind_packed_stage(PyObject* module);
 bool bind_pack_tokens(PyObject* module);
 bool bind_triton_launch(PyObject* module);
 
@@ -28,7 +29,7 @@ bool add_instruction_sets(PyObject* module) {
 
 bool describe(PyObject* module) {
   // raised together with INTERFACE in fastkd_kernels/_extension.py whenever a schema or a binding changes
-  return PyModule_AddIntConstant(module, "interface", 3) == 0 &&
+  return PyModule_AddIntConstant(module, "interface", 4) == 0 &&
       PyModule_AddStringConstant(module, "built_with_torch", FASTKD_BUILT_WITH_TORCH) == 0 &&
       PyModule_AddStringConstant(module, "compiler", kCompiler) == 0 &&
       // both empty where the CUDA kernels were not built
@@ -45,7 +46,7 @@ PyModuleDef definition = {
 PyMODINIT_FUNC PyInit__C() {
   fastkd::Owned module(PyModule_Create(&definition));
   if (!module || !describe(module.get()) || !bind_exit_gate(module.get()) || !bind_module_stamp(module.get()) ||
-      !bind_pack_tokens(module.get()) || !bind_triton_launch(module.get())) {
+      !bind_packed_stage(module.get()) || !bind_pack_tokens(module.get()) || !bind_triton_launch(module.get())) {
     return nullptr;
   }
   return module.release();

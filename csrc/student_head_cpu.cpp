@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "encoder_layer.h"
+#include "packed_rows.h"
 
 namespace fastkd::student_head {
 namespace {
@@ -84,10 +85,21 @@ const type* pointer_or_null(const std::optional<Tensor>& tensor) {
 }
 
 // Checks that the kernel may read `tensor` as contiguous values of one dtype.
+template <typename Tensor>
 void check_values(const Tensor& tensor, ScalarType type, const char* name) {
   STD_TORCH_CHECK(
       tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == type, name,
       ": expected a contiguous CPU tensor of another dtype");
+}
+
+void check_bounds(const TensorView& cu_seqlens, int64_t batch, int64_t total) {
+  check_values(cu_seqlens, ScalarType::Int, "cu_seqlens");
+  STD_TORCH_CHECK(cu_seqlens.numel() == batch + 1, "cu_seqlens: expected [B + 1]");
+  const auto* values = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
+  STD_TORCH_CHECK(values[0] == 0 && values[batch] <= total, "cu_seqlens: expected 0 first and at most N last");
+  for (int64_t b = 0; b < batch; ++b) {
+    STD_TORCH_CHECK(values[b] < values[b + 1], "cu_seqlens: expected rising values");
+  }
 }
 
 void check_sequences(
@@ -110,51 +122,41 @@ void check_sequences(
       STD_TORCH_CHECK(values[b] >= 1 && values[b] <= padded, "lengths[", b, "]: got ", values[b], ", expected 1 to T");
     }
   }
-  if (cu_seqlens) {
-    check_values(*cu_seqlens, ScalarType::Int, "cu_seqlens");
-    STD_TORCH_CHECK(cu_seqlens->numel() == batch + 1, "cu_seqlens: expected [B + 1]");
-    const auto* values = static_cast<const int32_t*>(cu_seqlens->const_data_ptr());
-    STD_TORCH_CHECK(values[0] == 0 && values[batch] <= total, "cu_seqlens: expected 0 first and at most N last");
-    for (int64_t b = 0; b < batch; ++b) {
-      STD_TORCH_CHECK(values[b] < values[b + 1], "cu_seqlens: expected rising values");
-    }
-  }
+  if (cu_seqlens) check_bounds(TensorView::of(*cu_seqlens), batch, total);
 }
 
-// The folded weights, as both ops take them.
-struct Folded {
-  int64_t heads;
-  const Tensor &query_key, &query_bias, &mix, &mix_bias, &classifier, &classifier_bias;
-
-  void check(int64_t width) const {
-    for (const Tensor* weights : {&query_key, &query_bias, &mix, &mix_bias, &classifier, &classifier_bias}) {
-      check_values(*weights, ScalarType::Float, "folded weights");
-    }
-    STD_TORCH_CHECK(heads > 0 && classifier.dim() == 2, "classifier: expected [C, D]");
-    STD_TORCH_CHECK(query_key.numel() == heads * width * width, "query_key: expected [heads, D, D]");
-    STD_TORCH_CHECK(mix.numel() == heads * width * width, "mix: expected [heads, D, D]");
-    STD_TORCH_CHECK(query_bias.numel() == heads * width, "query_bias: expected [heads, D]");
-    STD_TORCH_CHECK(mix_bias.numel() == width, "mix_bias: expected [D]");
-    STD_TORCH_CHECK(classifier.numel() == classifier_bias.numel() * width, "classifier: expected [C, D]");
+void check_folded(const Folded& folded, int64_t width) {
+  for (const TensorView* weights :
+       {&folded.query_key, &folded.query_bias, &folded.mix, &folded.mix_bias, &folded.classifier, &folded.classifier_bias}) {
+    check_values(*weights, ScalarType::Float, "folded weights");
   }
+  STD_TORCH_CHECK(folded.heads > 0 && folded.classifier.dim() == 2, "classifier: expected [C, D]");
+  STD_TORCH_CHECK(folded.query_key.numel() == folded.heads * width * width, "query_key: expected [heads, D, D]");
+  STD_TORCH_CHECK(folded.mix.numel() == folded.heads * width * width, "mix: expected [heads, D, D]");
+  STD_TORCH_CHECK(folded.query_bias.numel() == folded.heads * width, "query_bias: expected [heads, D]");
+  STD_TORCH_CHECK(folded.mix_bias.numel() == width, "mix_bias: expected [D]");
+  STD_TORCH_CHECK(
+      folded.classifier.numel() == folded.classifier_bias.numel() * width &&
+          folded.classifier.size(0) == folded.classifier_bias.numel(),
+      "classifier: expected [C, D]");
+}
 
-  // A call without its rows and sequences.
-  Heads call(const Tensor& logits) const {
-    const auto values = [](const Tensor& tensor) { return static_cast<const float*>(tensor.const_data_ptr()); };
-    Heads call{};
-    call.width = mix_bias.numel();
-    call.heads = heads;
-    call.classes = classifier.size(0);
-    call.query_key = values(query_key);
-    call.query_bias = values(query_bias);
-    call.mix = values(mix);
-    call.mix_bias = values(mix_bias);
-    call.classifier = values(classifier);
-    call.classifier_bias = values(classifier_bias);
-    call.logits = static_cast<float*>(logits.mutable_data_ptr());
-    return call;
-  }
-};
+// A call without its rows and sequences.
+Heads call_of(const Folded& folded, float* logits) {
+  const auto values = [](const TensorView& view) { return static_cast<const float*>(view.const_data_ptr()); };
+  Heads call{};
+  call.width = folded.mix_bias.numel();
+  call.heads = folded.heads;
+  call.classes = folded.classifier.size(0);
+  call.query_key = values(folded.query_key);
+  call.query_bias = values(folded.query_bias);
+  call.mix = values(folded.mix);
+  call.mix_bias = values(folded.mix_bias);
+  call.classifier = values(folded.classifier);
+  call.classifier_bias = values(folded.classifier_bias);
+  call.logits = logits;
+  return call;
+}
 
 void answer(const Heads& call, ScalarType type, int64_t batch, int64_t threads) {
   const auto run = type == ScalarType::Float ? kernels.float32 : kernels.bfloat16;
@@ -171,6 +173,19 @@ void answer(const Heads& call, ScalarType type, int64_t batch, int64_t threads) 
   });
 }
 
+Folded folded_of(
+    int64_t heads, const Tensor& query_key, const Tensor& query_bias, const Tensor& mix, const Tensor& mix_bias,
+    const Tensor& classifier, const Tensor& classifier_bias) {
+  return {
+      heads,
+      TensorView::of(query_key),
+      TensorView::of(query_bias),
+      TensorView::of(mix),
+      TensorView::of(mix_bias),
+      TensorView::of(classifier),
+      TensorView::of(classifier_bias)};
+}
+
 // The Python caller words these errors for its users; here the checks keep memory safe.
 Tensor student_head_pool(
     const Tensor& rows, const std::optional<Tensor>& tail, int64_t batch, int64_t padded, int64_t heads,
@@ -183,15 +198,15 @@ Tensor student_head_pool(
   check_values(rows, type, "rows");
   if (tail) check_values(*tail, type, "tail");
   const int64_t width = rows.size(1);
-  const Folded folded{heads, query_key, query_bias, mix, mix_bias, classifier, classifier_bias};
-  folded.check(width);
+  const Folded folded = folded_of(heads, query_key, query_bias, mix, mix_bias, classifier, classifier_bias);
+  check_folded(folded, width);
   STD_TORCH_CHECK(!tail || (tail->dim() == 2 && tail->size(1) == width), "tail: expected [N, D]");
   const int64_t total = rows.size(0) + (tail.has_value() ? tail->size(0) : 0);
   check_sequences(batch, padded, total, lengths, mask, cu_seqlens);
   const auto logits = torch::stable::new_empty(classifier, {batch, classifier.size(0)});
   if (batch == 0) return logits;
 
-  Heads call = folded.call(logits);
+  Heads call = call_of(folded, static_cast<float*>(logits.mutable_data_ptr()));
   call.rows = rows.const_data_ptr();
   call.row_stride = width;
   call.tail = pointer_or_null<void>(tail);
@@ -213,7 +228,7 @@ constexpr int64_t kRowsPerThread = 64;
 // tanh(x W0' + b0) of packed rows, whose number is that of the hidden states.
 class NarrowProduct {
  public:
-  NarrowProduct(const Tensor& hidden_states, const Tensor& panels, const Tensor& bias)
+  NarrowProduct(const TensorView& hidden_states, const TensorView& panels, const TensorView& bias)
       : number_(number_of(panels)),
         hidden_number_(number_of(hidden_states)),
         hidden_(hidden_states.size(1)),
@@ -268,7 +283,7 @@ class NarrowProduct {
   }
 
  private:
-  static encoder_layer::Number number_of(const Tensor& tensor) {
+  static encoder_layer::Number number_of(const TensorView& tensor) {
     return tensor.scalar_type() == ScalarType::Float ? encoder_layer::kFloat32 : encoder_layer::kBFloat16;
   }
 
@@ -309,10 +324,11 @@ class NarrowProduct {
   const char* from_;
 };
 
-Tensor student_head_packed(
-    const Tensor& hidden_states, const Tensor& narrow, const Tensor& narrow_bias, int64_t heads,
-    const Tensor& query_key, const Tensor& query_bias, const Tensor& mix, const Tensor& mix_bias,
-    const Tensor& classifier, const Tensor& classifier_bias, const Tensor& cu_seqlens) {
+}  // namespace
+
+void student_head_packed(
+    const TensorView& hidden_states, const TensorView& narrow, const TensorView& narrow_bias, const Folded& folded,
+    const TensorView& cu_seqlens, float* logits) {
   const ScalarType type = hidden_states.scalar_type();
   STD_TORCH_CHECK(
       type == ScalarType::Float || type == ScalarType::BFloat16, "hidden_states: expected float32 or bfloat16");
@@ -325,15 +341,14 @@ Tensor student_head_packed(
   check_values(narrow_bias, ScalarType::Float, "narrow_bias");
   STD_TORCH_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.numel() >= 1, "cu_seqlens: expected [B + 1]");
   const int64_t batch = cu_seqlens.numel() - 1;
-  check_sequences(batch, 0, hidden_states.size(0), std::nullopt, std::nullopt, cu_seqlens);
-  const Folded folded{heads, query_key, query_bias, mix, mix_bias, classifier, classifier_bias};
-  folded.check(mix_bias.numel());
+  check_bounds(cu_seqlens, batch, hidden_states.size(0));
+  const int64_t width = folded.mix_bias.numel();
+  check_folded(folded, width);
   const NarrowProduct product(hidden_states, narrow, narrow_bias);
   STD_TORCH_CHECK(
-      product.row_stride() == encoder_layer::round_up(mix_bias.numel(), encoder_layer::kPanel),
+      product.row_stride() == encoder_layer::round_up(width, encoder_layer::kPanel),
       "narrow: expected D rows of the weight");
-  const auto logits = torch::stable::new_empty(classifier, {batch, classifier.size(0)});
-  if (batch == 0) return logits;
+  if (batch == 0) return;
 
   const auto* bounds = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
   const int64_t rows = bounds[batch];
@@ -356,12 +371,28 @@ Tensor student_head_packed(
       for (int64_t t = begin; t < end; ++t) work_on(t);
     });
   }
-  Heads call = folded.call(logits);
+  Heads call = call_of(folded, logits);
   call.rows = narrowed;
   call.row_stride = product.row_stride();
   call.head_rows = rows;
   call.cu_seqlens = bounds;
   answer(call, type, batch, threads);
+}
+
+namespace {
+
+Tensor student_head_packed_cpu(
+    const Tensor& hidden_states, const Tensor& narrow, const Tensor& narrow_bias, int64_t heads,
+    const Tensor& query_key, const Tensor& query_bias, const Tensor& mix, const Tensor& mix_bias,
+    const Tensor& classifier, const Tensor& classifier_bias, const Tensor& cu_seqlens) {
+  STD_TORCH_CHECK(classifier.dim() == 2, "classifier: expected [C, D]");
+  STD_TORCH_CHECK(cu_seqlens.numel() >= 1, "cu_seqlens: expected [B + 1]");
+  const auto logits = torch::stable::new_empty(classifier, {cu_seqlens.numel() - 1, classifier.size(0)});
+  STD_TORCH_CHECK(classifier.scalar_type() == ScalarType::Float, "classifier: expected float32");
+  student_head_packed(
+      TensorView::of(hidden_states), TensorView::of(narrow), TensorView::of(narrow_bias),
+      folded_of(heads, query_key, query_bias, mix, mix_bias, classifier, classifier_bias), TensorView::of(cu_seqlens),
+      static_cast<float*>(logits.mutable_data_ptr()));
   return logits;
 }
 
@@ -369,7 +400,7 @@ Tensor student_head_packed(
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd_kernels, CPU, m) {
   m.impl("student_head_pool", TORCH_BOX(&student_head_pool));
-  m.impl("student_head_packed", TORCH_BOX(&student_head_packed));
+  m.impl("student_head_packed", TORCH_BOX(&student_head_packed_cpu));
 }
 
 }  // namespace fastkd::student_head

@@ -10,7 +10,7 @@ import torch
 extension: ModuleType | None
 missing_reason: str | None
 
-INTERFACE = 3
+INTERFACE = 4
 """Version of schemas and bindings, raised along with csrc/module.cpp: another extension would read other arguments."""
 
 _BINDINGS = (
@@ -26,6 +26,7 @@ _BINDINGS = (
     "module_stamp_is_current",
     "new_triton_binaries",
     "pack_tokens",
+    "packed_stage",
     "remember_triton",
 )
 _REBUILD = "rebuild it with: pip install --no-build-isolation ."

@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import bench_router
 import pytest
 import rival_table
 import rivals
+import torch
+from tiny_models import early_exit_model
 
 ROOT = Path(__file__).parents[1]
 FACTS = {
@@ -67,3 +70,49 @@ def test_imposed_exits_have_their_average(average: float, layers: tuple[int, ...
         assert len(speeds) == 11
         assert [speed == 1 for speed in speeds].index(True) == layer - 1
         assert all(speeds)
+
+
+def router_row(contestant: str, layers: float, over_own_full: float | None, flops_speedup: float) -> Any:
+    return bench_router.RouterRow(
+        length=128, contestant=contestant, average_layers=layers, ms_per_prompt=10.0, over_best_rival=2.0,
+        over_own_full=over_own_full, flops_speedup=flops_speedup,
+    )  # fmt: skip
+
+
+def test_rows_of_imposed_exits_say_what_they_save_and_what_of_it_was_reached() -> None:
+    rows = [
+        router_row("openvino int8", 12, None, 1.0),
+        router_row("fastkd bf16", 12, 1.0, 1.0),
+        router_row("fastkd bf16", 3, 2.5, 4.0),
+    ]
+    assert [row.share_reached for row in rows[:2]] == [None, None]
+    saved = rows[2].to_dict()
+    assert saved["operations_saved"] == pytest.approx(0.75)
+    assert saved["seconds_saved"] == pytest.approx(0.6)
+    assert saved["share_reached"] == pytest.approx(0.8)
+    lines = bench_router.markdown(rows, FACTS | {"prompts": 8}).splitlines()
+    header, rival, full, early = lines[2], *lines[4:]
+    assert header.endswith("| operations saved | seconds saved | share reached, goal 0.9 |")
+    assert rival.endswith("| 2.00x | | | | |")
+    assert full.endswith("| 1.00x | | | |")
+    assert early.endswith("| 2.50x | 75.0% | 60.0% | 0.80 |")
+    assert {line.count("|") for line in lines[2:]} == {10}
+
+
+def test_operations_of_imposed_exits_are_those_of_their_layers_and_heads() -> None:
+    config = bench_router.base_config()
+    full = bench_router.flops_speedup(config, 128, (12,))
+    saved = [bench_router.flops_speedup(config, 128, layers) for layers in bench_router.PATTERNS.values()]
+    assert full == pytest.approx(1.0)
+    assert 12 / 1.5 > saved[0] > saved[1] > 3
+    assert saved[1] < 12 / 3
+
+
+def test_prompts_leave_where_it_is_imposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = early_exit_model()
+    prompts = [{"input_ids": torch.randint(5, 300, (1, 9))} for _ in range(4)]
+    with torch.no_grad():
+        bench_router.ours(model, prompts, (1, 2, 3, 4))
+        monkeypatch.setattr(bench_router, "speeds_for", lambda layer, heads: [1.0] * heads)
+        with pytest.raises(AssertionError, match="left after layer 1, and 2 was imposed"):
+            bench_router.ours(model, prompts, (2,))

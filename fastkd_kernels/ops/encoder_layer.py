@@ -505,40 +505,6 @@ def encoder_layers(hidden_states: Tensor, cu_seqlens: Tensor, layers: Sequence[P
     return out
 
 
-class PreparedEncoderLayers:
-    """`encoder_layers` of the same layers again and again on a CPU, checked once; without a gradient.
-
-    Args:
-        layers: from `pack_encoder_layer`, of one dtype and hidden size; at least one.
-
-    Raises:
-        ValueError: no layers, or one that the C++ kernel does not take.
-    """
-
-    def __init__(self, layers: Sequence[PackedEncoderLayer]) -> None:
-        self._packed = [layer.packed for layer in layers if layer.packed is not None]
-        if not layers or len(self._packed) < len(layers):
-            raise ValueError(f"layers: got {len(layers)}, expected one or more, each packed for the C++ kernel")
-        self._rotary = [layer.rotary for layer in layers if layer.rotary is not None]
-
-    def __call__(self, hidden_states: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """[R, H]; rows from cu_seqlens[B] on are zero.
-
-        Args:
-            hidden_states: [R, H], contiguous, of the layers' dtype.
-            cu_seqlens: [B + 1] int32, contiguous.
-
-        Raises:
-            ValueError: hidden states that do not fit the layers, `cu_seqlens` that does not rise from 0 to at most R.
-        """
-        out = torch.empty_like(hidden_states)
-        try:
-            _encoder_layers_op(hidden_states, cu_seqlens, self._packed, self._rotary, out)
-        except RuntimeError as error:
-            raise _extension.as_typed_error(error) from None
-        return out
-
-
 def _check_call(hidden_states: Tensor, cu_seqlens: Tensor, layers: Sequence[PackedEncoderLayer]) -> None:
     if not layers:
         raise ValueError("layers: got none, expected at least one")

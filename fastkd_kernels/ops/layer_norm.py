@@ -434,8 +434,10 @@ class PreparedEmbedding:
         nothing = torch.empty(0, dtype=torch.int64)
         with torch.no_grad():
             embed_layer_norm(tables, [nothing] * len(tables), weight, bias, eps)
-        self._tables = [_dense_rows(table) for table in tables]
-        self._norm = dense(weight), None if bias is None else dense(bias), eps
+        self.tables = [_dense_rows(table) for table in tables]
+        """As the kernel reads them."""
+        self.norm = dense(weight), None if bias is None else dense(bias), eps
+        """Weight, bias and epsilon."""
 
     def __call__(self, indices: Sequence[Tensor], rows: int | None = None) -> Tensor:
         """[R, H] of N rows, and what happens to be in memory behind them.
@@ -447,11 +449,11 @@ class PreparedEmbedding:
         Raises:
             IndexError: an index outside its table.
         """
-        table, used = self._tables[0], indices[0].shape[0]
+        table, used = self.tables[0], indices[0].shape[0]
         room = table.new_empty(used if rows is None else rows, table.shape[1])
         target = room if rows in (None, used) else room[:used]
         try:
-            _embed_layer_norm_op(self._tables, indices, *self._norm, target)
+            _embed_layer_norm_op(self.tables, indices, *self.norm, target)
         except RuntimeError as error:
             raise _extension.as_typed_error(error) from None
         return room

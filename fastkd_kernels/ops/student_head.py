@@ -1173,9 +1173,11 @@ class PreparedStudentHead:
         dtype = head.narrow[0].dtype
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f"head: got {dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
-        self._dtype = _kernel_dtype(dtype)
+        self.dtype = _kernel_dtype(dtype)
+        """Of the rows that the kernel reads."""
         with torch.inference_mode(False), torch.no_grad():
-            self._weights = packed_head(fold(head))
+            self.weights = packed_head(fold(head))
+            """As `student_head_packed` takes them."""
 
     def __call__(self, hidden_states: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Logits [B, C] float32, without a gradient; the same numbers whatever other rows there are.
@@ -1184,7 +1186,7 @@ class PreparedStudentHead:
             hidden_states: [R, H], dense, of the dtype of the weights; rows behind the last sequence belong to none.
             cu_seqlens: [B + 1] int32, rising from 0 to at most R.
         """
-        return _student_head_packed_op(hidden_states.to(self._dtype), *self._weights, cu_seqlens)
+        return _student_head_packed_op(hidden_states.to(self.dtype), *self.weights, cu_seqlens)
 
 
 def packed_head(folded: FoldedStudentHead) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def run(
     tokens = packed_tokens(input_ids, attention_mask, token_type_ids)
     if not tokens.lengths:
         return fk.ExitRecord.allocate(0, model.config.num_classes, input_ids.device)
-    return run_packed(model, encoder, encoder.embed(tokens), tokens.lengths, tokens.cu_seqlens, rule)
+    return run_packed(ModelStages(model, encoder), encoder.embed(tokens), tokens.lengths, tokens.cu_seqlens, rule)
 
 
 class PackedHeads(Protocol):
@@ -72,47 +72,120 @@ class PackedLayers(Protocol):
     def compaction_pays(self, tokens: int, kept: int, layers: int) -> bool: ...
 
 
+class StageRun(NamedTuple):
+    """What a stage of packed rows gives."""
+
+    hidden_states: Tensor
+    """[R, H] after its last layer."""
+    uncertainty: Tensor
+    """[B]."""
+    staying: list[int]
+    """The rows that stay, ascending; none behind the last head."""
+
+
+class PackedStages(Protocol):
+    """A model whose stages run on packed rows."""
+
+    @property
+    def config(self) -> EarlyExitConfig: ...
+
+    def run_stage(
+        self,
+        stage: range,
+        hidden_states: Tensor | None,
+        layout: TokenLayout,
+        rule: ExitRule,
+        *,
+        used: int,
+        record: fk.ExitRecord,
+        row_ids: Tensor,
+        thresholds: Tensor | None = None,
+    ) -> StageRun:
+        """Run the layers of a stage and record the rows that leave behind them, all of them behind the last head.
+
+        Args:
+            stage: of the rule.
+            hidden_states: [R, H] before its first layer; None where the model embeds its tokens itself.
+            layout: of the rows.
+            rule: which rows leave.
+            used: how many of the R rows are tokens.
+            record: filled at `row_ids` [B] int32.
+            thresholds: [B] for each row, in the place of the rule's.
+        """
+
+    @property
+    def compaction_pays(self) -> Callable[[int, int, int], bool]:
+        """As in `PackedEncoder`."""
+
+
+class ModelStages:
+    """Stages of which layers and head are asked one after the other."""
+
+    def __init__(self, heads: PackedHeads, layers: PackedLayers) -> None:
+        self.config = heads.config
+        self.compaction_pays = layers.compaction_pays
+        self._heads, self._layers = heads, layers
+
+    def run_stage(
+        self,
+        stage: range,
+        hidden_states: Tensor | None,
+        layout: TokenLayout,
+        rule: ExitRule,
+        *,
+        used: int,
+        record: fk.ExitRecord,
+        row_ids: Tensor,
+        thresholds: Tensor | None = None,
+    ) -> StageRun:
+        """As in `PackedStages`; hidden states are needed."""
+        assert hidden_states is not None
+        layer = stage[-1]
+        hidden_states = self._layers.run_layers(stage, hidden_states, layout)
+        tokens = hidden_states[:used]
+        if layer == rule.last_layer:
+            return StageRun(hidden_states, self._heads.answer(tokens, layout, rule, record=record, row_ids=row_ids), [])
+        decided = self._heads.decide(layer, tokens, layout, rule, record=record, row_ids=row_ids, thresholds=thresholds)
+        return StageRun(hidden_states, decided.uncertainty, decided.kept().tolist())
+
+
 def run_packed(
-    model: PackedHeads,
-    encoder: PackedLayers,
-    hidden_states: Tensor,
+    model: PackedStages,
+    hidden_states: Tensor | None,
     lengths: Sequence[int],
     cu_seqlens: Tensor,
     rule: ExitRule,
 ) -> fk.ExitRecord:
-    """`run` of hidden states before the first layer, [R, H]; of at least one sequence."""
-    record = fk.ExitRecord.allocate(len(lengths), model.config.num_classes, hidden_states.device)
+    """`run` of hidden states before the first layer, [R, H], or None as in `PackedStages`; of at least one sequence."""
+    record = fk.ExitRecord.allocate(len(lengths), model.config.num_classes, cu_seqlens.device)
     lengths, layout = list(lengths), TokenLayout(cu_seqlens=cu_seqlens, max_seqlen=max(lengths))
-    row_ids = torch.arange(len(lengths), dtype=torch.int32, device=hidden_states.device)
+    row_ids = torch.arange(len(lengths), dtype=torch.int32, device=cu_seqlens.device)
     stages, last = rule.stages, rule.last_layer
     left: set[int] = set()
     checksums = []
     with torch.no_grad():
         for stage, following in zip(stages, (*stages[1:], range(0)), strict=True):
-            layer = stage[-1]
-            hidden_states = encoder.run_layers(stage, hidden_states, layout)
-            used = hidden_states[: sum(lengths)]
-            if layer == last:
-                checksums.append(model.answer(used, layout, rule, record=record, row_ids=row_ids).sum())
-                break
             thresholds = None
             if left:
                 # rows that left keep their answers, because no row leaves at a threshold of 0
-                threshold = rule.threshold(layer)
+                threshold = rule.threshold(stage[-1])
                 per_row = [0.0 if row in left else threshold for row in range(len(lengths))]
-                thresholds = torch.tensor(per_row, device=used.device)
-            decided = model.decide(layer, used, layout, rule, record=record, row_ids=row_ids, thresholds=thresholds)
-            checksums.append(decided.uncertainty.sum())
-            waiting = [row for row in decided.kept().tolist() if row not in left]
-            if not waiting:
+                thresholds = torch.tensor(per_row, device=row_ids.device)
+            used = sum(lengths)
+            hidden_states, uncertainty, staying = model.run_stage(
+                stage, hidden_states, layout, rule, used=used, record=record, row_ids=row_ids, thresholds=thresholds
+            )
+            checksums.append(uncertainty.sum())
+            waiting = [row for row in staying if row not in left]
+            if stage[-1] == last or not waiting:
                 break
             if len(waiting) == len(lengths):
                 continue
             kept = [lengths[row] for row in waiting]
             # the last head answers every row that is there
-            if following[-1] == last or encoder.compaction_pays(sum(lengths), sum(kept), len(following)):
+            if following[-1] == last or model.compaction_pays(used, sum(kept), len(following)):
                 survivors = torch.tensor(waiting, dtype=torch.int32, device=row_ids.device)
-                hidden_states, cu_seqlens = compact_rows(used, layout, survivors, sum(kept))
+                hidden_states, cu_seqlens = compact_rows(hidden_states[:used], layout, survivors, sum(kept))
                 (row_ids,) = fk.compact([row_ids], survivors)
                 lengths, left = kept, set()
                 layout = TokenLayout(cu_seqlens=cu_seqlens, max_seqlen=max(lengths))

@@ -24,7 +24,7 @@ from fastkd.encoders.untouched import are_untouched
 from fastkd.engines import packed, packed_encoder
 from fastkd.engines.batch import warn_about_nan
 from fastkd.engines.packed_encoder import PackedEncoder, round_up_tokens
-from fastkd.engines.packed_layers import Layer, run_layers
+from fastkd.engines.packed_layers import Layer, LayerFromParts, run_layers
 from fastkd.engines.protocol import ExitModel
 from fastkd.exits.rule import ExitRule
 
@@ -71,6 +71,7 @@ class Plan:
         self._heads = {layer: head for layer in model.exit_layers if (head := model.prepared_head(layer)) is not None}
         self._embedding = self._encoder.prepared_embedding()
         self._first_position = families.first_position(model.config.backbone)
+        self._stages: dict[range, fk.PreparedStage | None] = {}
         self._numbers = {number: torch.tensor([number], dtype=torch.int32) for number in self._heads}
         self._rules: dict[Any, PlannedRule] = {}
         config = model.config
@@ -133,28 +134,63 @@ class Plan:
             tokens: of one sequence.
             planned: a rule that `can_answer` is true for.
         """
-        layout = TokenLayout(cu_seqlens=tokens.cu_seqlens, max_seqlen=tokens.lengths[0])
-        hidden_states = self.embed(tokens)
-        rule = planned.rule
+        hidden_states: Tensor | None = None
         for step in planned.steps:
             if not self._are_current(step.layers, step.head):
                 return None
-            hidden_states = self.run_layers(step.layers, hidden_states, layout)
-            logits = self._heads[step.head](hidden_states, tokens.cu_seqlens)
-            decided = fk.exit_gate(logits, step.threshold, rule.criterion, top_n=rule.top_n)
-            uncertainty = decided.uncertainty.item()
+            hidden_states, logits, uncertainties, staying = self._run_step(step, hidden_states, tokens, planned.rule)
+            uncertainty = uncertainties.item()
             if uncertainty != uncertainty:
-                warn_about_nan([decided.uncertainty])
-            if not decided.count.item():
+                warn_about_nan([uncertainties])
+            if not staying:
                 break
-        return {"logits": logits, "exit_layer": self._numbers[step.head].clone(), "uncertainty": decided.uncertainty}
+        return {"logits": logits, "exit_layer": self._numbers[step.head].clone(), "uncertainty": uncertainties}
+
+    def _run_step(
+        self, step: Step, hidden_states: Tensor | None, tokens: fk.PackedInput, rule: ExitRule
+    ) -> fk.StageOutput:
+        stage = self.stage(step.layers)
+        if stage is not None:
+            rows = self.rows_for(step.layers, hidden_states, tokens)
+            return stage(rows, tokens.cu_seqlens, step.threshold, rule.criterion, top_n=rule.top_n)
+        layout = TokenLayout(cu_seqlens=tokens.cu_seqlens, max_seqlen=max(tokens.lengths))
+        hidden_states = self.embed(tokens) if hidden_states is None else hidden_states
+        hidden_states = self.run_layers(step.layers, hidden_states, layout)
+        logits = self._heads[step.head](hidden_states, tokens.cu_seqlens)
+        decided = fk.exit_gate(logits, step.threshold, rule.criterion, top_n=rule.top_n)
+        return fk.StageOutput(hidden_states, logits, decided.uncertainty, decided.kept().tolist())
+
+    def stage(self, layers: range) -> fk.PreparedStage | None:
+        """These layers and the head behind them as one call, and before the first layer what embeds; made once.
+
+        None where a layer runs product by product, or the head is not prepared.
+        """
+        if layers not in self._stages:
+            run = self._layers[layers.start - 1 : layers.stop - 1]
+            whole = [layer.whole for layer in run if isinstance(layer, LayerFromParts) and layer.whole is not None]
+            head = self._heads.get(layers[-1])
+            embedding = self._embedding if layers.start == 1 else None
+            is_whole = head is not None and len(whole) == len(run)
+            self._stages[layers] = fk.PreparedStage(whole, head, embedding) if head is not None and is_whole else None
+        return self._stages[layers]
+
+    def rows_for(
+        self, layers: range, hidden_states: Tensor | None, tokens: fk.PackedInput
+    ) -> Tensor | Sequence[Tensor]:
+        """What the stage of these layers takes: hidden states, or what the embedding is asked for."""
+        if hidden_states is not None:
+            return hidden_states
+        if self._embedding is None:
+            return self.embed(tokens)
+        columns = tokens.input_ids, tokens.positions, tokens.token_type_ids
+        return [columns[kind] for kind in self._encoder.embedded]
 
     def answer_batch(self, model: ExitModel, tokens: fk.PackedInput, rule: ExitRule) -> fk.ExitRecord | None:
         """Of any number of rows and by any rule, without a gradient; None where anything has changed."""
         if not self.is_current(model):
             return None
-        heads = _PlannedHeads(model, self._heads)
-        return packed.run_packed(heads, self, self.embed(tokens), tokens.lengths, tokens.cu_seqlens, rule)
+        stages = _PlannedStages(self, _PlannedHeads(model, self._heads), tokens)
+        return packed.run_packed(stages, None, tokens.lengths, tokens.cu_seqlens, rule)
 
     @property
     def encoder(self) -> PackedEncoder:
@@ -200,6 +236,44 @@ class Plan:
     def run_layers(self, numbers: range, hidden_states: Tensor, layout: TokenLayout) -> Tensor:
         """The output of the last of these layers, packed [R, H]."""
         return run_layers(self._layers[numbers.start - 1 : numbers.stop - 1], hidden_states, layout)
+
+
+class _PlannedStages:
+    """The stages of a model as its plan has them, each one call where it can be."""
+
+    def __init__(self, plan: Plan, heads: _PlannedHeads, tokens: fk.PackedInput) -> None:
+        self.config = heads.config
+        self.compaction_pays = plan.compaction_pays
+        self._plan, self._tokens = plan, tokens
+        self._one_by_one = packed.ModelStages(heads, plan)
+
+    def run_stage(
+        self,
+        stage: range,
+        hidden_states: Tensor | None,
+        layout: TokenLayout,
+        rule: ExitRule,
+        *,
+        used: int,
+        record: fk.ExitRecord,
+        row_ids: Tensor,
+        thresholds: Tensor | None = None,
+    ) -> packed.StageRun:
+        """As in `packed.PackedStages`."""
+        prepared = self._plan.stage(stage) if rule.criterion in fk.CRITERIA else None
+        if prepared is None:
+            given = self._plan.embed(self._tokens) if hidden_states is None else hidden_states
+            return self._one_by_one.run_stage(
+                stage, given, layout, rule, used=used, record=record, row_ids=row_ids, thresholds=thresholds
+            )
+        assert layout.cu_seqlens is not None
+        layer = stage[-1]
+        speed = rule.threshold(layer) if thresholds is None else thresholds
+        rows = self._plan.rows_for(stage, hidden_states, self._tokens)
+        left = prepared(rows, layout.cu_seqlens, speed, rule.criterion, row_ids, rule.top_n, record=record, layer=layer)
+        if layer == rule.last_layer:
+            record.write(row_ids, left.logits, left.uncertainty, layer)
+        return packed.StageRun(left.hidden_states, left.uncertainty, left.staying)
 
 
 class _PlannedHeads:

@@ -1,0 +1,213 @@
+"""A stage in one call is its ops one after the other, bit for bit, and reads nothing that it was not given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from test_encoder_layer import bounds, weights
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastkd_kernels as fk
+from fastkd_kernels import _eager, _extension
+
+pytestmark = [
+    pytest.mark.skipif(
+        fk.encoder_layer_instructions() is None, reason="the compiled extension has no kernel of encoder_layers_"
+    ),
+    pytest.mark.skipif(not _eager.available, reason="this torch has no exchange of tensors with the extension"),
+]
+
+HIDDEN, CLASSES = 48, 3
+KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
+
+
+def head(dtype: torch.dtype, classes: int = CLASSES) -> fk.PreparedStudentHead:
+    def affine(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(rows, columns).to(dtype) / columns**0.5, torch.randn(rows).to(dtype)
+
+    sizes = [(32, HIDDEN), *[(32, 32)] * 5, (classes, 32)]
+    return fk.PreparedStudentHead(fk.StudentHeadWeights(*(affine(*size) for size in sizes)))
+
+
+def layers(kind: str, count: int = 2, rotary: bool = False) -> list[fk.PackedEncoderLayer]:
+    angles = torch.randn(30, 8)
+    table = torch.stack([angles.cos(), angles.sin()]) if rotary else None
+    form = fk.EncoderLayerForm(3)
+    return [
+        fk.pack_encoder_layer(weights(HIDDEN, 80, HIDDEN, KINDS[kind]), form, int8=kind == "int8", rotary=table)
+        for _ in range(count)
+    ]
+
+
+def embedding(dtype: torch.dtype) -> fk.PreparedEmbedding:
+    tables = [torch.randn(rows, HIDDEN).to(dtype) for rows in (50, 30)]
+    return fk.PreparedEmbedding(tables, torch.randn(HIDDEN).to(dtype), torch.randn(HIDDEN).to(dtype), 1e-5)
+
+
+def indices(lengths: Sequence[int]) -> list[Tensor]:
+    tokens = sum(lengths)
+    return [torch.randint(0, 50, (tokens,)), torch.cat([torch.arange(length) for length in lengths])]
+
+
+def one_by_one(monkeypatch: pytest.MonkeyPatch, stage: fk.PreparedStage, *arguments: Any, **options: Any) -> Any:
+    with monkeypatch.context() as patched:
+        patched.setattr(_eager, "is_unwatched", lambda: False)
+        return stage(*arguments, **options)
+
+
+def assert_same(result: fk.StageOutput, expected: fk.StageOutput) -> None:
+    for one, other in zip(result[:3], expected[:3], strict=True):
+        assert one.dtype == other.dtype
+        assert one.equal(other)
+    assert result.staying == expected.staying
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("embeds", [True, False])
+@pytest.mark.parametrize("lengths", [[1], [5], [3, 17, 1, 9]], ids=str)
+@pytest.mark.parametrize(
+    ("criterion", "top_n"), [("entropy", None), ("max_prob", None), ("margin", None), ("top_n", 2)]
+)
+def test_is_its_ops(
+    kind: str, embeds: bool, lengths: list[int], criterion: str, top_n: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    dtype, tokens = KINDS[kind], sum(lengths)
+    stage = fk.PreparedStage(layers(kind), head(dtype), embedding(dtype) if embeds else None)
+    rows = indices(lengths) if embeds else torch.randn(tokens, HIDDEN).to(dtype)
+    for speed in (0.0, 0.6, 1.0, torch.rand(len(lengths))):
+        options = {"criterion": criterion, "top_n": top_n}
+        result = stage(rows, bounds(lengths), speed, **options)
+        assert_same(result, one_by_one(monkeypatch, stage, rows, bounds(lengths), speed, **options))
+        assert result.logits.shape == (len(lengths), CLASSES)
+        assert result.hidden_states.shape == (tokens, HIDDEN)
+
+
+@pytest.mark.parametrize("criterion", fk.CRITERIA)
+@pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
+def test_records_what_leaves(criterion: str, id_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    lengths, ids = [3, 17, 1, 9], torch.tensor([4, 0, 2, 5], dtype=id_dtype)
+    stage = fk.PreparedStage(layers("float32", rotary=True), head(torch.float32))
+    rows = torch.randn(sum(lengths), HIDDEN)
+    records = [fk.ExitRecord.allocate(6, CLASSES) for _ in range(2)]
+    for layer in (2, 4):
+        options = {"criterion": criterion, "row_ids": ids, "top_n": 2, "layer": layer}
+        versions = records[0].logits._version
+        result = stage(rows, bounds(lengths), 0.6, record=records[0], **options)
+        expected = one_by_one(monkeypatch, stage, rows, bounds(lengths), 0.6, record=records[1], **options)
+        assert_same(result, expected)
+        assert records[0].logits._version > versions
+        for name in ("logits", "uncertainty", "exit_layer", "history"):
+            assert getattr(records[0], name).equal(getattr(records[1], name))
+
+
+def test_rows_behind_the_last_sequence_are_zero() -> None:
+    stage = fk.PreparedStage(layers("float32"), head(torch.float32))
+    rows = torch.randn(9, HIDDEN)
+    result = stage(rows, bounds([4, 2]), 0.5)
+    assert result.hidden_states[6:].eq(0).all()
+    assert result.hidden_states[:6].equal(stage(rows[:6], bounds([4, 2]), 0.5).hidden_states)
+
+
+def test_who_watches_ops_sees_them() -> None:
+    class Names(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    stage = fk.PreparedStage(layers("float32"), head(torch.float32))
+    with Names() as seen:
+        stage(torch.randn(4, HIDDEN), bounds([4]), 0.5)
+    assert any("encoder_layers_" in name for name in seen.names)
+
+
+def test_a_profiler_sees_it() -> None:
+    stage, rows = fk.PreparedStage(layers("float32"), head(torch.float32)), torch.randn(4, HIDDEN)
+    assert stage.is_direct
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        stage(rows, bounds([4]), 0.5)
+    assert "fastkd_kernels::packed_stage" in {event.key for event in profiler.key_averages()}
+
+
+def test_a_gradient_that_is_wanted_is_refused() -> None:
+    stage, rows = fk.PreparedStage(layers("float32"), head(torch.float32)), torch.randn(4, HIDDEN, requires_grad=True)
+    with pytest.raises(ValueError, match="a gradient is wanted"):
+        stage(rows, bounds([4]), 0.5)
+    with torch.no_grad():
+        assert stage(rows, bounds([4]), 0.5).logits.isfinite().all()
+
+
+def test_heads_of_another_dtype_are_asked_by_themselves() -> None:
+    stage = fk.PreparedStage(layers("float32"), head(torch.bfloat16))
+    assert not stage.is_direct
+    assert stage(torch.randn(4, HIDDEN), bounds([4]), 0.5).logits.shape == (1, CLASSES)
+
+
+BAD: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
+    "another width": ((torch.randn(4, 32), bounds([4]), 0.5), ValueError, "width"),
+    "another dtype": ((torch.randn(4, HIDDEN).double(), bounds([4]), 0.5), ValueError, "float32 or bfloat16"),
+    "bfloat16 rows": ((torch.randn(4, HIDDEN).bfloat16(), bounds([4]), 0.5), ValueError, "dtype of hidden_states"),
+    "a vector": ((torch.randn(HIDDEN), bounds([4]), 0.5), ValueError, "hidden_states"),
+    "strided rows": ((torch.randn(HIDDEN, 4).t(), bounds([4]), 0.5), ValueError, "contiguous"),
+    "bounds beyond the rows": ((torch.randn(4, HIDDEN), bounds([5]), 0.5), ValueError, "cu_seqlens"),
+    "bounds that fall": ((torch.randn(4, HIDDEN), torch.tensor([0, 3, 2]).int(), 0.5), ValueError, "ascending"),
+    "an empty sequence": ((torch.randn(4, HIDDEN), torch.tensor([0, 2, 2]).int(), 0.5), ValueError, "rising"),
+    "long bounds": ((torch.randn(4, HIDDEN), bounds([4]).long(), 0.5), ValueError, "cu_seqlens"),
+    "no bounds": ((torch.randn(4, HIDDEN), torch.empty(0).int(), 0.5), ValueError, "cu_seqlens"),
+    "a speed above 1": ((torch.randn(4, HIDDEN), bounds([4]), 1.5), ValueError, "speed"),
+    "a speed of no number": ((torch.randn(4, HIDDEN), bounds([4]), float("nan")), ValueError, "speed"),
+    "speeds of other rows": ((torch.randn(4, HIDDEN), bounds([4]), torch.rand(2)), ValueError, "speeds"),
+    "an unknown criterion": ((torch.randn(4, HIDDEN), bounds([4]), 0.5, "doubt"), ValueError, "criterion"),
+    "patience without a record": ((torch.randn(4, HIDDEN), bounds([4]), 0.5, "patience"), ValueError, "record"),
+    "top_n without a number": ((torch.randn(4, HIDDEN), bounds([4]), 0.5, "top_n"), ValueError, "top_n"),
+    "indices without an embedding": (([torch.zeros(4).long()], bounds([4]), 0.5), TypeError, "no embedding"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "words"), BAD.values(), ids=BAD)
+def test_bad_arguments_raise(arguments: tuple[Any, ...], error: type[Exception], words: str) -> None:
+    stage = fk.PreparedStage(layers("float32"), head(torch.float32))
+    with pytest.raises(error, match=words):
+        stage(*arguments)
+
+
+def test_bad_indices_raise() -> None:
+    stage = fk.PreparedStage(layers("float32"), head(torch.float32), embedding(torch.float32))
+    with pytest.raises(IndexError, match=r"indices\[0\]\[1\]: got 50, expected 0 to 49"):
+        stage([torch.tensor([3, 50]), torch.tensor([0, 1])], bounds([2]), 0.5)
+    with pytest.raises(ValueError, match="one tensor a table"):
+        stage([torch.tensor([3, 5])], bounds([2]), 0.5)
+    with pytest.raises(TypeError, match="expected one of indices for each table"):
+        stage(torch.randn(2, HIDDEN), bounds([2]), 0.5)
+
+
+def test_bad_records_raise() -> None:
+    stage, rows = fk.PreparedStage(layers("float32"), head(torch.float32)), torch.randn(4, HIDDEN)
+    record = fk.ExitRecord.allocate(2, CLASSES)
+    with pytest.raises(ValueError, match="layer: got None"):
+        stage(rows, bounds([4]), 0.5, record=record)
+    with pytest.raises(ValueError, match="row_ids"):
+        stage(rows, bounds([4]), 0.5, record=record, row_ids=torch.tensor([2]), layer=1)
+    with pytest.raises(ValueError, match=r"record\.logits"):
+        stage(rows, bounds([4]), 0.5, record=fk.ExitRecord.allocate(2, CLASSES + 1), layer=1)
+
+
+def test_needs_layers() -> None:
+    with pytest.raises(ValueError, match=r"^layers: got none"):
+        fk.PreparedStage([], head(torch.float32))
+
+
+def test_another_number_of_arguments_is_an_error() -> None:
+    assert _extension.extension is not None
+    for given in [(), (None,) * 9, (torch.zeros(1), [], [], (), None, 0.5, 0, 0, None)]:
+        with pytest.raises(TypeError, match=r"^packed_stage: rows or an embedding"):
+            _extension.extension.packed_stage(*given)
