@@ -250,9 +250,114 @@ def test_processes_can_share_a_grid_by_tasks(work: Path, tmp_path: Path) -> None
         run_table(grid, tmp_path / "table", tasks=["Three"])
 
 
+def test_students_choose_their_weights_by_dev_rows(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int | None] = []
+    plain = kd_table.KDTrainer.train
+
+    def counted(trainer: Any, train: Any, dev: Any, output_dir: Path, *rest: Any) -> Any:
+        given.append(None if dev is None else len(dev))
+        assert trainer.options.metric == ("accuracy",)
+        return plain(trainer, train, dev, output_dir, *rest)
+
+    monkeypatch.setattr(kd_table.KDTrainer, "train", counted)
+    blocks = [{"student": "layers:1", "methods": ["none"]}]
+    for name, changes in {
+        "all": {},
+        "some": {"dev_rows": 5},
+        "none": {"dev_rows": 0},
+        "evaluated": {"eval_split": "dev"},
+    }.items():
+        grid = tiny_grid(work, tmp_path / "grid.yaml", blocks=blocks, seeds=[1], **changes)
+        run_table(grid, tmp_path / name)
+    assert given == [16, 5, None, None]
+    found = json.loads((tmp_path / "some" / "cells" / "Film" / "layers-1" / "none" / "seed-1.json").read_text())
+    assert (found["dev_rows"], found["dev_metrics"]["score"]) == (5, found["dev_metrics"]["accuracy"])
+    assert "at most 5 dev rows choose their weights" in (tmp_path / "some" / "table.md").read_text()
+    assert "their last weights" in (tmp_path / "evaluated" / "table.md").read_text()
+
+
+TRIALS: list[dict[str, Any]] = [
+    {},
+    {"train": {"learning_rate": 5e-3}, "arguments": {"kd": {"temperature": 1.0}}},
+]
+
+
+def test_dev_rows_choose_among_trials_and_later_seeds_run_the_chosen(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = [{"title": "T", "student": "layers:1", "methods": ["none", "kd"], "trials": TRIALS}]
+    grid = tiny_grid(work, tmp_path / "grid.yaml", blocks=blocks)
+    ran: list[tuple[Any, ...]] = []
+
+    def made_up(runner: Any, cell: kd_table.Cell) -> None:
+        cell = kd_table._chosen(runner.grid, runner.output, cell)  # type: ignore[assignment]
+        options = kd_table._options(runner.grid, cell)
+        ran.append((cell.method, cell.trial, cell.seed, options.learning_rate, dict(options.arguments)))
+        best = 2 if cell.method == "kd" else 1
+        path = tmp_path / "table" / "cells" / f"{cell.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        score = 0.9 if cell.trial == best else 0.8
+        result = {
+            "settings": runner._settings(cell),
+            # the rows that are evaluated would choose the other one
+            "metrics": {"accuracy": 1 - score + cell.seed / 100},
+            "dev_metrics": {"score": score},
+        }
+        path.write_text(json.dumps(result), encoding="utf-8")
+
+    monkeypatch.setattr(kd_table._Runner, "run", made_up)
+    rows = run_table(grid, tmp_path / "table")
+    rate = TINY["learning_rate"]
+    assert ran == [
+        ("none", 1, 1, rate, {}), ("kd", 1, 1, rate, {}),
+        ("none", 2, 1, 5e-3, {}), ("kd", 2, 1, 5e-3, {"temperature": 1.0}),
+        ("none", 1, 2, rate, {}), ("kd", 2, 2, 5e-3, {"temperature": 1.0}),
+    ]  # fmt: skip
+    assert [row.trials for row in rows] == [{}, {"Film": 1}, {"Film": 2}]
+    assert rows[2].scores["Film"].mean == pytest.approx(11.5)
+    text = (tmp_path / "table" / "table.md").read_text(encoding="utf-8")
+    assert "2. learning_rate 0.005; Vanilla KD: temperature 1.0" in text
+    assert "| Vanilla KD | 2 |" in text
+    run_table(grid, tmp_path / "table")
+    assert len(ran) == 6, "what is finished is not run again"
+
+
+def test_a_grid_with_trials_runs(work: Path, tmp_path: Path) -> None:
+    """One of them trains the teacher's pseudo-classifiers otherwise."""
+    trials = [{}, {"train": {"pseudo_classifiers": {"epochs": 1}}}]
+    blocks = [{"student": "layers:2", "methods": ["mhkd"], "trials": trials}]
+    rows = run_table(tiny_grid(work, tmp_path / "grid.yaml", blocks=blocks), tmp_path / "table")
+    assert rows[1].scores["Film"].seeds == 2
+    chosen = rows[1].trials["Film"]
+    assert (tmp_path / "table" / "cells" / "Film" / "layers-2" / "mhkd" / f"trial-{chosen}" / "seed-2.json").is_file()
+    assert len(list((tmp_path / "table" / "answers").iterdir())) == 2
+
+
+def test_the_cost_of_assistants_counts(work: Path, tmp_path: Path) -> None:
+    blocks = [{"student": "layers:1", "methods": ["kd", "takd"]}]
+    run_table(tiny_grid(work, tmp_path / "grid.yaml", blocks=blocks, seeds=[1]), tmp_path / "table")
+    steps = {
+        method: json.loads((tmp_path / f"table/cells/Film/layers-1/{method}/seed-1.json").read_text())["steps"]
+        for method in ("kd", "takd")
+    }
+    assert steps["takd"] == 2 * steps["kd"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"blocks": [{"student": "layers:2", "methods": ["kd"], "trials": [{"arguments": {"dih": {}}}]}]},
+            r"blocks\[0\].trials\[0\].arguments: dih is none of the block's methods",
+        ),
+        (
+            {"blocks": [{"student": "layers:2", "methods": ["kd"], "trials": [{"train": {"lr": 1}}]}]},
+            "layers:2, kd, Film: unknown lr",
+        ),
+        (
+            {"blocks": [{"student": "layers:2", "methods": ["kd"], "trials": [{}]}], "eval_split": "dev"},
+            "trials: dev rows choose among them",
+        ),
         ({"seeds": []}, "no seeds; a grid needs tasks, blocks and seeds"),
         ({"seeds": [1, 1]}, r"seeds: got \[1, 1\], expected different whole numbers"),
         ({"metod": 1}, "unknown metod; expected some of tasks, blocks, seeds"),
@@ -319,6 +424,13 @@ def test_the_grid_of_the_published_table_is_right() -> None:
     assert larger.blocks == grid.blocks
     assert larger.seeds == grid.seeds
     assert larger.train_rows == 10 * grid.train_rows
+    tuned = load_grid(Path(__file__).parents[1] / "bench" / "kd_table_tuned.yaml")
+    assert (tuned.tasks, tuned.seeds, tuned.train_rows) == (larger.tasks, larger.seeds, larger.train_rows)
+    (block,) = tuned.blocks
+    assert {"none", "kd", "mhkd", "annealing", "universal-il", "universal-cg"} <= set(block.methods)
+    for trial in block.trials:
+        # equal budget: what one method is tried with, every other is too
+        assert set(trial.arguments) in (set(), set(block.methods) - {"none"})
 
 
 # Commands

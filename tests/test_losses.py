@@ -235,7 +235,11 @@ ATTENTIONS: list[dict[str, Any]] = [
     {"attn": "dot", "attn_scale": 0.3},
     {"attn": "uniform"},
 ]
-SPACES = [{"attn_space": "probs", "attn_scale": 5.0}, {"attn_space": "log_probs", "attn_scale": 0.2}]
+SPACES: list[dict[str, Any]] = [
+    {"attn_space": "probs", "attn_scale": 5.0},
+    {"attn_space": "log_probs", "attn_scale": 0.2},
+    {"attn_space": "centred"},
+]
 
 
 @pytest.mark.parametrize(
@@ -250,6 +254,29 @@ def test_universal_kd_attention_is_that_of_the_op(options: dict[str, Any], class
     students, teachers = loss.chosen(student, teacher)
     pairs = torch.stack([torch.stack([KDLoss(reduction="none")(s, t) for t in teachers], -1) for s in students])
     torch.testing.assert_close((attention * pairs).sum(-1), loss(student, teacher))
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_universal_kd_centred_attention_does_not_see_what_no_softmax_sees(mixture: bool) -> None:
+    student, teacher, labels = double(M, B, C), double(N, B, C), labels_for(C)
+    offsets = 5 * double(M, B, 1), 5 * double(N, B, 1)
+
+    def loss_of(space: str) -> Callable[[Tensor, Tensor], Tensor]:
+        loss = UniversalKDLoss(attn_space=space)
+        whole = UniversalKDMixtureLoss(loss)
+        return (lambda s, t: whole(s, t, labels)) if mixture else loss
+
+    centred, raw = loss_of("centred"), loss_of("logits")
+    moved = student + offsets[0], teacher + offsets[1]
+    torch.testing.assert_close(centred(*moved), centred(student, teacher))
+    assert abs(raw(*moved) - raw(student, teacher)) > 1e-2
+
+    def formula(student: Tensor, teacher: Tensor) -> Tensor:
+        return raw(student - student.mean(-1, keepdim=True), teacher - teacher.mean(-1, keepdim=True))
+
+    assert_equal_with_gradients(centred, formula, [student], (teacher,))
+    scores = double(M, B, 1), double(N, B, 1)
+    torch.testing.assert_close(UniversalKDLoss(attn_space="centred")(*scores), UniversalKDLoss()(*scores))
 
 
 def test_universal_kd_effective_layers() -> None:

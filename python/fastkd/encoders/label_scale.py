@@ -35,7 +35,12 @@ class LabelScale:
     @classmethod
     def of(cls, rows: Rows) -> LabelScale:
         """That of the labels of `rows`; labels that are all the same have the standard deviation 1."""
-        labels = torch.tensor(rows.dataset["label"][:], dtype=torch.float64)
+        return cls.of_values(torch.tensor(rows.dataset["label"][:], dtype=torch.float64))
+
+    @classmethod
+    def of_values(cls, labels: Tensor) -> LabelScale:
+        """The same of labels [n]."""
+        labels = labels.double()
         std = labels.std(correction=0).item()
         return cls(labels.mean().item(), std if std > 0 else 1.0)
 
@@ -50,14 +55,14 @@ class LabelScale:
     @torch.no_grad()
     def put_into(self, head: nn.Module) -> None:
         """Make `head`, which answers in standardised units, answer in the labels' unit."""
-        linear = cast(nn.Linear, head.out_proj)
+        linear = _last_linear(head)
         linear.weight.mul_(self.std)
         linear.bias.mul_(self.std).add_(self.mean)
 
     @torch.no_grad()
     def take_out_of(self, head: nn.Module) -> None:
         """The inverse of `put_into`."""
-        linear = cast(nn.Linear, head.out_proj)
+        linear = _last_linear(head)
         linear.weight.div_(self.std)
         linear.bias.sub_(self.mean).div_(self.std)
 
@@ -71,3 +76,8 @@ class LabelScale:
         finally:
             for head in heads:
                 self.put_into(head)
+
+
+def _last_linear(head: nn.Module) -> nn.Linear:
+    """Of an exit head, or of a plain classifier that is a linear layer itself."""
+    return head if isinstance(head, nn.Linear) else cast(nn.Linear, head.out_proj)

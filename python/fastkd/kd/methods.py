@@ -4,6 +4,13 @@ Losses are those of `fastkd.losses`. A weight has the same name in every method:
 for the divergence from the teacher's answer, `intermediate_weight` for what inner layers add; DistilBERT's third term
 has a `cosine_weight`. Where a method has no `label_weight`, its labels weigh 1 - `kd_weight`. The keyword arguments of
 the builders below are what `KDOptions.arguments` may set.
+
+Their defaults are not each paper's. Vanilla KD, TAKD, PKD, ALP-KD, RAIL-KD and Universal-KD share one temperature of 4,
+where each paper searches its own (PKD, arXiv:1908.09355: 5, 10 and 20), so that rows of a table differ by the method.
+ALP-KD's inner layers weigh 1, where its one public reproduction has 1000. MHKD's teacher heads are frozen, so that its
+loss has no cross entropy of theirs. Students of "layers:K" begin with evenly spaced layers; PKD begins with the first.
+Annealing-KD spreads ten temperatures over the steps of its stage. The second of two stages begins with the best weights
+of the first, or its last ones where no dev rows choose.
 """
 
 from __future__ import annotations
@@ -19,6 +26,7 @@ from fastkd import losses
 from fastkd.kd.catalogue import CATALOGUE
 from fastkd.kd.teacher import Signals
 
+# of the last logits, for every method whose paper searches it
 TEMPERATURE = 4.0
 
 
@@ -83,7 +91,7 @@ class Method:
 
     Attributes:
         name: in `fastkd.kd.catalogue.CATALOGUE`.
-        stages: in order; each begins with the best weights of the one before.
+        stages: in order; each begins with the best weights of the one before, by the dev rows, else its last.
         pool: how hidden states are pooled where the method says so; else as model and options say.
         has_assistants: the student's teacher is the last of a chain of assistants, each trained with "kd".
     """

@@ -32,6 +32,7 @@ from fastkd.data.files import read_json, write_result
 from fastkd.data.rows import Rows
 from fastkd.data.tensors import damaged, load_tensors, save_tensors
 from fastkd.kd.cache import CACHED_KINDS, TeacherCache, example_ids
+from fastkd.kd.label_unit import LabelUnit
 from fastkd.kd.methods import Method, Shapes, Stage, StageLoss
 from fastkd.kd.options import KDOptions
 from fastkd.kd.probe import LayerProbe, PseudoClassifiers, layer_count, whole_model
@@ -55,11 +56,13 @@ class StudentObjective(Objective):
         teacher: Teacher | None,
         pool: str | None,
         layers: str | None = None,
+        unit: LabelUnit | None = None,
     ) -> None:
         super().__init__()
         self.student = student
         self.loss = loss
         self.stage = stage
+        self.unit = unit
         self._whole = whole_model(student)
         # no part of the module tree: the teacher is neither trained nor saved
         self._teacher = (teacher,)
@@ -76,18 +79,30 @@ class StudentObjective(Objective):
 
     def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:
         given = {name: batch.pop(f"teacher_{name}") for name in CACHED_KINDS if f"teacher_{name}" in batch}
+        if self.unit is not None:
+            labels = self.unit.labels.standardised(labels)
         if not self.training:
-            logits = self.student(**batch, **self._whole).logits.float()
-            return {"loss": label_loss(logits, labels), "logits": logits}
-        student = self._student_signals(batch)
-        loss = self.loss(student, self._teacher_signals(batch, given), labels, batch.get("attention_mask"))
-        return {"loss": loss, "logits": student.logits}
+            logits = self._answers(self.student(**batch, **self._whole).logits)
+            return {"loss": label_loss(logits, labels), "logits": self._restored(logits)}
+        student, teacher = self._student_signals(batch), self._teacher_signals(batch, given)
+        if self.unit is not None and teacher is not None:
+            teacher = self.unit.of_teacher(teacher)
+        loss = self.loss(student, teacher, labels, batch.get("attention_mask"))
+        return {"loss": loss, "logits": self._restored(student.logits)}
+
+    def _answers(self, logits: Tensor) -> Tensor:
+        """The student's in float32; of a regression standardised ones."""
+        return logits.float() if self.unit is None else self.unit.answers.standardised(logits.float())
+
+    def _restored(self, logits: Tensor) -> Tensor:
+        """In the labels' unit."""
+        return logits if self.unit is None else self.unit.labels.restored(logits)
 
     def _student_signals(self, batch: dict[str, Tensor]) -> Signals:
         if self._probe is None:
-            return Signals(self.student(**batch, **self._whole).logits.float())
+            return Signals(self._answers(self.student(**batch, **self._whole).logits))
         output = self._probe(**batch)
-        logits, hidden_states = output.logits.float(), output.hidden_states.float()
+        logits, hidden_states = self._answers(output.logits), output.hidden_states.float()
         layer_logits = None
         if self.heads is not None:
             with torch.autocast(logits.device.type, enabled=False):
@@ -159,6 +174,7 @@ class StageRun:
     method: Method
     options: KDOptions
     tokenizer: PreTrainedTokenizerBase
+    unit: LabelUnit | None
 
     def run(
         self, number: int, train: Rows, dev: Rows | None, checkpoints: Path, callbacks: Sequence[TrainerCallback]
@@ -194,7 +210,7 @@ class StageRun:
         transformers.set_seed(options.seed)
         objective = StudentObjective(
             self.stage, self.student, self._loss(), self.teacher, options.pool or self.method.pool,
-            options.student_layers,
+            options.student_layers, self.unit,
         )  # fmt: skip
         train_tokens = tokenize(train, self.tokenizer, options.max_length)
         stage = TrainingStage(
@@ -239,13 +255,15 @@ class StageRun:
 
 @dataclass(frozen=True)
 class _Score:
-    """Every fitting metric, and as `score` the mean of the chosen ones."""
+    """Every fitting metric, `mse` of a regression in the labels' unit, and as `score` the mean of the chosen ones."""
 
     chosen: Sequence[str]
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
-        found = metrics.scores(numpy.asarray(prediction.predictions), numpy.asarray(prediction.label_ids))
-        return {**found, "score": float(numpy.mean([found[name] for name in self.chosen]))}
+        logits, labels = numpy.asarray(prediction.predictions), numpy.asarray(prediction.label_ids)
+        found = metrics.scores(logits, labels)
+        shown = {**metrics.head_scores(logits, labels), **found}
+        return {**shown, "score": float(numpy.mean([found[name] for name in self.chosen]))}
 
 
 def _width(model: PreTrainedModel) -> int:

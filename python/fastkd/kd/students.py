@@ -356,7 +356,11 @@ def _with_layers(
         heads[len(layers) - 1] = teacher.config.num_hidden_layers - 1
         config.exit_layers = sorted(place + 1 for place in heads)
         config.last_head_was_trained()
-        config.label_scale, config.training_data, config.weights_fingerprint = None, {}, None
+        config.training_data, config.weights_fingerprint = {}, None
+    if teacher.config.num_labels == 1:
+        # a copied classifier answers in the labels' unit, whoever trained it
+        known = getattr(config, "label_scale", None) or [0.0, 1.0]
+        config.label_scale = known if copy_classifier else None
     keep_layers(config.backbone if isinstance(config, EarlyExitConfig) else config, layers)
     config.name_or_path = ""  # the student is no longer what lies there
     student = cast(PreTrainedModel, type(teacher)(cast(Any, config)))

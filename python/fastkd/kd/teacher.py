@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.data.labels import names_of_classes
+from fastkd.encoders.label_scale import LabelScale
 from fastkd.kd.probe import LayerProbe, PseudoClassifiers, check_pool, default_pool, whole_model
 from fastkd.losses import label_loss
 from fastkd.model.pretrained import damage_explained, saved_config
@@ -218,7 +219,8 @@ def train_pseudo_classifiers(
 ) -> PseudoClassifiers:
     """Linear classifiers of fixed features, trained on labels with cross-entropy (squared error for `num_labels` 1).
 
-    The features of each layer are standardised for the training; the scaling is folded into the weights afterwards.
+    The features of each layer are standardised for the training, and scores too; the scaling is folded into the weights
+    afterwards.
     The same arguments give the same weights; the global random state is not touched.
 
     Args:
@@ -236,9 +238,9 @@ def train_pseudo_classifiers(
         torch.manual_seed(options.seed)
         classifiers = PseudoClassifiers(layers, width, num_labels)
     bias = cast(nn.Parameter, classifiers.bias)
+    unit = LabelScale.of_values(labels) if num_labels == 1 else LabelScale()
     if num_labels == 1:
-        with torch.no_grad():
-            bias.fill_(labels.float().mean())
+        labels = unit.standardised(labels.float())
     classifiers.to(hidden_states.device)
     steps = options.epochs * -(-rows // options.batch_size)
     optimizer = torch.optim.AdamW(classifiers.parameters(), lr=options.learning_rate, weight_decay=0.01)
@@ -256,6 +258,8 @@ def train_pseudo_classifiers(
     with torch.no_grad():
         classifiers.weight.div_(scale.unsqueeze(1))
         bias.sub_(torch.einsum("lch,lh->lc", classifiers.weight, mean).unsqueeze(1))
+        classifiers.weight.mul_(unit.std)
+        bias.mul_(unit.std).add_(unit.mean)
     return classifiers.requires_grad_(False)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,13 +29,14 @@ from transformers import (
 )
 
 from fastkd.data.batches import LengthSortedBatches, tokenize
+from fastkd.data.files import check_fields, read_json
 from fastkd.data.labels import names_of_classes
 from fastkd.data.row_hashes import warn_about_duplicates
 from fastkd.data.rows import Rows, RowSource, load_rows, load_splits
 from fastkd.encoders.families import FAMILIES, longest_input
-from fastkd.encoders.label_scale import LabelScale
 from fastkd.kd.cache import CACHED_KINDS, TeacherCache
 from fastkd.kd.label_order import common_order
+from fastkd.kd.label_unit import standard_unit
 from fastkd.kd.methods import Method, method_of
 from fastkd.kd.options import KDOptions
 from fastkd.kd.stage_run import BEST_METRIC, StageRun, default_metric, num_labels_of
@@ -53,6 +54,7 @@ from fastkd.training.checks import (
     parameters_to_train,
 )
 from fastkd.training.harness import Run, TrainResult, asking_for_gradients, take_labels
+from fastkd.training.log import LOG_FILE
 from fastkd.training.model_parts import seen_by
 from fastkd.training.processes import by_first
 
@@ -152,6 +154,11 @@ class KDTrainer:
             callbacks: added to those of `transformers.Trainer`.
             on_teacher: called with the rows that the teacher has answered for the cache, and all of them.
 
+        Returns:
+            Metrics and losses of the student. Steps and seconds count every training on the way: both stages, and the
+            assistants of "takd". A regression's losses are those of labels with mean 0 and standard deviation 1; the
+            student answers in the labels' unit, and so are its metrics.
+
         Raises:
             DataError: rows without labels, or with labels that are not the models'.
             FileExistsError: `output_dir`, or the checkpoints of an unfinished run, would be lost.
@@ -161,7 +168,7 @@ class KDTrainer:
         options, output_dir = self.options, Path(output_dir)
         train, dev = self._read(train, dev)
         transformers.set_seed(options.seed)
-        student = self._make_student(train)
+        student, has_new_head = self._make_student(train)
         first_teacher, train, dev = common_order(student, self.teacher, train, dev)
         take_labels(student, train)
         metrics.check_names(options.metric or default_metric(student), num_labels_of(student))
@@ -176,14 +183,17 @@ class KDTrainer:
             "kd", train, dev, output_dir, options, best_metric=BEST_METRIC, given=self._given(first_teacher)
         )
         with run.cleared_if_failed():
-            teacher = self._last_assistant(train, dev, run.checkpoints) if self._chain else first_teacher
+            teacher, hops = self._last_assistant(train, dev, run.checkpoints) if self._chain else (first_teacher, [])
             if teacher is not None and teacher is not first_teacher:
                 teacher, _, _ = common_order(student, teacher, train, dev)
             answers = self._answers(teacher, train, run, on_teacher)
             frozen = student.get_input_embeddings().parameters() if options.freeze_embeddings else ()
-            with asking_for_gradients(dict.fromkeys(frozen, False)):
+            with (
+                asking_for_gradients(dict.fromkeys(frozen, False)),
+                standard_unit(student, train, self.tokenizer, has_new_head=has_new_head) as unit,
+            ):
                 results = [
-                    StageRun(stage, student, teacher, answers, self.method, options, self.tokenizer).run(
+                    StageRun(stage, student, teacher, answers, self.method, options, self.tokenizer, unit).run(
                         number, train, dev, run.checkpoints, callbacks
                     )
                     for number, stage in enumerate(self.method.stages, start=1)
@@ -193,7 +203,7 @@ class KDTrainer:
         self.model = student if self._adapter is None else self._adapter.eval()
         if isinstance(student, EarlyExitForSequenceClassification):
             _describe(student, train, dev, run)
-        return run.finish(student, self.tokenizer, _joined(results), self._adapter)
+        return run.finish(student, self.tokenizer, _with_hops(_joined(results), hops), self._adapter)
 
     def _read(self, train: RowSource, dev: RowSource | None) -> tuple[Rows, Rows | None]:
         """The rows; names bring their classes into one order afterwards, and numbers stay numbers until then."""
@@ -211,25 +221,29 @@ class KDTrainer:
             raise ValueError("tokenizer: pass one, because neither teacher nor student comes from a folder")
         return self.teacher.tokenizer
 
-    def _make_student(self, train: Rows) -> PreTrainedModel:
-        """The student with its labels, its new weights drawn from the global generator."""
+    def _make_student(self, train: Rows) -> tuple[PreTrainedModel, bool]:
+        """The student with its labels, its new weights drawn from the global generator, and whether its head is new."""
+        if isinstance(self.student, PreTrainedModel) or is_made_of_teacher(str(self.student)):
+            student = self._given_student()
+            return student, getattr(student.config, "label_scale", None) is None
+        path = self.student
+        labels: dict[str, Any] = {"num_labels": train.num_labels}
+        # a folder that already has the right head keeps it
+        if getattr(saved_config(path, {}), "num_labels", None) == train.num_labels:
+            labels = {}
+        student, found = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **labels
+        )
+        # such a folder holds an adapter, which transformers puts into its base
+        check_trainable(student, "student")
+        return student, bool(found["missing_keys"] or found["mismatched_keys"])
+
+    def _given_student(self) -> PreTrainedModel:
+        """The one that was passed, or is made of the teacher."""
         if isinstance(self.student, PreTrainedModel):
-            student = self.student
-        elif is_made_of_teacher(str(self.student)):
-            assert self.teacher is not None
-            student = student_from_teacher(self.teacher.model, str(self.student), layers=self.teacher.layers)
-        else:
-            path = self.student
-            labels: dict[str, Any] = {"num_labels": train.num_labels}
-            # a folder that already has the right head keeps it
-            if getattr(saved_config(path, {}), "num_labels", None) == train.num_labels:
-                labels = {}
-            student = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=torch.float32, trust_remote_code=False, **labels
-            )
-            # such a folder holds an adapter, which transformers puts into its base
-            check_trainable(student, "student")
-        return student
+            return self.student
+        assert self.teacher is not None
+        return student_from_teacher(self.teacher.model, str(self.student), layers=self.teacher.layers)
 
     def _given(self, teacher: Teacher | None) -> dict[str, Any]:
         """What a continuation must agree with beside rows and options."""
@@ -239,10 +253,13 @@ class KDTrainer:
 
     # The teacher's side
 
-    def _last_assistant(self, train: Rows, dev: Rows | None, checkpoints: Path) -> Teacher:
-        """The end of TAKD's chain: each assistant learns from the one before, made of the first teacher's layers."""
+    def _last_assistant(self, train: Rows, dev: Rows | None, checkpoints: Path) -> tuple[Teacher, list[dict[str, Any]]]:
+        """The end of TAKD's chain, and the log of every training on the way.
+
+        Each assistant learns from the one before, made of the first teacher's layers.
+        """
         assert self.teacher is not None
-        teacher = self.teacher
+        teacher, logs = self.teacher, []
         for number, spec in enumerate(self._chain, start=1):
             folder = checkpoints / f"assistant-{number}"
             if not folder.exists():
@@ -253,7 +270,8 @@ class KDTrainer:
                     train, dev, folder
                 )
             teacher = Teacher.load(folder, teacher.pool, self.teacher.layers)
-        return teacher
+            logs.append(_log_of(folder))
+        return teacher, logs
 
     def _assistant_cache(self, number: int) -> bool | str | os.PathLike[str]:
         """The first hop asks the teacher itself; later ones ask models of this run alone."""
@@ -363,13 +381,26 @@ def _joined(results: Sequence[TrainResult]) -> TrainResult:
     )
 
 
+def _log_of(assistant: Path) -> dict[str, Any]:
+    file, remedy = assistant / LOG_FILE, f"delete {assistant} to train this assistant again"
+    log = read_json(file, "resume", remedy)
+    check_fields(log, {"steps": int, "seconds": (int, float)}, file, "resume", remedy)
+    return log
+
+
+def _with_hops(result: TrainResult, logs: Sequence[Mapping[str, Any]]) -> TrainResult:
+    """The work of a chain is that of all its trainings; metrics and losses are the student's."""
+    return replace(
+        result,
+        steps=result.steps + sum(log["steps"] for log in logs),
+        seconds=result.seconds + math.fsum(log["seconds"] for log in logs),
+    )
+
+
 def _describe(student: EarlyExitForSequenceClassification, train: Rows, dev: Rows | None, run: Run) -> None:
     """Make the configuration of an early-exit student say what its last head, and only that, has just learned."""
     config = student.config
     config.last_head_was_trained()
-    if config.num_labels == 1:
-        scale = LabelScale.of(train)
-        config.label_scale = [scale.mean, scale.std]
     config.training_data |= run.digests
     student.seen_rows |= seen_by("kd", train, dev)
     student.confirm_weights()

@@ -19,7 +19,8 @@ class ALPKDLoss(nn.Module):
 
     Pinned to the one public reproduction: scores divided by sqrt(H), mean over samples and features, mean over all M
     student layers (the last one included), the gradient flows through the attention; there it goes with a weight of
-    1000. `paper()` is the formula as written: unscaled scores, sum over layers. Softmax is the stable one.
+    1000, in `fastkd kd` by default with 1. `paper()` is the formula as written: unscaled scores, sum over layers.
+    Softmax is the stable one.
 
     Args:
         variant: "ALP", attention over all N teacher layers; "NO", student layer j sees only the j-th of M consecutive

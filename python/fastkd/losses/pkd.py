@@ -18,7 +18,8 @@ class PKDLoss(nn.Module):
     Of the [CLS] outputs of the layers (no pooler); the last student layer is left out, as in the released code. Pinned:
     reduction "mean", over samples, layers and features, which is that code's `F.mse_loss` and goes with its weights of
     10 to 1000. "batchmean" is the sum over layers and features, H (M - 1) times larger, as in TextBrewer. The code
-    switches normalisation off for some tasks (its best MNLI, QNLI and QQP rows), the formula has it.
+    switches normalisation off for some tasks (its best MNLI, QNLI and QQP rows), the formula has it. PKD's students
+    begin with the teacher's first layers ("layers:K:first"), those of `fastkd kd` by default with evenly spaced ones.
 
     Args:
         layer_map: see `fastkd.losses.inner_layer_map`: "skip", "last", "reverse",

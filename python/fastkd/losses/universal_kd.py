@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastkd_kernels as fk
+from fastkd.losses import _hidden
 from fastkd.losses.labels import label_loss, task_of
 from fastkd.losses.layer_maps import rows_of
 
@@ -40,12 +41,14 @@ class UniversalKDLoss(nn.Module):
     Pinned: reduction "batchmean", layer_reduction "sum", T^2 on, temperature 1.
 
     Attention on raw logits sees what no softmax sees: a constant added to all of a layer's logits changes lambda, and
-    with it the loss, though not one probability. `attn_space="log_probs"` does not depend on it. In a regression the
-    attention depends on the unit of the labels for the same reason: give scores of about unit variance.
+    with it the loss, though not one probability. `attn_space="centred"` takes the mean over the classes from both sides
+    of the product, which changes the attention and nothing else; "probs" and "log_probs" do not depend on it either. In
+    a regression the attention depends on the unit of the labels: give scores of unit variance, as `fastkd kd` does.
 
     Args:
         temperature, reduction, layer_reduction, direction, t2_scale: see `fastkd_kernels.universal_kd_loss`.
-        mix, attn, attn_space, attn_scale, attn_temperature, detach_attention: see there.
+        mix, attn, attn_scale, attn_temperature, detach_attention: see there.
+        attn_space: see there; or "centred", logits less their mean over the classes (a regression's stay as they are).
         student_layers: "inner" (j < M), "last" (j = M), "all", or layer numbers from 1.
         teacher_layers: "all", or layer numbers from 1.
         student_head_ce: weight of the cross entropy of the chosen student layers.
@@ -137,7 +140,7 @@ class UniversalKDLoss(nn.Module):
     def attention(self, student_layer_logits: Tensor, teacher_layer_logits: Tensor) -> Tensor:
         """lambda [chosen student layers, B, chosen teacher layers] of finite logits, for a look at it; no gradient."""
         chosen = self.chosen(student_layer_logits, teacher_layer_logits)
-        student, teacher = (_features(logits, self.attn_space) for logits in chosen)
+        student, teacher = (_features(logits, self.options()["attn_space"]) for logits in chosen)
         attn = self.attn or ("neg_sqdist" if task_of(student) == "regression" else "dot")
         with torch.autocast(student.device.type, enabled=False):
             scores = torch.einsum("mbc,nbc->mbn", student, teacher)
@@ -160,7 +163,7 @@ class UniversalKDLoss(nn.Module):
             "reduction": self.reduction,
             "layer_reduction": self.layer_reduction,
             "mix": self.mix,
-            "attn_space": self.attn_space,
+            "attn_space": "logits" if self.attn_space == "centred" else self.attn_space,
             "attn_scale": self.attn_scale,
             "direction": self.direction,
             "detach_attention": self.detach_attention,
@@ -170,7 +173,7 @@ class UniversalKDLoss(nn.Module):
         }
 
     def chosen(self, student_layer_logits: Tensor, teacher_layer_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The layers that take part."""
+        """The layers that take part, centred where the attention wants it: no softmax of them changes by that."""
         layers = student_layer_logits.shape[0]
         if self.student_layers == "inner" and layers < 2:
             raise ValueError(
@@ -178,7 +181,10 @@ class UniversalKDLoss(nn.Module):
                 "of more layers"
             )
         student = _layers(student_layer_logits, self.student_layers, "student_layers")
-        return student, _layers(teacher_layer_logits, self.teacher_layers, "teacher_layers")
+        teacher = _layers(teacher_layer_logits, self.teacher_layers, "teacher_layers")
+        if self.attn_space != "centred" or student.shape[-1] == 1:
+            return student, teacher
+        return _centred(student), _centred(teacher)
 
     def as_target(self, teacher_logits: Tensor) -> Tensor:
         """Detached where the teacher's heads learn from labels here; elsewhere a gradient would be a mistake."""
@@ -247,6 +253,11 @@ class UniversalKDMixtureLoss(nn.Module):
             **universal.options(),
         )
         return loss if heads is None else loss + self.intermediate_weight * heads
+
+
+def _centred(logits: Tensor) -> Tensor:
+    (logits,) = _hidden.widen(logits)
+    return logits - logits.mean(-1, keepdim=True)
 
 
 def _features(logits: Tensor, space: str) -> Tensor:

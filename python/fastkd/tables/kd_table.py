@@ -6,7 +6,8 @@ The grid is a YAML file:
     data: ../shared/data              # what the folders of the tasks are relative to; itself relative to where you are
     seeds: [1, 2, 3]
     train_rows: 1000                  # of every student; drawn once, so all methods and seeds see the same
-    eval_rows: 1000                   # of `eval_split`
+    dev_rows: 500                     # choose the best weights of a student; default: all dev rows, 0: the last weights
+    eval_rows: 1000                   # of `eval_split`; where that is dev, students have no dev rows
     eval_split: test
     train: {epochs: 3, learning_rate: 1.0e-4, max_length: 64}     # any KDOptions
     teacher:
@@ -23,6 +24,12 @@ The grid is a YAML file:
         methods: [none, kd, universal-il]
         train: {learning_rate: 5.0e-5}
         arguments: {universal-il: {intermediate_weight: 1.0}}
+        trials:                       # of every method, as many for each; dev rows choose one for every task
+          - {}
+          - train: {learning_rate: 1.0e-4}
+          - arguments: {kd: {temperature: 1}, universal-il: {attn_space: log_probs}}
+
+Trials run with the first seed; the one with the best score on the dev rows is the method's, and runs with every seed.
 
 Every finished cell is a JSON file, so an interrupted grid goes on where it stopped. Seeds come outermost: what an
 interrupted grid has finished is a table with fewer seeds.
@@ -33,6 +40,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import re
@@ -50,6 +58,7 @@ from fastkd.data.work_folders import claim_folder
 from fastkd.data.yaml_text import load_yaml
 from fastkd.kd.methods import Method, method_of
 from fastkd.kd.options import KDOptions
+from fastkd.kd.stage_run import BEST_METRIC
 from fastkd.kd.teacher import PseudoClassifierOptions, Teacher
 from fastkd.kd.trainer import KDTrainer, evaluate
 from fastkd.model.checkpoints import checkpoint_path
@@ -115,6 +124,15 @@ class Block:
     methods: tuple[str, ...]
     train: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    trials: tuple[Trial, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Settings that every method of a block is tried with; they win over those of the block."""
+
+    train: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -127,39 +145,59 @@ class Grid:
     title: str = "Knowledge distillation"
     data: str = "."
     train_rows: int | None = None
+    dev_rows: int | None = None
     eval_rows: int | None = None
     eval_split: str = "test"
     rows_seed: int = 0
     train: Mapping[str, Any] = field(default_factory=dict)
     teacher: TeacherPlan = field(default_factory=TeacherPlan)
 
+    @property
+    def has_dev_rows(self) -> bool:
+        """Whether students may choose weights; never by the rows that they are evaluated on."""
+        return self.eval_split != "dev" and self.dev_rows != 0
+
     def cells(self) -> Iterator[Cell]:
-        """Every cell once, in the order in which they are run."""
+        """Every cell once, in the order in which they are run; with trials the first seed has one for each."""
         seen = set()
         for seed in self.seeds:
             for task in self.tasks:
                 for block in self.blocks:
-                    for method in block.methods:
-                        cell = Cell(block, method, task, seed)
+                    trials = _numbers(block.trials) if block.trials and seed == self.seeds[0] else [None]
+                    for trial, method in itertools.product(trials, block.methods):
+                        cell = Cell(block, method, task, seed, trial)
                         # blocks may repeat a row, as the papers' tables do
                         if cell.name not in seen:
                             seen.add(cell.name)
                             yield cell
 
+    def trials_of(self, cell: Cell) -> list[Cell]:
+        """The cells whose dev scores choose among the trials of a cell's method."""
+        return [replace(cell, seed=self.seeds[0], trial=number) for number in _numbers(cell.block.trials)]
+
+
+def _numbers(trials: Sequence[Trial]) -> list[int]:
+    return list(range(1, len(trials) + 1))
+
 
 @dataclass(frozen=True)
 class Cell:
-    """One training of one student."""
+    """One training of one student.
+
+    `trial` is its number from 1; None where a block has none, or the one that the dev rows choose.
+    """
 
     block: Block
     method: str
     task: str
     seed: int
+    trial: int | None = None
 
     @property
     def name(self) -> str:
         """Where its result lies, without a suffix."""
-        return f"{_slug(self.task)}/{_slug(self.block.student)}/{self.method}/seed-{self.seed}"
+        trial = "" if self.trial is None else f"trial-{self.trial}/"
+        return f"{_slug(self.task)}/{_slug(self.block.student)}/{self.method}/{trial}seed-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -182,13 +220,14 @@ class Score:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table; scores by task, and "Avg" where every task has one."""
+    """One row of the table; scores by task, "Avg" where every task has one, and the trial chosen for each task."""
 
     block: str
     student: str
     method: str
     title: str
     scores: dict[str, Score]
+    trials: dict[str, int] = field(default_factory=dict)
 
 
 def load_grid(path: str | Path, data: str | Path | None = None) -> Grid:
@@ -221,6 +260,8 @@ def load_grid(path: str | Path, data: str | Path | None = None) -> Grid:
     grid = _made(Grid, {**given, "tasks": tasks, "blocks": blocks, "seeds": seeds, "teacher": teacher}, str(path))
     if grid.eval_split not in _SPLITS:
         raise GridError(f"eval_split: got {grid.eval_split!r}, expected one of {', '.join(_SPLITS)}")
+    if not grid.has_dev_rows and any(block.trials for block in grid.blocks):
+        raise GridError("trials: dev rows choose among them; expected dev_rows other than 0, and eval_split test")
     for cell in grid.cells():
         _options(grid, cell)
     for task in grid.tasks:
@@ -281,10 +322,7 @@ def table_rows(grid: Grid, output: str | Path) -> list[Row]:
         rows.append(_row(grid, block.title, "", "teacher", "Teacher", teacher, []))
         for method in block.methods:
             results = {
-                task: [
-                    _read(_cell_path(folder, Cell(block, method, task, seed)), grid.tasks[task].metric)
-                    for seed in grid.seeds
-                ]
+                task: [_result(grid, folder, Cell(block, method, task, seed)) for seed in grid.seeds]
                 for task in grid.tasks
             }
             scores = {task: _score(task, grid, found) for task, found in results.items()}
@@ -293,7 +331,10 @@ def table_rows(grid: Grid, output: str | Path) -> list[Row]:
                 for index in range(len(grid.seeds))
                 if all(found[index] is not None for found in results.values())
             ]
-            rows.append(_row(grid, block.title, block.student, method, method_of(method).title, scores, averages))
+            row = _row(grid, block.title, block.student, method, method_of(method).title, scores, averages)
+            cells = {task: _chosen(grid, folder, Cell(block, method, task, grid.seeds[0])) for task in grid.tasks}
+            trials = {task: cell.trial for task, cell in cells.items() if cell is not None and cell.trial is not None}
+            rows.append(replace(row, trials=trials))
     return rows
 
 
@@ -315,7 +356,26 @@ def markdown(grid: Grid, rows: Sequence[Row]) -> str:
             cells = [_shown(row.scores.get(name), best[name], is_student, most) for name in columns]
             lines.append(f"| {row.title} | " + " | ".join(cells) + " |")
         lines.append("")
+        if block.trials:
+            lines += _trials_shown(grid, block, mine)
     return "\n".join(lines)
+
+
+def _trials_shown(grid: Grid, block: Block, rows: Sequence[Row]) -> list[str]:
+    """What was tried, and which trial each method has."""
+    lines = ["Trials of every method, by the dev rows with the first seed:", ""]
+    for number, trial in enumerate(block.trials, start=1):
+        parts = [f"{name} {value}" for name, value in trial.train.items()]
+        parts += [
+            f"{method_of(method).title}: " + ", ".join(f"{name} {value}" for name, value in given.items())
+            for method, given in trial.arguments.items()
+        ]
+        lines.append(f"{number}. {'; '.join(parts) or 'the settings of the block'}")
+    lines += ["", "| Chosen | " + " | ".join(grid.tasks) + " |", "|---" * (len(grid.tasks) + 1) + "|"]
+    for row in rows[1:]:
+        chosen = [str(row.trials.get(task, "")) for task in grid.tasks]
+        lines.append(f"| {row.title} | " + " | ".join(chosen) + " |")
+    return [*lines, ""]
 
 
 def csv_text(rows: Sequence[Row]) -> str:
@@ -343,6 +403,10 @@ class _Runner:
         self._teachers: dict[tuple[str, str | None], Teacher] = {}
 
     def is_finished(self, cell: Cell) -> bool:
+        chosen = _chosen(self.grid, self.output, cell)
+        if chosen is None:
+            return False
+        cell = chosen
         found = _read(_cell_path(self.output, cell), self.grid.tasks[cell.task].metric)
         if found is None:
             return False
@@ -354,9 +418,18 @@ class _Runner:
         return True
 
     def run(self, cell: Cell) -> None:
+        chosen = _chosen(self.grid, self.output, cell)
+        # seeds come outermost, so that the trials are behind us
+        assert chosen is not None
+        if chosen != cell and self.is_finished(chosen):
+            return
+        cell = chosen
         folder, evaluated = self._rows(cell.task)
+        dev = self._dev(folder)
         train = folder.train if self.grid.train_rows is None else self._sampled(folder.train, self.grid.train_rows)
         options = _options(self.grid, cell)
+        if dev is None:
+            options = replace(options, trainer_arguments={**_UNSAVED, **options.trainer_arguments})
         method = method_of(cell.method)
         pool = options.pool or method.pool
         teacher = self._teacher(cell.task, pool)
@@ -364,7 +437,7 @@ class _Runner:
             teacher, cell.block.student, cell.method, options, cache=self._cache(cell, method, options, pool)
         )
         with tempfile.TemporaryDirectory(prefix=".cell-", dir=self.output) as scratch:
-            done = trainer.train(train, None, Path(scratch) / "student")
+            done = trainer.train(train, dev, Path(scratch) / "student")
         assert trainer.model is not None
         found = evaluate(
             trainer.model, trainer.tokenizer, evaluated, max_length=options.max_length, bf16=_bf16(options)
@@ -372,8 +445,10 @@ class _Runner:
         result = {
             "settings": self._settings(cell),
             "train_rows": len(train),
+            "dev_rows": 0 if dev is None else len(dev),
             "eval_rows": len(evaluated),
             "metrics": found,
+            "dev_metrics": done.metrics,
             "steps": done.steps,
             "train_loss": done.train_loss,
             "seconds": round(done.seconds, 2),
@@ -383,7 +458,11 @@ class _Runner:
     def _cache(self, cell: Cell, method: Method, options: KDOptions, pool: str | None) -> bool | Path:
         if "sequence_output" in method.teacher_kinds:
             return False
-        return self.output / "answers" / f"{_slug(cell.task)}-{pool or 'default'}-{options.max_length}"
+        name = f"{_slug(cell.task)}-{pool or 'default'}-{options.max_length}"
+        # trials may train the teacher's pseudo-classifiers otherwise, or answer in another precision
+        other = {"bf16": options.bf16, **asdict(options.pseudo_classifiers)}
+        is_usual = other == {"bf16": None, **asdict(PseudoClassifierOptions())}
+        return self.output / "answers" / (name if is_usual else f"{name}-{_digest(other)[:8]}")
 
     def _rows(self, task: str) -> tuple[DataFolder, Rows]:
         if task not in self._data:
@@ -396,6 +475,13 @@ class _Runner:
             evaluated = rows if self.grid.eval_rows is None else self._sampled(rows, self.grid.eval_rows)
             self._data[task] = folder, evaluated
         return self._data[task]
+
+    def _dev(self, folder: DataFolder) -> Rows | None:
+        """The rows that choose a student's weights."""
+        if not self.grid.has_dev_rows or folder.dev is None:
+            return None
+        limit = self.grid.dev_rows
+        return folder.dev if limit is None else self._sampled(folder.dev, limit)
 
     def _sampled(self, rows: Rows, count: int) -> Rows:
         return rows.sample(count, self.grid.rows_seed)
@@ -446,6 +532,7 @@ class _Runner:
             "task": _settings_of(grid.tasks[cell.task]),
             "teacher": _settings_of(grid.teacher),
             "rows": [grid.train_rows, grid.eval_rows, grid.eval_split, grid.rows_seed],
+            "dev rows": grid.dev_rows if grid.has_dev_rows else 0,
         }
         return _digest(parts)
 
@@ -481,25 +568,27 @@ def _bf16(options: KDOptions) -> bool:
 
 _COLUMN_KEYS = {"text_a": "text_column", "text_b": "pair_column", "label": "label_column"}
 _FLOATS = {item.name for item in fields(KDOptions) if item.type in ("float", float)}
+_CELL_REMEDY = "delete it to run it again"
 _BY_CELL = {"seed": "seeds", "arguments": "the arguments of a block"}
 # without dev rows nothing is chosen, so that no checkpoint would ever be read
 _UNSAVED = {"save_strategy": "no"}
 
 
 def _options(grid: Grid, cell: Cell) -> KDOptions:
-    train = {**grid.train, **cell.block.train, **grid.tasks[cell.task].train}
+    trial = Trial() if cell.trial is None else cell.block.trials[cell.trial - 1]
+    task = grid.tasks[cell.task]
+    train = {**grid.train, **cell.block.train, **task.train, **trial.train}
     where = f"{cell.block.title}, {cell.method}, {cell.task}"
+    arguments = {**cell.block.arguments.get(cell.method, {}), **trial.arguments.get(cell.method, {})}
     for name in _BY_CELL.keys() & train:
         raise GridError(f"{where}: {name} in train; expected it as {_BY_CELL[name]}")
-    options = _kd_options(
-        {**train, "seed": cell.seed, "arguments": dict(cell.block.arguments.get(cell.method, {}))}, where
-    )
+    options = _kd_options({**train, "seed": cell.seed, "arguments": arguments}, where)
     method = method_of(cell.method)
     try:
         method.check(options.arguments)
     except ValueError as error:
         raise GridError(f"{where}: {error}") from error
-    return replace(options, trainer_arguments={**_UNSAVED, **options.trainer_arguments})
+    return replace(options, metric=options.metric or task.metric)
 
 
 def _teacher_options(grid: Grid, task: str) -> KDOptions:
@@ -531,12 +620,13 @@ def _check_shared_rows(grid: Grid) -> None:
     seen: dict[tuple[str, str], tuple[Any, str]] = {}
     for block in grid.blocks:
         for method in block.methods:
-            meant = (dict(block.train), dict(block.arguments.get(method, {})))
+            tried = [(dict(trial.train), dict(trial.arguments.get(method, {}))) for trial in block.trials]
+            meant = (dict(block.train), dict(block.arguments.get(method, {})), tried)
             first, title = seen.setdefault((block.student, method), (meant, block.title))
             if first != meant:
                 raise GridError(
                     f"blocks: {title!r} and {block.title!r} both have {method} with student {block.student}, but with "
-                    "other train or arguments; give them the same"
+                    "other train, arguments or trials; give them the same"
                 )
 
 
@@ -567,8 +657,18 @@ def _block(raw: Any, where: str) -> Block:
     unknown = set(given.get("arguments") or {}) - set(given["methods"])
     if unknown:
         raise GridError(f"{where}.arguments: {', '.join(sorted(unknown))} is none of the block's methods")
+    trials = _list(given.get("trials") or [], f"{where}.trials")
+    given["trials"] = tuple(_trial(value, given["methods"], f"{where}.trials[{at}]") for at, value in enumerate(trials))
     given.setdefault("title", given["student"])
     return _made(Block, given, where)
+
+
+def _trial(raw: Any, methods: Sequence[str], where: str) -> Trial:
+    made = _made(Trial, _mapping(raw, where), where)
+    unknown = set(_mapping(made.arguments, f"{where}.arguments")) - set(methods)
+    if unknown:
+        raise GridError(f"{where}.arguments: {', '.join(sorted(unknown))} is none of the block's methods")
+    return cast(Trial, made)
 
 
 def _made(kind: Any, given: Mapping[str, Any], where: str) -> Any:
@@ -602,16 +702,37 @@ def _cell_path(output: Path, cell: Cell) -> Path:
     return output / "cells" / f"{cell.name}.json"
 
 
+def _result(grid: Grid, output: Path, cell: Cell) -> dict[str, Any] | None:
+    """What a cell left, with trials the chosen one; None where there is none yet."""
+    chosen = _chosen(grid, output, cell)
+    return None if chosen is None else _read(_cell_path(output, chosen), grid.tasks[cell.task].metric)
+
+
+def _chosen(grid: Grid, output: Path, cell: Cell) -> Cell | None:
+    """The cell itself, or with trials that of the best on the dev rows; None until all of them are finished."""
+    if cell.trial is not None or not cell.block.trials:
+        return cell
+    scores = []
+    for tried in grid.trials_of(cell):
+        path = _cell_path(output, tried)
+        found = _read(path, grid.tasks[cell.task].metric)
+        if found is None:
+            return None
+        check_fields(found, {"dev_metrics": dict}, path, "output", _CELL_REMEDY)
+        check_fields(found["dev_metrics"], {BEST_METRIC: (int, float)}, path, "output", _CELL_REMEDY)
+        scores.append(found["dev_metrics"][BEST_METRIC])
+    return replace(cell, trial=scores.index(max(scores)) + 1)
+
+
 def _read(path: Path, metrics_wanted: Sequence[str]) -> dict[str, Any] | None:
     """The result in a file that a cell or a teacher left; None where there is none yet."""
     if not path.is_file():
         return None
-    remedy = "delete it to run it again"
-    found = read_json(path, "output", remedy)
-    check_fields(found, {"settings": str, "metrics": dict}, path, "output", remedy)
-    check_fields(found["metrics"], dict.fromkeys(metrics_wanted, (int, float)), path, "output", remedy)
+    found = read_json(path, "output", _CELL_REMEDY)
+    check_fields(found, {"settings": str, "metrics": dict}, path, "output", _CELL_REMEDY)
+    check_fields(found["metrics"], dict.fromkeys(metrics_wanted, (int, float)), path, "output", _CELL_REMEDY)
     if not all(math.isfinite(found["metrics"][name]) for name in metrics_wanted):
-        raise ValueError(f"output: {path} has a metric that is no finite number; {remedy}")
+        raise ValueError(f"output: {path} has a metric that is no finite number; {_CELL_REMEDY}")
     return found
 
 
@@ -654,9 +775,15 @@ def _caption(grid: Grid, seeds: int) -> str:
     limit = "all" if grid.eval_rows is None else f"at most {grid.eval_rows}"
     return (
         f"Mean and sample standard deviation over {seeds} seed{'s' if seeds != 1 else ''}, times 100 ({tasks}), of "
-        f"students trained on {rows} a task and evaluated on {limit} {grid.eval_split} rows. The best student of a "
-        f"column is bold. Teachers: {teachers}."
+        f"students trained on {rows} a task and evaluated on {limit} {grid.eval_split} rows; {_dev_shown(grid)}. The "
+        f"best student of a column is bold. Teachers: {teachers}."
     )
+
+
+def _dev_shown(grid: Grid) -> str:
+    if not grid.has_dev_rows:
+        return "their last weights"
+    return f"{'all' if grid.dev_rows is None else f'at most {grid.dev_rows}'} dev rows choose their weights"
 
 
 def _teacher_rows(grid: Grid, task: Task) -> str:
