@@ -1,6 +1,6 @@
 # Everything a fresh machine needs comes from here: Python, a C++ compiler and make are enough to start with.
 #   make demo    the whole story on generated text
-#   make test    the test suite            (PYTEST_ARGS="tests/test_compact.py -x")
+#   make test    the test suite, a worker a core   (PYTEST_ARGS="tests/test_compact.py -x", TEST_WORKERS=0 for one process)
 #   make sanitize  the C++ kernels built with AddressSanitizer and UBSan, and the tests of the ops on them (SANITIZE_ARGS=...)
 #   make bench   the benchmarks            (BENCH_ARGS="bench/bench_compact.py --save-results")
 #   make gpu     on a CUDA machine: tests, sanitizers, benchmarks and their report (GPU_ARGS=--prove, then GPU_ARGS=--measure)
@@ -32,6 +32,9 @@ DEMO_STAMP := build/demo$(NAME).stamp
 TORCH := torch==2.13.0
 
 PYTEST_ARGS ?=
+# a file stays with one worker, which computes once what its tests share. Threads that wait do not spin: workers share the cores
+TEST_WORKERS ?= auto
+PYTEST := OMP_WAIT_POLICY=passive "$(PYTHON)" -m pytest -n $(TEST_WORKERS) --maxprocesses 8 --dist loadfile
 # what runs in C++: Triton's interpreter has nothing to find here, and accuracy is a matter of the usual build's vector code
 SANITIZE_ARGS ?= -k "(cpu or varlen) and not accurate and not budget" tests/test_exit_gate.py tests/test_student_head.py tests/test_compact.py tests/test_layer_norm.py \
 	tests/test_kd_loss.py tests/test_universal_kd_loss.py tests/test_distillation_loss.py tests/test_packed.py \
@@ -54,7 +57,7 @@ demo: $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO_STAMP))
 	"$(ENVIRONMENT)/bin/fastkd" demo
 
 test: $(STAMP)
-	"$(PYTHON)" -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 # a build beside the usual one. Python itself is not built so: the runtimes come first by LD_PRELOAD (libstdc++ with them, or
 # exceptions are not seen), and its own leaks are not looked for. pytest by its script, which puts no folder before the build

@@ -1,21 +1,24 @@
 """Compiles Triton kernels to GPU machine code without a GPU, and reads back what the assembler made of them.
 
 The suite runs Triton's interpreter, which is chosen when a kernel is defined, so compiling happens in child
-processes; each takes a batch, because importing torch and Triton costs more than most kernels.
+processes. They stay for the next test, because importing torch and Triton costs more than most kernels.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import traceback
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 
 CAPABILITIES = (80, 90, 100, 120)
@@ -102,21 +105,40 @@ def compile_kernels(specs: Iterable[KernelSpec], capabilities: Iterable[int] = C
         RuntimeError: a kernel does not compile; the message holds the compiler's.
     """
     jobs = [(spec, capability) for spec in specs for capability in capabilities]
-    workers = min(2, os.cpu_count() or 1) if len(jobs) > 8 else 1
+    workers = _processors() if len(jobs) > 8 else 1
     with ThreadPoolExecutor(workers) as pool:
-        batches = list(pool.map(_compile_in_child, (jobs[worker::workers] for worker in range(workers))))
+        batches = list(
+            pool.map(_compile_in_child, range(workers), (jobs[worker::workers] for worker in range(workers)))
+        )
     return [batches[job % workers][job // workers] for job in range(len(jobs))]
 
 
-def _compile_in_child(jobs: list[tuple[KernelSpec, int]]) -> list[Cubin]:
+def _processors() -> int:
+    """How many children may compile at once: two, or the one processor that a worker of pytest-xdist has."""
+    return 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
+
+
+def _compile_in_child(worker: int, jobs: Sequence[tuple[KernelSpec, int]]) -> list[Cubin]:
+    child = _child(worker, os.pathsep.join(path for path in sys.path if path))
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write(json.dumps([(asdict(spec), capability) for spec, capability in jobs]) + "\n")
+    child.stdin.flush()
+    answer = json.loads(child.stdout.readline() or '{"problem": "the child has gone"}')
+    if "problem" in answer:
+        raise RuntimeError(f"compiling Triton kernels failed:\n{answer['problem']}")
+    return [_inspect(spec, capability, path) for (spec, capability), path in zip(jobs, answer["paths"], strict=True)]
+
+
+@cache
+def _child(worker: int, python_path: str) -> subprocess.Popen[str]:
+    """A process that compiles what it is sent, until the tests end."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    request = json.dumps([(asdict(spec), capability) for spec, capability in jobs])
-    child = subprocess.run([sys.executable, __file__], input=request, env=environment, capture_output=True, text=True)
-    if child.returncode != 0:
-        raise RuntimeError(f"compiling Triton kernels failed:\n{child.stderr}")
-    paths = json.loads(child.stdout.splitlines()[-1])
-    return [_inspect(spec, capability, path) for (spec, capability), path in zip(jobs, paths, strict=True)]
+    environment["PYTHONPATH"] = python_path
+    pipe = subprocess.PIPE
+    child = subprocess.Popen([sys.executable, __file__], stdin=pipe, stdout=pipe, env=environment, text=True)
+    atexit.register(child.kill)
+    return child
 
 
 def _inspect(spec: KernelSpec, capability: int, path: str) -> Cubin:
@@ -160,8 +182,14 @@ def _compile(spec: KernelSpec, capability: int) -> str:
 
 
 def _main() -> None:
-    jobs = json.load(sys.stdin)
-    print(json.dumps([_compile(KernelSpec(**spec), capability) for spec, capability in jobs]))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a compiler prints is no answer
+    for line in sys.stdin:
+        try:
+            answer = {"paths": [_compile(KernelSpec(**spec), capability) for spec, capability in json.loads(line)]}
+        except Exception:
+            answer = {"problem": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import torch
 from cubins import KernelSpec, compile_kernels
 from error_budget import assert_within_budget
 
+import fastkd_kernels as fk
+
 pytest.importorskip("triton")
 
 import triton
@@ -59,3 +61,19 @@ def test_budget_rejects_nan_and_missing_nan() -> None:
         assert_within_budget(torch.tensor([torch.nan, torch.nan]), truth, truth.float())
     with pytest.raises(AssertionError):
         assert_within_budget(torch.tensor([1.0, 1.0]), truth, truth.float())
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels run on the GPU, not in Triton's interpreter")
+def test_a_function_called_in_a_kernel_is_not_patched_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime import interpreter
+
+    patched: list[object] = []
+    patch = interpreter._patch_builtin
+    monkeypatch.setattr(interpreter, "_patch_builtin", lambda part, *given: (patched.append(part), patch(part, *given)))
+    with fk.backend("cuda"):
+        fk.exit_gate(torch.randn(2, 5), 0.5)  # the first of a process patches triton.language.core, for good
+        patched.clear()
+        fk.exit_gate(torch.randn(2, 5), 0.5)
+    assert patched
+    assert len(patched) == len({*map(id, patched)}), "a part of the language was looked through twice"
