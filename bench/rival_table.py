@@ -3,9 +3,9 @@
 `bench_end_to_end.py --rivals` calls it. Everybody gets the same rows, sorted by length, and the same threads: batches
 of each size for all, and the whole file, which ours streams and they take in batches of 32. Rows where we lose stay.
 
-    python bench/rival_table.py README.md bench/results/cpu-rivals-*.json
+    python bench/rival_table.py docs/measured.md bench/results/cpu-rivals-*.json
 
-puts the table of those results between the two markers of a page; a test holds README to them.
+puts the table of those results between the two markers of a page; a test holds docs/measured.md to them.
 """
 
 from __future__ import annotations

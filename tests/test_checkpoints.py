@@ -67,5 +67,7 @@ def test_files_and_folders_without_a_model_are_called_what_they_are(here: Path) 
     with pytest.raises(FileNotFoundError, match=r"checkpoint: no config.json in data; expected a folder that"):
         load_config("data")
     (here / "data" / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"data/config.json is no configuration .*; correct it, or save or download"):
+    with pytest.raises(
+        ValueError, match=r"data/config.json is not a model configuration .*; correct it, or save or download"
+    ):
         load_config("data")

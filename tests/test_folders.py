@@ -150,7 +150,7 @@ def test_blocks_have_the_rows_and_numbers_of_their_file(tmp_path: Path) -> None:
 
 def test_what_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     answering = answering_of(checkpoint, tmp_path / "out")
-    with pytest.raises(NotADirectoryError, match="absent is no folder"):
+    with pytest.raises(NotADirectoryError, match="absent is not a folder"):
         predict_folder(answering, tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds no file; expected files of one kind, \.parquet or \.jsonl"):
@@ -175,9 +175,9 @@ def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
     common = ["predict", str(checkpoint), str(source)]
     refused = CliRunner().invoke(app.app, [*common])
     assert refused.exit_code == 2
-    assert "the answers of a folder need one of their own; name it with --output" in refused.stderr
+    assert "answers of a folder are written to a folder, name it with --output" in refused.stderr
     refused = CliRunner().invoke(app.app, [*common, "-o", str(tmp_path / "out"), "--monitor", "1%"])
-    assert "--monitor: goes with one file, and the input is a folder" in refused.stderr
+    assert "--monitor: works for one file, but the input is a folder" in refused.stderr
     done = CliRunner().invoke(app.app, [*common, "-o", str(tmp_path / "out"), "--key", "id", "--json"])
     assert done.exit_code == 1, done.stderr  # of the bad rows
     shown = json.loads(done.stdout)

@@ -483,7 +483,7 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has w3 on the lines 8 and 60"):
         import_fastbert(checkpoint, tmp_path / "model", vocab=vocab)
     vocab.write_bytes(b"\xff\xfe[\x00P\x00")
-    with pytest.raises(ValueError, match="is no text in UTF-8"):
+    with pytest.raises(ValueError, match="is not UTF-8 text"):
         import_fastbert(checkpoint, tmp_path / "model", vocab=vocab)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "notes.txt").write_text("mine", encoding="utf-8")

@@ -377,7 +377,7 @@ def test_the_cost_of_assistants_counts(work: Path, tmp_path: Path) -> None:
         ),
         (
             {"blocks": [{"student": "layers:2", "methods": ["kd"], "arguments": {"kd": {"tau": 1}}}]},
-            "Vanilla KD takes no tau, only kd_weight, label_weight, temperature",
+            "got tau, but Vanilla KD takes kd_weight, label_weight, temperature",
         ),
         (
             {
@@ -473,11 +473,13 @@ def test_bad_commands_are_one_sentence(work: Path, tmp_path: Path) -> None:
     data = ["--data", work / "data" / "film", "-o", tmp_path / "out"]
     teacher = ["--teacher", work / "teacher"]
     assert "--set: got 'kd_weight', expected NAME=VALUE" in refused("kd", *teacher, *data, "--set", "kd_weight")
-    assert "Universal-KD (IL) takes no tau" in refused("kd", *teacher, *data, "--set", "tau=1")
+    assert "got tau, but Universal-KD (IL) takes" in refused("kd", *teacher, *data, "--set", "tau=1")
     assert "method: got 'ukd', expected one of none" in refused("kd", *teacher, *data, "--method", "ukd")
     assert "teacher: got None, but the method 'universal-il'" in refused("kd", *data, "--student", work / "plain")
     assert "spec: got 'layers:9', expected 1 to 4 layers" in refused("kd", *teacher, *data, "--student", "layers:9")
-    assert "--no-cache: goes without --cache" in refused("kd", *teacher, *data, "--cache", tmp_path, "--no-cache")
+    assert "--no-cache: got --cache too; give one of them" in refused(
+        "kd", *teacher, *data, "--cache", tmp_path, "--no-cache"
+    )
     assert "no yaml" not in refused("kd-table", tmp_path / "absent.yaml", "-o", tmp_path / "table")
     assert not (tmp_path / "out").exists()
 

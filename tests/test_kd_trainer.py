@@ -335,7 +335,7 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
             r"teacher: got None, but a student 'layers:2' is made of a teacher's parts; name a folder",
         ),
         ({"method": "distilbert", "cache": "kept"}, r"cache: distilbert compares every token .* pass cache=False"),
-        ({"options": KDOptions(arguments={"delta": 1})}, r"arguments: Vanilla KD takes no delta"),
+        ({"options": KDOptions(arguments={"delta": 1})}, r"arguments: got delta, but Vanilla KD takes"),
     ],
 )
 def test_impossible_combinations_are_refused(teacher: Path, arguments: dict[str, Any], message: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
+import typing
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from typer.main import get_command
 
 ROOT = Path(__file__).parents[2]
 PAGE, PLACE = "cli.md", "<!-- commands -->"
+_TYPES = {str: "text", int: "whole number", float: "number", Path: "path"}
 _MARKUP = re.compile(r"\[/?(?:bold|cyan|red|dim)?\]")
 
 
@@ -27,24 +30,28 @@ def reference() -> str:
     for folder in (ROOT, ROOT / "python"):
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
-    from fastkd.commands.app import app
+    from fastkd.commands.app import PANELS, app
 
     group: Any = get_command(app)
-    return "\n".join(_section(name, command) for name, command in group.commands.items())
+    functions = [function for commands in PANELS.values() for function in commands]
+    return "\n".join(
+        _section(name, command, typing.get_type_hints(function))
+        for (name, command), function in zip(group.commands.items(), functions, strict=True)
+    )
 
 
-def _section(name: str, command: Any) -> str:
+def _section(name: str, command: Any, hints: dict[str, Any]) -> str:
     with typer.Context(command, info_name=f"fastkd {name}") as context:
         usage = " ".join(command.collect_usage_pieces(context))
     lines = [f"## fastkd {name}", "", f"`fastkd {name} {usage}`", "", _text(command.help or ""), ""]
     if command.epilog:
         lines += [_text(command.epilog), ""]
-    lines += ["| option | default | |", "|---|---|---|"]
-    lines += [_row(parameter) for parameter in command.params if parameter.name != "help"]
+    lines += ["| option | type | default | |", "|---|---|---|---|"]
+    lines += [_row(parameter, hints[parameter.name]) for parameter in command.params if parameter.name != "help"]
     return "\n".join([*lines, ""])
 
 
-def _row(parameter: Any) -> str:
+def _row(parameter: Any, hint: Any) -> str:
     if parameter.param_type_name == "argument":
         names = (parameter.metavar or parameter.name).upper()
     else:
@@ -53,7 +60,23 @@ def _row(parameter: Any) -> str:
     # a flag that is off by default goes without saying
     shown = "" if default in (None, False) or callable(default) else f"`{default}`"
     text = _MARKUP.sub("", getattr(parameter, "help", None) or "").replace("|", "\\|")
-    return f"| `{names}` | {'required' if parameter.required else shown} | {text} |"
+    return f"| `{names}` | {_kind(parameter, hint)} | {'required' if parameter.required else shown} | {text} |"
+
+
+def _kind(parameter: Any, hint: Any) -> str:
+    """What follows an option: nothing for a flag, the choices where there are some, else a type and its bounds."""
+    parts = [part for part in typing.get_args(hint) if part is not type(None)]
+    is_many = typing.get_origin(hint) is list
+    if parts:
+        return f"{_kind(parameter, parts[0])}; repeatable" if is_many else _kind(parameter, parts[0])
+    if hint is bool:
+        return "flag"
+    if issubclass(hint, Enum):
+        return ", ".join(f"`{choice.value}`" for choice in hint)
+    limits = getattr(parameter, "type", parameter)
+    least, most = getattr(limits, "min", None), getattr(limits, "max", None)
+    bounds = [f"at least {least}"] * (least is not None) + [f"at most {most}"] * (most is not None)
+    return ", ".join([_TYPES[hint], *bounds])
 
 
 def _text(help_text: str) -> str:

@@ -241,7 +241,7 @@ def _load(output: Path, data: Path | None, plan: TrainingPlan, reading: Mapping[
     folder = load_folder(data, **dict[str, Any](reading))
     if folder.num_labels == 1:
         raise ValueError(
-            f"data: {data} is a regression, and the demo is about classes; run fastkd finetune {plan.checkpoint} "
+            f"data: {data} is a regression, but the demo needs classes; run fastkd finetune {plan.checkpoint} "
             f"--num-labels 1 --data {data} -o tuned, then fastkd distill tuned --data {data} -o model"
         )
     test = folder.test or folder.dev

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fastkd.commands.config import Config, write_config
 from fastkd.commands.options import (
     BatchSize,
     Bf16,
@@ -66,6 +67,7 @@ def distill(
     fsdp: Fsdp = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Step 2: the other heads learn to answer like the last one; the rest is frozen.
@@ -107,6 +109,8 @@ def distill(
         rows = folder.train if train_rows is None else folder.train.sample(train_rows, seed)
         with training_progress(screen, "distilling") as callback:
             done = self_distillation.distill(model, rows, folder.dev, output, options, tokenizer, [callback])
+        if screen.is_first:
+            write_config(context, done.output_dir)
         show_training(screen, done)
         target = f"{quoted(data)} --split dev" if data and folder.dev is not None else quoted(dev or data or train)
         screen.next_step(

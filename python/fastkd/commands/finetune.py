@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fastkd.commands.config import Config, write_config
 from fastkd.commands.distill import distill
 from fastkd.commands.options import (
     BatchSize,
@@ -87,6 +88,7 @@ def finetune(
     fsdp: Fsdp = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Step 1: the backbone and the last head learn the labels.
@@ -133,6 +135,8 @@ def finetune(
         rows = folder.train if train_rows is None else folder.train.sample(train_rows, seed)
         with training_progress(screen, "fine-tuning") as callback:
             done = training.finetune(model, rows, folder.dev, output, options, tokenizer, [callback])
+        if screen.is_first:
+            write_config(context, done.output_dir)
         show_training(screen, done)
         screen.next_step(
             f"fastkd distill {quoted(output)}{carried(context, distill)} -o {quoted(f'{output}-distilled')}"

@@ -39,7 +39,7 @@ def load_splits(
     if (data is None) == (train is None):
         raise ValueError("--data: give either --data FOLDER or --train FILE (and perhaps --dev FILE)")
     if data is not None and dev is not None:
-        raise ValueError("--dev: goes with --train; with --data the dev rows come from the folder")
+        raise ValueError("--dev: needs --train; with --data the dev rows come from the folder")
     labels: dict[str, Any] = {"num_labels": num_labels, "label_names": label_names}
     if model is not None:
         labels = _labels_of(model)

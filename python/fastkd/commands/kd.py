@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastkd.commands.config import Config, write_config
 from fastkd.commands.options import (
     Bf16,
     DataOption,
@@ -110,6 +111,7 @@ def kd(
     fsdp: Fsdp = False,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Distil a teacher into a smaller model, by Universal-KD or any rival.
@@ -133,7 +135,7 @@ def kd(
     with screen_for(as_json, reads=(teacher, student, data, train, dev)) as screen:
         arguments = parsed_arguments(argument or [])
         if cache is not None and no_cache:
-            raise ValueError("--no-cache: goes without --cache")
+            raise ValueError("--no-cache: got --cache too; give one of them")
 
         quieten()
 
@@ -174,6 +176,8 @@ def kd(
                 rows, folder.dev, output, [progress_callback(update, "distilling")],
                 on_teacher=lambda answered, total: update(answered, "asking the teacher", total),
             )  # fmt: skip
+        if screen.is_first:
+            write_config(context, done.output_dir)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in done.metrics.items() if name != "score")
         screen.out.print(f"{done.steps} steps in {done.seconds:.0f} s; {shown or 'no dev rows, so nothing evaluated'}")
         screen.out.print(f"student: {strong(done.output_dir)}")

@@ -162,8 +162,14 @@ def carried(context: typer.Context, following: Callable[..., None], without: Seq
         source = context.get_parameter_source(name)
         if name not in _CARRIED or name not in accepted or name in without:
             continue
-        if source is not None and source.name != "DEFAULT":
-            parts += _written(parameter, context.params[name])
+        value = context.params[name]
+        # a --config file names every option, those at their defaults too
+        if (
+            source is not None
+            and source.name != "DEFAULT"
+            and (source.name != "DEFAULT_MAP" or value != parameter.default)
+        ):
+            parts += _written(parameter, value)
     return "".join(f" {part}" for part in parts)
 
 

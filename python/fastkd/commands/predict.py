@@ -172,12 +172,12 @@ def _check_folder_options(
 ) -> None:
     """Raise ValueError for what goes with one file only."""
     if output == "-":
-        raise ValueError("output: the answers of a folder need one of their own; name it with --output")
+        raise ValueError("output: got none; answers of a folder are written to a folder, name it with --output")
     given = {"--format": input_format, "--output-format": output_format, "--monitor": monitor}
     given["--bad-rows stop"] = bad_rows if bad_rows != "mark" else None
     for name, value in given.items():
         if value is not None:
-            raise ValueError(f"{name}: goes with one file, and the input is a folder; leave it out")
+            raise ValueError(f"{name}: works for one file, but the input is a folder; leave it out")
 
 
 def _predict_folder(screen: Screen, answering: Any, source: str, **how: Any) -> None:

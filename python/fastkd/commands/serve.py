@@ -106,7 +106,7 @@ def serve(
         def started(address: str) -> None:
             screen.say(f"answering at {address}; Ctrl-C ends")
             if not options.is_loopback and options.token is None:
-                screen.say("[bold yellow]warning:[/] whoever reaches this address may ask; see --token-file")
+                screen.say("[bold yellow]warning:[/] anyone who reaches this address can ask; see --token-file")
 
         if uses_ray:
             from fastkd.serving.ray_serve import serve_on_ray

@@ -202,12 +202,12 @@ def read_json(path: str | os.PathLike[str], argument: str, remedy: str) -> dict[
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{argument}: {file} is damaged or no JSON ({error}); {remedy}") from error
+        raise ValueError(f"{argument}: {file} is damaged or not JSON ({error}); {remedy}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{argument}: {file} holds a {type(value).__name__}, expected an object; {remedy}")
     stored = value.pop(_CHECKSUM, None)
     if stored is not None and stored != _checksum(value):
-        raise ValueError(f"{argument}: {file} is damaged or was edited (its checksum is not that of it); {remedy}")
+        raise ValueError(f"{argument}: {file} is damaged or was edited (its checksum does not match); {remedy}")
     return value
 
 

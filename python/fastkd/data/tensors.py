@@ -53,7 +53,7 @@ def load_tensors(
         tensors, metadata, and whether a checksum vouched for them: files of earlier versions have none.
 
     Raises:
-        ValueError: the file is no safetensors file, is cut off, or is not what was written.
+        ValueError: the file is not a safetensors file, is cut off, or is not what was written.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -63,7 +63,7 @@ def load_tensors(
         raise damaged(path, argument, remedy, str(error)) from error
     stored = metadata.pop(_CHECKSUM, None)
     if stored is not None and stored != checksum(tensors, metadata):
-        raise damaged(path, argument, remedy, "its checksum is not that of its contents")
+        raise damaged(path, argument, remedy, "its checksum does not match its contents")
     return tensors, metadata, stored is not None
 
 

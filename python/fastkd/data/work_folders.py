@@ -27,7 +27,7 @@ def check_work_folder(folder: Path, command: str, kept_from: Sequence[str] = ())
         FileExistsError: a file, or a folder with anything that none of these commands left.
     """
     if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output: {folder} is no folder; choose another --output")
+        raise FileExistsError(f"output: {folder} is not a folder; choose another --output")
     if not folder.exists() or owner_of(folder) in (command, *kept_from):
         return
     found = [path for path in folder.iterdir() if not is_temporary(path)]

@@ -248,7 +248,7 @@ class Replay:
             before = next((heard for heard in reversed(seen.heard) if heard.given is states), None)
             if before is None or not isinstance(before.taken, Tensor):
                 raise ValueError(
-                    f"backbone: what {self._kind} does after its last layer is no chain of modules, so it cannot be "
+                    f"backbone: what {self._kind} does after its last layer is not a chain of modules, so it cannot be "
                     "done before every head; use another encoder"
                 )
             tail.insert(0, before.path)

@@ -275,7 +275,7 @@ class Certificate(KeptCertificate):
         is_known = value["guarantee"] in GUARANTEES and value["method"] in METHODS
         if not is_known or (value["method"] == "fixed-sequence" and value["confidence"] is None):
             kind = f"{value['guarantee']}, {value['method']}, confidence {value['confidence']}"
-            raise ValueError(f"certificate: got {kind}, which is no kind of guarantee; calibrate again")
+            raise ValueError(f"certificate: got {kind}, which is not a kind of guarantee; calibrate again")
 
     def _settings(self, set_default: bool) -> dict[str, Any]:
         default = {"speed": self.speed, "criterion": self.criterion, "top_n": self.top_n} if set_default else {}

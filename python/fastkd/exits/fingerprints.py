@@ -166,7 +166,7 @@ def _entries(path: Path) -> list[tuple[str, tuple[Path, int, dict[str, Any]]]]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
-            raise ValueError(f"{path} is no safetensors file")
+            raise ValueError(f"{path} is not a safetensors file")
         header = json.loads(file.read(length))
     return [
         (name, (path, 8 + length + entry["data_offsets"][0], entry))

@@ -347,7 +347,7 @@ def _check_loaded(trace: ExitTrace) -> None:
     if sorted(set(layers)) != layers or layers[-1] != trace.num_layers:
         raise ValueError(f"heads after layers {layers} do not fit a model of {trace.num_layers} layers")
     if not _is_text(trace.source):
-        raise ValueError("its source is no fingerprints")
+        raise ValueError("its source does not hold fingerprints")
     kinds = {"logits": trace.logits.is_floating_point(), "lengths": not trace.lengths.is_floating_point()}
     wrong = [name for name, is_right in kinds.items() if not is_right]
     for name in ("logits", "certainty", "labels"):

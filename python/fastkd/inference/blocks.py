@@ -63,7 +63,7 @@ def input_files(folder: str | os.PathLike[str]) -> tuple[list[Path], str]:
     """
     place = Path(folder).absolute()
     if not place.is_dir():
-        raise NotADirectoryError(f"input: {place} is no folder; name the folder that holds the files")
+        raise NotADirectoryError(f"input: {place} is not a folder; name the folder that holds the files")
     files = sorted(path for path in place.iterdir() if path.is_file() and not path.name.startswith(("_", ".")))
     forms = {format_of(path) for path in files}
     if len(forms) != 1 or not forms <= set(FOLDER_FORMATS):

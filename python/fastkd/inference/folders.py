@@ -277,7 +277,7 @@ def _begin(answering: Answering, files: Sequence[Path], block_rows: int, weights
             )
         return
     if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"output: {folder} is no folder; choose another --output")
+        raise FileExistsError(f"output: {folder} is not a folder; choose another --output")
     if folder.exists() and holds_input(folder) is not None:
         raise ValueError(f"output: {folder} holds the input; choose another --output")
     found = next(folder.iterdir(), None) if folder.exists() else None

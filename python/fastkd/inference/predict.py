@@ -126,7 +126,7 @@ def predict(
         return _predict(model, tokenizer, rows, batch_size, max_length, window, exits, counts or TextCounts())
     if any(value is not None for value in exits.values()):
         raise ValueError(
-            "speed, criterion, top_n, exit_layers: the monitor brings them; give them to DriftMonitor instead"
+            "speed, criterion, top_n, exit_layers: they come from the monitor; pass them to DriftMonitor instead"
         )
     watched: dict[int, InputRow] = {}
     remembered = _remember_watched(rows, monitor, watched)

@@ -178,7 +178,7 @@ class TeacherCache:
             for name in different
         )
         raise StaleCacheError(
-            f"cache: {self.folder} holds {what} for {details}; name another folder, or delete this one to fill it anew"
+            f"cache: {self.folder} holds {what} for {details}; name another folder, or delete this one to fill it again"
         )
 
     # The pass of the teacher

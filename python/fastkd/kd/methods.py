@@ -115,10 +115,8 @@ class Method:
         known = set().union(*(stage.argument_names for stage in self.stages))
         unknown = set(arguments) - known
         if unknown:
-            raise ValueError(
-                f"arguments: {self.title} takes no {', '.join(sorted(unknown))}, only "
-                f"{', '.join(sorted(known)) or 'none at all'}"
-            )
+            takes = f"takes {', '.join(sorted(known))}" if known else "takes no arguments"
+            raise ValueError(f"arguments: got {', '.join(sorted(unknown))}, but {self.title} {takes}")
 
 
 def method_of(name: str) -> Method:

@@ -456,7 +456,7 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"vocab: {path} is no text in UTF-8 ({error}); expected one token a line") from None
+        raise ValueError(f"vocab: {path} is not UTF-8 text ({error}); expected one token a line") from None
     tokens: dict[str, int] = {}
     # splitlines() would also break at the rarer line ends that are tokens of BERT's vocabularies
     for number, line in enumerate(text.removesuffix("\n").split("\n")):

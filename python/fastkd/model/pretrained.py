@@ -115,7 +115,7 @@ def config_explained(path: str | os.PathLike[str] | None) -> Iterator[None]:
         # torch appends the stack of its C++
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{place} is no configuration of a model that can be loaded ({reason}); correct it, or save or download "
+            f"{place} is not a model configuration that can be loaded ({reason}); correct it, or save or download "
             "the model again"
         ) from error
 

@@ -121,7 +121,7 @@ def texts_to_predict(inputs: str | list[str] | list[list[str]]) -> tuple[list[tu
         if len(inputs) > 2:
             raise Refusal(
                 "Validation",
-                f"inputs: got {len(inputs)} texts, which is no pair; send a batch as [[text], [text], ...]",
+                f"inputs: got {len(inputs)} texts, but a pair has two; send a batch as [[text], [text], ...]",
             )
         return [(str(inputs[0]), str(inputs[1]) if len(inputs) == 2 else None)], False
     return [(one[0], one[1] if len(one) == 2 else None) for one in inputs], True

@@ -732,7 +732,7 @@ def _read(path: Path, metrics_wanted: Sequence[str]) -> dict[str, Any] | None:
     check_fields(found, {"settings": str, "metrics": dict}, path, "output", _CELL_REMEDY)
     check_fields(found["metrics"], dict.fromkeys(metrics_wanted, (int, float)), path, "output", _CELL_REMEDY)
     if not all(math.isfinite(found["metrics"][name]) for name in metrics_wanted):
-        raise ValueError(f"output: {path} has a metric that is no finite number; {_CELL_REMEDY}")
+        raise ValueError(f"output: {path} has a metric that is not a finite number; {_CELL_REMEDY}")
     return found
 
 

@@ -49,7 +49,7 @@ def read_log(path: str | os.PathLike[str]) -> dict[str, Any]:
     remedy = f"name the {LOG_FILE} of a model folder"
     log = read_json(file, "log", remedy)
     if log.get("stage") not in ("finetune", "distill") or "log_history" not in log:
-        raise ValueError(f"log: {file} is no log of finetune or distill; {remedy}")
+        raise ValueError(f"log: {file} is not a log of finetune or distill; {remedy}")
     check_fields(log, {"log_history": list}, file, "log", remedy)
     for entry in log["log_history"]:
         is_right = isinstance(entry, dict) and all(isinstance(entry.get(name), _NUMBERS) for name in _numbers_of(entry))
