@@ -2,6 +2,7 @@
 #   make demo    the whole story on generated text
 #   make test    the test suite, a worker a core   (PYTEST_ARGS="tests/test_compact.py -x", TEST_WORKERS=0 for one process)
 #   make sanitize  the C++ kernels built with AddressSanitizer and UBSan, and the tests of the ops on them (SANITIZE_ARGS=...)
+#   make sanitize-threads  the same with ThreadSanitizer, called from several threads at once
 #   make bench   the benchmarks            (BENCH_ARGS="bench/bench_compact.py --save-results")
 #   make gpu     on a CUDA machine: tests, sanitizers, benchmarks and their report (GPU_ARGS=--prove, then GPU_ARGS=--measure)
 #   make gpu-bundle   beforehand and without a GPU: what `make gpu` would otherwise build and compile (GPU_PYTHON=python3.12)
@@ -36,7 +37,7 @@ PYTEST_ARGS ?=
 TEST_WORKERS ?= auto
 PYTEST := OMP_WAIT_POLICY=passive "$(PYTHON)" -m pytest -n $(TEST_WORKERS) --maxprocesses 8 --dist loadfile
 # what runs in C++: Triton's interpreter has nothing to find here, and accuracy is a matter of the usual build's vector code
-SANITIZE_ARGS ?= -k "(cpu or varlen) and not accurate and not budget" tests/test_exit_gate.py tests/test_student_head.py tests/test_compact.py tests/test_layer_norm.py \
+SANITIZE_ARGS ?= -k "(cpu or varlen or planted) and not accurate and not budget" tests/test_sanitizers.py tests/test_exit_gate.py tests/test_student_head.py tests/test_compact.py tests/test_layer_norm.py \
 	tests/test_kd_loss.py tests/test_universal_kd_loss.py tests/test_distillation_loss.py tests/test_packed.py \
 	tests/test_varlen_attention.py
 BENCH_ARGS ?= $(wildcard bench/bench_*.py)
@@ -51,7 +52,7 @@ BUNDLE_ARGS ?=
 # tests of the ops and of what the packages around them change most often
 LEG_TESTS ?= tests/test_kd_loss.py tests/test_varlen_attention.py tests/test_layer_norm.py tests/test_model.py tests/test_cli.py
 
-.PHONY: demo test sanitize bench gpu gpu-bundle lint docs setup wheel lowest newest simd clean
+.PHONY: demo test sanitize sanitize-threads bench gpu gpu-bundle lint docs setup wheel lowest newest simd clean
 
 demo: $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO_STAMP))
 	"$(ENVIRONMENT)/bin/fastkd" demo
@@ -68,6 +69,14 @@ sanitize: $(STAMP)
 		UBSAN_OPTIONS=print_stacktrace=1; \
 	(cd build && "$(abspath $(PYTHON))" -c 'from fastkd_kernels import _C; assert "build/sanitize" in _C.__file__, _C.__file__'); \
 	"$(ENVIRONMENT)/bin/pytest" $(SANITIZE_ARGS)
+
+# threads of Python and one of torch each: torch's OpenMP is not built so, and its barriers would not be seen. setarch, because
+# the runtime of gcc 12 knows no address space as random as newer kernels make it
+sanitize-threads: $(STAMP)
+	FASTKD_SANITIZE=thread "$(PYTHON)" setup.py build --build-base build/threads
+	export PYTHONPATH=$$(echo $(CURDIR)/build/threads/lib.*):$(CURDIR)/tests OMP_NUM_THREADS=1 \
+		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libtsan.so)"; \
+	cd build && setarch -R "$(abspath $(PYTHON))" $(CURDIR)/tests/concurrent_ops.py
 
 bench: $(STAMP)
 	"$(PYTHON)" -m pytest $(BENCH_ARGS)

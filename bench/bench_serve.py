@@ -12,11 +12,13 @@ process, on loopback only, and each waits for its answer before it asks again.
 
     python bench/bench_serve.py soak MODEL --seconds 900       # memory of the server at 80 % load, and its slope
     python bench/bench_serve.py overload MODEL --slow 0.1 --fast 0.5      # p99 at twice the load that it can carry
+    python bench/bench_serve.py replicas MODEL --seconds 120   # one of Ray's replicas is killed every 20 s under load
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import json
 import os
@@ -133,10 +135,16 @@ def under_load(port: int, ask: Ask, texts: Sequence[str], clients: int, seconds:
 
 
 @contextmanager
-def process(command: Sequence[str], port: int, threads: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A server that answers at `port`."""
+def process(command: Sequence[str], port: int, threads: int, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A server that answers at `port`, with these variables in its environment."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        **variables,
+    }
     with tempfile.TemporaryFile() as log:
         running = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         yield from _while_it_runs(running, command, port, log)
@@ -146,7 +154,7 @@ def _while_it_runs(
     running: subprocess.Popen[bytes], command: Sequence[str], port: int, log: Any
 ) -> Iterator[subprocess.Popen[bytes]]:
     try:
-        for _ in range(1200):
+        for _ in range(3000):
             if running.poll() is not None:
                 log.seek(0)
                 raise RuntimeError(f"{shlex.join(command)}: {log.read().decode()[-2000:]}")
@@ -288,6 +296,126 @@ def soak(
         print(f"second half: {slope:+.3f} MiB a minute; hostile requests by code: {dict(sorted(codes.items()))}")
 
 
+_TRY_AGAIN = {0, 429, 500, 502, 503, 504}
+"""What a client may ask again after; 0: the connection broke. 500 is what Ray's proxy says of a replica that died."""
+
+
+@app.command()
+def replicas(
+    model: Annotated[Path, typer.Argument(help="An early-exit model.")],
+    data: Annotated[Path | None, typer.Option(help="A .tsv file with texts.")] = None,
+    seconds: Annotated[float, typer.Option(help="How long.")] = 120.0,
+    every: Annotated[float, typer.Option(help="Seconds between two kills.")] = 20.0,
+    count: Annotated[int, typer.Option(help="Replicas.")] = 2,
+    clients: Annotated[int, typer.Option(help="At once.")] = 16,
+    speed: Annotated[float, typer.Option(help="Of the early exit.")] = 0.5,
+    threads: Annotated[int, typer.Option(help="Processor threads of each replica.")] = 1,
+) -> None:
+    """A replica of Ray Serve dies every so often under load: each request is answered once, or may be tried again.
+
+    That none was answered twice is read in the replicas' logs, which have the number that each request was sent with.
+    Ends with 1 where it is not so.
+    """
+    texts, port = texts_of(data), 8603
+    command = fastkd_server(model, port, "--speed", str(speed), "--replicas", str(count), "--threads", str(threads))
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as folder:  # a short name: sockets lie below it
+        with process(command, port, threads, RAY_TMPDIR=folder) as running:
+            labels = {text: _asked(port, text, "before")[1] for text in texts[:200]}
+            seen = _kill_and_ask(running.pid, port, labels, clients, seconds, every)
+        answered = _answered_by_replicas(Path(folder))
+    statuses = Counter(status for status, _ in seen.values())
+    times = Counter(answered[number] for number, (status, _) in seen.items() if status == 200)
+    twice = sum(answered[number] > 1 for number in seen)
+    wrong = sum(not is_right for status, is_right in seen.values() if status == 200)
+    print(
+        f"requests by code: {dict(sorted(statuses.items()))}; answered requests by answers in the logs: {dict(times)}"
+    )
+    print(f"answered twice: {twice}; another request's answer: {wrong}")
+    if twice or wrong or set(times) != {1} or not set(statuses) <= {200, *_TRY_AGAIN}:
+        raise typer.Exit(1)
+
+
+def _asked(port: int, text: str, number: str) -> tuple[int, str | None]:
+    """Status, 0 where the connection broke, and label."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    try:
+        headers = {"Content-Type": "application/json", "x-request-id": number}
+        connection.request("POST", "/v1/classify", json.dumps({"inputs": text}), headers)
+        answer = connection.getresponse()
+        content = answer.read()
+        return answer.status, json.loads(content)["answers"][0]["label"] if answer.status == 200 else None
+    except (OSError, http.client.HTTPException):
+        return 0, None
+    finally:
+        connection.close()
+
+
+def _kill_and_ask(
+    server: int, port: int, labels: dict[str, str | None], clients: int, seconds: float, every: float
+) -> dict[str, tuple[int, bool]]:
+    """Of each request, by its number, the status and whether its label was the expected one."""
+    seen: dict[str, tuple[int, bool]] = {}
+    end = time.monotonic() + seconds
+    texts = list(labels)
+
+    def client(first: int) -> None:
+        turn = first
+        while time.monotonic() < end:
+            number, text = f"{first}-{turn}", texts[turn % len(texts)]
+            status, label = _asked(port, text, number)
+            seen[number] = status, label == labels[text]
+            turn += clients
+            if status != 200:
+                time.sleep(0.1)
+
+    threads = [threading.Thread(target=client, args=(number,), daemon=True) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    while time.monotonic() + every < end:
+        time.sleep(every)
+        victims = [pid for pid in descendants(server) if "ServeReplica" in command_of(pid)]
+        if victims:
+            os.kill(victims[0], signal.SIGKILL)
+        codes = Counter(status for status, _ in list(seen.values()))
+        print(
+            f"killed {victims[:1]} of {victims}; requests until now by code: {dict(sorted(codes.items()))}", flush=True
+        )
+    for thread in threads:
+        thread.join()
+    return seen
+
+
+def descendants(process: int) -> list[int]:
+    """The processes below one, by /proc."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(folder.name))
+    found = [process]
+    for pid in found:
+        found += children.get(pid, [])
+    return sorted(found[1:])
+
+
+def command_of(process: int) -> str:
+    """Its command line; empty where it is gone."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _answered_by_replicas(folder: Path) -> Counter[str]:
+    """How often each request was answered with 200, by the lines in the logs of Ray's workers."""
+    found: Counter[str] = Counter()
+    for path in folder.rglob("worker-*.err"):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("{") and (entry := json.loads(line)).get("status") == 200:
+                found[entry["id"]] += 1
+    return found
+
+
 @app.command()
 def plain(
     model: Annotated[Path, typer.Argument(help="An early-exit model.")],
@@ -368,7 +496,7 @@ def baseline(
 
 
 if __name__ == "__main__":
-    commands = {"compare", "overload", "soak", "baseline", "plain", "--help"}
+    commands = {"compare", "overload", "soak", "replicas", "baseline", "plain", "--help"}
     if len(sys.argv) > 1 and sys.argv[1] not in commands:
         sys.argv.insert(1, "compare")
     app()

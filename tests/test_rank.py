@@ -11,6 +11,7 @@ from tiny_models import early_exit_model, one_thread, random_batch, row_of
 
 from fastkd.encoders.layout import TokenLayout
 from fastkd.engines import rank
+from fastkd.engines.rank_requests import RankRequest, RankRequests
 from fastkd.engines.stream_reader import EncodedRow
 from fastkd.exits.ranking import RankRule
 
@@ -83,3 +84,48 @@ def test_few_documents_run_through_all_layers() -> None:
     rule = RankRule.at_speed(1, 10, model.exit_layers)
     assert rank.run(model, rows_of(random_batch(rows=10)), rule, first).exit_layers.tolist() == [4] * 10
     assert rank.run(model, [], rule, first).scores.shape == (0,)
+
+
+@pytest.mark.parametrize("tokens_per_run", [1, 60, 4096])
+@pytest.mark.parametrize("speed", [0.0, 0.4])
+def test_a_server_s_rankings_are_the_same_in_short_steps(speed: float, tokens_per_run: int) -> None:
+    model, batch = early_exit_model(num_labels=1), random_batch("bert", rows=12)
+    rule = RankRule.at_speed(speed, 3, model.exit_layers)
+    expected = rank.run(model, rows_of(batch), rule, first)
+    requests = RankRequests(model, tokens_per_run=tokens_per_run)
+    asked = [RankRequest(rows_of(batch), rule, first) for _ in range(3)]
+    for request in asked:
+        requests.add(request)
+    asked[1].is_cancelled = True
+    answers, steps = [], 0
+    while not requests.is_idle:
+        step, answer = requests.step()
+        assert step.runs * step.tokens <= tokens_per_run or step.runs == 1
+        answers += [answer] if answer is not None else []
+        steps += step.layer is not None
+    assert [answer.request for answer in answers] == asked
+    assert answers[1].found is None
+    assert asked[1].started is None
+    for answer in (answers[0], answers[2]):
+        assert answer.found is not None
+        assert answer.found.exit_layers.tolist() == expected.exit_layers.tolist()
+        torch.testing.assert_close(answer.found.scores, expected.scores, rtol=1e-4, atol=1e-4)
+    assert steps >= 2 * (model.num_layers if tokens_per_run == 1 else 1)
+
+
+def test_a_ranking_that_fails_leaves_the_next_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = early_exit_model(num_labels=1), random_batch("bert", rows=5)
+    rule = RankRule.at_speed(0.0, 3, model.exit_layers)
+
+    def broken(logits: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    requests = RankRequests(model)
+    for score in (broken, first):
+        requests.add(RankRequest(rows_of(batch), rule, score))
+    (_, failed), (_, answered) = requests.step(), requests.step()
+    assert failed is not None
+    assert isinstance(failed.error, RuntimeError)
+    assert answered is not None
+    assert answered.found is not None
+    assert answered.error is None

@@ -18,6 +18,8 @@ from fastkd.engines.request_stream import RequestAnswer, RequestStream, StreamRe
 __all__ = ["one_thread"]
 
 Model = fastkd.EarlyExitForSequenceClassification
+STAYS = 1e-6
+"""A speed at which every head is asked and no row leaves."""
 
 
 def request_of(model: Model, row: dict[str, Any], **options: Any) -> StreamRequest:
@@ -112,9 +114,9 @@ def test_rows_of_two_speeds_by_patience_remember_what_they_were_asked() -> None:
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_what_is_cancelled_costs_nothing_that_is_not_yet_running(steps: int) -> None:
     model, rows = early_exit_model(num_labels=3), encoded_rows(24)
-    expected = one_by_one(model, rows, speed=0.0)
+    expected = one_by_one(model, rows, speed=STAYS)
     stream = stream_of(model, tokens_per_run=100000)
-    requests = [request_of(model, row, speed=0.0, caller=i) for i, row in enumerate(rows)]
+    requests = [request_of(model, row, speed=STAYS, caller=i) for i, row in enumerate(rows)]
     stream.add(requests)
     for _ in range(steps):
         assert not stream.step().answers
@@ -131,7 +133,7 @@ def test_what_nobody_waits_for_any_more_never_begins() -> None:
     model, rows, now = early_exit_model(num_labels=3), encoded_rows(3), [0.0]
     stream = stream_of(model, clock=lambda: now[0])
     early, late, patient = (
-        request_of(model, row, speed=0.0, due=due, expires=expires, caller=name)
+        request_of(model, row, speed=STAYS, due=due, expires=expires, caller=name)
         for row, due, expires, name in zip(rows, (5.0, 1.0, 1.0), (True, True, False), "abc", strict=True)
     )
     stream.add([early, late, patient])
@@ -147,7 +149,7 @@ def test_what_nobody_waits_for_any_more_never_begins() -> None:
 def test_what_has_begun_is_answered_although_it_is_late() -> None:
     model, rows, now = early_exit_model(num_labels=3), encoded_rows(1), [0.0]
     stream = stream_of(model, clock=lambda: now[0])
-    stream.add([request_of(model, rows[0], speed=0.0, due=1.0, expires=True, caller=0)])
+    without_plan(stream).add([request_of(model, rows[0], speed=STAYS, due=1.0, expires=True, caller=0)])
     stream.step()
     now[0] = 9.0
     assert of(run(stream, []))[0] is not None
@@ -156,10 +158,10 @@ def test_what_has_begun_is_answered_although_it_is_late() -> None:
 def test_a_row_that_can_only_just_be_answered_in_time_runs_first() -> None:
     model, rows, now = early_exit_model(num_labels=3), encoded_rows(12), [0.0]
     stream = stream_of(model, tokens_per_run=100000, clock=lambda: now[0])
-    stream.add([request_of(model, rows[0], speed=0.0, due=math.inf)])
+    without_plan(stream).add([request_of(model, rows[0], speed=STAYS, due=math.inf)])
     stream.step()
     now[0] = 1.0
-    stream.add([request_of(model, rows[0], speed=0.0, due=9.0), request_of(model, rows[1], speed=0.0)])
+    stream.add([request_of(model, rows[0], speed=STAYS, due=9.0), request_of(model, rows[1], speed=STAYS)])
     assert stream.step().layer == 2
     now[0] = 9.0
     assert stream.step().layer == 1
@@ -168,10 +170,10 @@ def test_a_row_that_can_only_just_be_answered_in_time_runs_first() -> None:
 def test_a_fuller_queue_runs_first_until_what_is_left_elsewhere_has_waited_long() -> None:
     model, rows, now = early_exit_model(num_labels=3), encoded_rows(12), [0.0]
     stream = stream_of(model, tokens_per_run=100000, clock=lambda: now[0])
-    stream.add([request_of(model, rows[0], speed=0.0)])
+    without_plan(stream).add([request_of(model, rows[0], speed=STAYS)])
     stream.step()
     now[0] = 1.0
-    stream.add([request_of(model, row, speed=0.0) for row in rows[1:]])
+    stream.add([request_of(model, row, speed=STAYS) for row in rows[1:]])
     stream._read()
     now[0] = 1.9
     # so that the others catch up
@@ -183,30 +185,30 @@ def test_a_fuller_queue_runs_first_until_what_is_left_elsewhere_has_waited_long(
 def test_deadlines_order_what_waits_before_the_first_layer() -> None:
     model, rows = early_exit_model(num_labels=3), encoded_rows(6)
     stream = stream_of(model, tokens_per_run=1, clock=lambda: 0.0)
-    requests = [request_of(model, row, speed=0.0, due=9.0 - number) for number, row in enumerate(rows)]
+    requests = [request_of(model, row, speed=STAYS, due=9.0 - number) for number, row in enumerate(rows)]
     stream.add(requests)
     stream.step()
     assert [request.started is not None for request in requests] == [False] * 5 + [True]
 
 
-def breaking(model: Model, monkeypatch: pytest.MonkeyPatch, at_call: int) -> None:
-    decide: Callable[..., Any] = model.decide
+def breaking(stream: RequestStream, monkeypatch: pytest.MonkeyPatch, at_call: int) -> None:
+    decide: Callable[..., Any] = stream._decide
     calls = iter(range(1000))
 
-    def broken(*arguments: Any, **options: Any) -> Any:
+    def broken(*arguments: Any) -> Any:
         if next(calls) == at_call:
             raise RuntimeError("out of memory")
-        return decide(*arguments, **options)
+        return decide(*arguments)
 
-    monkeypatch.setattr(model, "decide", broken)
+    monkeypatch.setattr(stream, "_decide", broken)
 
 
 def test_a_run_that_fails_takes_its_own_rows_only(monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = early_exit_model(num_labels=3), encoded_rows(40)
-    expected = one_by_one(model, rows, speed=1e-6)
-    breaking(model, monkeypatch, at_call=3)
+    expected = one_by_one(model, rows, speed=STAYS)
     stream = stream_of(model, tokens_per_run=40)
-    answers = run(stream, [request_of(model, row, speed=1e-6, caller=i) for i, row in enumerate(rows)])
+    breaking(stream, monkeypatch, at_call=3)
+    answers = run(stream, [request_of(model, row, speed=STAYS, caller=i) for i, row in enumerate(rows)])
     failed = {answer.request.caller for answer in answers if answer.error is not None}
     assert 0 < len(failed) < 40
     assert len(answers) == 40
@@ -219,3 +221,77 @@ def test_a_rule_that_asks_other_heads_is_refused() -> None:
     stream = RequestStream(model, rule=model.exit_rule(0.0))
     with pytest.raises(ValueError, match="expected some of"):
         stream.add([request_of(model, encoded_rows(1)[0], speed=0.5)])
+
+
+def layers_of_steps(stream: RequestStream) -> list[tuple[int | None, int]]:
+    """The last layer and the stages of each step until nothing waits."""
+    steps = []
+    while not stream.is_idle:
+        step = stream.step()
+        steps.append((step.layer, step.runs))
+    return steps
+
+
+def without_plan(stream: RequestStream) -> RequestStream:
+    """As where the model has none: with modules that the engines do not know."""
+    stream._plan = None
+    return stream
+
+
+def test_rows_that_have_the_processor_for_themselves_stop_only_where_one_may_leave() -> None:
+    model, row = early_exit_model(num_labels=3), encoded_rows(1)[0]
+    last, heads = model.num_layers, len(model.exit_layers)
+    stream = without_plan(stream_of(model))
+    stream.add([request_of(model, row, speed=0.0)])
+    assert layers_of_steps(stream) == [(last, heads)]
+    stream.add([request_of(model, row, speed=STAYS)])
+    assert layers_of_steps(stream) == [(layer, 1) for layer in model.exit_layers]
+    # as long as others are, a run is one stage; so is one of as many tokens as a run may have
+    stream.add([request_of(model, row, speed=0.0), request_of(model, row, speed=STAYS)])
+    assert layers_of_steps(stream) == [(layer, 1) for layer in model.exit_layers]
+    short = without_plan(stream_of(model, tokens_per_run=2 * len(row["input_ids"])))
+    short.add([request_of(model, row, speed=0.0)])
+    assert [runs for _, runs in layers_of_steps(short)] == [2] * (heads // 2)
+    assert [*stream.statistics.runs] == [3] * heads
+
+
+def test_a_run_that_nobody_leaves_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, row = early_exit_model(num_labels=3), encoded_rows(1)[0]
+    monkeypatch.setattr("fastkd_kernels.compact_packed", None)
+    stream = without_plan(stream_of(model))
+    stream.add([request_of(model, row, speed=STAYS)])
+    assert len(layers_of_steps(stream)) == len(model.exit_layers)
+
+
+@pytest.mark.parametrize("criterion", ["entropy", "margin", "patience"])
+@pytest.mark.parametrize("speed", [0.0, 0.5, 1.0])
+def test_a_row_alone_gets_the_answer_of_a_call(speed: float, criterion: str) -> None:
+    model, rows = early_exit_model(num_labels=3), encoded_rows(4)
+    stream = stream_of(model)
+    for row in rows:
+        batch = {name: torch.tensor([values]) for name, values in row.items()}
+        with torch.no_grad():
+            expected = model(**batch, speed=speed, criterion=criterion)
+        stream.add([request_of(model, row, speed=speed, criterion=criterion)])
+        (answer,) = (answer for _ in range(9) if not stream.is_idle for answer in stream.step().answers)
+        assert answer.row is not None
+        assert answer.row.exit_layer == int(expected.exit_layer)
+        assert answer.row.uncertainty == pytest.approx(float(expected.uncertainty), abs=1e-5)
+        assert answer.logits == pytest.approx(expected.logits[0].tolist(), abs=1e-5)
+        assert answer.row.score == pytest.approx(float(expected.logits.softmax(-1).max()), abs=1e-5)
+    assert stream.is_idle
+    assert not stream._unanswered
+    assert len(stream._slots._free) == stream._slots.record.exit_layer.shape[0]
+
+
+def test_a_row_alone_is_one_step_where_the_plan_answers() -> None:
+    model, row = early_exit_model(num_labels=3), encoded_rows(1)[0]
+    stream = stream_of(model)
+    stream.add([request_of(model, row, speed=STAYS)])
+    assert layers_of_steps(stream) == [(model.num_layers, len(model.exit_layers))]
+    # what changed since the plan was made is noticed
+    with torch.no_grad():
+        model.last_head.out_proj.bias.add_(5 * torch.eye(3)[1])
+    stream.add([request_of(model, row, speed=0.0)])
+    answers = run(stream, [])
+    assert [answer.row and answer.row.label for answer in answers] == ["LABEL_1"]

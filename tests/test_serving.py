@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from serving_client import TEXTS, save_model, serving
 from tiny_models import one_thread
 
 from fastkd.exits.certificate import Certificate
+from fastkd.exits.rank_calibration import RankCertificate
 from fastkd.model.loading import load_model
 from fastkd.serving.options import ServeOptions, read_token
 from fastkd.serving.service import Service, _Load
@@ -122,6 +124,9 @@ REFUSED: list[tuple[str, Any, int, str, str]] = [
     ("/v1/classify", {"inputs": [["a"]]}, 422, "Validation", "inputs"),
     ("/rerank", {"query": "a", "texts": ["b"]}, 424, "Backend", "one label"),
     ("/rerank", {"query": "a", "texts": []}, 422, "Validation", "texts"),
+    ("/rerank", {"query": "a", "texts": ["b"], "top_k": 0}, 422, "Validation", "top_k"),
+    ("/rerank", {"query": "a", "texts": ["b"], "label": "none"}, 422, "Validation", "LABEL_0, LABEL_1"),
+    ("/rerank", {"query": "a", "texts": ["b", " "], "label": "LABEL_1"}, 422, "Tokenizer", "number 2 has empty text"),
 ]
 
 
@@ -227,6 +232,126 @@ def test_regression_and_ranking(regression: Path) -> None:
         assert "reranker" in (await client.get("/info")).json()["model_type"]
 
     serving(regression, check)
+
+
+def rank_certified(folder: Path, num_labels: int, label: int | None) -> Path:
+    """A model whose certificate for the top 2 says so; nobody calibrated it."""
+    save_model(folder, num_labels=num_labels)
+    loaded, _ = load_model(str(folder), "cpu")
+    certificate = {
+        "top_k": 2, "recall": 1.0, "method": "fixed-sequence", "max_drop": 0.05, "confidence": 0.95,
+        "half_widths": [0.0] * (len(loaded.exit_layers) - 1), "factor": 1.0, "label": label,
+        "exit_layers": list(loaded.exit_layers), "dtype": "float32", "n": 200, "failures": 1, "bound": 0.02,
+        "mean_recall": 1.0, "documents": 20.0, "speedup": 1.5, "average_layers": 2.0, "seq_len": 16, "data": "",
+        "model": "", "seen_as": None, "date": "2026-01-01", "version": "0",
+    }  # fmt: skip
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["rank_certificate"] = RankCertificate.from_dict(certificate).to_dict()
+    path.write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(("num_labels", "label"), [(1, None), (3, 1)])
+@pytest.mark.parametrize("tokens_per_run", [1, 1024])
+def test_rerank_is_model_rank(tmp_path: Path, num_labels: int, label: int | None, tokens_per_run: int) -> None:
+    """By the certificate where so few are asked for, else by the full model, or by the speed that was asked for."""
+    folder = rank_certified(tmp_path, num_labels, label)
+    loaded, _ = load_model(str(folder), "cpu")
+    texts = [f"{one} {other}" for one in TEXTS for other in ("film", "and fun", "bad")]
+    query = "a good film"
+
+    async def check(client: httpx.AsyncClient, service: Service) -> None:
+        early = 0
+        for options in ({"top_k": 2}, {"top_k": 1}, {"top_k": 3}, {}, {"top_k": 3, "speed": 0.9}, {"top_k": 99}):
+            told = await client.post("/rerank", json={"query": query, "texts": texts, "return_text": True, **options})
+            assert told.status_code == 200, told.text
+            top_k = options.get("top_k")
+            expected = loaded.rank(query, texts, top_k, True, speed=options.get("speed"), label=label)
+            # TEI squashes the number of a regression
+            squash = torch.sigmoid if num_labels == 1 else torch.clone
+            scores = squash(torch.tensor([entry["score"] for entry in expected])).tolist()
+            assert told.json() == [
+                {"index": entry["corpus_id"], "score": pytest.approx(score, abs=1e-5), "text": entry["text"]}
+                for entry, score in zip(expected, scores, strict=True)
+            ]
+            layers = told.headers["x-fastkd-exit-layers"].split(",")
+            assert list(map(int, layers)) == expected.exit_layers
+            early += len(set(layers)) > 1
+        assert early >= 3
+        info = (await client.get("/info")).json()
+        assert info["rank_top_k"] == 2
+        assert service.accepted_rows == service.ended_rows == 6 * len(texts)
+        assert service._load.rows == service._load.tokens == 0
+
+    serving(folder, check, tokens_per_run=tokens_per_run)
+
+
+def test_a_class_that_is_named_ranks(model: Path) -> None:
+    async def check(client: httpx.AsyncClient, service: Service) -> None:
+        logits = expected_output(model, [("a good film", text) for text in TEXTS]).logits
+        body = {"query": "a good film", "texts": list(TEXTS), "label": "LABEL_2"}
+        ranks = (await client.post("/rerank", json=body)).json()
+        expected = logits.softmax(-1)[:, 2].sort(descending=True)
+        assert [rank["index"] for rank in ranks] == expected.indices.tolist()
+        assert [rank["score"] for rank in ranks] == pytest.approx(expected.values.tolist(), abs=1e-5)
+        raw = (await client.post("/rerank", json={**body, "raw_scores": True})).json()
+        assert [rank["score"] for rank in raw] == pytest.approx(torch.logit(expected.values).tolist(), abs=1e-4)
+
+    serving(model, check)
+
+
+def test_a_ranking_that_fails_or_that_nobody_waits_for_ends(regression: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any, **options: Any) -> Any:
+        raise RuntimeError("a secret")
+
+    async def check(client: httpx.AsyncClient, service: Service, gate: threading.Event) -> None:
+        body = {"query": "a good film", "texts": list(TEXTS)}
+        with monkeypatch.context() as patch:
+            patch.setattr(service.worker.model, "logits_after", broken)
+            failed = await client.post("/rerank", json=body)
+            assert (failed.status_code, failed.json()["error_type"]) == (424, "Backend")
+        gate.clear()
+        # the gate holds the thread in a step of the stream
+        held, gone = classify(client), asyncio.ensure_future(client.post("/rerank", json=body))
+        await until_waiting(service, 1 + len(TEXTS))
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        gate.set()
+        assert (await held).status_code == 200
+        await until_waiting(service, 0)
+        text = service.metrics.text().decode()
+        assert 'fastkd_rows_ended_total{how="cancelled"} 4.0' in text
+        assert 'fastkd_rows_ended_total{how="failed"} 4.0' in text
+        assert (await client.post("/rerank", json=body)).status_code == 200
+
+    gated(regression, check)
+
+
+def test_one_client_wakes_each_thread_once_a_request(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever number of layers runs: a hand-over costs more than many of them."""
+
+    async def check(client: httpx.AsyncClient, service: Service) -> None:
+        calls: Counter[str] = Counter()
+        loop = asyncio.get_running_loop()
+        for name in ("call_soon_threadsafe", "run_in_executor"):
+            original = getattr(loop, name)
+
+            def counted(*arguments: Any, name: str = name, original: Any = original) -> Any:
+                calls[name] += 1
+                return original(*arguments)
+
+            monkeypatch.setattr(loop, name, counted)
+        for speed in (0.0, 0.1):
+            calls.clear()
+            for _ in range(5):
+                assert (await classify(client, speed=speed)).status_code == 200
+            assert calls == {"call_soon_threadsafe": 5}
+        long = await client.post("/v1/classify", json={"inputs": ["good fun " * 2000]})
+        assert long.status_code == 200
+        assert calls["run_in_executor"] == 1
+
+    serving(model, check)
 
 
 def test_info_health_and_metrics(model: Path) -> None:
@@ -433,7 +558,7 @@ def test_a_run_that_fails_answers_424_and_the_server_goes_on(model: Path, monkey
 
     async def check(client: httpx.AsyncClient, service: Service) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(service.worker.model, "answer", broken)
+            patch.setattr(service.worker._stream, "_run_alone", broken)
             failed = await client.post("/predict", json={"inputs": "good fun"})
             assert (failed.status_code, failed.json()["error_type"]) == (424, "Backend")
             assert "secret" not in failed.text

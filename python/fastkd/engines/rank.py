@@ -32,35 +32,64 @@ class ScoredRows(NamedTuple):
     exit_layers: Tensor
 
 
-@torch.no_grad()
+class RankRun:
+    """The documents of one query on their way, from head to head; those that cannot reach the top k leave."""
+
+    def __init__(
+        self, model: ExitModel, rows: Sequence[EncodedRow], rule: RankRule, score: Score, tokens_per_run: int = 4096
+    ) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            model: in evaluation mode.
+            rows: query and document together; `position` counts from 0.
+            rule: which documents leave after which layers.
+            score: what of the logits is ranked.
+            tokens_per_run: a layer runs on so many tokens at once, or on one row that has more. Beside such a run the
+                hidden states of all documents that are left are kept.
+        """
+        self.found = ScoredRows(torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.int32))
+        self.layer = 0
+        """The last one that ran."""
+        self._rule = rule
+        self._documents = _Documents(model, sorted(rows, key=attrgetter("tokens")), score, tokens_per_run)
+        self.is_done = not rows
+
+    @property
+    def left(self) -> Sequence[EncodedRow]:
+        """The documents that the next step computes."""
+        return self._documents.rows
+
+    @torch.no_grad()
+    def step(self, most: int | None = None) -> None:
+        """Compute the documents that are left up to the next head, but no more than `most` layers."""
+        documents, rule, last = self._documents, self._rule, self._rule.layers[-1]
+        asked = last if len(documents.rows) <= rule.top_k else next(head for head in rule.layers if head > self.layer)
+        if most is not None and asked - self.layer > most:
+            documents.run(range(self.layer + 1, self.layer + most + 1))
+            self.layer += most
+            return
+        before = documents.scores
+        scores = documents.scored(range(self.layer + 1, asked + 1), keeps=asked != last)
+        places = torch.tensor([row.position for row in documents.rows])
+        self.found.scores[places] = scores.float().cpu()
+        self.found.exit_layers[places] = asked
+        self.layer, self.is_done = asked, asked == last
+        if not self.is_done:
+            documents.keep(rule.staying(asked, scores, before))
+
+
 def run(
     model: ExitModel, rows: Sequence[EncodedRow], rule: RankRule, score: Score, tokens_per_run: int = 4096
 ) -> ScoredRows:
     """Score the documents of one query; those that cannot reach the top k any more are not computed further.
 
-    Args:
-        model: in evaluation mode.
-        rows: query and document together; `position` counts from 0.
-        rule: which documents leave after which layers.
-        score: what of the logits is ranked.
-        tokens_per_run: a layer runs on so many tokens at once, or on one row that has more. Beside such a run the
-            hidden states of all documents that are left are kept.
+    Arguments are those of `RankRun`.
     """
-    found = ScoredRows(torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.int32))
-    documents = _Documents(model, sorted(rows, key=attrgetter("tokens")), score, tokens_per_run)
-    done, last = 0, rule.layers[-1]
-    while documents.rows:
-        asked = last if len(documents.rows) <= rule.top_k else next(layer for layer in rule.layers if layer > done)
-        before = documents.scores
-        scores = documents.run(range(done + 1, asked + 1), keeps=asked != last)
-        places = torch.tensor([row.position for row in documents.rows])
-        found.scores[places] = scores.float().cpu()
-        found.exit_layers[places] = asked
-        if asked == last:
-            break
-        documents.keep(rule.staying(asked, scores, before))
-        done = asked
-    return found
+    ranked = RankRun(model, rows, rule, score, tokens_per_run)
+    while not ranked.is_done:
+        ranked.step()
+    return ranked.found
 
 
 class _Documents:
@@ -74,9 +103,15 @@ class _Documents:
         self._encoder = PaddedRuns(model) if packed is None or not packed.can_run else packed
         self._states: Tensor | None = None
 
-    def run(self, numbers: range, keeps: bool) -> Tensor:
+    def scored(self, numbers: range, keeps: bool) -> Tensor:
         """Scores [n] after these layers; the hidden states are kept where documents go on."""
-        scores = []
+        scores: list[Tensor] = []
+        self.run(numbers, keeps, scores)
+        self.scores = torch.cat(scores)
+        return self.scores
+
+    def run(self, numbers: range, keeps: bool = True, scores: list[Tensor] | None = None) -> None:
+        """Run these layers; the scores of each run go to `scores`."""
         total = sum(row.tokens for row in self.rows)
         states, start = self._states, 0
         for rows in _cut(self.rows, self._tokens_per_run):
@@ -84,15 +119,15 @@ class _Documents:
             count = tokens.input_ids.shape[0]
             waiting = None if self._states is None else self._states[start : start + round_up_tokens(count)]
             used = self._encoder.run(numbers, tokens, waiting, tokens.layout)[:count]
-            scores.append(self._score(self._model.logits_after(numbers[-1], used, tokens.layout)))
+            if scores is not None:
+                scores.append(self._score(self._model.logits_after(numbers[-1], used, tokens.layout)))
             if keeps:
                 if states is None:
                     states = used.new_zeros(total + MOST_ADDED, used.shape[-1])
                 # these tokens have been read, and no other run reads them
                 states[start : start + count] = used
             start += count
-        self._states, self.scores = states, torch.cat(scores)
-        return self.scores
+        self._states = states
 
     def keep(self, staying: Tensor) -> None:
         """Drop the documents that are not `staying` [n]."""

@@ -10,7 +10,9 @@ which its row leaves. Each step reads what has arrived and then runs one queue:
 Without the age a few rows that are left over deep down would wait until they are many; the deepest or the oldest first
 would make more runs of few tokens.
 
-Nothing waits for company while the processor is idle.
+Nothing waits for company while the processor is idle. Rows that have it for themselves run on through the layers after
+which none of them may leave, up to a full run's work: queues between would only cost time. One row alone is answered
+by the plan of the model, as a call answers it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -28,9 +30,11 @@ from torch import Tensor
 import fastkd_kernels as fk
 from fastkd.encoders.layout import TokenLayout
 from fastkd.engines.batch import warn_about_nan
+from fastkd.engines.packed import PackedHeads
 from fastkd.engines.packed_encoder import cumulative_lengths
+from fastkd.engines.plan import PlannedRule
 from fastkd.engines.protocol import ExitModel
-from fastkd.engines.stream import Stream, StreamRow, _prefix, _Queue
+from fastkd.engines.stream import NOT_FINITE, Stream, StreamRow, _prefix, _Queue
 from fastkd.engines.stream_reader import EncodedRow
 from fastkd.exits.rule import ExitRule
 
@@ -57,6 +61,11 @@ class StreamRequest:
     """Whatever tells its maker who waits for it."""
 
     @property
+    def count(self) -> int:
+        """Of its rows."""
+        return 1
+
+    @property
     def tokens(self) -> int:
         return len(self.input_ids)
 
@@ -79,6 +88,8 @@ class StreamStep:
     answers: list[RequestAnswer] = field(default_factory=list)
     layer: int | None = None
     """The last layer that ran; None where nothing did."""
+    runs: int = 1
+    """Over how many queues' layers it went."""
     rows: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -134,6 +145,7 @@ class RequestStream(Stream):
         self._pace = 0.0  # seconds of a run, lately
         self._thresholds: dict[ExitRule, tuple[float, ...]] = {}
         self._rules: dict[tuple[str, int | None], ExitRule] = {}
+        self._planned: dict[ExitRule, PlannedRule] = {}
 
     def add(self, requests: Sequence[StreamRequest]) -> None:
         """Queue requests.
@@ -210,17 +222,78 @@ class RequestStream(Stream):
             request.started = before if request.started is None else request.started
         self._is_whole = False
         try:
-            self._run(stage)
+            last = self._run_alone(stage, running)
+            if last is None:
+                last = self._last_stage(stage, running)
+                self._run(stage, last)
         except Exception as error:
+            last = stage
             # what else waits is made whole by the next step
             for row in running:
                 if self._unanswered.pop(row.position, None) is not None:
                     self._give(row, None, error=error)
         else:
             self._is_whole = True
-        seconds = self._clock() - before
-        self._pace = 0.8 * self._pace + 0.2 * seconds
-        return StreamStep([], self._stages[stage][-1], len(running), sum(row.tokens for row in running), seconds)
+        seconds, runs = self._clock() - before, last - stage + 1
+        self._pace = 0.8 * self._pace + 0.2 * seconds / runs
+        tokens = sum(row.tokens for row in running)
+        return StreamStep([], self._stages[last][-1], runs, len(running), tokens, seconds)
+
+    def _run_alone(self, stage: int, running: Sequence[EncodedRow]) -> int | None:
+        """Answer the one row that waits as a call of the model does, which costs less; the stage after which it left.
+
+        None where others wait, or the plan of the model does not answer by this rule.
+        """
+        (row,), plan = running[:1], self._plan
+        is_alone = len(self._unanswered) == 1 and stage == 0 and not self._inbox.arrived
+        if plan is None or not is_alone or row.tokens * len(self._stages) > self._schedule.tokens_per_run:
+            return None
+        planned = self._planned_of(self._of(row).rule)
+        if not plan.can_answer(planned):
+            return None
+        segments = None if row.token_type_ids is None else torch.tensor([row.token_type_ids])
+        with torch.no_grad():
+            tokens = plan.pack(torch.tensor([row.input_ids]), None, segments)
+            found = None if tokens is None else plan.answer(tokens, planned)
+        if found is None:
+            return None
+        layer = int(found["exit_layer"])
+        answer, logits = self._row_of(row, found["logits"], layer, float(found["uncertainty"]))
+        self._slots.give_back(self._queues[0].slots)
+        self._queues[0].drop(1, row.tokens)
+        del self._unanswered[row.position]
+        last = next(number for number, layers in enumerate(self._stages) if layer in layers)
+        for ran in range(last + 1):
+            self.statistics.runs[ran] += 1
+            self.statistics.tokens[ran] += row.tokens
+        self.statistics.rows_answered += 1
+        self._give(row, answer, logits=logits)
+        return last
+
+    def _row_of(self, row: EncodedRow, logits: Tensor, layer: int, uncertainty: float) -> tuple[StreamRow, list[float]]:
+        values: list[float] = logits[0].float().tolist()
+        best, number = logits[0].float().softmax(-1).max(-1)
+        score, label = best.item(), cast(Any, number.item())
+        if not math.isfinite(score):
+            return StreamRow(row.line, problem=NOT_FINITE), values
+        return StreamRow(row.line, self._names[label], score, layer, uncertainty), values
+
+    def _planned_of(self, rule: ExitRule) -> PlannedRule:
+        if rule not in self._planned:
+            if len(self._planned) >= _MOST_RULES:
+                self._planned.clear()
+            self._planned[rule] = PlannedRule.of(rule)
+        return self._planned[rule]
+
+    def _last_stage(self, stage: int, running: Sequence[EncodedRow]) -> int:
+        """Up to which stage these rows run without a stop: where nobody else waits, the next that asks one of them."""
+        if len(running) < len(self._unanswered) or self._inbox.arrived:
+            return stage
+        most = self._schedule.tokens_per_run // sum(row.tokens for row in running)
+        end = min(len(self._stages), stage + max(1, most)) - 1
+        rules = {self._of(row).rule for row in running}
+        asking = (s for s in range(stage, end) if any(self._thresholds_by_stage(rule)[s] > 0 for rule in rules))
+        return next(asking, end)
 
     def _sort_by_deadline(self, queue: _Queue) -> None:
         """No hidden states lie before the first layer, so that any order will do."""
@@ -279,8 +352,9 @@ class RequestStream(Stream):
             self._answer(requests, hidden_states, layout, row_ids)
             return row_ids[:0]
         staying = list(range(len(rows)))
+        heads = self._heads_after(self._stages[stage][-1])
         for rule, thresholds in self._questions(stage, requests):
-            kept = self._ask(stage, rule, thresholds, hidden_states, layout, row_ids)
+            kept = self._ask(heads, stage, rule, thresholds, hidden_states, layout, row_ids)
             staying = kept if len(staying) == len(rows) else sorted({*staying} & {*kept})
         return torch.tensor(staying, dtype=torch.int32, device=self._device)
 
@@ -296,6 +370,7 @@ class RequestStream(Stream):
 
     def _ask(
         self,
+        heads: PackedHeads,
         stage: int,
         rule: ExitRule,
         thresholds: list[float],
@@ -307,12 +382,13 @@ class RequestStream(Stream):
         record = self._slots.record
         not_asked = [i for i, value in enumerate(thresholds) if value == 0] if rule.criterion in _REMEMBERS else []
         ids = row_ids[not_asked].long()
-        before = record.history[ids]
-        decided = self._model.decide(
+        before = record.history[ids] if not_asked else None
+        decided = heads.decide(
             self._stages[stage][-1], hidden_states, layout, rule, record=record, row_ids=row_ids,
             thresholds=torch.tensor(thresholds, device=self._device),
         )  # fmt: skip
-        record.history[ids] = before
+        if before is not None:
+            record.history[ids] = before
         kept: list[int] = decided.kept().tolist()
         return kept
 
@@ -320,12 +396,15 @@ class RequestStream(Stream):
         self, requests: Sequence[StreamRequest], hidden_states: Tensor, layout: TokenLayout, row_ids: Tensor
     ) -> None:
         """The last head answers all rows; each has the uncertainty of its own criterion."""
-        record = self._slots.record
+        record, heads = self._slots.record, self._heads_after(self._stages[-1][-1])
         rules = [self._rule_of(request.rule) for request in requests]
+        if len(set(rules)) == 1:
+            warn_about_nan([heads.answer(hidden_states, layout, rules[0], record=record, row_ids=row_ids).sum()])
+            return
         uncertainty = torch.empty(len(rules), device=self._device)
         for rule in dict.fromkeys(rules):
             of_rule = torch.tensor([other == rule for other in rules], device=self._device)
-            found = self._model.answer(hidden_states, layout, rule, record=record, row_ids=row_ids)
+            found = heads.answer(hidden_states, layout, rule, record=record, row_ids=row_ids)
             uncertainty = torch.where(of_rule, found.float(), uncertainty)
         record.uncertainty[row_ids.long()] = uncertainty
         warn_about_nan([uncertainty.sum()])

@@ -24,6 +24,7 @@ from fastkd.data.columns import USUAL, Columns
 from fastkd.data.text_counts import TextCounts
 from fastkd.encoders.layout import TokenLayout
 from fastkd.engines.batch import warn_about_nan
+from fastkd.engines.packed import PackedHeads
 from fastkd.engines.packed_encoder import (
     MOST_ADDED,
     cumulative_lengths,
@@ -37,7 +38,7 @@ from fastkd.engines.schedule import Schedule
 from fastkd.engines.stream_reader import EncodedRow, StreamReader, longest_row, packed_rows
 from fastkd.exits.rule import ExitRule
 
-_NOT_FINITE = "the model's answer is not a finite number; try float32 or bfloat16 weights"
+NOT_FINITE = "the model's answer is not a finite number; try float32 or bfloat16 weights"
 
 
 class StreamRow(NamedTuple):
@@ -98,6 +99,10 @@ class _Queue:
                 moved[: self.tokens] = self._memory[self._start : self._start + self.tokens]
             self._memory, self._start = moved, 0
         return self._memory[self._start + self.tokens : self._start + needed]
+
+    def adopt(self, hidden_states: Tensor) -> None:
+        """Take the output of a run [R, H], all of whose rows are pushed next, as it is; only while nothing waits."""
+        self._memory, self._start = hidden_states, 0
 
     def push(self, rows: Sequence[EncodedRow], slots: Sequence[int], tokens: int) -> None:
         self.rows.extend(rows)
@@ -309,8 +314,9 @@ class Stream(Iterator[StreamRow]):
         in_flight = sum(queue.tokens for queue in self._queues)
         statistics.max_tokens_in_flight = max(statistics.max_tokens_in_flight, in_flight)
 
-    def _run(self, stage: int) -> None:
-        queue = self._queues[stage]
+    def _run(self, stage: int, last: int | None = None) -> None:
+        """Run what waits before a stage, through that and those up to `last`, between which no row leaves."""
+        queue, last = self._queues[stage], stage if last is None else last
         # runs of any size would make oneDNN keep a kernel for each: it forgets none
         count = _prefix(queue.rows, self._schedule.tokens_per_run)
         rows, slots = queue.rows[:count], queue.slots[:count]
@@ -321,13 +327,14 @@ class Stream(Iterator[StreamRow]):
         with torch.no_grad():
             starts = stage == 0 or self._encoder.reads_tokens
             encoded = packed_rows(rows, self._device) if starts else None
-            hidden_states = self._encoder.run(self._stages[stage], encoded, self._waiting(stage, tokens), layout)
-            used = hidden_states[:tokens]
-            survivors = self._decide(stage, used, layout, rows, slots)
-        self._move_on(stage, used, cu_seqlens, rows, slots, survivors)
+            layers = range(self._stages[stage].start, self._stages[last].stop)
+            hidden_states = self._encoder.run(layers, encoded, self._waiting(stage, tokens), layout)
+            survivors = self._decide(last, hidden_states[:tokens], layout, rows, slots)
+        self._move_on(last, hidden_states, cu_seqlens, rows, slots, survivors)
         queue.drop(count, tokens)
-        self.statistics.runs[stage] += 1
-        self.statistics.tokens[stage] += tokens
+        for ran in range(stage, last + 1):
+            self.statistics.runs[ran] += 1
+            self.statistics.tokens[ran] += tokens
 
     def _waiting(self, stage: int, tokens: int) -> Tensor | None:
         """Packed hidden states before a stage, with the rows that `round_up_tokens` adds; None before the first."""
@@ -344,7 +351,7 @@ class Stream(Iterator[StreamRow]):
         """Survivors, as sequence numbers of the run; the answers of the others are in the record."""
         row_ids = torch.tensor(slots, dtype=torch.int32, device=self._device)
         layer, record = self._stages[stage][-1], self._slots.record
-        heads = self._model if self._plan is None else self._plan.heads_of(self._model, layer)
+        heads = self._heads_after(layer)
         if stage == len(self._stages) - 1:
             uncertainty = heads.answer(hidden_states, layout, self._rule, record=record, row_ids=row_ids)
             warn_about_nan([uncertainty.sum()])
@@ -353,6 +360,10 @@ class Stream(Iterator[StreamRow]):
         return heads.decide(
             layer, hidden_states, layout, self._rule, record=record, row_ids=row_ids, thresholds=thresholds
         ).kept()
+
+    def _heads_after(self, layer: int) -> PackedHeads:
+        """What decides there: those of the plan, which are prepared, or of the model."""
+        return self._model if self._plan is None else self._plan.heads_of(self._model, layer)
 
     def _thresholds_of(self, layer: int, rows: Sequence[EncodedRow]) -> Tensor | None:
         """Thresholds [B] of these rows after `layer`; None for that of the rule."""
@@ -367,7 +378,10 @@ class Stream(Iterator[StreamRow]):
         slots: Sequence[int],
         survivors: Tensor,
     ) -> None:
-        """Put the survivors of a run into the next queue and the answers of the others where `__next__` finds them."""
+        """Put the survivors of a run into the next queue and the answers of the others where `__next__` finds them.
+
+        `hidden_states` are those of the run [R, H], with the rows that `round_up_tokens` added.
+        """
         kept = survivors.tolist()
         staying = set(kept)
         leaving = [index for index in range(len(rows)) if index not in staying]
@@ -375,8 +389,11 @@ class Stream(Iterator[StreamRow]):
         if kept:
             following = self._queues[stage + 1]
             tokens = sum(rows[index].tokens for index in kept)
-            room = following.room_for(tokens, hidden_states)
-            fk.compact_packed([hidden_states], cu_seqlens, survivors, out=[room])
+            if leaving or following.rows:
+                room = following.room_for(tokens, hidden_states)
+                fk.compact_packed([hidden_states[: sum(row.tokens for row in rows)]], cu_seqlens, survivors, out=[room])
+            else:
+                following.adopt(hidden_states)
             following.push([rows[index] for index in kept], [slots[index] for index in kept], tokens)
         self._answers.update(answers)
         for position in answers:
@@ -396,7 +413,7 @@ class Stream(Iterator[StreamRow]):
                 row.position: (
                     StreamRow(row.line, number, None, layer)
                     if math.isfinite(number)
-                    else StreamRow(row.line, problem=_NOT_FINITE)
+                    else StreamRow(row.line, problem=NOT_FINITE)
                 )
                 for row, number, layer in zip(rows, numbers, layers, strict=True)
             }
@@ -406,7 +423,7 @@ class Stream(Iterator[StreamRow]):
             row.position: (
                 StreamRow(row.line, names[label], score, layer, uncertainty)
                 if math.isfinite(score)
-                else StreamRow(row.line, problem=_NOT_FINITE)
+                else StreamRow(row.line, problem=NOT_FINITE)
             )
             for row, label, score, layer, uncertainty in zip(rows, classes, scores, layers, uncertainties, strict=True)
         }

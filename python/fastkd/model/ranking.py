@@ -78,7 +78,7 @@ def rank(
         raise ValueError(f"tokens_per_run: got {tokens_per_run}, expected at least 1")
     number = label_number(model.config, label)
     wanted = len(documents) if top_k is None else min(int(top_k), len(documents))
-    rule = _rule(model, wanted, speed, number)
+    rule = rank_rule(model, wanted, speed, number)
     if rule.leaves_early:
         model.check_exits()
     rows = _encoded(model, query, documents, tokenizer, max_length)
@@ -130,8 +130,18 @@ def label_number(config: EarlyExitConfig, label: str | int | None) -> int | None
     return cast("int | None", number)
 
 
-def _rule(model: RankedModel, wanted: int, speed: float | None, label: int | None) -> RankRule:
-    """That of the speed; where none is given that of the certificate, as far as it reaches, else the full model."""
+def rank_rule(model: RankedModel, wanted: int, speed: float | None, label: int | None) -> RankRule:
+    """The rule of a speed; where none is given that of the certificate, as far as it reaches, else the full model's.
+
+    Args:
+        model: that ranks.
+        wanted: how many documents are asked for.
+        speed: as `RankRule.at_speed` takes it.
+        label: number of the class whose probability ranks; None for a regression.
+
+    Raises:
+        ValueError: a speed that ranking has not.
+    """
     if speed is not None or model.config.rank_certificate is None:
         return RankRule.at_speed(speed or 0.0, wanted, model.exit_layers)
     certificate = RankCertificate.from_dict(model.config.rank_certificate)

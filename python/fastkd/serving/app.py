@@ -6,8 +6,9 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from fastkd.serving.errors import Refusal
+from fastkd.serving.errors import GoneError, Refusal
 from fastkd.serving.guard import Guard
 from fastkd.serving.metrics import CONTENT_TYPE
 from fastkd.serving.schema import (
@@ -31,7 +32,7 @@ from fastkd.serving.schema import (
     texts_to_classify,
     texts_to_predict,
 )
-from fastkd.serving.service import Accepted, Answered, Service
+from fastkd.serving.service import Accepted, Answered, Coming, Ranked, Service
 from fastkd.serving.worker import Text
 
 _FOLDER = Path(__file__).parent
@@ -51,11 +52,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     503: {"model": ErrorBody, "description": "Starting or shutting down"},
     504: {"model": ErrorBody, "description": "deadline_ms passed before the first layer"},
 }
-Answer = TypeVar("Answer")
-
-
-class _Gone(Exception):
-    """The client has disconnected."""
+Taken = TypeVar("Taken", bound=Coming)
 
 
 def create_app(service: Service) -> FastAPI:
@@ -96,8 +93,8 @@ def _add_errors(app: FastAPI) -> None:
         body = {"error": str(error.detail), "error_type": _KINDS.get(error.status_code, "Validation")}
         return JSONResponse(body, error.status_code, error.headers)
 
-    @app.exception_handler(_Gone)
-    async def gone(request: Request, error: _Gone) -> Response:
+    @app.exception_handler(GoneError)
+    async def gone(request: Request, error: GoneError) -> Response:
         return Response(status_code=_GONE)
 
 
@@ -109,7 +106,7 @@ def _add_paths_of_tei(app: FastAPI, service: Service) -> None:
         """Scores of all labels, the best first: one list for one input, a list of lists for a batch."""
         texts, is_batch = texts_to_predict(body.inputs)
         from_left = body.truncation_direction.lower() == "left"
-        answers, headers = await _answer(service, request, texts, truncate=body.truncate, from_left=from_left)
+        answers, headers = await _classified(service, request, texts, truncate=body.truncate, from_left=from_left)
         found = [_predictions(service, answer, body.raw_scores) for answer in answers]
         # huggingface_hub sends `parameters` and takes the first of a list
         is_nested = is_batch or body.parameters is not None
@@ -117,18 +114,21 @@ def _add_paths_of_tei(app: FastAPI, service: Service) -> None:
 
     @app.post("/rerank", response_model=list[Rank], response_model_exclude_none=True, responses=_ERRORS)
     async def rerank(body: RerankRequest, request: Request) -> Response:
-        """How well each text answers the query, the best first; for a model with one label."""
-        if service.worker.model.config.num_classes != 1:
-            raise Refusal("Backend", "rerank: needs a model with one label, a score; this one is a classifier")
+        """How well each text answers the query, the best first; for a score, or the probability of one class."""
         pairs = [(body.query, text) for text in body.texts]
-        from_left = body.truncation_direction.lower() == "left"
-        answers, headers = await _answer(service, request, pairs, truncate=body.truncate, from_left=from_left)
+        coming = await _accept(
+            service, request, pairs,
+            service.accept_ranking(
+                body.query, body.texts, top_k=body.top_k, speed=body.speed, label=body.label, truncate=body.truncate,
+                from_left=body.truncation_direction.lower() == "left",
+            ),
+        )  # fmt: skip
+        (found,), seconds = await _answers(service, request, len(pairs), coming)
         ranks = []
-        for index, answer in enumerate(answers):
-            score = answer.logits[0] if body.raw_scores else float(torch.tensor(answer.logits[0]).sigmoid())
-            ranks.append({"index": index, "score": score} | ({"text": body.texts[index]} if body.return_text else {}))
-        ranks.sort(key=lambda rank: -float(rank["score"]))
-        return JSONResponse(ranks, headers=headers)
+        for index, score in list(zip(found.order, found.scores, strict=True))[: body.top_k]:
+            shown = score if body.raw_scores else float(torch.tensor(score).sigmoid())
+            ranks.append({"index": index, "score": shown} | ({"text": body.texts[index]} if body.return_text else {}))
+        return JSONResponse(ranks, headers=_headers(pairs, coming, [found], found.exit_layers, seconds))
 
     @app.get("/info")
     async def info() -> dict[str, Any]:
@@ -159,13 +159,16 @@ def _add_own_paths(app: FastAPI, service: Service) -> None:
         """Label, probability, exit layer and uncertainty of each input, at a speed of its own."""
         texts = texts_to_classify(body.inputs)
         accepted = await _accept(
-            service, request, texts, speed=body.speed, criterion=body.criterion, top_n=body.top_n,
-            deadline_ms=body.deadline_ms, truncate=body.truncate,
+            service, request, texts,
+            service.accept(
+                texts, speed=body.speed, criterion=body.criterion, top_n=body.top_n, deadline_ms=body.deadline_ms,
+                truncate=body.truncate,
+            ),
         )  # fmt: skip
         if body.stream:
             lines = _lines(service, accepted, body.scores)
             return StreamingResponse(lines, media_type="application/x-ndjson", headers=_speed_headers(accepted))
-        answers, headers = await _answers(service, request, texts, accepted)
+        answers, seconds = await _answers(service, request, len(texts), accepted)
         found = {
             "answers": [_classification(service, answer, body.scores) for answer in answers],
             "speed": accepted.speed,
@@ -173,7 +176,7 @@ def _add_own_paths(app: FastAPI, service: Service) -> None:
             "layers": accepted.rule.last_layer,
             "tokens": accepted.tokens,
         }
-        return JSONResponse(found, headers=headers)
+        return JSONResponse(found, headers=_row_headers(texts, accepted, answers, seconds))
 
     @app.post("/admin/reload", responses={403: {"model": ErrorBody}, **_ERRORS})
     async def reload() -> dict[str, Any]:
@@ -194,52 +197,56 @@ def _add_own_paths(app: FastAPI, service: Service) -> None:
         return HTMLResponse(reference, headers=_NO_NETWORK)
 
 
-async def _answer(
+async def _classified(
     service: Service, request: Request, texts: Sequence[Text], **options: Any
 ) -> tuple[list[Answered], dict[str, str]]:
-    return await _answers(service, request, texts, await _accept(service, request, texts, **options))
+    accepted = await _accept(service, request, texts, service.accept(texts, **options))
+    answers, seconds = await _answers(service, request, len(texts), accepted)
+    return answers, _row_headers(texts, accepted, answers, seconds)
 
 
-async def _accept(service: Service, request: Request, texts: Sequence[Text], **options: Any) -> Accepted:
+async def _accept(
+    service: Service, request: Request, texts: Sequence[Text], accepting: Coroutine[Any, Any, Taken]
+) -> Taken:
     noted = {"rows": len(texts)} | ({"texts": texts} if service.options.log_texts else {})
     request.state.log = noted
     try:
-        accepted = await service.accept(texts, **options)
+        coming = await accepting
     except Refusal as error:
         service.metrics.classified(len(texts), 0.0, error.kind)
         raise
-    noted["tokens"] = accepted.tokens
-    return accepted
+    noted["tokens"] = coming.tokens
+    return coming
 
 
-async def _answers(
-    service: Service, request: Request, texts: Sequence[Text], accepted: Accepted
-) -> tuple[list[Answered], dict[str, str]]:
+async def _answers(service: Service, request: Request, rows: int, coming: Coming) -> tuple[list[Any], float]:
+    """The answers to what was accepted, and the seconds that they took."""
     began = time.monotonic()
     try:
-        answers = await _unless_gone(request, service.answers(accepted))
-    except (Refusal, _Gone) as error:
-        service.metrics.classified(len(texts), 0.0, error.kind if isinstance(error, Refusal) else "dropped")
+        with _watched(request, partial(service.leave, coming)):
+            answers = await service.answers(coming)
+    except (Refusal, GoneError) as error:
+        service.metrics.classified(rows, 0.0, error.kind if isinstance(error, Refusal) else "dropped")
         raise
-    seconds = time.monotonic() - began + accepted.tokenizing_seconds
-    service.metrics.classified(len(texts), seconds, None)
-    return answers, _headers(service, texts, accepted, answers, seconds)
+    seconds = time.monotonic() - began + coming.tokenizing_seconds
+    service.metrics.classified(rows, seconds, None)
+    return answers, seconds
 
 
-async def _unless_gone(request: Request, work: Awaitable[Answer]) -> Answer:
-    """What `work` gives; it is cancelled where the client goes away before."""
-    task = asyncio.ensure_future(work)
+@contextmanager
+def _watched(request: Request, leave: Callable[[], None]) -> Iterator[None]:
+    """Calls `leave` where the client goes away meanwhile."""
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and task.exception() is None:
+            leave()
+
     leaving = asyncio.ensure_future(_disconnected(request))
+    leaving.add_done_callback(ended)
     try:
-        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise _Gone
-        return task.result()
+        yield
     finally:
-        task.cancel()
         leaving.cancel()
-        # a cancelled task withdraws its rows only when it runs again
-        await asyncio.wait({task, leaving})
 
 
 async def _disconnected(request: Request) -> None:
@@ -290,8 +297,15 @@ def _speed_headers(accepted: Accepted) -> dict[str, str]:
     }
 
 
+def _row_headers(
+    texts: Sequence[Text], accepted: Accepted, answers: Sequence[Answered], seconds: float
+) -> dict[str, str]:
+    layers = [answer.exit_layer for answer in answers]
+    return _speed_headers(accepted) | _headers(texts, accepted, answers, layers, seconds)
+
+
 def _headers(
-    service: Service, texts: Sequence[Text], accepted: Accepted, answers: Sequence[Answered], seconds: float
+    texts: Sequence[Text], coming: Coming, answers: Sequence[Answered | Ranked], layers: Sequence[int], seconds: float
 ) -> dict[str, str]:
     """TEI's headers, in whole milliseconds; what is said of each row is a mean."""
     count = len(answers)
@@ -299,14 +313,14 @@ def _headers(
     def ms(value: float) -> str:
         return str(round(1000 * value))
 
-    return _speed_headers(accepted) | {
-        "x-compute-type": f"{service.worker.model.device.type}+optimized",
+    return {
+        "x-compute-type": f"{coming.worker.model.device.type}+optimized",
         "x-compute-time": ms(seconds),
         "x-compute-characters": str(sum(len(part) for text in texts for part in text if part is not None)),
-        "x-compute-tokens": str(accepted.tokens),
+        "x-compute-tokens": str(coming.tokens),
         "x-total-time": ms(seconds),
-        "x-tokenization-time": ms(accepted.tokenizing_seconds / count),
+        "x-tokenization-time": ms(coming.tokenizing_seconds / len(texts)),
         "x-queue-time": ms(sum(answer.queue_seconds for answer in answers) / count),
         "x-inference-time": ms(sum(answer.run_seconds for answer in answers) / count),
-        "x-fastkd-exit-layers": ",".join(str(answer.exit_layer) for answer in answers),
+        "x-fastkd-exit-layers": ",".join(map(str, layers)),
     }

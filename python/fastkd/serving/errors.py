@@ -16,6 +16,10 @@ _STATUS = {
 }
 
 
+class GoneError(Exception):
+    """The client has left before its answer."""
+
+
 class Refusal(Exception):
     """A request that is not answered, and why.
 

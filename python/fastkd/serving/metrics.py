@@ -57,6 +57,7 @@ class Metrics:
         self.alarm = Gauge("fastkd_agreement_alarm", "1: the certificate is no longer kept.", registry=registry)
         self.reloads = Counter("fastkd_reloads", "Reloads by outcome.", ["outcome"], registry=registry)
         self.promised.set(float("nan"))
+        self._layers: dict[int, tuple[Counter, Counter, Histogram]] = {}
         for layer in map(str, exit_layers):
             self.exits.labels(layer)
             self.runs.labels(layer)
@@ -87,18 +88,31 @@ class Metrics:
         else:
             self._tei_failure.labels(failure.lower()).inc()
 
+    def left(self, layers: Sequence[int], seconds: float) -> None:
+        """Rows were answered, which left after these layers."""
+        for layer in layers:
+            self.exits.labels(str(layer)).inc()
+            self.row_seconds.observe(seconds)
+
     def queue(self, rows: int, tokens: int) -> None:
         self.queue_rows.set(rows)
         self.queue_tokens.set(tokens)
         self._tei_queue.set(rows)
 
+    def _of_layer(self, layer: int) -> tuple[Counter, Counter, Histogram]:
+        """Those of runs that end there; kept, because looking one up takes longer than counting."""
+        if layer not in self._layers:
+            name = str(layer)
+            self._layers[layer] = self.runs.labels(name), self.run_seconds.labels(name), self.fill.labels(name)
+        return self._layers[layer]
+
     def step(self, step: StreamStep, tokens_per_run: int) -> None:
         if step.layer is None:
             return
-        layer = str(step.layer)
-        self.runs.labels(layer).inc()
-        self.run_seconds.labels(layer).inc(step.seconds)
-        self.fill.labels(layer).observe(step.tokens / tokens_per_run)
+        runs, seconds, fill = self._of_layer(step.layer)
+        runs.inc()
+        seconds.inc(step.seconds)
+        fill.observe(step.tokens / tokens_per_run)
         self._tei_size.observe(step.rows)
         self._tei_tokens.observe(step.tokens)
 

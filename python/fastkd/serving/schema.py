@@ -80,14 +80,24 @@ class ClassifyResponse(BaseModel):
 
 
 class RerankRequest(_Body):
-    """As text-embeddings-inference takes it."""
+    """As text-embeddings-inference takes it, and what only early exits have."""
 
     query: str
     texts: list[str] = Field(min_length=1)
     truncate: bool | None = None
     truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"
-    raw_scores: bool = False
+    raw_scores: bool = Field(False, description="The number of a regression, or log-odds, in the place of its sigmoid.")
     return_text: bool = False
+    top_k: int | None = Field(
+        None, ge=1, description="How many to give; others leave early where the model's certificate, or speed, says so."
+    )
+    speed: float | None = Field(
+        None, ge=0, le=1, strict=False,
+        description="Default: the certificate of the model's ranking, as far as it reaches, else 0, the full model.",
+    )  # fmt: skip
+    label: str | None = Field(
+        None, description="The class whose probability ranks; default: that of the certificate. Not for a regression."
+    )
 
 
 class Rank(BaseModel):

@@ -11,14 +11,15 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastkd.engines.rank_requests import RankAnswer, RankRequest
 from fastkd.engines.request_stream import RequestAnswer, StreamRequest, StreamStep
 from fastkd.exits.certificate import Certificate
 from fastkd.exits.drift import DriftMonitor
 from fastkd.exits.rule import ExitRule
-from fastkd.serving.errors import Refusal
+from fastkd.serving.errors import GoneError, Refusal
 from fastkd.serving.metrics import Metrics
 from fastkd.serving.options import ServeOptions
-from fastkd.serving.worker import Text, Worker, problem_of
+from fastkd.serving.worker import Encoded, Ended, Text, Worker, problem_of
 
 _LONG_QUEUE, _SHORT_QUEUE = 0.5, 0.25
 """Shares of `max_queue_tokens` at which pressure begins and ends: apart, so that the speed does not flutter."""
@@ -46,11 +47,25 @@ class Answered:
     run_seconds: float
 
 
+@dataclass
+class Ranked:
+    """A query's answer, and how long it took."""
+
+    order: list[int]
+    """Numbers of the documents that are given, the best first."""
+    scores: list[float]
+    """Of these."""
+    exit_layers: list[int]
+    """After which layer each document left, in the order of the request."""
+    queue_seconds: float
+    run_seconds: float
+
+
 @dataclass(eq=False)
 class _Waiting:
-    """Who waits for a row."""
+    """Who waits for a row, or a ranking."""
 
-    future: asyncio.Future[Answered] | None
+    future: asyncio.Future[Any] | None
     accepted: float
     number: int | None = None
     """Of a row that the monitor watches, among those at the server's speed."""
@@ -58,17 +73,34 @@ class _Waiting:
 
 
 @dataclass
-class Accepted:
-    """The rows of one request on their way."""
+class Coming:
+    """What was accepted of one request, on its way."""
 
-    futures: list[asyncio.Future[Answered]]
-    requests: list[StreamRequest]
+    futures: list[asyncio.Future[Any]]
+    requests: Sequence[StreamRequest | RankRequest]
+    worker: Worker
+    tokens: int
+    tokenizing_seconds: float
+
+
+@dataclass
+class Accepted(Coming):
+    """The rows of one request."""
+
     rule: ExitRule
     speed: float | list[float]
     is_raised: bool
-    worker: Worker
+
+
+@dataclass(eq=False)
+class _Admitted:
+    """Tokenised texts that there is room for."""
+
+    rows: Encoded
     tokens: int
-    tokenizing_seconds: float = 0.0
+    worker: Worker
+    began: float
+    tokenizing_seconds: float
 
 
 class _Monitor:
@@ -150,7 +182,7 @@ class Service:
         self._is_under_pressure = False
         self.is_draining = False
         self.accepted_rows = self.ended_rows = 0
-        self._everybody: set[StreamRequest] = set()
+        self._everybody: set[StreamRequest | RankRequest] = set()
 
     async def start(self) -> None:
         """Load the model."""
@@ -220,51 +252,90 @@ class Service:
         Raises:
             Refusal: rows that cannot be used, options that the model cannot follow, or no room.
         """
-        now = time.monotonic()
+        self._rule(self.worker, speed, criterion, top_n)  # what is wrong with it is said before any work
+        admitted = await self._admitted(texts, truncate, from_left)
+        worker, now = admitted.worker, admitted.began
+        rule, used, is_raised = self._rule(worker, speed, criterion, top_n)
+        due = math.inf if deadline_ms is None else now + deadline_ms / 1000
+        loop = asyncio.get_running_loop()
+        at_own_speed = speed is None and criterion is None and top_n is None
+        count = len(texts)
+        watched = self._monitor.watched(count) if self._monitor and at_own_speed else [None] * count
+        futures: list[asyncio.Future[Answered]] = []
+        requests = []
+        for (ids, segments), number in zip(admitted.rows, watched, strict=True):
+            futures.append(loop.create_future())
+            caller = _Waiting(futures[-1], now, number, is_early=True)
+            requests.append(StreamRequest(ids, segments, rule, due, deadline_ms is not None, caller=caller))
+            if number is not None:
+                shadow = _Waiting(None, now, number)
+                full = [StreamRequest(ids, segments, worker.rule_of(0.0, None, None), caller=shadow)]
+                self._note_queued(full)
+                worker.add(full)
+        self._note_queued(requests)
+        worker.add(requests)
+        self._note_accepted(count)
+        if is_raised:
+            self.metrics.raised.inc(count)
+        return Accepted(futures, requests, worker, admitted.tokens, admitted.tokenizing_seconds, rule, used, is_raised)
+
+    async def accept_ranking(
+        self,
+        query: str,
+        texts: Sequence[str],
+        *,
+        top_k: int | None = None,
+        speed: float | None = None,
+        label: str | None = None,
+        truncate: bool | None = None,
+        from_left: bool = False,
+    ) -> Coming:
+        """Queue the ranking of texts by how well they answer a query; see `EarlyExitForSequenceClassification.rank`.
+
+        Raises:
+            Refusal: texts that cannot be used, options that the model cannot follow, or no room.
+        """
+        self.worker.rank_request([], top_k, speed, label)  # what is wrong with it is said before any work
+        admitted = await self._admitted([(query, text) for text in texts], truncate, from_left)
+        request = admitted.worker.rank_request(admitted.rows, top_k, speed, label)
+        future: asyncio.Future[Ranked] = asyncio.get_running_loop().create_future()
+        request.caller = _Waiting(future, admitted.began)
+        self._note_queued([request])
+        admitted.worker.rank(request)
+        self._note_accepted(len(texts))
+        return Coming([future], [request], admitted.worker, admitted.tokens, admitted.tokenizing_seconds)
+
+    async def _admitted(self, texts: Sequence[Text], truncate: bool | None, from_left: bool) -> _Admitted:
+        """Texts as the worker of now reads them, where there is room.
+
+        Raises:
+            Refusal: texts that cannot be used, or no room.
+        """
+        began = time.monotonic()
         self._check_open(len(texts))
         if len(texts) > self.options.max_batch:
             raise Refusal(
                 "Validation", f"inputs: got {len(texts)}, expected at most {self.options.max_batch} in a request"
             )
         worker = self.worker
-        rule, used, is_raised = self._rule(worker, speed, criterion, top_n)
         should_cut = self.options.auto_truncate if truncate is None else truncate
         rows = await worker.encode(texts, should_cut, from_left)
-        tokenizing = time.monotonic() - now
         if worker is not self.worker:  # reloaded meanwhile: what was read by one tokenizer is no input of another
-            return await self.accept(
-                texts, speed=speed, criterion=criterion, top_n=top_n, deadline_ms=deadline_ms, truncate=truncate,
-                from_left=from_left,
-            )  # fmt: skip
+            return await self._admitted(texts, truncate, from_left)
         tokens = sum(len(ids) for ids, _ in rows)
         self._check_open(len(rows))
         self._check_room(tokens)
-        due = math.inf if deadline_ms is None else now + deadline_ms / 1000
-        loop = asyncio.get_running_loop()
-        at_own_speed = speed is None and criterion is None and top_n is None
-        watched = self._monitor.watched(len(rows)) if self._monitor and at_own_speed else [None] * len(rows)
-        futures: list[asyncio.Future[Answered]] = []
-        requests = []
-        for (ids, segments), number in zip(rows, watched, strict=True):
-            futures.append(loop.create_future())
-            caller = _Waiting(futures[-1], now, number, is_early=True)
-            requests.append(StreamRequest(ids, segments, rule, due, deadline_ms is not None, caller=caller))
-            if number is not None:
-                shadow = _Waiting(None, now, number)
-                self._queue(worker, [StreamRequest(ids, segments, worker.rule_of(0.0, None, None), caller=shadow)])
-        self._queue(worker, requests)
-        self.accepted_rows += len(rows)
-        self.metrics.accepted.inc(len(rows))
-        if is_raised:
-            self.metrics.raised.inc(len(rows))
-        return Accepted(futures, requests, rule, used, is_raised, worker, tokens, tokenizing)
+        return _Admitted(rows, tokens, worker, began, time.monotonic() - began)
 
-    def _queue(self, worker: Worker, requests: Sequence[StreamRequest]) -> None:
+    def _note_queued(self, requests: Sequence[StreamRequest | RankRequest]) -> None:
         self._everybody.update(requests)
-        self._load.rows += len(requests)
+        self._load.rows += sum(request.count for request in requests)
         self._load.tokens += sum(request.tokens for request in requests)
-        worker.add(requests)
         self._note_load()
+
+    def _note_accepted(self, rows: int) -> None:
+        self.accepted_rows += rows
+        self.metrics.accepted.inc(rows)
 
     def _check_open(self, rows: int) -> None:
         if self.is_draining:
@@ -313,19 +384,28 @@ class Service:
         self.metrics.speed.set(now if isinstance(now, float) else float("nan"))
         self.metrics.queue(self._load.rows, self._load.tokens)
 
-    def cancel(self, accepted: Accepted) -> None:
+    def cancel(self, accepted: Coming) -> None:
         """Nobody waits for these rows any more."""
         left = [request for request in accepted.requests if request in self._everybody]
         if left:
             accepted.worker.cancel(left)
 
-    async def answers(self, accepted: Accepted) -> list[Answered]:
-        """All answers of a request; the others are given up where one row fails.
+    def leave(self, accepted: Coming) -> None:
+        """The client has gone: `answers` ends with GoneError, which withdraws the rows."""
+        for future in accepted.futures:
+            if not future.done():
+                future.set_exception(GoneError())
+
+    async def answers(self, accepted: Coming) -> list[Any]:
+        """All answers of a request, `Answered` or one `Ranked`; the others are given up where one row fails.
 
         Raises:
             Refusal: a row has no answer.
+            GoneError: the client has left.
         """
         try:
+            if len(accepted.futures) == 1:
+                return [await accepted.futures[0]]
             return list(await asyncio.gather(*accepted.futures))
         finally:
             self.cancel(accepted)
@@ -348,52 +428,44 @@ class Service:
             self.cancel(accepted)
             _retrieve(accepted.futures)
 
-    def _deliver(self, worker: Worker, step: StreamStep) -> None:
-        self.metrics.step(step, self.options.tokens_per_run)
-        for answer in step.answers:
+    def _deliver(self, worker: Worker, steps: Sequence[StreamStep], ended: Sequence[Ended]) -> None:
+        for answer in ended:
             self._end(worker, answer)
-        if step.answers:
+        for step in steps:
+            self.metrics.step(step, self.options.tokens_per_run)
+        if ended:
             self._note_load()
 
-    def _end(self, worker: Worker, answer: RequestAnswer) -> None:
+    def _end(self, worker: Worker, answer: Ended) -> None:
         request, waiting = answer.request, answer.request.caller
         if request not in self._everybody:
             return
         self._everybody.remove(request)
-        self._load.rows -= 1
+        self._load.rows -= request.count
         self._load.tokens -= request.tokens
         problem = problem_of(answer)
+        found = None
         if problem is None:
             self._load.answered(request.tokens)
+            found = _ranked(answer) if isinstance(answer, RankAnswer) else _answered(answer)
+        if isinstance(found, Ranked) and not all(map(math.isfinite, found.scores)):
+            problem = Refusal("Backend", "the model's answer is not a finite number; try float32 or bfloat16 weights")
         if waiting.number is not None and worker is self._worker and self._monitor is not None:
-            label = answer.row.label if problem is None and answer.row is not None else _NO_ANSWER
+            label = found.label if isinstance(found, Answered) else _NO_ANSWER
             self._monitor.note(waiting.number, waiting.is_early, label)
         if waiting.future is None:
             return
-        self.ended_rows += 1
-        now = time.monotonic()
-        self.metrics.ended.labels(_how(answer, problem)).inc()
-        if problem is None:
-            assert answer.row is not None
-            self.metrics.exits.labels(str(answer.row.exit_layer)).inc()
-            self.metrics.row_seconds.observe(now - waiting.accepted)
+        self.ended_rows += request.count
+        self.metrics.ended.labels(_how(answer, problem)).inc(request.count)
+        if found is not None and problem is None:
+            layers = [found.exit_layer] if isinstance(found, Answered) else found.exit_layers
+            self.metrics.left(layers, time.monotonic() - waiting.accepted)
         if waiting.future.done():
             return
         if problem is not None:
             waiting.future.set_exception(problem)
-            return
-        row = answer.row
-        assert row is not None
-        assert row.label is not None
-        assert row.exit_layer is not None
-        assert answer.logits is not None
-        assert request.started is not None
-        waiting.future.set_result(
-            Answered(
-                answer.logits, row.label, row.score, row.exit_layer, row.uncertainty,
-                request.started - waiting.accepted, now - request.started,
-            )
-        )  # fmt: skip
+        else:
+            waiting.future.set_result(found)
 
     def drain(self) -> None:
         """Accept nothing more."""
@@ -452,13 +524,41 @@ class Service:
             "criterion": worker.default_rule.criterion,
             "max_queue_tokens": options.max_queue_tokens,
             "certificate": None if certificate is None else str(certificate),
+            "rank_certificate": None if worker.rank_certificate is None else str(worker.rank_certificate),
+            "rank_top_k": None if worker.rank_certificate is None else worker.rank_certificate.top_k,
         }
 
 
-def _how(answer: RequestAnswer, problem: Refusal | None) -> str:
+def _answered(answer: RequestAnswer) -> Answered:
+    request, row, now = answer.request, answer.row, time.monotonic()
+    assert row is not None
+    assert row.label is not None
+    assert row.exit_layer is not None
+    assert answer.logits is not None
+    assert request.started is not None
+    return Answered(
+        answer.logits, row.label, row.score, row.exit_layer, row.uncertainty,
+        request.started - request.caller.accepted, now - request.started,
+    )  # fmt: skip
+
+
+def _ranked(answer: RankAnswer) -> Ranked:
+    request, found, now = answer.request, answer.found, time.monotonic()
+    assert found is not None
+    assert request.started is not None
+    reached = found.exit_layers == request.rule.layers[-1]
+    order = found.scores.masked_fill(~reached, -math.inf).argsort(descending=True, stable=True)[: int(reached.sum())]
+    return Ranked(
+        order.tolist(), found.scores[order].tolist(), found.exit_layers.tolist(),
+        request.started - request.caller.accepted, now - request.started,
+    )  # fmt: skip
+
+
+def _how(answer: Ended, problem: Refusal | None) -> str:
     if problem is None:
         return "answered"
-    if answer.error is not None or answer.row is not None:
+    has_answer = answer.found is not None if isinstance(answer, RankAnswer) else answer.row is not None
+    if answer.error is not None or has_answer:
         return "failed"
     return "cancelled" if answer.request.is_cancelled else "expired"
 

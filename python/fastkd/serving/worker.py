@@ -14,18 +14,30 @@ import torch
 
 from fastkd.data.input_format import encode, input_format_of
 from fastkd.data.texts import text_problem
+from fastkd.engines.rank_requests import RankAnswer, RankRequest, RankRequests
 from fastkd.engines.request_stream import RequestAnswer, RequestStream, StreamRequest, StreamStep
-from fastkd.engines.stream_reader import longest_row
+from fastkd.engines.stream_reader import EncodedRow, longest_row
 from fastkd.exits.certificate import Certificate
 from fastkd.exits.fingerprints import model_fingerprint
+from fastkd.exits.rank_calibration import RankCertificate
 from fastkd.exits.rule import ExitRule
+from fastkd.exits.scores import score_of
 from fastkd.model.loading import load_model
 from fastkd.model.modeling import EarlyExitForSequenceClassification
+from fastkd.model.ranking import label_number, rank_rule
 from fastkd.serving.errors import Refusal
 from fastkd.serving.options import ServeOptions
 
 _WARM_UP = ("warm", "warm up " * 40)
+_SHORT = 2000
+"""Characters that are tokenised at once: a hand-over to another thread would take as long."""
+_MOST_STEPS = 16
+"""Steps without an answer that the event loop hears of together: each time it wakes it takes Python from the stream."""
 Text = tuple[str, str | None]
+Encoded = list[tuple[list[int], list[int] | None]]
+"""Token ids and segments of each text or pair."""
+Ended = RequestAnswer | RankAnswer
+"""What became of a row, or of a ranking."""
 
 
 class Worker:
@@ -34,14 +46,14 @@ class Worker:
     def __init__(
         self,
         options: ServeOptions,
-        deliver: Callable[[Worker, StreamStep], None],
+        deliver: Callable[[Worker, Sequence[StreamStep], Sequence[Ended]], None],
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         """Load the model of `options`, check that it can do what they say, and run every layer once.
 
         Args:
             options: of the server.
-            deliver: called in the event loop with every step that ran or answered something.
+            deliver: called in the event loop with the steps since the last call, and at once with what has ended.
             loop: where the server runs.
 
         Raises:
@@ -62,9 +74,13 @@ class Worker:
         check_pressure(self.model, options)
         rule = self.model.exit_rule(1.0 if config.exits_trained else 0.0)
         self._stream = RequestStream(self.model, rule=rule, tokens_per_run=options.tokens_per_run)
+        self._rankings = RankRequests(self.model, tokens_per_run=options.tokens_per_run)
+        self.rank_certificate = RankCertificate.of(config)
+        self._rank_rule_of = lru_cache(maxsize=1024)(partial(rank_rule, self.model))
         self._deliver, self._loop = deliver, loop
-        # a fast tokenizer keeps how it cuts, so that two threads would change it for each other
         self._tokenizing = ThreadPoolExecutor(1, "tokenizer")
+        # a fast tokenizer keeps how it cuts, so that two threads would change it for each other
+        self._tokenizer_is_free = threading.Lock()
         self._wake = threading.Condition()
         self._is_stopping = self._is_aborting = False
         self._warm_up()
@@ -90,20 +106,25 @@ class Worker:
                 if answer.error is not None:
                     raise answer.error
 
-    async def encode(
-        self, texts: Sequence[Text], truncate: bool, from_left: bool
-    ) -> list[tuple[list[int], list[int] | None]]:
+    async def encode(self, texts: Sequence[Text], truncate: bool, from_left: bool) -> Encoded:
         """Token ids and segments of each text or pair.
 
         Raises:
             Refusal: a text that the tokenizer cannot take, or one that is too long.
         """
-        work = partial(self._encode, texts, truncate, from_left)
-        return await self._loop.run_in_executor(self._tokenizing, work)
+        is_short = sum(len(part) for text in texts for part in text if part is not None) <= _SHORT
+        if is_short and self._tokenizer_is_free.acquire(blocking=False):
+            try:
+                return self._encode(texts, truncate, from_left)
+            finally:
+                self._tokenizer_is_free.release()
+        return await self._loop.run_in_executor(self._tokenizing, self._encode_alone, texts, truncate, from_left)
 
-    def _encode(
-        self, texts: Sequence[Text], truncate: bool, from_left: bool
-    ) -> list[tuple[list[int], list[int] | None]]:
+    def _encode_alone(self, texts: Sequence[Text], truncate: bool, from_left: bool) -> Encoded:
+        with self._tokenizer_is_free:
+            return self._encode(texts, truncate, from_left)
+
+    def _encode(self, texts: Sequence[Text], truncate: bool, from_left: bool) -> Encoded:
         for number, text in enumerate(texts):
             for part in text if text[1] is not None else text[:1]:
                 if problem := text_problem(part):
@@ -150,8 +171,41 @@ class Worker:
         with self._wake:
             self._wake.notify()
 
-    def cancel(self, requests: Sequence[StreamRequest]) -> None:
-        self._stream.cancel(requests)
+    def rank_request(self, rows: Encoded, top_k: int | None, speed: float | None, label: str | None) -> RankRequest:
+        """The ranking of encoded pairs by the class `label`, or where that is None by that of the certificate.
+
+        Raises:
+            Refusal: a classifier without either, or a speed or label that the model has not.
+        """
+        config = self.model.config
+        certified = None if self.rank_certificate is None else self.rank_certificate.label
+        if config.num_classes > 1 and label is None and certified is None:
+            raise Refusal(
+                "Backend",
+                "rerank: needs a model with one label, a score; this one is a classifier, for which send label, one of "
+                f"{', '.join(self.names)}",
+            )
+        try:
+            number = label_number(config, certified if label is None else label)
+            rule = self._rank_rule_of(min(top_k or len(rows), len(rows)), speed, number)
+            score = score_of(config.num_classes, number)
+        except ValueError as error:
+            raise Refusal("Validation", str(error)) from None
+        pairs = [
+            EncodedRow(position, position + 1, len(ids), ids, segments, 0.0)
+            for position, (ids, segments) in enumerate(rows)
+        ]
+        return RankRequest(pairs, rule, score)
+
+    def rank(self, request: RankRequest) -> None:
+        self._rankings.add(request)
+        with self._wake:
+            self._wake.notify()
+
+    def cancel(self, requests: Sequence[StreamRequest | RankRequest]) -> None:
+        for request in requests:
+            request.is_cancelled = True
+        self._stream.cancel([])
         with self._wake:
             self._wake.notify()
 
@@ -180,25 +234,40 @@ class Worker:
             self._run_steps()
         except BaseException as error:
             # nobody who waits is left to wait for ever
-            step = StreamStep([RequestAnswer(request, None, error=error) for request in self._stream.waiting()])
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._deliver, self, step)
+            ended: list[Ended] = [RequestAnswer(request, None, error=error) for request in self._stream.waiting()]
+            ended += [RankAnswer(ranking, None, error) for ranking in self._rankings.waiting()]
+            self._tell([], ended)
             raise
 
     def _run_steps(self) -> None:
+        steps: list[StreamStep] = []
         while not self._is_aborting:
-            if self._stream.is_idle:
+            if self._is_idle:
                 with self._wake:
-                    if self._stream.is_idle:
+                    if self._is_idle:
                         if self._is_stopping:
                             return
                         self._wake.wait(1.0)
                 continue
-            step = self._stream.step()
-            try:
-                self._loop.call_soon_threadsafe(self._deliver, self, step)
-            except RuntimeError:
-                return  # the event loop is closed, and nobody waits any more
+            ended: list[Ended] = []
+            if not self._stream.is_idle:
+                steps.append(self._stream.step())
+                ended += steps[-1].answers
+            if not self._rankings.is_idle:
+                step, ranking = self._rankings.step()
+                steps.append(step)
+                ended += [ranking] if ranking is not None else []
+            if ended or len(steps) >= _MOST_STEPS:
+                self._tell(steps, ended)
+                steps = []
+
+    @property
+    def _is_idle(self) -> bool:
+        return self._stream.is_idle and self._rankings.is_idle
+
+    def _tell(self, steps: Sequence[StreamStep], ended: Sequence[Ended]) -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop is closed, and nobody waits any more
+            self._loop.call_soon_threadsafe(self._deliver, self, steps, ended)
 
 
 def _own_weights(model: torch.nn.Module) -> None:
@@ -234,10 +303,12 @@ def check_pressure(model: EarlyExitForSequenceClassification, options: ServeOpti
         raise ValueError(f"pressure_speed: the certificate is for another use: {'; '.join(wrong) or changed}")
 
 
-def problem_of(answer: RequestAnswer) -> Refusal | None:
-    """Why a row has no answer; None where it has one."""
+def problem_of(answer: Ended) -> Refusal | None:
+    """Why a row or a ranking has no answer; None where it has one."""
     if answer.error is not None:
         return Refusal("Backend", f"the model failed: {type(answer.error).__name__}")
+    if isinstance(answer, RankAnswer):
+        return Refusal("Unhealthy", "cancelled") if answer.found is None else None
     if answer.row is None:
         if answer.request.is_cancelled:
             return Refusal("Unhealthy", "cancelled")
