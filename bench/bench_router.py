@@ -11,6 +11,7 @@ what else they do best. Every contestant gets the same prompts, one a call, in i
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -91,6 +92,13 @@ def base_model() -> fastkd.EarlyExitForSequenceClassification:
 def speeds_for(layer: int, heads: int) -> list[float]:
     """Thresholds by which every row leaves after `layer`, and every head up to it is asked; `heads` below the last."""
     return [_STAYS] * (layer - 1) + [1.0] * (heads - layer + 1)
+
+
+def check_prompts(prompts: int) -> None:
+    """Raise BadParameter where a pattern would be cut, and its average be another one."""
+    turn = math.lcm(*map(len, PATTERNS.values()))
+    if prompts < 1 or prompts % turn:
+        raise typer.BadParameter(f"prompts: got {prompts}, expected a multiple of {turn}, the length of the patterns")
 
 
 def ours(model: Any, prompts: Sequence[Batch], layers: Sequence[int]) -> None:
@@ -188,6 +196,7 @@ def main(
     output: Annotated[Path | None, typer.Option(help="A JSON file; the table lies beside it.")] = None,
 ) -> None:
     """Time one prompt at a time, ours beside theirs."""
+    check_prompts(prompts)
     keep_freed_memory()
     model = base_model()
     models = {"fp32": model} | {name: in_dtype(copy.deepcopy(model), name) for name in filter(None, dtypes.split(","))}

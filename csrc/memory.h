@@ -1,6 +1,7 @@
 // Memory: where tensors lie, which an op that writes into given ones must know before it starts, and room between steps.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <vector>
@@ -42,7 +43,8 @@ class Arena {
   char* take(int64_t bytes) {
     if (bytes > size_) {
       std::free(memory_);
-      size_ = (bytes + kPage - 1) / kPage * kPage;
+      // with room, so that lengths which rise one by one do not each pay for new pages
+      size_ = (std::max(bytes, size_ + size_ / 2) + kPage - 1) / kPage * kPage;
       memory_ = static_cast<char*>(std::aligned_alloc(kPage, size_));
       if (memory_ == nullptr) {
         const int64_t wanted = size_;

@@ -1,9 +1,9 @@
 // A tensor as kernels on the CPU read it, whoever holds it: PyTorch's dispatcher, or a function that Python calls without.
 #pragma once
 
-#include <torch/headeronly/core/ScalarType.h>
-
 #include <cstdint>
+
+#include "stable_compat.h"
 
 namespace fastkd {
 

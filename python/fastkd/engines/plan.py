@@ -98,6 +98,10 @@ class Plan:
             and self._frame.is_current()
         )
 
+    def stage_is_current(self, stage: range) -> bool:
+        """Whether its layers and the head behind them are as they were."""
+        return self._are_current(stage, stage[-1])
+
     def _are_current(self, layers: range, *heads: int) -> bool:
         return all(self._layer_stamps[layer].is_current() for layer in layers) and all(
             self._head_stamps[head].is_current() for head in heads
@@ -136,7 +140,7 @@ class Plan:
         """
         hidden_states: Tensor | None = None
         for step in planned.steps:
-            if not self._are_current(step.layers, step.head):
+            if not self.stage_is_current(step.layers):
                 return None
             hidden_states, logits, uncertainties, staying = self._run_step(step, hidden_states, tokens, planned.rule)
             uncertainty = uncertainties.item()
@@ -186,11 +190,12 @@ class Plan:
         return [columns[kind] for kind in self._encoder.embedded]
 
     def answer_batch(self, model: ExitModel, tokens: fk.PackedInput, rule: ExitRule) -> fk.ExitRecord | None:
-        """Of any number of rows and by any rule, without a gradient; None where anything has changed."""
-        if not self.is_current(model):
-            return None
+        """Of any number of rows and by any rule, without a gradient; None where a layer or head on the way changed."""
         stages = _PlannedStages(self, _PlannedHeads(model, self._heads), tokens)
-        return packed.run_packed(stages, None, tokens.lengths, tokens.cu_seqlens, rule)
+        try:
+            return packed.run_packed(stages, None, tokens.lengths, tokens.cu_seqlens, rule)
+        except _OutdatedError:
+            return None
 
     @property
     def encoder(self) -> PackedEncoder:
@@ -238,8 +243,12 @@ class Plan:
         return run_layers(self._layers[numbers.start - 1 : numbers.stop - 1], hidden_states, layout)
 
 
+class _OutdatedError(Exception):
+    """A layer or head is no longer what the plan was made of."""
+
+
 class _PlannedStages:
-    """The stages of a model as its plan has them, each one call where it can be."""
+    """The stages of a model as its plan has them, each one call where it can be; `_OutdatedError` of what changed."""
 
     def __init__(self, plan: Plan, heads: _PlannedHeads, tokens: fk.PackedInput) -> None:
         self.config = heads.config
@@ -260,6 +269,8 @@ class _PlannedStages:
         thresholds: Tensor | None = None,
     ) -> packed.StageRun:
         """As in `packed.PackedStages`."""
+        if not self._plan.stage_is_current(stage):
+            raise _OutdatedError
         prepared = self._plan.stage(stage) if rule.criterion in fk.CRITERIA else None
         if prepared is None:
             given = self._plan.embed(self._tokens) if hidden_states is None else hidden_states
