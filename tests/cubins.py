@@ -109,8 +109,8 @@ def compile_kernels(specs: Iterable[KernelSpec], capabilities: Iterable[int] = C
 
 
 def _compile_in_child(jobs: list[tuple[KernelSpec, int]]) -> list[Cubin]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": paths}
     request = json.dumps([(asdict(spec), capability) for spec, capability in jobs])
     child = subprocess.run([sys.executable, __file__], input=request, env=environment, capture_output=True, text=True)
     if child.returncode != 0:
