@@ -148,8 +148,7 @@ def test_the_speeds_stand_at_their_points() -> None:
 def test_speeds_leave_each_other_room() -> None:
     axes = Figure().subplots()
     figures._draw_speedup_accuracy(axes, {name: sweep(1.5, rows=101) for name in ("a", "b")}, "fastbert")
-    renderer = axes.figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    boxes = [text.get_window_extent(renderer) for text in axes.texts]
+    boxes = [text.get_window_extent() for text in axes.texts]
     assert len(boxes) > 5
     assert not any(first.overlaps(second) for first, second in combinations(boxes, 2))
 
