@@ -738,10 +738,58 @@ def test_killed_predict_leaves_no_half_written_file(tmp_path: Path) -> None:
     assert not (tmp_path / "out.tsv").exists()
 
 
+# Tuning
+
+
+def test_tune_says_what_it_tried_and_leaves_a_model_with_a_speed(work: Path, tuned: Path, tmp_path: Path) -> None:
+    common = ("--data", work / "data", "--no-bf16", "--train-rows", 64, "--max-drop", "10%")
+    done = fastkd("tune", tuned, *common, "-o", tmp_path / "model", "--minutes", 0.05)
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    for told in ("training 1: 100 steps, 50 epochs", "best so far"):
+        assert told in done.stderr
+    table = done.stdout
+    for heading in ("Tried on 24 dev rows", "temperatures", "FLOPs", "changed", "kept"):
+        assert heading in table
+    assert f"next: fastkd calibrate {tmp_path / 'model'} --data {work / 'data'}" in table.replace("\n", "")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    tried = json.loads((tmp_path / "model" / "tuning.json").read_text())
+    assert config["speed"] == tried["trials"][0]["choices"][tried["trials"][0]["kept"]]["speed"]
+    assert "output_dir" in refused("tune", tuned, *common, "-o", tmp_path / "model")
+    again = succeeded(
+        "tune", tuned, *common, "-o", tmp_path / "model", "--minutes", 0.05, "--speedup", 2, "--overwrite", "--json"
+    )
+    value = json.loads(again.stdout)
+    assert value["model"] == str(tmp_path / "model")
+    assert value["trials"][0]["choices"]
+
+
+def test_tune_refuses_what_it_cannot_use(work: Path, tuned: Path, tmp_path: Path) -> None:
+    train = ("--train", work / "data" / "train.tsv")
+    assert "--dev: tuning chooses by dev rows" in refused("tune", tuned, *train, "-o", tmp_path / "model")
+    assert "minutes: got 0" in refused("tune", tuned, "--data", work / "data", "-o", tmp_path / "model", "--minutes", 0)
+    assert "--max-drop: got 'much'" in refused(
+        "tune", tuned, "--data", work / "data", "-o", tmp_path / "model", "--max-drop", "much"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_sweep_says_where_a_speed_is_slower_than_the_full_model(model: Path, work: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.safetensors"
+    succeeded("trace", model, work / "data", "-o", trace)
+    recorded = ExitTrace.load(trace)
+    replace(recorded, logits=recorded.logits * 0.01).save(trace)
+    done = succeeded("sweep", trace, "-o", tmp_path / "sweep")
+    assert "slower than the full model: entropy at speed 0.1, 0.2" in done.stdout
+    value = json.loads(succeeded("sweep", trace, "-o", tmp_path / "sweep", "--json").stdout)
+    assert value["slower_than_full_model"]["entropy"][:2] == [0.1, 0.2]
+    low, high = (value["sweeps"]["entropy"][0][f"quality_{end}"] for end in ("low", "high"))
+    assert low < value["sweeps"]["entropy"][0]["accuracy"] < high
+
+
 # Columns by name, and remedies and next steps that a user can run
 
 
-ROW_COMMANDS = ("finetune", "distill", "kd", "trace", "sweep", "calibrate", "bench", "demo", "table2", "report")
+ROW_COMMANDS = ("finetune", "distill", "tune", "kd", "trace", "sweep", "calibrate", "bench", "demo", "table2", "report")
 
 
 def test_every_command_that_reads_rows_takes_their_columns() -> None:

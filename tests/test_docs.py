@@ -49,6 +49,7 @@ NOT_RUN = {
     "make": "builds an environment, or runs this very suite",
     "pip install": "changes the environment and needs the network",
     "fastkd demo": "takes minutes; tests/test_cli.py runs a small one",
+    "fastkd tune tuned --data data -o chosen --minutes 10": "takes minutes; docs/distillation.md runs one of seconds",
     "torchrun": "starts processes of its own; tests/test_training.py trains by it",
     "fastkd predict model big": "reads a folder of millions of rows; tests/test_folders.py answers small ones",
     "fastkd serve": "answers until it is stopped; tests/test_serve.py does both",

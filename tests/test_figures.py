@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ def sweep(steepness: float = 5.0, rows: int = 11, labelled: bool = True) -> Swee
         layers = 1 + 5 * math.exp(-steepness * speed)
         exits = [round(1000 * math.exp(-abs(layer + 1 - layers))) for layer in range(6)]
         accuracy = 0.9 - 0.03 * speed**2 if labelled else None
-        made.append(SweepRow(speed, accuracy, layers, exits, {"fastbert": layers * 1e8}, {"fastbert": 6 / layers}))
-    return Sweep(made, "entropy", None, 64)
+        interval = None if accuracy is None else (accuracy - 0.02, accuracy + 0.01)
+        costs = {"fastbert": layers * 1e8}, {"fastbert": 6 / layers}
+        made.append(SweepRow(speed, accuracy, layers, exits, *costs, interval=interval))
+    return Sweep(made, "entropy", None, 64, "news/test.tsv, 1,000 rows; model tuned, 6 layers")
 
 
 def benchmark_rows() -> list[BenchmarkRow]:
@@ -49,7 +52,15 @@ def benchmark_rows() -> list[BenchmarkRow]:
     ]  # fmt: skip
 
 
-HEADS = [AccuracyByUncertainty(layer, [60, 30, 0, 10], [0.95, 0.8, None, 0.4]) for layer in (1, 2, 3, 4)]
+HEADS = [
+    AccuracyByUncertainty(
+        layer, [60, 30, 0, 10], [0.95, 0.8, None, None], [None] * 4, [(0.9, 0.97), (0.6, 0.9), None, None]
+    )
+    for layer in (1, 2, 3, 4)
+]
+ERRORS = [
+    AccuracyByUncertainty(1, [60, 30, 0, 10], [None] * 4, [0.5, 1.8, None, None], [(0.4, 0.6), (1.5, 2.1), None, None])
+]
 REACHED = [
     UncertaintyAtLayer(1, 100, [50, 30, 20]),
     UncertaintyAtLayer(2, 50, [10, 20, 20]),
@@ -71,6 +82,10 @@ PICTURES: dict[str, Callable[[Path], None]] = {
     "many speeds": lambda path: figures.exits_per_layer(sweep(rows=101), path),
     "exits_by_group": lambda path: figures.exits_by_group({"plain": [1, 1, 2], "hard": [6, 5]}, 6, path, "title"),
     "accuracy_by_uncertainty": lambda path: figures.accuracy_by_uncertainty(HEADS, path),
+    "error_by_uncertainty": lambda path: figures.accuracy_by_uncertainty(ERRORS, path),
+    "comparison": lambda path: figures.comparison(
+        {f"{steepness}": sweep(steepness) for steepness in range(1, 9)}, path
+    ),
     "uncertainty_per_layer": lambda path: figures.uncertainty_per_layer({0.0: REACHED, 0.5: REACHED[:2]}, path),
     "training": lambda path: figures.training(POINTS, path),
     "wall_clock": lambda path: figures.wall_clock(benchmark_rows(), path),
@@ -97,6 +112,77 @@ def test_pictures_show_their_data(tmp_path: Path) -> None:
     figures.speed_accuracy({"a": sweep(5), "b": sweep(1)}, tmp_path / "b.png")
     figures.speed_speedup({"a": sweep(5)}, tmp_path / "c.png")
     assert len({(tmp_path / f"{name}.png").read_bytes() for name in "abc"}) == 3
+
+
+def test_pictures_say_what_they_show(tmp_path: Path) -> None:
+    about = "news/test.tsv, 1,000 rows; model tuned, 6 layers"
+    for name, draw in PICTURES.items():
+        if name in (
+            "exits_by_group",
+            "accuracy_by_uncertainty",
+            "error_by_uncertainty",
+            "uncertainty_per_layer",
+            "training",
+        ):
+            continue
+        draw(tmp_path / "a.svg")
+        told = (tmp_path / "a.svg").read_text(encoding="utf-8")
+        assert about in told or name == "wall_clock", name
+        bands = "95% confidence" in told
+        assert bands == (name in ("speed_accuracy", "speedup_accuracy", "figure3", "comparison")), name
+    figures.accuracy_by_uncertainty(HEADS, tmp_path / "a.svg", about)
+    assert about in (tmp_path / "a.svg").read_text(encoding="utf-8")
+
+
+def test_the_speeds_stand_at_their_points() -> None:
+    axes = Figure().subplots()
+    made = sweep(1.5)
+    figures._draw_speedup_accuracy(axes, {"entropy": made}, "fastbert")
+    marks = {text.get_text(): text.xy for text in axes.texts}  # type: ignore[attr-defined]
+    assert {"0", "0.3", "0.5", "0.8", "1"} <= set(marks)
+    for row in made:
+        if f"{row.speed:g}" in marks:
+            assert marks[f"{row.speed:g}"] == (row.speedup["fastbert"], row.accuracy)
+
+
+def test_speeds_leave_each_other_room() -> None:
+    axes = Figure().subplots()
+    figures._draw_speedup_accuracy(axes, {name: sweep(1.5, rows=101) for name in ("a", "b")}, "fastbert")
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) > 5
+    assert not any(first.overlaps(second) for first, second in combinations(boxes, 2))
+
+
+def test_a_band_reaches_to_the_bounds() -> None:
+    axes = Figure().subplots()
+    figures._draw_speed_accuracy(axes, {"entropy": sweep()})
+    (band,) = axes.collections
+    reached = band.get_paths()[0].vertices[:, 1]
+    assert reached.min() == pytest.approx(0.87 - 0.02)
+    assert reached.max() == pytest.approx(0.9 + 0.01)
+    assert axes.get_ylim()[0] < reached.min() < reached.max() < axes.get_ylim()[1]
+
+
+def test_intervals_of_few_rows_are_hatched() -> None:
+    axes = Figure().subplots()
+    figures._draw_share_of_rows(axes, [60, 19, 0, 20], separate=False)
+    assert [patch.get_x() for patch in axes.patches if patch.get_hatch()] == [0.25]
+
+
+def test_distributions_of_few_rows_are_hatched() -> None:
+    for counts, is_hatched in (([9, 10], True), ([10, 10], False)):
+        axes = Figure().subplots()
+        figures._draw_violin(axes, 0, counts)
+        (drawn,) = axes.collections
+        assert bool(drawn.get_hatch()) == is_hatched
+
+
+def test_a_slower_speed_is_shaded() -> None:
+    for steepness, is_slower in ((5.0, False), (-1.0, True)):
+        axes = Figure().subplots()
+        figures._draw_speed_speedup(axes, {"a": sweep(steepness)}, "fastbert")
+        texts = [text.get_text() for text in axes.texts]
+        assert ("slower than the full model" in texts) == is_slower
 
 
 def test_a_correlation_is_a_number_that_may_be_negative() -> None:
@@ -138,7 +224,7 @@ def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rows: got none"):
         figures.wall_clock([], tmp_path / "a.png")
     with pytest.raises(ValueError, match="heads: got none with an accuracy"):
-        figures.accuracy_by_uncertainty([AccuracyByUncertainty(1, [3], [None])], tmp_path / "a.png")
+        figures.accuracy_by_uncertainty([AccuracyByUncertainty(1, [3], [None], [None], [None])], tmp_path / "a.png")
     with pytest.raises(ValueError, match="reached: got no speeds"):
         figures.uncertainty_per_layer({}, tmp_path / "a.png")
     with pytest.raises(ValueError, match="points: got none"):

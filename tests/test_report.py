@@ -18,6 +18,7 @@ from tiny_models import CRITERIA, early_exit_model, random_batch
 from typer.testing import CliRunner
 
 from fastkd.commands import app
+from fastkd.exits.trace import ExitTrace, TraceSource
 from fastkd.inference.measurements import Benchmark
 from fastkd.report import Source, read_source, write_page, write_pictures
 from fastkd.report.content import EXAMPLES, SPEEDS, page_content
@@ -176,13 +177,43 @@ def test_regression_has_a_page_and_figures(tmp_path: Path) -> None:
     row, layer, _, answer = curve["examples"]["first"][0][0]
     assert layer == 4, "at speed 0"
     assert answer == pytest.approx(trace.logits[row, -1, 0].item(), abs=1e-3)
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"figure3.png", "figure6.png"}
+    assert curve["bounds"] == [row.interval and list(row.interval) for row in trace.sweep(SPEEDS)]
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {f"figure{number}.png" for number in (3, 4, 6)}
+
+
+def test_a_regression_has_all_four_figures(tmp_path: Path) -> None:
+    labels = torch.rand(200)
+    trace = early_exit_model(num_labels=1).trace([{**random_batch(rows=200), "labels": labels}])
+    log = {"stage": "distill", "log_history": [{"eval_loss": 1.0, "epoch": 1.0, "eval_pearson_layer_4": 0.8}]}
+    source = Source("scores", trace, logs=[log])
+    files = write_pictures({"scores": (source, "agreement")}, tmp_path)
+    assert [file.stem for file in files] == ["figure3", "figure4", "figure6", "figure7"]
+    (curve,) = page_content({"scores": (source, "agreement")}, "t", 0.5)["curves"]
+    assert any(error is not None for head in curve["reliability"] for error in head["errors"])
+    assert curve["training"][0]["accuracy"] == 0.8
 
 
 def test_nothing_to_show_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="curves: got none"):
         write_page({}, tmp_path / "report.html")
     assert not list(tmp_path.iterdir())
+
+
+def test_names_go_from_the_trace_to_the_page(rows: Any, tmp_path: Path) -> None:
+    trace = made_up_trace(rows)
+    names = list(rows.label_names)
+    named = TraceSource(model_name="tuned", data_name="news/test.tsv", label_names=names)
+    replace(trace, source=named).save(tmp_path / "trace.safetensors")
+    source = read_source(tmp_path / "trace.safetensors", "a")
+    (curve,) = page_content({"a": (replace(source, examples=rows), "entropy")}, "t", 0.5)["curves"]
+    assert curve["examples"]["labelNames"] == names
+    assert curve["about"] == "news/test.tsv, 240 rows; model tuned, 6 layers"
+    (curve,) = page_content({"a": (Source("a", trace, examples=rows), "entropy")}, "t", 0.5)["curves"]
+    assert curve["examples"]["labelNames"] == [f"class {index}" for index in range(len(names))]
+    assert curve["about"] == "240 rows; model of 6 layers"
+    replace(trace, source=TraceSource(label_names=["one"])).save(tmp_path / "wrong.safetensors")
+    with pytest.raises(ValueError, match="names for 1"):
+        ExitTrace.load(tmp_path / "wrong.safetensors")
 
 
 # Where the parts come from

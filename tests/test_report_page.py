@@ -6,6 +6,8 @@ import base64
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,8 @@ def exact(browser: Any, name: str) -> str:
 def operating_point(browser: Any, chart: str, curve: int = 0) -> tuple[float, float]:
     """Where the dot of a curve lies on one panel of figure 3."""
     x, y = browser.execute_script(
-        "const dot = document.getElementById(arguments[0]).data[2 * arguments[1] + 1]; return [dot.x[0], dot.y[0]]",
+        "const drawn = document.getElementById(arguments[0]).data.filter((trace) => trace.meta !== 'band');"
+        "const dot = drawn[2 * arguments[1] + 1]; return [dot.x[0], dot.y[0]]",
         chart,
         curve,
     )
@@ -170,7 +173,7 @@ def test_measurements_show_the_stream_first(opened: Callable[..., Any]) -> None:
     assert [option.get_attribute("textContent") for option in options] == forms
     bars = browser.execute_script("return document.getElementById('bench').data[1].x")
     assert bars == [form.replace(", batch ", "<br>").replace(", ", "<br>") for form in forms]
-    assert "stream is what fastkd predict runs" in browser.find_element(By.ID, "bench-lead").text
+    assert "The stream takes rows as they come" in browser.find_element(By.ID, "bench-lead").text
     rows = browser.execute_script(
         "return [...document.querySelectorAll('#bench-table tbody tr')].map((row) =>"
         "[1, -1].map((cell) => [...row.cells].at(cell).textContent))"
@@ -187,7 +190,7 @@ def test_measurements_of_older_versions_have_no_stream(opened: Callable[..., Any
     browser = opened(tmp_path / "old.html")
     options = browser.find_elements(By.CSS_SELECTOR, "#setting option")
     assert options[0].get_attribute("textContent") == "fp32, batch 1"
-    assert "stream" not in browser.find_element(By.ID, "bench-lead").text
+    assert "stream takes" not in browser.find_element(By.ID, "bench-lead").text
     last = browser.find_element(By.CSS_SELECTOR, "#bench-table tbody tr td:last-child")
     assert last.get_attribute("textContent") == "fastkd"
     assert browser.get_log("browser") == []
@@ -222,11 +225,64 @@ def test_another_curve_shows_its_own_numbers(opened: Callable[..., Any], traces:
     wait(browser, "return document.getElementById('arrivals').layout.xaxis.ticktext.length === 3")
     row = traces["other"].sweep([0.5], "margin")[0]
     assert float(exact(browser, "accuracy")) == row.accuracy
-    assert "fastkd bench" in browser.find_element(By.ID, "bench-lead").text
-    assert "fastkd calibrate" in browser.find_element(By.ID, "certificate").text
-    assert not browser.find_element(By.ID, "training-figure").is_displayed()
-    assert not browser.find_element(By.ID, "examples-grid").is_displayed()
+    for part in ("measured-card", "bench-section", "certificate-section", "training-section", "examples-section"):
+        assert not browser.find_element(By.ID, part).is_displayed(), part
     assert browser.get_log("browser") == []
+
+
+def test_bands_are_the_intervals_of_the_sweep(opened: Callable[..., Any], traces: dict[str, ExitTrace]) -> None:
+    browser = opened()
+    for chart in ("speed-accuracy", "speedup-accuracy"):
+        edges = browser.execute_script(
+            "return document.getElementById(arguments[0]).data.filter((drawn) => drawn.meta === 'band')"
+            ".map((drawn) => drawn.y)",
+            chart,
+        )
+        for trace, criterion, edge in zip(traces.values(), ("entropy", "margin"), edges, strict=True):
+            intervals = [row.interval for row in trace.sweep(SPEEDS, criterion)]
+            assert sorted(edge) == pytest.approx(sorted(bound for pair in intervals for bound in pair or ()))
+
+
+def test_speeds_stand_at_points_of_the_trade(opened: Callable[..., Any], traces: dict[str, ExitTrace]) -> None:
+    marks = opened().execute_script("return document.getElementById('speedup-accuracy').layout.annotations")
+    assert len(marks) >= 3
+    for mark in marks:
+        row = traces["first"].sweep([float(mark["text"])])[0]
+        assert (mark["x"], mark["y"]) == (row.speedup["fastbert"], row.accuracy)
+
+
+def test_the_page_talks_to_readers_only(opened: Callable[..., Any], tmp_path: Path) -> None:
+    bare = made_up_trace(corpus_rows(), labelled=False)
+    write_page({"a": (Source("a", bare), "entropy")}, tmp_path / "a.html")
+    for browser in (opened, partial(opened, tmp_path / "a.html")):
+        text = browser().execute_script("return document.body.innerText")
+        assert not re.search(r"fastkd [a-z]|--[a-z]|\.json|ExitTrace|MODEL|DATA", text), text
+
+
+def test_slower_speeds_are_called_so(opened: Callable[..., Any], tmp_path: Path) -> None:
+    trace = made_up_trace(corpus_rows())
+    sure_of_nothing = replace(trace, logits=trace.logits * 0.01)
+    assert sure_of_nothing.sweep([0.5]).slower_than_full() == [0.5]
+    write_page({"slow": (Source("slow", sure_of_nothing), "entropy")}, tmp_path / "slow.html")
+    browser = opened(tmp_path / "slow.html")
+    assert browser.find_element(By.ID, "flops-note").text.startswith("slower than the full model: ")
+    move(browser, 0)
+    assert "slower" not in browser.find_element(By.ID, "flops-note").text
+
+
+@pytest.mark.parametrize("width", [920, 1024, 1280])
+def test_the_three_charts_of_the_trade_share_a_line(opened: Callable[..., Any], width: int) -> None:
+    browser = opened(width=width)
+    boxes = [figure.rect for figure in browser.find_elements(By.CSS_SELECTOR, ".thirds figure")]
+    assert len(boxes) == 3
+    assert len({box["y"] for box in boxes}) == 1
+    for name in ("speed-accuracy", "speedup-accuracy"):
+        ends = browser.execute_script(
+            "const chart = document.getElementById(arguments[0]), xs = chart.data.flatMap((trace) => trace.x);"
+            "return [...chart.layout.xaxis.range, Math.min(...xs), Math.max(...xs)]",
+            name,
+        )
+        assert ends[0] < ends[2] < ends[3] < ends[1], "the ends of the curves lie inside the chart"
 
 
 @pytest.mark.parametrize("width", [360, 400, 768, 1280])
@@ -304,9 +360,14 @@ def test_page_of_a_regression_shows_its_correlation(opened: Callable[..., Any], 
     browser = opened(tmp_path / "scores.html")
     assert browser.find_element(By.ID, "accuracy-heading").text == "Correlation"
     assert browser.find_element(By.ID, "accuracy").text == f"{trace.sweep([0.5])[0].pearson:.4f}"
-    assert "in the full model" in browser.find_element(By.ID, "accuracy-note").text
-    assert not browser.find_element(By.ID, "reliability").is_displayed()
-    assert browser.find_element(By.ID, "speed-speedup").is_displayed()
+    note = browser.find_element(By.ID, "accuracy-note").text.replace("\u00a0", " ")
+    assert "in the full model; 95 % confidence: " in note
+    for chart in ("speed-accuracy", "speed-speedup", "speedup-accuracy", "reliability"):
+        assert browser.find_element(By.ID, chart).is_displayed(), chart
+    captions = [caption.text for caption in browser.find_elements(By.TAG_NAME, "figcaption")]
+    assert {"Correlation by speed", "Correlation by FLOPs speed-up"} <= set(captions)
+    assert "Mean absolute error by uncertainty, head by head" in captions
+    assert operating_point(browser, "speed-accuracy")[1] == trace.sweep([0.5])[0].pearson
     assert browser.get_log("browser") == []
 
 

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from fastkd.model.modeling import EarlyExitForSequenceClassification
     from fastkd.training.finetune import FinetuneOptions, finetune
     from fastkd.training.self_distillation import DistillOptions, distill
+    from fastkd.training.tuning import TuneOptions, TuneResult, tune
 
 # training needs datasets and the Trainer, whose import takes longer than everything else together
 _HOME = dict.fromkeys(LOSSES, "fastkd.losses") | {
@@ -75,6 +76,8 @@ _HOME = dict.fromkeys(LOSSES, "fastkd.losses") | {
     "SweepRow": "fastkd.exits.sweep",
     "Teacher": "fastkd.kd.teacher",
     "TeacherCache": "fastkd.kd.cache",
+    "TuneOptions": "fastkd.training.tuning",
+    "TuneResult": "fastkd.training.tuning",
     "calibrate": "fastkd.exits.calibration",
     "calibrate_ranking": "fastkd.exits.rank_calibration",
     "compare": "fastkd.exits.comparison",
@@ -86,6 +89,7 @@ _HOME = dict.fromkeys(LOSSES, "fastkd.losses") | {
     "load_rows": "fastkd.data.rows",
     "student_from_teacher": "fastkd.kd.students",
     "threshold_path": "fastkd.exits.threshold_path",
+    "tune": "fastkd.training.tuning",
     "with_input_format": "fastkd.data.input_format",
 }
 
@@ -156,6 +160,8 @@ __all__ = [
     "SweepRow",
     "Teacher",
     "TeacherCache",
+    "TuneOptions",
+    "TuneResult",
     "UniversalKDLoss",
     "UniversalKDMixtureLoss",
     "VanillaKDLoss",
@@ -170,5 +176,6 @@ __all__ = [
     "load_rows",
     "student_from_teacher",
     "threshold_path",
+    "tune",
     "with_input_format",
 ]

@@ -31,6 +31,7 @@ from fastkd.commands.serve import serve
 from fastkd.commands.sweep import sweep
 from fastkd.commands.table2 import table2
 from fastkd.commands.trace import trace
+from fastkd.commands.tune import tune
 from fastkd.engines.allocator import keep_freed_memory
 
 PANELS: dict[str, dict[Callable[..., None], str]] = {
@@ -40,6 +41,7 @@ PANELS: dict[str, dict[Callable[..., None], str]] = {
     "Train": {
         finetune: "[cyan]fastkd distill OUTPUT --data DATA -o DISTILLED[/] trains the early exits.",
         distill: "[cyan]fastkd sweep DISTILLED --data DATA[/] shows what each speed costs.",
+        tune: "[cyan]fastkd calibrate OUTPUT --data DATA[/] on rows that tuning has not seen certifies the speed.",
         kd: "[cyan]fastkd kd-table GRID.yaml[/] compares methods on your tasks, with several seeds.",
         import_fastbert: "[cyan]fastkd sweep MODEL --data DATA[/] shows what each speed costs and wins.",
     },

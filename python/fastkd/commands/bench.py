@@ -100,6 +100,7 @@ def bench(
         from fastkd.inference.benchmark import benchmark_rows, passes
         from fastkd.inference.latency import SENTENCES, built_in_texts, measure_latency
         from fastkd.model.loading import load_model
+        from fastkd.model.tracing import data_name
         from fastkd.report.results import write_benchmark, write_latency
         from fastkd.training.progress import counted
 
@@ -133,7 +134,7 @@ def bench(
                 model, tokenizer, table, max_length=max_length, speeds=chosen, batch_sizes=sizes, dtypes=kinds,
                 criterion=criterion and criterion.value, top_n=top_n, repeats=repeats, on_progress=on_progress,
             )  # fmt: skip
-        files = write_benchmark(measured, output)
+        files = write_benchmark(measured, output, f"{data_name(table.source)}; model {Path(checkpoint).name}")
         screen.out.print(benchmark_table(measured, screen.is_narrow))
         show_written(screen, output, files)
         screen.result(measured.to_dict() | {"files": [str(path) for path in files]})

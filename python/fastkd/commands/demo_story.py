@@ -19,7 +19,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from fastkd.commands.options import quoted
-from fastkd.commands.screen import Screen, benchmark_table, share, strong, sweep_table
+from fastkd.commands.screen import Screen, benchmark_table, share, strong, sweep_table, tell_slower
 from fastkd.data import corpus
 from fastkd.data.files import changed_settings, write_json, write_text
 from fastkd.data.rows import DataFolder, Rows, load_folder
@@ -200,7 +200,7 @@ def run_demo(
         rows = test.sample(options.bench_rows, plan.seed)
         measured = _measure(screen, model, tokenizer, rows, options)
         record["note"] = f"{len(rows)} rows, median of {options.bench_repeats} interleaved passes"
-    files += write_benchmark(measured, output)
+    files += write_benchmark(measured, output, recorded.about)
     screen.out.print(benchmark_table(measured, screen.is_narrow))
     command = _write_examples(test, output, options.shown_speed)
     result = DemoResult(output, sweep[0].accuracy, accuracies, sweep, measured, timings, files, command)
@@ -286,7 +286,9 @@ def _draw_difficulty(recorded: ExitTrace, output: Path, data: Path | None, speed
         for name in corpus.DIFFICULTIES
     }
     path = output / "exits_by_difficulty.png"
-    figures.exits_by_group(groups, recorded.num_layers, path, f"Harder rows leave later (speed {speed:g})")
+    figures.exits_by_group(
+        groups, recorded.num_layers, path, f"Harder rows leave later (speed {speed:g})", recorded.about
+    )
     return [path]
 
 
@@ -307,6 +309,7 @@ def _tell_sweep(screen: Screen, sweep: Sweep, accuracies: list[float]) -> None:
     heads = ", ".join(f"{number}: {share(value)}" for number, value in enumerate(accuracies, start=1))
     screen.out.print(f"test accuracy after head {heads}")
     screen.out.print(sweep_table(sweep, "sweep", screen.is_narrow))
+    tell_slower(screen, "sweep", sweep)
 
 
 def _tell_end(screen: Screen, result: DemoResult, speed: float) -> None:

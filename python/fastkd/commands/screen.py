@@ -365,10 +365,22 @@ def sweep_table(sweep: Sweep, name: str, is_narrow: bool = False) -> Table:
         costs = []
         for convention in conventions:
             costs += [] if is_narrow else [f"{row.flops[convention] / 1e9:.3f}"]
-            costs.append(f"{row.speedup[convention]:.2f}x")
+            times = f"{row.speedup[convention]:.2f}x"
+            costs.append(f"[red]{times}[/]" if row.speedup[convention] < 1 else times)
         exits = " ".join(f"{count or '·':>{width}}" for count in row.exits_per_layer)
         table.add_row(f"{row.speed:g}", quality(row.accuracy, row.pearson), f"{row.average_layers:.2f}", exits, *costs)
     return table
+
+
+def tell_slower(screen: Screen, name: str, sweep: Sweep) -> None:
+    """One line where speeds of a sweep are slower than the full model."""
+    found = ", ".join(f"{speed:g}" for speed in sweep.slower_than_full())
+    if found:
+        screen.out.print(
+            f"[bold yellow]slower than the full model:[/] {escape(name)} at speed {found}; "
+            "there the heads cost more operations than the few rows that leave early save",
+            soft_wrap=True,
+        )
 
 
 def benchmark_table(measured: Benchmark, is_narrow: bool = False) -> Table:

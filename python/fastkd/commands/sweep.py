@@ -26,7 +26,7 @@ from fastkd.commands.options import (
     row_reading,
     source_names,
 )
-from fastkd.commands.screen import quieten, screen_for, show_written, sweep_table
+from fastkd.commands.screen import quieten, screen_for, show_written, sweep_table, tell_slower
 
 DEFAULT_SPEEDS = "0:1:0.1"
 
@@ -96,7 +96,12 @@ def sweep(
         files = write_sweeps(sweeps, output)
         for name, table in sweeps.items():
             screen.out.print(sweep_table(table, name, screen.is_narrow))
+            tell_slower(screen, name, table)
         show_written(screen, output, files)
         screen.result(
-            {"sweeps": {name: table.to_dicts() for name, table in sweeps.items()}, "files": [str(f) for f in files]}
+            {
+                "sweeps": {name: table.to_dicts() for name, table in sweeps.items()},
+                "slower_than_full_model": {name: table.slower_than_full() for name, table in sweeps.items()},
+                "files": [str(f) for f in files],
+            }
         )

@@ -64,7 +64,7 @@ def compare(
         return swept
     speeds = _quantiles(trace.uncertainties("entropy")[:, :-1].numpy(), points)
     rows = [trace.cost(speed, speed, patient_answers(trace, speed, patience), seq_len) for speed in speeds]
-    swept["pcee_bert"] = Sweep(rows, "pcee_bert", None, swept["entropy"].seq_len)
+    swept["pcee_bert"] = Sweep(rows, "pcee_bert", None, swept["entropy"].seq_len, trace.about)
     path = threshold_path(reliability)
     swept["performance"] = trace.sweep(_quantiles(np.concatenate(path.shares), points), path=path, seq_len=seq_len)
     return swept

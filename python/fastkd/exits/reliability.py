@@ -7,18 +7,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastkd.exits.trace import ExitTrace
+from fastkd.exits.intervals import Interval, mean_interval, share_interval
+from fastkd.exits.trace import ExitTrace, predictions
+
+FEWEST_ROWS = 20
+"""An interval with fewer rows says nothing about its accuracy."""
 
 
 @dataclass(frozen=True)
 class AccuracyByUncertainty:
-    """Figure 4 for one head: the accuracy of its answers in equal intervals of uncertainty, which cut [0, 1]."""
+    """Figure 4 for one head: how good its answers are in equal intervals of uncertainty, which cut [0, 1].
+
+    What an interval with fewer than `FEWEST_ROWS` rows would say is None.
+    """
 
     layer: int
     counts: list[int]
     """Rows whose uncertainty lies in each interval."""
     accuracies: list[float | None]
-    """Share of right answers among them; None where there are none, or no labels, or for regression."""
+    """Share of right answers among them; None without labels, and for regression."""
+    errors: list[float | None]
+    """For regression the mean of |answer - label|; None without labels, and for classes."""
+    bounds: list[Interval | None]
+    """Of accuracy or error, for rows to come, with 95 % confidence."""
+
+    @property
+    def qualities(self) -> list[float | None]:
+        """Accuracies, or for regression errors."""
+        return self.errors if any(value is not None for value in self.errors) else self.accuracies
 
 
 @dataclass(frozen=True)
@@ -34,7 +50,7 @@ class UncertaintyAtLayer:
 def accuracy_by_uncertainty(
     trace: ExitTrace, uncertainties: Tensor, intervals: int = 10
 ) -> list[AccuracyByUncertainty]:
-    """The accuracy of every head over equal intervals of uncertainty (figure 4), in layer order.
+    """How good every head is over equal intervals of uncertainty (figure 4), in layer order.
 
     Args:
         trace: with or without labels.
@@ -68,15 +84,41 @@ def uncertainty_per_layer(
 def _accuracy_of_head(
     trace: ExitTrace, layer: int, logits: Tensor, uncertainty: Tensor, intervals: int
 ) -> AccuracyByUncertainty:
-    counts = _histogram(uncertainty, intervals)
-    if trace.labels is None or trace.is_regression:
-        return AccuracyByUncertainty(layer, counts, [None] * intervals)
-    right = _histogram(uncertainty[logits.argmax(dim=-1) == trace.labels], intervals)
-    shares = [hits / count if count else None for hits, count in zip(right, counts, strict=True)]
-    return AccuracyByUncertainty(layer, counts, shares)
+    parts = _parts(uncertainty, intervals)
+    counts = _counted(parts, intervals)
+    nothing: list[float | None] = [None] * intervals
+    if trace.labels is None:
+        return AccuracyByUncertainty(layer, counts, nothing, nothing, [None] * intervals)
+    answers = predictions(logits)
+    found = [_quality_of(answers[parts == part], trace.labels[parts == part]) for part in range(intervals)]
+    values = [None if quality is None else quality[0] for quality in found]
+    bounds = [None if quality is None else quality[1] for quality in found]
+    if trace.is_regression:
+        return AccuracyByUncertainty(layer, counts, nothing, values, bounds)
+    return AccuracyByUncertainty(layer, counts, values, nothing, bounds)
+
+
+def _quality_of(answers: Tensor, labels: Tensor) -> tuple[float, Interval] | None:
+    """Accuracy of classes, or mean absolute error of numbers, with its interval; None for too few rows."""
+    if len(answers) < FEWEST_ROWS:
+        return None
+    if answers.is_floating_point():
+        errors = (answers.double() - labels.double()).abs()
+        return errors.mean().item(), mean_interval(errors.numpy())
+    right = int((answers == labels).sum())
+    return right / len(answers), share_interval(right, len(answers))
+
+
+def _parts(uncertainty: Tensor, parts: int) -> Tensor:
+    """Into which of the equal parts of [0, 1] each value falls, [n]; -1 for NaN."""
+    # an uncertainty of 1 belongs to the last part
+    found = (uncertainty.double().nan_to_num(nan=0.0) * parts).long().clamp(0, parts - 1)
+    return torch.where(uncertainty.isnan(), -1, found)
+
+
+def _counted(found: Tensor, parts: int) -> list[int]:
+    return torch.bincount(found[found >= 0], minlength=parts).tolist()
 
 
 def _histogram(uncertainty: Tensor, parts: int) -> list[int]:
-    known = uncertainty[~uncertainty.isnan()].double()
-    # an uncertainty of 1 belongs to the last part
-    return torch.bincount((known * parts).long().clamp(0, parts - 1), minlength=parts).tolist()
+    return _counted(_parts(uncertainty, parts), parts)

@@ -28,6 +28,8 @@ class SweepRow:
     """Operations of the full model (all layers, one head) divided by `flops`."""
     pearson: float | None = None
     """Correlation of answers and labels, for regression."""
+    interval: tuple[float, float] | None = None
+    """Of `quality`, for rows to come, with 95 % confidence (`fastkd.exits.intervals`)."""
 
     @property
     def quality(self) -> float | None:
@@ -44,6 +46,8 @@ class Sweep:
     top_n: int | None
     seq_len: int
     """The length for which operations were counted."""
+    about: str = ""
+    """Data, rows and model in words, for pictures (`ExitTrace.about`)."""
 
     def __iter__(self) -> Iterator[SweepRow]:
         return iter(self.rows)
@@ -53,6 +57,10 @@ class Sweep:
 
     def __getitem__(self, index: int) -> SweepRow:
         return self.rows[index]
+
+    def slower_than_full(self, convention: str = "fastbert") -> list[float]:
+        """The speeds above 0 at which the heads that were asked cost more operations than leaving early saves."""
+        return [row.speed for row in self.rows if row.speed > 0 and row.speedup[convention] < 1]
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """One flat dictionary a row, ready for CSV or JSON."""
@@ -64,6 +72,11 @@ class Sweep:
                 "seq_len": self.seq_len,
                 "accuracy": row.accuracy,
                 **({} if row.pearson is None else {"pearson": row.pearson}),
+                **(
+                    {}
+                    if row.interval is None
+                    else dict(zip(("quality_low", "quality_high"), row.interval, strict=True))
+                ),
                 "average_layers": row.average_layers,
                 **{f"exits_layer_{layer}": count for layer, count in enumerate(row.exits_per_layer, start=1)},
                 **{f"flops_{name}": value for name, value in row.flops.items()},

@@ -22,6 +22,7 @@ from fastkd.data.tensors import damaged, load_tensors, save_tensors
 from fastkd.exits import criteria
 from fastkd.exits.catalogue import default_criterion
 from fastkd.exits.flops import CONVENTIONS, FlopsShape, flops
+from fastkd.exits.intervals import Interval, correlation_interval, share_interval
 from fastkd.exits.rule import ExitRule, head_speeds
 from fastkd.exits.sweep import Sweep, SweepRow
 
@@ -59,6 +60,12 @@ class TraceSource:
     """How many of the traced rows were in each part of training; empty where that is unknown."""
     seen_anywhere: int = 0
     """How many were in any part."""
+    model_name: str = ""
+    """What people call the model: the name of its folder."""
+    data_name: str = ""
+    """What people call the rows: the last parts of their path."""
+    label_names: list[str] = field(default_factory=list)
+    """Of the classes, in order; empty where the model calls them by number."""
 
 
 class SpeedThresholds(Protocol):
@@ -136,6 +143,13 @@ class ExitTrace:
     @property
     def default_criterion(self) -> str:
         return default_criterion(self.logits.shape[-1])
+
+    @property
+    def about(self) -> str:
+        """Data, rows and model in words: "ag_news/test.tsv, 7,600 rows; model ag, 6 layers"."""
+        data = f"{self.source.data_name}, " if self.source.data_name else ""
+        name = f"model {self.source.model_name}, " if self.source.model_name else "model of "
+        return f"{data}{len(self):,} rows; {name}{self.num_layers} layers"
 
     def select(self, rows: Tensor) -> ExitTrace:
         """The trace of these rows [m] only."""
@@ -225,7 +239,7 @@ class ExitTrace:
             thresholds = speed if path is None else path.at(speed)
             answers = self.answers(thresholds, criterion, top_n)
             rows.append(self.cost(speed, thresholds, answers, seq_len, learned_exit=is_learned))
-        return Sweep(rows, criterion, top_n, seq_len)
+        return Sweep(rows, criterion, top_n, seq_len, self.about)
 
     def cost(
         self,
@@ -239,11 +253,7 @@ class ExitTrace:
         """The row of a sweep for the `answers` at `thresholds`; `speed` is what it is called."""
         seq_len = self.max_length if seq_len is None else seq_len
         exits = torch.bincount(answers.exit_layer.long(), minlength=self.num_layers + 1)[1:].tolist()
-        accuracy = pearson = None
-        if self.labels is not None and self.is_regression:
-            pearson = correlation(answers.prediction, self.labels)
-        elif self.labels is not None:
-            accuracy = (answers.prediction == self.labels).double().mean().item()
+        accuracy, pearson, interval = self._quality(answers.prediction)
         asked = [*head_speeds(thresholds, self.exit_layers), self.num_layers]
         full = {name: flops(self.shape, seq_len, convention=name) for name in CONVENTIONS}
         spent = {
@@ -262,7 +272,21 @@ class ExitTrace:
             flops=spent,
             speedup={name: full[name] / value for name, value in spent.items()},
             pearson=pearson,
+            interval=interval,
         )
+
+    def _quality(self, prediction: Tensor) -> tuple[float | None, float | None, Interval | None]:
+        """Accuracy or correlation of answers [n], the other None, and its interval; nothing without labels."""
+        if self.labels is None:
+            return None, None, None
+        if self.is_regression:
+            return (
+                None,
+                correlation(prediction, self.labels),
+                correlation_interval(prediction.double().numpy(), self.labels.double().numpy()),
+            )
+        right = prediction == self.labels
+        return right.double().mean().item(), None, share_interval(int(right.sum()), len(self))
 
     def _cost_of_row(self, layer: int, asked: Sequence[int], seq_len: int, convention: str, learned_exit: bool) -> int:
         """Operations of a row that leaves after `layer`, having met every head that is asked up to there."""
@@ -348,6 +372,8 @@ def _check_loaded(trace: ExitTrace) -> None:
         raise ValueError(f"heads after layers {layers} do not fit a model of {trace.num_layers} layers")
     if not _is_text(trace.source):
         raise ValueError("its source does not hold fingerprints")
+    if trace.source.label_names and len(trace.source.label_names) != classes:
+        raise ValueError(f"it has {classes} classes and names for {len(trace.source.label_names)}")
     kinds = {"logits": trace.logits.is_floating_point(), "lengths": not trace.lengths.is_floating_point()}
     wrong = [name for name, is_right in kinds.items() if not is_right]
     for name in ("logits", "certainty", "labels"):
@@ -370,7 +396,10 @@ def _check_loaded(trace: ExitTrace) -> None:
 
 
 def _is_text(source: TraceSource) -> bool:
-    texts = [source.model, source.data, source.dtype, *source.training_data, *source.training_data.values()]
+    texts = [
+        source.model, source.data, source.dtype, source.model_name, source.data_name, *source.label_names,
+        *source.training_data, *source.training_data.values(),
+    ]  # fmt: skip
     return all(isinstance(text, str) for text in texts)
 
 

@@ -6,13 +6,14 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fastkd.data.labels import label_rule
+from fastkd.data.labels import label_rule, names_of_classes
 from fastkd.data.row_hashes import Hashes, row_hashes
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.exits.certificate import CalibrationWarning
@@ -115,9 +116,17 @@ def record_trace(
             dtype=model.weights_dtype,
             seen=seen,
             seen_anywhere=seen_anywhere,
+            model_name=Path(model.config.name_or_path or "").name,
+            data_name="" if rows is None else data_name(rows.source),
+            label_names=list(names_of_classes(model.config.id2label) or ()),
         ),
         certainty=torch.cat(recorder.certainty) if recorder.certainty else None,
     )
+
+
+def data_name(source: str) -> str:
+    """The folder and the name of a file: where it lies on this machine is private."""
+    return "/".join(Path(source).parts[-2:]).lstrip("/")
 
 
 @dataclass

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from fastkd.exits.flops import flops
-from fastkd.exits.reliability import accuracy_by_uncertainty, uncertainty_per_layer
+from fastkd.exits.reliability import FEWEST_ROWS, accuracy_by_uncertainty, uncertainty_per_layer
 from fastkd.exits.trace import ExitAnswers, ExitTrace
+from fastkd.report.colours import layer_colours
 from fastkd.report.sources import Source, measured_with
 from fastkd.training.log import RECORDED_SPEED, training_curve
 
@@ -48,6 +49,7 @@ def page_content(
         "speed": speed,
         "speeds": SPEEDS,
         "recordedSpeed": RECORDED_SPEED,
+        "fewestRows": FEWEST_ROWS,
         "curves": [
             _curve(name, source, criterion, top_n if criterion == "top_n" else None)
             for name, (source, criterion) in curves.items()
@@ -63,6 +65,7 @@ def _curve(name: str, source: Source, criterion: str, top_n: int | None) -> Curv
     reached = [uncertainty_per_layer(trace, uncertainties, answer.exit_layer, BINS) for answer in answers]
     return {
         "name": name,
+        "about": trace.about,
         "criterion": criterion,
         "rows": len(trace),
         "classes": trace.logits.shape[-1],
@@ -70,8 +73,13 @@ def _curve(name: str, source: Source, criterion: str, top_n: int | None) -> Curv
         "heads": trace.exit_layers,
         "seqLen": sweep.seq_len,
         "fullFlops": flops(trace.shape, sweep.seq_len, convention=CONVENTION),
+        "layerColours": {
+            "light": layer_colours(trace.num_layers),
+            "dark": layer_colours(trace.num_layers, on_black=True),
+        },
         "accuracy": [row.accuracy for row in sweep] if trace.has_right_answers else None,
         "correlation": None if sweep[0].pearson is None else [row.pearson for row in sweep],
+        "bounds": None if trace.labels is None else [row.interval for row in sweep],
         "averageLayers": [row.average_layers for row in sweep],
         "speedup": [row.speedup[CONVENTION] for row in sweep],
         "exits": [row.exits_per_layer for row in sweep],
@@ -79,7 +87,7 @@ def _curve(name: str, source: Source, criterion: str, top_n: int | None) -> Curv
         "reliability": [asdict(entry) for entry in accuracy_by_uncertainty(trace, uncertainties, INTERVALS)],
         # seconds were measured with one criterion; another one leaves elsewhere
         "benchmark": source.benchmark if measured_with(source.benchmark) == criterion else None,
-        "training": [] if trace.is_regression else [asdict(point) for point in training_curve(source.logs)],
+        "training": [asdict(point) for point in training_curve(source.logs)],
         "certificate": source.certificate,
         "examples": _examples(source, answers),
     }
@@ -143,4 +151,5 @@ def _label_names(source: Source) -> list[str]:
     classes = source.trace.logits.shape[-1]
     if classes == 1:
         return []
-    return list(source.label_names or (f"class {index}" for index in range(classes)))
+    named = source.label_names or source.trace.source.label_names
+    return list(named or (f"class {index}" for index in range(classes)))

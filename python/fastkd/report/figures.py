@@ -1,22 +1,27 @@
 """Pictures of the speed-accuracy trade-off: figures 3, 4, 6 and 7 of FastBERT (ACL 2020), and what lies behind them.
 
 Every function draws one file, PNG, SVG or PDF by its suffix. Sweeps (`ExitTrace.sweep`) are given by name, so that
-several datasets, criteria or models share one plane. Colours are Okabe and Ito's, which colour-blind readers can tell
-apart; curves also differ in marker. Files are written under a temporary name and renamed.
+several datasets, criteria or models share one plane. A band around a quality says where that of new rows lies with 95 %
+confidence; numbers at points are speeds; below each picture stands which rows and which model it shows (`about`).
+Colours are those of `fastkd.report.colours`; curves also differ in marker. Files are written under a temporary name and
+renamed.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.transforms import Bbox
 
 from fastkd.data.files import atomic_path
+from fastkd.exits.reliability import FEWEST_ROWS
+from fastkd.report.colours import CURVES, ink_on, layer_colours
 from fastkd.training.log import RECORDED_SPEED
 
 if TYPE_CHECKING:
@@ -28,11 +33,12 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LINES = ("-", "--", ":")  # for the eighth curve on
 _DPI = 160
 _GREY = "#666666"
+_BANDS = "Bands: where new rows like these lie with 95% confidence"
+_SPEEDS = "numbers at points: speeds"
 
 
 def speed_accuracy(sweeps: Mapping[str, Sweep], path: PathLike) -> None:
@@ -41,7 +47,7 @@ def speed_accuracy(sweeps: Mapping[str, Sweep], path: PathLike) -> None:
     Raises:
         ValueError: `sweeps` is empty, or one of them was measured without labels.
     """
-    _save(path, lambda axes: _draw_speed_accuracy(axes, sweeps))
+    _save(path, lambda axes: _draw_speed_accuracy(axes, sweeps), _about(sweeps, _BANDS))
 
 
 def speed_speedup(sweeps: Mapping[str, Sweep], path: PathLike, convention: str = "fastbert") -> None:
@@ -50,7 +56,7 @@ def speed_speedup(sweeps: Mapping[str, Sweep], path: PathLike, convention: str =
     Raises:
         ValueError: `sweeps` is empty.
     """
-    _save(path, lambda axes: _draw_speed_speedup(axes, sweeps, convention))
+    _save(path, lambda axes: _draw_speed_speedup(axes, sweeps, convention), _about(sweeps))
 
 
 def speedup_accuracy(sweeps: Mapping[str, Sweep], path: PathLike, convention: str = "fastbert") -> None:
@@ -59,7 +65,7 @@ def speedup_accuracy(sweeps: Mapping[str, Sweep], path: PathLike, convention: st
     Raises:
         ValueError: `sweeps` is empty, or one of them was measured without labels.
     """
-    _save(path, lambda axes: _draw_speedup_accuracy(axes, sweeps, convention))
+    _save(path, lambda axes: _draw_speedup_accuracy(axes, sweeps, convention), _about(sweeps, _BANDS, _SPEEDS))
 
 
 def figure3(sweeps: Mapping[str, Sweep], path: PathLike, convention: str = "fastbert") -> None:
@@ -75,7 +81,45 @@ def figure3(sweeps: Mapping[str, Sweep], path: PathLike, convention: str = "fast
     _draw_speed_accuracy(left, sweeps)
     _draw_speed_speedup(middle, sweeps, convention)
     _draw_speedup_accuracy(right, sweeps, convention)
-    _write(figure, path)
+    _write(figure, path, _about(sweeps, _BANDS, _SPEEDS))
+
+
+def comparison(sweeps: Mapping[str, Sweep], path: PathLike, convention: str = "fastbert") -> None:
+    """Accuracy against FLOPs speed-up, all curves above, and below one panel for each with its band and its speeds.
+
+    Raises:
+        ValueError: `sweeps` is empty, or one of them was measured without labels.
+    """
+    _required(sweeps, labels=True)
+    lines = -(-len(sweeps) // 3)
+    figure = Figure(figsize=(11, 4.2 + 2.7 * lines), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[4.2, 2.7 * lines])
+    upper, lower = parts
+    axes = upper.subplots()
+    _style(axes)
+    for number, (name, sweep) in enumerate(sweeps.items()):
+        _trade_curve(axes, number, name, sweep, convention)
+    _trade_axes(axes, sweeps, convention, bands=False)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1))
+    panels = lower.subplots(lines, 3, squeeze=False, sharex=True, sharey=True).flatten()
+    for number, (panel, (name, sweep)) in enumerate(zip(panels, sweeps.items(), strict=False)):
+        _style(panel)
+        for other in sweeps.values():
+            rows = sorted(other, key=lambda row: row.speedup[convention])
+            panel.plot(
+                [row.speedup[convention] for row in rows], [row.quality or 0.0 for row in rows], color="#D5DAE1",
+                linewidth=1, zorder=1.2,
+            )  # fmt: skip
+        _band(panel, number, [(row.speedup[convention], row.interval) for row in _by_speedup(sweep, convention)], 1)
+        _trade_curve(panel, number, name, sweep, convention)
+        _trade_axes(panel, sweeps, convention, bands=True)
+        panel.set(title=name, xlabel="", ylabel="")
+        panel.tick_params(labelbottom=True)
+    for panel in panels[len(sweeps) :]:
+        panel.set_axis_off()
+    for number, (panel, sweep) in enumerate(zip(panels, sweeps.values(), strict=False)):
+        _mark_speeds(panel, [[]] * number + [_trade_points(sweep, convention)])
+    _write(figure, path, _about(sweeps, _BANDS, _SPEEDS), lower)
 
 
 def exits_per_layer(sweep: Sweep, path: PathLike) -> None:
@@ -92,10 +136,12 @@ def exits_per_layer(sweep: Sweep, path: PathLike) -> None:
         _draw_shares(axes, [f"{row.speed:g}" for row in rows], shares, layers)
         axes.set(xlabel="speed (uncertainty up to which a row may leave)", ylabel="rows", title="Where rows leave")
 
-    _save(path, draw)
+    _save(path, draw, _about({sweep.criterion: sweep}))
 
 
-def exits_by_group(groups: Mapping[str, Sequence[int]], layers: int, path: PathLike, title: str) -> None:
+def exits_by_group(
+    groups: Mapping[str, Sequence[int]], layers: int, path: PathLike, title: str, about: str = ""
+) -> None:
     """Stacked bars: the share of each group's rows that left after each layer, with the mean layer above.
 
     Args:
@@ -103,6 +149,7 @@ def exits_by_group(groups: Mapping[str, Sequence[int]], layers: int, path: PathL
         layers: number of layers of the model.
         path: the file.
         title: of the picture.
+        about: which rows and which model.
 
     Raises:
         ValueError: no group, or an empty one.
@@ -119,10 +166,10 @@ def exits_by_group(groups: Mapping[str, Sequence[int]], layers: int, path: PathL
         axes.set_ylim(0, 1.08)
         axes.set(ylabel="rows", title=title)
 
-    _save(path, draw)
+    _save(path, draw, about)
 
 
-def wall_clock(rows: Sequence[BenchmarkRow], path: PathLike) -> None:
+def wall_clock(rows: Sequence[BenchmarkRow], path: PathLike, about: str = "") -> None:
     """Measured speed-up against FLOPs speed-up, one curve for each dtype, as a stream and at each batch size.
 
     The dashed diagonal is where FLOPs would turn into time without loss; below 1x early exit costs time.
@@ -137,9 +184,11 @@ def wall_clock(rows: Sequence[BenchmarkRow], path: PathLike) -> None:
         curves.setdefault(f"{row.dtype}, {row.form}", []).append(row)
 
     def draw(axes: Axes) -> None:
+        marked = []
         for number, (name, points) in enumerate(curves.items()):
             points = sorted(points, key=lambda row: row.flops_speedup)
             _curve(axes, number, name, [p.flops_speedup for p in points], [p.speedup for p in points])
+            marked.append([(p.flops_speedup, p.speedup, p.speed) for p in points])
         highest = max(max(row.flops_speedup, row.speedup) for row in rows) * 1.06
         axes.plot([0, highest], [0, highest], linestyle="--", color=_GREY, linewidth=1, zorder=1)
         axes.axhline(1, color=_GREY, linewidth=1, zorder=1)
@@ -149,8 +198,9 @@ def wall_clock(rows: Sequence[BenchmarkRow], path: PathLike) -> None:
         axes.xaxis.set_major_formatter(_TIMES)
         axes.yaxis.set_major_formatter(_TIMES)
         _legend(axes, len(curves))
+        _mark_speeds(axes, marked)
 
-    _save(path, draw)
+    _save(path, draw, _lines(f"{rows[0].rows:,} rows a pass" + (f" of {about}" if about else ""), _SPEEDS))
 
 
 def latency(rows: Sequence[LatencyRow], path: PathLike) -> None:
@@ -168,8 +218,8 @@ def latency(rows: Sequence[LatencyRow], path: PathLike) -> None:
             shown = range(0, len(row.quantiles) - 1)
             axes.plot(
                 [row.quantiles[place] for place in shown], [place / 100 for place in shown],
-                label=f"{row.dtype}, speed {row.speed:g}", color=_COLOURS[number % len(_COLOURS)],
-                linestyle=_LINES[number // len(_COLOURS) % len(_LINES)], linewidth=1.8, zorder=3,
+                label=f"{row.dtype}, speed {row.speed:g}", color=CURVES[number % len(CURVES)],
+                linestyle=_LINES[number // len(CURVES) % len(_LINES)], linewidth=1.8, zorder=3,
             )  # fmt: skip
         for share in (0.5, 0.9, 0.99):
             axes.axhline(share, color=_GREY, linewidth=0.6, linestyle=":", zorder=1)
@@ -182,32 +232,66 @@ def latency(rows: Sequence[LatencyRow], path: PathLike) -> None:
     _save(path, draw)
 
 
-def accuracy_by_uncertainty(heads: Sequence[AccuracyByUncertainty], path: PathLike) -> None:
+def accuracy_by_uncertainty(heads: Sequence[AccuracyByUncertainty], path: PathLike, about: str = "") -> None:
     """Accuracy over intervals of uncertainty at the bottom, a middle and the top head (figure 4); bars lie behind it.
 
-    The bars are the share of the head's rows in each interval.
+    Of a regression it is the mean absolute error. The bars are the share of the head's rows in each interval; intervals
+    with too few rows are hatched, without a quality.
 
     Raises:
         ValueError: no heads, or none with an accuracy.
     """
-    if not any(value is not None for head in heads for value in head.accuracies):
-        raise ValueError("heads: got none with an accuracy; trace rows with labels to draw it")
+    if not any(value is not None for head in heads for value in head.qualities):
+        raise ValueError(
+            f"heads: got none with an accuracy; trace rows with labels to draw it, {FEWEST_ROWS} or more in an interval"
+        )
+    is_regression = any(value is not None for head in heads for value in head.errors)
     shown = [heads[index] for index in sorted({0, (len(heads) - 1) // 2, len(heads) - 1})]
+    bounds = [pair[1] for head in shown for pair in head.bounds if pair is not None]
+    highest = 1.05 * max(bounds, default=1.0) if is_regression else 1.02
     figure, panels = _panels(len(shown))
     for number, (axes, head) in enumerate(zip(panels, shown, strict=True)):
-        parts = len(head.counts)
-        centres = [(part + 0.5) / parts for part in range(parts)]
-        total = max(sum(head.counts), 1)
-        axes.bar(centres, [count / total for count in head.counts], width=0.9 / parts, color="#D5DAE1", label="rows")
-        known = [(x, y) for x, y in zip(centres, head.accuracies, strict=True) if y is not None]
-        _curve(axes, number, "accuracy", [x for x, _ in known], [y for _, y in known])
-        axes.set(xlabel="uncertainty", title=f"Head after layer {head.layer}", xlim=(0, 1), ylim=(0, 1.02))
-        axes.yaxis.set_major_formatter(_PERCENT)
-    panels[0].legend(frameon=False, fontsize=9)
-    _write(figure, path)
+        _draw_share_of_rows(axes, head.counts, separate=is_regression)
+        known = [
+            (part, quality, bounds)
+            for part, (quality, bounds) in enumerate(zip(head.qualities, head.bounds, strict=True))
+            if quality is not None and bounds is not None
+        ]
+        centres = [(part + 0.5) / len(head.counts) for part, _, _ in known]
+        name = "mean absolute error" if is_regression else "accuracy"
+        if known:  # an empty curve has no extent, which confuses the layout
+            _curve(axes, number, name, centres, [quality for _, quality, _ in known])
+        for x, (_, _, (low, high)) in zip(centres, known, strict=True):
+            axes.vlines(x, low, high, color=CURVES[number % len(CURVES)], linewidth=1.2, zorder=2.5)
+        axes.set(xlabel="uncertainty", ylabel=name, title=f"Head after layer {head.layer}", xlim=(0, 1))
+        axes.set_ylim(0, highest)
+        if not is_regression:
+            axes.yaxis.set_major_formatter(_PERCENT)
+    note = f"Bars: share of the rows; lines at points: 95% confidence; hatched: fewer than {FEWEST_ROWS} rows"
+    _write(figure, path, _lines(about, note))
 
 
-def uncertainty_per_layer(reached: Mapping[float, Sequence[UncertaintyAtLayer]], path: PathLike) -> None:
+def _draw_share_of_rows(axes: Axes, counts: Sequence[int], *, separate: bool) -> None:
+    """Bars behind a curve, on an axis of their own where the curve's is no share."""
+    bars = axes.twinx() if separate else axes
+    if separate:
+        bars.set_zorder(axes.get_zorder() - 1)
+        axes.patch.set_visible(False)
+        bars.spines[["top", "right"]].set_visible(False)
+        bars.set(ylim=(0, 1.02), yticks=[])
+    parts, total = len(counts), max(sum(counts), 1)
+    centres = [(part + 0.5) / parts for part in range(parts)]
+    bars.bar(centres, [count / total for count in counts], width=0.9 / parts, color="#D5DAE1")
+    for part, count in enumerate(counts):
+        if 0 < count < FEWEST_ROWS:
+            axes.axvspan(
+                part / parts, (part + 1) / parts, facecolor="none", edgecolor="#C9CDD4", hatch="///", linewidth=0
+            )
+
+
+def uncertainty_per_layer(
+    reached: Mapping[float, Sequence[UncertaintyAtLayer]], path: PathLike, about: str = ""
+) -> None:
     """The uncertainty of the rows that reach each layer, one panel for each speed (figure 6).
 
     Below the dashed line rows leave; above each layer stands the share of all rows that reach it.
@@ -223,14 +307,21 @@ def uncertainty_per_layer(reached: Mapping[float, Sequence[UncertaintyAtLayer]],
             _draw_violin(axes, position, head.counts)
             share = head.rows / max(heads[0].rows, 1)
             axes.text(position, 1.02, f"{100 * share:.0f}%", ha="center", va="bottom", fontsize=8, color=_GREY)
-        axes.axhline(speed, color=_COLOURS[1], linestyle="--", linewidth=1.2)
+        axes.axhline(speed, color=CURVES[1], linestyle="--", linewidth=1.2)
         axes.set_xticks(range(len(heads)), [str(head.layer) for head in heads])
         axes.set(xlabel="layer", ylabel="uncertainty", ylim=(0, 1.1), title=f"Speed {speed:g}")
-    _write(figure, path)
+    _write(
+        figure,
+        path,
+        _lines(
+            about,
+            f"Below the dashed line rows leave; above a layer: who reaches it; hatched: fewer than {FEWEST_ROWS} rows",
+        ),
+    )
 
 
-def training(points: Sequence[TrainingPoint], path: PathLike) -> None:
-    """Accuracy and FLOPs on the dev rows over fine-tuning and self-distillation (figure 7).
+def training(points: Sequence[TrainingPoint], path: PathLike, about: str = "") -> None:
+    """Accuracy, or correlation, and FLOPs on the dev rows over fine-tuning and self-distillation (figure 7).
 
     Raises:
         ValueError: no points.
@@ -251,12 +342,15 @@ def training(points: Sequence[TrainingPoint], path: PathLike) -> None:
             axes.axvline(tuned[-1], color=_GREY, linestyle="--", linewidth=1)
     known = [(point.epoch, point.flops_share) for point in points if point.flops_share is not None]
     _curve(lower, 2, "FLOPs", [x for x, _ in known], [y for _, y in known])
-    upper.set(ylabel="accuracy", title="Fine-tuning, then self-distillation")
-    upper.yaxis.set_major_formatter(_PERCENT)
+    is_regression = any(point.is_regression for point in points)
+    measure = "Pearson correlation" if is_regression else "accuracy"
+    upper.set(ylabel=f"{measure}, dev", title="Fine-tuning, then self-distillation")
+    if not is_regression:
+        upper.yaxis.set_major_formatter(_PERCENT)
     upper.legend(frameon=False, fontsize=9)
     lower.set(xlabel="epoch", ylabel="FLOPs", ylim=(0, 1.08))
     lower.yaxis.set_major_formatter(_PERCENT)
-    _write(figure, path)
+    _write(figure, path, about)
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
@@ -274,7 +368,12 @@ def _draw_violin(axes: Axes, position: int, counts: Sequence[int]) -> None:
     centres = [(part + 0.5) / len(counts) for part in range(len(counts))]
     widths = [0.42 * count / widest for count in counts]
     left, right = [position - width for width in widths], [position + width for width in widths]
-    axes.fill_betweenx(centres, left, right, color=_COLOURS[0], alpha=0.75, linewidth=0)
+    if sum(counts) < FEWEST_ROWS:
+        axes.fill_betweenx(
+            centres, left, right, facecolor="none", edgecolor=CURVES[0], alpha=0.6, hatch="////", linewidth=0
+        )
+        return
+    axes.fill_betweenx(centres, left, right, color=CURVES[0], alpha=0.75, linewidth=0)
 
 
 _PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.4g}%")
@@ -283,6 +382,7 @@ _TIMES = FuncFormatter(lambda value, _: f"{value:g}x")
 
 def _draw_speed_accuracy(axes: Axes, sweeps: Mapping[str, Sweep]) -> None:
     for number, (name, sweep) in enumerate(_required(sweeps, labels=True).items()):
+        _band(axes, number, [(row.speed, row.interval) for row in sweep], len(sweeps))
         _curve(axes, number, name, [row.speed for row in sweep], [row.quality for row in sweep])
     axes.set(xlabel="speed", ylabel=_quality(sweeps), title=f"Speed and {_quality(sweeps)}", xlim=(-0.02, 1.02))
     _quality_axis(axes, sweeps)
@@ -295,36 +395,108 @@ def _draw_speed_speedup(axes: Axes, sweeps: Mapping[str, Sweep], convention: str
     axes.set(xlabel="speed", ylabel=f"FLOPs speed-up ({convention})", title="Speed and speed-up", xlim=(-0.02, 1.02))
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(_TIMES)
+    _draw_full_model(axes, sweeps, convention)
     _legend(axes, len(sweeps))
 
 
 def _draw_speedup_accuracy(axes: Axes, sweeps: Mapping[str, Sweep], convention: str) -> None:
     for number, (name, sweep) in enumerate(_required(sweeps, labels=True).items()):
-        points = sorted((row.speedup[convention], row.quality) for row in sweep)
-        _curve(axes, number, name, [x for x, _ in points], [y for _, y in points])
-    axes.set(xlabel=f"FLOPs speed-up ({convention})", ylabel=_quality(sweeps), title=f"Speed-up and {_quality(sweeps)}")
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(_TIMES)
-    _quality_axis(axes, sweeps)
+        rows = _by_speedup(sweep, convention)
+        _band(axes, number, [(row.speedup[convention], row.interval) for row in rows], len(sweeps))
+        _trade_curve(axes, number, name, sweep, convention)
+    _trade_axes(axes, sweeps, convention, bands=True)
     _legend(axes, len(sweeps))
+    _mark_speeds(axes, [_trade_points(sweep, convention) for sweep in sweeps.values()])
+
+
+def _by_speedup(sweep: Sweep, convention: str) -> list[SweepRow]:
+    return sorted(sweep, key=lambda row: (row.speedup[convention], row.quality))
+
+
+def _trade_curve(axes: Axes, number: int, name: str, sweep: Sweep, convention: str) -> None:
+    rows = _by_speedup(sweep, convention)
+    _curve(axes, number, name, [row.speedup[convention] for row in rows], [row.quality for row in rows])
+
+
+def _trade_axes(axes: Axes, sweeps: Mapping[str, Sweep], convention: str, *, bands: bool) -> None:
+    axes.set(xlabel=f"FLOPs speed-up ({convention})", ylabel=_quality(sweeps), title=f"Speed-up and {_quality(sweeps)}")
+    axes.set_xlim(left=_leftmost(sweeps, convention))
+    axes.xaxis.set_major_formatter(_TIMES)
+    _quality_axis(axes, sweeps, bands=bands)
+
+
+def _trade_points(sweep: Sweep, convention: str) -> list[tuple[float, float, float]]:
+    return [(row.speedup[convention], row.quality or 0.0, row.speed) for row in sweep]
+
+
+def _leftmost(sweeps: Mapping[str, Sweep], convention: str) -> float:
+    """A little below the slowest speed: what lies between it and 0 is empty."""
+    speedups = [row.speedup[convention] for sweep in sweeps.values() for row in sweep]
+    return max(0.0, min(speedups) - 0.04 * max(speedups))
+
+
+def _draw_full_model(axes: Axes, sweeps: Mapping[str, Sweep], convention: str) -> None:
+    """A line at 1x, and shade below it where a speed is slower than that."""
+    axes.axhline(1, color=_GREY, linewidth=1, linestyle="--", zorder=1)
+    is_slower = any(sweep.slower_than_full(convention) for sweep in sweeps.values())
+    axes.text(0.99, 1.04, "full model", transform=axes.get_yaxis_transform(), ha="right", fontsize=8.5, color=_GREY)
+    if is_slower:
+        axes.axhspan(0, 1, color="#B3261E", alpha=0.07, linewidth=0, zorder=0)
+        axes.text(0.99, 0.9, "slower than the full model", transform=axes.get_yaxis_transform(), ha="right", va="top",
+                  fontsize=8.5, color="#B3261E")  # fmt: skip
+
+
+def _band(axes: Axes, number: int, points: Sequence[tuple[float, tuple[float, float] | None]], curves: int) -> None:
+    known = [(x, *interval) for x, interval in points if interval is not None]
+    if known:
+        x, low, high = zip(*known, strict=True)
+        colour = CURVES[number % len(CURVES)]
+        # bands of many curves lie on each other
+        axes.fill_between(
+            x, low, high, color=colour, alpha=0.18 if curves == 1 else 0.3 / curves, linewidth=0, zorder=1.5
+        )
+
+
+def _mark_speeds(axes: Axes, curves: Sequence[Sequence[tuple[float, float, float]]]) -> None:
+    """The speed beside points (x, y, speed), as many as stand apart from each other; round speeds first."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # only then it is known where a point lies
+    taken: list[Bbox] = []
+    candidates = [(number, *point) for number, points in enumerate(curves) for point in points]
+    for number, x, y, speed in sorted(candidates, key=lambda point: (_roundness(point[3]), point[0], point[3])):
+        left, bottom = axes.transData.transform((x, y))
+        text, scale = f"{speed:.2g}", figure.dpi / 72
+        box = Bbox.from_bounds(left - 2.7 * len(text) * scale, bottom + 3 * scale, 5.4 * len(text) * scale, 9.5 * scale)
+        if any(box.overlaps(other) for other in taken):
+            continue
+        taken.append(box)
+        axes.annotate(
+            text, (x, y), xytext=(0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=7.5, zorder=4,
+            color=CURVES[number % len(CURVES)], path_effects=[withStroke(linewidth=2, foreground="white")],
+        )  # fmt: skip
+
+
+def _roundness(speed: float) -> int:
+    """0 for speeds that people name first, 1 for other tenths, 2 for the rest."""
+    return 0 if speed in (0, 0.1, 0.3, 0.5, 0.8, 1) else 1 if abs(speed * 10 - round(speed * 10)) < 1e-9 else 2
 
 
 def _draw_shares(axes: Axes, names: Sequence[str], shares: Sequence[Sequence[float]], layers: int) -> None:
-    colours = colormaps["cividis_r"]
+    colours = layer_colours(layers)
     bottoms = [0.0] * len(names)
     for layer in range(layers):
         heights = [share[layer] for share in shares]
-        position = layer / max(layers - 1, 1)
         bars = axes.bar(
-            range(len(names)), heights, bottom=bottoms, width=0.8, color=colours(position), label=f"layer {layer + 1}"
-        )
+            range(len(names)), heights, bottom=bottoms, width=0.8, color=colours[layer], label=f"layer {layer + 1}",
+            edgecolor="white", linewidth=0.6,
+        )  # fmt: skip
         for bar, height in zip(bars, heights, strict=True):
             if height >= 0.06:
                 middle = bar.get_y() + height / 2
-                text_colour = "white" if position > 0.5 else "black"
                 axes.text(
                     bar.get_x() + bar.get_width() / 2, middle, f"{100 * height:.0f}%",
-                    ha="center", va="center", fontsize=8, color=text_colour,
+                    ha="center", va="center", fontsize=8, color=ink_on(colours[layer]),
                 )  # fmt: skip
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
     axes.set_xticks(range(len(names)), names)
@@ -338,15 +510,21 @@ def _draw_shares(axes: Axes, names: Sequence[str], shares: Sequence[Sequence[flo
 def _curve(axes: Axes, number: int, name: str, x: Sequence[float], y: Sequence[float | None]) -> None:
     axes.plot(
         x, y,  # type: ignore[arg-type]  # _required has made sure that no value is None
-        label=name, color=_COLOURS[number % len(_COLOURS)], linestyle=_LINES[number // len(_COLOURS) % len(_LINES)],
+        label=name, color=CURVES[number % len(CURVES)], linestyle=_LINES[number // len(CURVES) % len(_LINES)],
         marker=_MARKERS[number % len(_MARKERS)],
         markersize=4.5, linewidth=1.8, markeredgecolor="white", markeredgewidth=0.6, zorder=3, clip_on=False,
     )  # fmt: skip
 
 
-def _quality_axis(axes: Axes, sweeps: Mapping[str, Sweep]) -> None:
+def _quality_axis(axes: Axes, sweeps: Mapping[str, Sweep], *, bands: bool = True) -> None:
     """A flat curve must look flat: show at least two points of accuracy, or 0.02 of a correlation."""
-    values = [row.quality for sweep in sweeps.values() for row in sweep if row.quality is not None]
+    values = [
+        value
+        for sweep in sweeps.values()
+        for row in sweep
+        for value in (row.quality, *((row.interval or ()) if bands else ()))
+        if value is not None
+    ]
     low, high = min(values), max(values)
     margin = max(0.01 - (high - low) / 2, (high - low) * 0.08)
     lowest = -1.002 if _has_correlation(sweeps) else 0
@@ -362,6 +540,27 @@ def _quality(sweeps: Mapping[str, Sweep]) -> str:
 
 def _has_correlation(sweeps: Mapping[str, Sweep]) -> bool:
     return any(row.pearson is not None for sweep in sweeps.values() for row in sweep)
+
+
+def _about(sweeps: Mapping[str, Sweep], *notes: str) -> str:
+    """What stands below a picture: data, rows and model of each curve, once where they are the same, then the notes."""
+    abouts = {name: f"{sweep.about}; {sweep.seq_len} tokens" for name, sweep in sweeps.items() if sweep.about}
+    if len(set(abouts.values())) == 1:
+        criterion = f"; criterion {next(iter(sweeps.values())).criterion}" if len(sweeps) == 1 else ""
+        told = [next(iter(abouts.values())) + criterion]
+    else:
+        told = [f"{name}: {about}" for name, about in abouts.items()]
+    drawn = [note for note in notes if note != _BANDS or _has_bands(sweeps)]
+    note = "; ".join(drawn)
+    return _lines(*told, note[:1].upper() + note[1:])
+
+
+def _has_bands(sweeps: Mapping[str, Sweep]) -> bool:
+    return any(row.interval is not None for sweep in sweeps.values() for row in sweep)
+
+
+def _lines(*texts: str) -> str:
+    return "\n".join(text for text in texts if text)
 
 
 def _legend(axes: Axes, curves: int) -> None:
@@ -392,12 +591,12 @@ def _shown_speeds(rows: list[SweepRow], most: int = 11) -> list[SweepRow]:
     return [rows[round(index * (len(rows) - 1) / (most - 1))] for index in range(most)]
 
 
-def _save(path: PathLike, draw: Callable[[Axes], None]) -> None:
-    figure = Figure(figsize=(6.8, 4.4), layout="constrained")
+def _save(path: PathLike, draw: Callable[[Axes], None], about: str = "") -> None:
+    figure = Figure(figsize=(6.8, 4.6), layout="constrained")
     axes = figure.subplots()
     _style(axes)
     draw(axes)
-    _write(figure, path)
+    _write(figure, path, about)
 
 
 def _style(axes: Axes) -> None:
@@ -406,6 +605,8 @@ def _style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _write(figure: Figure, path: PathLike) -> None:
+def _write(figure: Figure, path: PathLike, about: str, below: SubFigure | None = None) -> None:
+    if about:
+        (below or figure).supxlabel(about, x=0.01, ha="left", fontsize=8.5, color=_GREY)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=_DPI)

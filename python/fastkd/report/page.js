@@ -66,7 +66,8 @@
     const shown = curve();
     const accuracy = shown.accuracy?.[state.step] ?? null;
     const correlation = shown.correlation?.[state.step] ?? null;
-    $("accuracy-heading").textContent = correlation === null ? "Accuracy" : "Correlation";
+    for (const place of document.querySelectorAll(".quality")) place.textContent = qualityName(shown);
+    $("accuracy-heading").textContent = qualityName(shown);
     if (correlation === null) setValue("accuracy", percent(accuracy), accuracy);
     else setValue("accuracy", correlation.toFixed(4), correlation);
     $("accuracy-note").textContent = accuracyNote(shown);
@@ -77,28 +78,34 @@
     const speedup = shown.speedup[state.step];
     setValue("flops", times(speedup), speedup);
     const spent = shown.fullFlops / speedup / 1e9;
+    const verdict = speedup < 1 ? "slower than the full model: " : "";
     $("flops-note").textContent =
-      `${spent.toPrecision(3)} of ${(shown.fullFlops / 1e9).toPrecision(3)} GFLOPs a row of ${shown.seqLen} tokens, FastBERT's count`;
+      `${verdict}${spent.toPrecision(3)} of ${(shown.fullFlops / 1e9).toPrecision(3)} GFLOPs a row of ${shown.seqLen} tokens, FastBERT's count`;
     showMeasured();
   }
 
+  const isRegression = (shown) => shown.correlation !== null;
+  const qualityName = (shown) => (isRegression(shown) ? "Correlation" : "Accuracy");
+  const quality = (shown) => shown.accuracy ?? shown.correlation;
+  const qualityText = (shown, value) => (isRegression(shown) ? value.toFixed(4) : percent(value));
+
   function accuracyNote(shown) {
-    if (shown.correlation !== null)
-      return state.step === 0 ? "the full model" : `Pearson's; ${shown.correlation[0].toFixed(4)} in the full model`;
-    if (shown.accuracy === null) return "the traced rows have no labels";
-    const change = 100 * (shown.accuracy[state.step] - shown.accuracy[0]);
-    if (state.step === 0) return "the full model";
+    const values = quality(shown);
+    if (values === null) return "the rows have no labels";
+    const bounds = shown.bounds[state.step];
+    const digits = (value) => (isRegression(shown) ? value.toFixed(3) : (100 * value).toFixed(1));
+    const interval = bounds === null ? "" : `; 95\u00a0% confidence: ${digits(bounds[0])} to ${digits(bounds[1])}${isRegression(shown) ? "" : "\u00a0%"}`;
+    if (state.step === 0) return `${isRegression(shown) ? "Pearson's, " : ""}the full model${interval}`;
+    if (isRegression(shown)) return `Pearson's; ${values[0].toFixed(4)} in the full model${interval}`;
+    const change = 100 * (values[state.step] - values[0]);
     const sign = change > 0 ? "+" : change < 0 ? "−" : "±";
-    return `${sign}${Math.abs(change).toFixed(2)} points against the full model's ${percent(shown.accuracy[0])}`;
+    return `${sign}${Math.abs(change).toFixed(2)} points against the full model's ${percent(values[0])}${interval}`;
   }
 
   function showMeasured() {
     const all = settings();
-    if (!all.length) {
-      setValue("measured", "–", "");
-      $("measured-note").textContent = "not measured; fastkd bench does it";
-      return;
-    }
+    $("measured-card").hidden = !all.length;
+    if (!all.length) return;
     const { name, rows } = all[state.setting];
     const [below, above] = neighbours(rows);
     if (state.step === 0) {
@@ -123,13 +130,10 @@
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const seriesColour = (index) => colour(`--series-${(index % 6) + 1}`);
 
-  /** Evenly from the colour of the first layer to that of the last. */
-  function layerColour(index, layers) {
-    const [from, to] = ["--first-layer", "--last-layer"].map((name) =>
-      [1, 3, 5].map((start) => parseInt(colour(name).slice(start, start + 2), 16)));
-    const share = layers > 1 ? index / (layers - 1) : 1;
-    return `rgb(${from.map((value, channel) => Math.round(value + share * (to[channel] - value))).join(",")})`;
-  }
+  const isDark = () => matchMedia("(prefers-color-scheme: dark)").matches && !document.documentElement.hasAttribute("data-print");
+
+  /** Of a layer, counted from 1. */
+  const layerColour = (layer) => curve().layerColours[isDark() ? "dark" : "light"][layer - 1];
 
   function axis(title, options = {}) {
     return {
@@ -157,18 +161,31 @@
     };
   }
 
-  /** A flat curve must look flat: at least two points of accuracy. */
-  function accuracyRange(values) {
+  /** A flat curve must look flat: at least two points of accuracy, or 0.02 of a correlation. */
+  function accuracyRange(values, lowest = 0) {
     const known = values.filter((value) => value !== null);
     if (!known.length) return undefined;
     const [low, high] = [Math.min(...known), Math.max(...known)];
     const margin = Math.max(0.01 - (high - low) / 2, 0.08 * (high - low));
-    return [Math.max(0, low - margin), Math.min(1.004, high + margin)];
+    return [Math.max(lowest, low - margin), Math.min(1.004, high + margin)];
+  }
+
+  const faint = (paint) => `${paint}26`;
+
+  /** Where new rows like these lie with 95 % confidence. */
+  function band(shown, xs, paint) {
+    const order = [...xs.keys()].filter((step) => shown.bounds[step] !== null).sort((a, b) => xs[a] - xs[b] || a - b);
+    const edge = (side) => order.map((step) => shown.bounds[step][side]);
+    const along = order.map((step) => xs[step]);
+    return {
+      x: [...along, ...[...along].reverse()], y: [...edge(0), ...edge(1).reverse()], mode: "lines", fill: "toself", fillcolor: faint(paint),
+      line: { width: 0 }, hoverinfo: "skip", showlegend: false, meta: "band",
+    };
   }
 
   /** One panel of figure 3: all curves, the chosen one strongest, with a dot at the chosen speed. */
   function tradePanel(x, y, xaxis, yaxis, hover, options) {
-    const data = [];
+    const data = y === quality ? content.curves.filter(quality).map((shown) => band(shown, x(shown), seriesColour(content.curves.indexOf(shown)))) : [];
     content.curves.forEach((shown, index) => {
       const [xs, ys] = [x(shown), y(shown)];
       if (!xs || !ys) return;
@@ -186,21 +203,56 @@
   }
 
   const escapeText = (text) => text.replace(/[<>&]/g, (sign) => ({ "<": "&lt;", ">": "&gt;", "&": "&amp;" })[sign]);
-  const allAccuracies = () => content.curves.flatMap((shown) => shown.accuracy ?? []);
+  /** Accuracies are shares; where all curves are regressions, the axis shows correlations. */
+  function qualityAxis() {
+    const values = content.curves.flatMap((shown) => [...(quality(shown) ?? []), ...(shown.bounds ?? []).flatMap((pair) => pair ?? [])]);
+    if (content.curves.every(isRegression)) return axis("", { range: accuracyRange(values, -1), nticks: 6, tickformat: ".3~f" });
+    return percentAxis("", { range: accuracyRange(values), nticks: 6 });
+  }
+  const qualityHover = () => (content.curves.every(isRegression) ? "%{y:.4f}" : "%{y:.2%}");
+
+  /** Room at both ends, so that no point lies on the frame. */
+  function speedupRange() {
+    const all = content.curves.flatMap((shown) => shown.speedup);
+    const [low, high] = [Math.min(...all), Math.max(...all)];
+    return [low - 0.05 * (high - low), high + 0.07 * (high - low)];
+  }
 
   function speedAccuracy() {
-    return tradePanel(() => speeds, (shown) => shown.accuracy, speedAxis(),
-      percentAxis("", { range: accuracyRange(allAccuracies()), nticks: 6 }), "speed %{x}: %{y:.2%}", { shapes: [speedLine()] });
+    return tradePanel(() => speeds, quality, speedAxis(), qualityAxis(), `speed %{x}: ${qualityHover()}`, { shapes: [speedLine()] });
   }
 
   function speedSpeedup() {
+    const [, highest] = speedupRange();
+    const full = { ...speedLine(), x0: 0, x1: 1, xref: "paper", y0: 1, y1: 1, yref: "y", line: { color: colour("--muted"), width: 1, dash: "dash" } };
+    const slower = { type: "rect", x0: 0, x1: 1, xref: "paper", y0: 0, y1: 1, fillcolor: faint(colour("--bad")), line: { width: 0 }, layer: "below" };
+    const isSlower = content.curves.some((shown) => shown.speedup.some((value, step) => step && value < 1));
+    const note = { x: 1, xref: "paper", xanchor: "right", y: 1, yanchor: "top", showarrow: false, text: "slower than the full model", font: { size: 11, color: colour("--bad") } };
     return tradePanel(() => speeds, (shown) => shown.speedup, speedAxis(),
-      axis("", { rangemode: "tozero", ticksuffix: "×", nticks: 6 }), "speed %{x}: %{y:.2f}×", { shapes: [speedLine()] });
+      axis("", { range: [0, highest], ticksuffix: "×", nticks: 6 }), "speed %{x}: %{y:.2f}×",
+      { shapes: [full, ...(isSlower ? [slower] : []), speedLine()], annotations: isSlower ? [note] : [] });
   }
 
   function speedupAccuracy() {
-    return tradePanel((shown) => shown.speedup, (shown) => shown.accuracy, axis("FLOPs speed-up", { ticksuffix: "×", nticks: 7 }),
-      percentAxis("", { range: accuracyRange(allAccuracies()), nticks: 6 }), "speed %{customdata}: %{x:.2f}×, %{y:.2%}");
+    const [data, shape] = tradePanel((shown) => shown.speedup, quality, axis("FLOPs speed-up", { range: speedupRange(), ticksuffix: "×", nticks: 7 }),
+      qualityAxis(), `speed %{customdata}: %{x:.2f}×, ${qualityHover()}`);
+    return [data, { ...shape, annotations: markedSpeeds() }];
+  }
+
+  /** The speeds of the chosen curve beside its points, as far as they stand apart. */
+  function markedSpeeds() {
+    const shown = curve();
+    if (!quality(shown)) return [];
+    const [low, high] = speedupRange();
+    const marked = [];
+    for (const value of [0, 0.3, 0.5, 0.8, 1, 0.1, 0.2, 0.4, 0.6, 0.7, 0.9]) {
+      const step = Math.round(value * (speeds.length - 1));
+      const x = shown.speedup[step];
+      if (marked.every((other) => Math.abs(other.x - x) > 0.09 * (high - low))) {
+        marked.push({ x, y: quality(shown)[step], text: String(value), showarrow: false, yshift: 13, font: { size: 11, color: seriesColour(state.curve) } });
+      }
+    }
+    return marked;
   }
 
   function exits() {
@@ -209,7 +261,7 @@
     const numbers = shares.map((_, index) => index + 1);
     const data = [{
       type: "bar", x: numbers, y: shares, customdata: shown.exits[state.step], cliponaxis: false,
-      marker: { color: numbers.map((_, index) => layerColour(index, shown.layers)) },
+      marker: { color: numbers.map(layerColour) },
       text: shares.map((share) => (share ? `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)}%` : "")), textposition: "outside",
       textfont: { size: 11, color: colour("--muted") },
       hovertemplate: "after layer %{x}: %{customdata} rows<extra></extra>",
@@ -232,7 +284,7 @@
       if (!rows) return;
       const about = `layer ${shown.heads[index]}: ${count(rows, "row")} arrive`;
       for (const [from, to, paint] of [[0, threshold, "--accent"], [threshold, 1, "--stays"]]) {
-        if (to > from) data.push(halfViolin(index, counts, from, to, colour(paint), about));
+        if (to > from) data.push({ ...halfViolin(index, counts, from, to, colour(paint), about), ...(rows < content.fewestRows ? { fillpattern: { shape: "/", fgcolor: colour(paint), bgcolor: "rgba(0,0,0,0)", size: 5 } } : {}) });
       }
     });
     const shapes = [{ ...speedLine(), x0: 0, x1: 1, xref: "paper", y0: speed(), y1: speed(), yref: "y" }];
@@ -263,22 +315,27 @@
   function reliability() {
     const shown = curve();
     const heads = shown.reliability.length;
+    const values = (head) => (isRegression(shown) ? head.errors : head.accuracies);
     const atFirst = new Set([0, Math.floor((heads - 1) / 2), heads - 1]);
     const data = shown.reliability.map((head, index) => {
       const total = head.counts.reduce((sum, value) => sum + value, 0);
-      const known = head.accuracies.map((value, part) => part).filter((part) => head.accuracies[part] !== null);
+      const known = [...values(head).keys()].filter((part) => values(head)[part] !== null);
+      const paint = layerColour(head.layer);
+      const distance = (part, side) => Math.abs(head.bounds[part][side] - values(head)[part]);
       const interval = (part) => `${part / head.counts.length}–${(part + 1) / head.counts.length}`;
       return {
-        x: known.map((part) => (part + 0.5) / head.counts.length), y: known.map((part) => head.accuracies[part]),
+        x: known.map((part) => (part + 0.5) / head.counts.length), y: known.map((part) => values(head)[part]),
+        error_y: { type: "data", symmetric: false, array: known.map((part) => distance(part, 1)), arrayminus: known.map((part) => distance(part, 0)), color: paint, thickness: 1, width: 0 },
         customdata: known.map((part) => [interval(part), head.counts[part]]), name: `layer ${head.layer}`,
         mode: "lines+markers", visible: atFirst.has(index) || "legendonly",
-        line: { color: layerColour(index, heads), width: 2.5 },
-        marker: { color: layerColour(index, heads), size: known.map((part) => 6 + 14 * Math.sqrt(head.counts[part] / total)), line: { color: colour("--card"), width: 1 } },
-        hovertemplate: "uncertainty %{customdata[0]}: %{y:.1%} of %{customdata[1]} rows<extra>%{fullData.name}</extra>",
+        line: { color: paint, width: 2.5 },
+        marker: { color: paint, size: known.map((part) => 6 + 14 * Math.sqrt(head.counts[part] / total)), line: { color: colour("--card"), width: 1 } },
+        hovertemplate: `uncertainty %{customdata[0]}: ${isRegression(shown) ? "%{y:.3f} on" : "%{y:.1%} of"} %{customdata[1]} rows<extra>%{fullData.name}</extra>`,
       };
     });
     const shapes = [{ type: "rect", x0: 0, x1: speed(), y0: 0, y1: 1, yref: "paper", fillcolor: colour("--accent-soft"), line: { width: 0 }, layer: "below" }, speedLine()];
-    return [data, layout(axis("uncertainty", { range: [0, 1], dtick: 0.1 }), percentAxis("", { range: [0, 1.04] }), { shapes, showlegend: true, uirevision: state.curve })];
+    const yaxis = isRegression(shown) ? axis("", { rangemode: "tozero" }) : percentAxis("", { range: [0, 1.04] });
+    return [data, layout(axis("uncertainty", { range: [0, 1], dtick: 0.1 }), yaxis, { shapes, showlegend: true, uirevision: state.curve })];
   }
 
   function bench() {
@@ -299,22 +356,23 @@
     })];
   }
 
-  /** Figure 7: accuracy above, FLOPs below, over both stages of training. */
+  /** Figure 7: accuracy or correlation above, FLOPs below, over both stages of training. */
   function training() {
     const points = curve().training;
+    const isShare = !points.some((point) => point.is_regression);
     const layers = [...new Set(points.flatMap((point) => Object.keys(point.accuracy_by_layer)))];
     const line = (name, y, paint, options = {}) => ({
       x: points.map((point) => point.epoch), y, name, mode: "lines+markers", line: { color: paint, width: 2.5 },
-      marker: { size: 8 }, hovertemplate: `epoch %{x:.3~g}: %{y:.2%}<extra>${name}</extra>`, ...options,
+      marker: { size: 8 }, hovertemplate: `epoch %{x:.3~g}: %{y:${isShare ? ".2%" : ".4f"}}<extra>${name}</extra>`, ...options,
     });
-    const thin = (layer, index) => line(`after layer ${layer}`, points.map((point) => point.accuracy_by_layer[layer] ?? null),
-      layerColour(index, layers.length), { line: { color: layerColour(index, layers.length), width: 1.2 }, marker: { size: 4, color: layerColour(index, layers.length) } });
+    const thin = (layer) => line(`after layer ${layer}`, points.map((point) => point.accuracy_by_layer[layer] ?? null),
+      layerColour(layer), { line: { color: layerColour(layer), width: 1.4 }, marker: { size: 4, color: layerColour(layer) } });
     const data = layers.slice(0, -1).map(thin);
     data.push(line("full model", points.map((point) => point.accuracy), colour("--series-3")));
     if (points.some((point) => point.accuracy_at_speed !== null)) {
       data.push(line(`at speed ${content.recordedSpeed}`, points.map((point) => point.accuracy_at_speed), colour("--series-2")));
     }
-    data.push(line("FLOPs of the full model's", points.map((point) => point.flops_share), colour("--accent"), { yaxis: "y2", showlegend: false }));
+    data.push(line("FLOPs of the full model's", points.map((point) => point.flops_share), colour("--accent"), { yaxis: "y2", showlegend: false, hovertemplate: "epoch %{x:.3~g}: %{y:.1%}<extra>FLOPs</extra>" }));
     const last = points.findLastIndex((point) => point.stage === "finetune");
     const border = points[last]?.epoch ?? 0;
     const end = points.at(-1)?.epoch ?? 1;
@@ -324,7 +382,7 @@
     if (last >= 0) annotations.push(label("fine-tuning", 0, border));
     if (last < points.length - 1) annotations.push(label("self-distillation", border, end));
     const known = points.flatMap((point) => [point.accuracy, point.accuracy_at_speed, ...Object.values(point.accuracy_by_layer)]).filter((value) => value !== null);
-    return [data, layout(axis("epoch", { range: [0, end * 1.03], anchor: "y2" }), percentAxis("accuracy", { domain: [0.42, 1], range: accuracyRange(known), nticks: 6 }), {
+    return [data, layout(axis("epoch", { range: [0, end * 1.03], anchor: "y2" }), (isShare ? percentAxis : axis)(isShare ? "accuracy" : "correlation", { domain: [0.42, 1], range: accuracyRange(known, isShare ? 0 : -1), nticks: 6 }), {
       yaxis2: percentAxis("FLOPs", { domain: [0, 0.32], range: [0, 1.08], nticks: 4 }), shapes, annotations, showlegend: true, margin: { l: 56, r: 14, t: 30, b: 40 },
     })];
   }
@@ -364,15 +422,12 @@
 
   function showBench() {
     const measured = curve().benchmark;
-    $("bench-figure").hidden = $("bench-details").hidden = !measured;
-    if (!measured) {
-      $("bench-lead").replaceChildren("Not measured. ", element("code", {}, "fastkd bench MODEL DATA"), " measures it; pass its bench.json with --bench.");
-      return;
-    }
+    $("bench-section").hidden = !measured;
+    if (!measured) return;
     const machine = measured.machine ?? {};
     const place = machine.device === "cpu" ? `${machine.processor ?? "a processor"}, ${count(machine.threads ?? 1, "thread")}` : machine.device;
     const at = [...new Set(settings().map((group) => nearest(group.rows).speed))].join(", ");
-    const streams = measured.rows.some((row) => row.batch_size === null) ? " The stream is what fastkd predict runs." : "";
+    const streams = measured.rows.some((row) => row.batch_size === null) ? " The stream takes rows as they come; batches were sorted by length." : "";
     const gpu = machine.gpu_columns === "not yet measured" ? " On a GPU: not yet measured." : "";
     $("bench-lead").textContent =
       `Measured on ${place}, torch ${machine.torch ?? "?"}, ${count(measured.rows[0].rows, "row")} a pass; shown at speed ${at}, the measured one nearest to the slider.${streams} Below 1× early exit costs time.${gpu}`;
@@ -387,23 +442,18 @@
 
   function showTraining() {
     const points = curve().training;
-    $("training-figure").hidden = !points.length;
-    if (!points.length) {
-      $("training-lead").textContent = "No log of a training with dev rows was given; pass trainer_log.json of the model folders with --log.";
-      return;
-    }
+    $("training-section").hidden = !points.length;
+    if (!points.length) return;
     const lacks = points.some((point) => point.stage === "distill" && point.flops_share === null);
     $("training-lead").textContent = lacks
-      ? "Accuracy after every layer. This log was written before distillation recorded its FLOPs, so the lower part ends with fine-tuning."
+      ? `${qualityName(curve())} after every layer; FLOPs were recorded in fine-tuning only.`
       : `Fine-tuning teaches the backbone and the last head; self-distillation teaches the others, and FLOPs at speed ${content.recordedSpeed} fall.`;
   }
 
   function showExamples() {
     const examples = curve().examples;
-    $("examples-grid").hidden = !examples;
-    $("examples-lead").textContent = examples
-      ? "The rows that were surest soonest, and those that were least sure at the end."
-      : "No texts were given; pass the file that was traced with --examples.";
+    $("examples-section").hidden = !examples;
+    $("examples-lead").textContent = "The rows that were surest soonest, and those that were least sure at the end.";
     for (const end of ["first", "last"]) {
       $(end).replaceChildren(...(examples?.[end][state.step] ?? []).map((entry) => exampleItem(examples, entry)));
     }
@@ -422,13 +472,8 @@
 
   function showCertificate() {
     const certificate = curve().certificate;
-    if (!certificate) {
-      $("certificate").replaceChildren(
-        element("p", {}, "Not calibrated: this speed has no guarantee yet."),
-        element("p", {}, element("code", {}, "fastkd calibrate MODEL DATA")),
-      );
-      return;
-    }
+    $("certificate-section").hidden = !certificate;
+    if (!certificate) return;
     const shares = new Set(["max_drop", "confidence", "bound", "accuracy", "full_accuracy", "agreement"]);
     const list = element("dl");
     for (const [name, value] of Object.entries(certificate)) {
@@ -441,8 +486,24 @@
 
   function showSubtitle() {
     const shown = curve();
-    $("subtitle").textContent =
-      `${shown.name}: ${count(shown.rows, "row")}, ${shown.classes} classes, ${count(shown.layers, "layer")}, criterion ${shown.criterion}`;
+    const kind = shown.classes === 1 ? "regression" : `${shown.classes} classes`;
+    $("subtitle").textContent = `${shown.name}: ${shown.about}; ${kind}, criterion ${shown.criterion}`;
+  }
+
+  function showLeads() {
+    const shown = curve();
+    const bands = content.curves.some((entry) => entry.bounds?.some((pair) => pair !== null))
+      ? ` Bands: where new rows like these lie with 95\u00a0% confidence. All speeds answer the same rows, so a difference between two points of a curve is surer than its band.` : "";
+    $("trade-lead").textContent = `Every point of a curve is one speed. The dot is the speed chosen above.${bands}`;
+    const known = shown.reliability.some((head) => head.bounds.some((pair) => pair !== null));
+    if (charts.has("reliability")) $("reliability").closest("section").hidden = !known;
+    $("reliability-caption").textContent = `${isRegression(shown) ? "Mean absolute error" : "Accuracy"} by uncertainty, head by head`;
+    $("reliability-lead").textContent = isRegression(shown)
+      ? "It is if the curves rise: the surer a head, the smaller its error. The shaded part is who leaves."
+      : "It is if the curves fall: the surer a head, the more often it is right. The shaded part is who leaves.";
+    $("few-rows").textContent = `; hatched: fewer than ${content.fewestRows} rows`;
+    $("reliability-key").textContent =
+      `Larger dots stand for more rows, lines at dots for 95\u00a0% confidence; intervals with fewer than ${content.fewestRows} rows are left out. Choose heads in the legend.`;
   }
 
   function fillSettings() {
@@ -480,6 +541,7 @@
     fillPresets();
     fillSettings();
     showSubtitle();
+    showLeads();
     showTraining();
     showCertificate();
   }
@@ -540,7 +602,7 @@
   }
 
   function chooseCharts() {
-    const hasLabels = content.curves.some((shown) => shown.accuracy !== null);
+    const hasLabels = content.curves.some((shown) => quality(shown) !== null);
     const all = { "speed-accuracy": speedAccuracy, "speed-speedup": speedSpeedup, "speedup-accuracy": speedupAccuracy, exits, arrivals, reliability };
     const needLabels = ["speed-accuracy", "speedup-accuracy", "reliability"];
     for (const [id, build] of Object.entries(all)) {
@@ -554,7 +616,7 @@
   connect();
   showCurve();
   $("footer").textContent =
-    `Written by fastkd report on ${content.date}. Every number of the headline is what ExitTrace.sweep gives at that speed; seconds are medians of interleaved passes. Charts by plotly.js (MIT licence).`;
+    `${content.date}. Confidence: Wilson's intervals of accuracies, bootstrap over rows of correlations. FLOPs as FastBERT counts them.${content.curves.some((shown) => shown.benchmark) ? " Seconds are medians of interleaved passes." : ""} Charts by plotly.js (MIT licence).`;
   showSpeed();
   showHeadline();
   try {

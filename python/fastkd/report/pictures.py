@@ -55,16 +55,17 @@ def write_pictures(
         suffix = "" if len(curves) == 1 else "-" + "".join(sign if sign.isalnum() else "-" for sign in name)
         trace, chosen_top_n = source.trace, top_n if criterion == "top_n" else None
         uncertainties = trace.uncertainties(criterion, chosen_top_n)
-        if trace.has_right_answers:
-            figures.accuracy_by_uncertainty(accuracy_by_uncertainty(trace, uncertainties), path(f"figure4{suffix}"))
+        heads = accuracy_by_uncertainty(trace, uncertainties)
+        if any(value is not None for head in heads for value in head.qualities):
+            figures.accuracy_by_uncertainty(heads, path(f"figure4{suffix}"), trace.about)
         left = {speed: trace.answers(speed, criterion, chosen_top_n).exit_layer for speed in SHOWN_SPEEDS}
         reached = {
             speed: uncertainty_per_layer(trace, uncertainties, layers, bins=50) for speed, layers in left.items()
         }
-        figures.uncertainty_per_layer(reached, path(f"figure6{suffix}"))
-        points = [] if trace.is_regression else training_curve(source.logs)
+        figures.uncertainty_per_layer(reached, path(f"figure6{suffix}"), trace.about)
+        points = training_curve(source.logs)
         if points:
-            figures.training(points, path(f"figure7{suffix}"))
+            figures.training(points, path(f"figure7{suffix}"), trace.about)
         if source.benchmark is not None and measured_with(source.benchmark) == criterion:
-            figures.wall_clock(Benchmark.from_dict(source.benchmark).rows, path(f"wall_clock{suffix}"))
+            figures.wall_clock(Benchmark.from_dict(source.benchmark).rows, path(f"wall_clock{suffix}"), trace.about)
     return files

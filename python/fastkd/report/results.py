@@ -40,16 +40,16 @@ def write_comparison(sweeps: Mapping[str, Sweep], folder: Path) -> list[Path]:
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    figures.speedup_accuracy(sweeps, files[1])
+    figures.comparison(sweeps, files[1])
     return files
 
 
-def write_benchmark(measured: Benchmark, folder: Path) -> list[Path]:
-    """JSON, CSV and picture of the measurements; the paths written."""
+def write_benchmark(measured: Benchmark, folder: Path, about: str = "") -> list[Path]:
+    """JSON, CSV and picture of the measurements, of these rows and this model in words; the paths written."""
     files = [folder / "bench.json", folder / "bench.csv", folder / "wall_clock.png"]
     measured.to_json(files[0])
     measured.to_csv(files[1])
-    figures.wall_clock(measured.rows, files[2])
+    figures.wall_clock(measured.rows, files[2], about)
     return files
 
 

@@ -27,7 +27,7 @@ class Source:
         logs: of fine-tuning and distillation, as `fastkd.training.log.read_log` gives them.
         certificate: of a calibration, as the model's configuration holds it; None where there is none.
         examples: the rows that were traced, in the order of their file; None shows no texts.
-        label_names: of the classes; None calls them by number.
+        label_names: of the classes; None takes those that the trace carries, and else calls them by number.
     """
 
     name: str
@@ -74,7 +74,7 @@ def read_source(path: Path, name: str, extras: Extras | None = None) -> Source:
     beside = folder if path.is_dir() else None
     model = None if beside is None else beside / "model"
     config = _read_config(model)
-    labels = _label_names(config)
+    labels = _label_names(config) or trace.source.label_names or None
     examples = _examples(extras.examples or _generated_corpus(beside, trace), labels, trace, extras.reading)
     certificate = config.get("certificate") if extras.certificate is None else read_certificate(extras.certificate)
     return Source(

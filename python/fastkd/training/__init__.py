@@ -1,1 +1,3 @@
-"""Fine-tuning, self-distillation of the exit heads, and what every training shares. Knows no teacher model."""
+"""Fine-tuning, self-distillation of the exit heads, tuning of its length, and what every training shares. Knows no
+teacher model.
+"""

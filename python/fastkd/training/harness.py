@@ -200,7 +200,8 @@ class TrainResult:
         train_loss: mean loss over the steps of this process.
         metrics: of the kept weights on the dev rows, without a prefix: `loss`, and `accuracy` (`pearson` and `mse` for
             regression) after `finetune`, `accuracy_layer_<n>` (...) after `distill`, and what early exit does at speed
-            0.5: `accuracy_speed_0.5`, `flops_share_speed_0.5` (of the full model's FLOPs). Empty without dev rows.
+            0.5: `accuracy_speed_0.5` (`pearson_speed_0.5`), `flops_share_speed_0.5` (of the full model's FLOPs). Empty
+            without dev rows.
         seconds: time in the training loop of this process, evaluation included.
         log_history: every log of `transformers.Trainer`.
     """

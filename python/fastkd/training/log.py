@@ -16,7 +16,7 @@ LOG_FILE = "trainer_log.json"
 RECORDED_SPEED = 0.5
 """At this speed `fastkd.training.self_distillation.distill` records what early exit would do after every evaluation."""
 
-_LAYER = re.compile(r"eval_accuracy_layer_(\d+)")
+_LAYER = re.compile(r"eval_(?:accuracy|pearson)_layer_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,13 @@ class TrainingPoint:
     epoch: float
     """Counted through: distillation goes on where fine-tuning ended."""
     accuracy: float | None
-    """Of the last head, which is the full model."""
+    """Of the last head, which is the full model. Here and below, a regression has its correlation with the labels."""
     accuracy_at_speed: float | None
     """At `RECORDED_SPEED`; None in fine-tuning, where no row leaves early, and in logs that lack it."""
     flops_share: float | None
     """Of the full model's FLOPs, at `RECORDED_SPEED`; 1 in fine-tuning; None in logs that lack it."""
     accuracy_by_layer: dict[int, float] = field(default_factory=dict)
+    is_regression: bool = False
 
 
 def read_log(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -87,11 +88,14 @@ def training_curve(logs: Sequence[Mapping[str, Any]]) -> list[TrainingPoint]:
 def _point(stage: str, start: float, entry: Mapping[str, float]) -> TrainingPoint:
     by_layer = {int(match[1]): value for name, value in entry.items() if (match := _LAYER.fullmatch(name))}
     is_finetuning = stage == "finetune"
+    is_regression = any(name.startswith("eval_pearson") for name in entry)
+    measure = "eval_pearson" if is_regression else "eval_accuracy"
     return TrainingPoint(
         stage=stage,
         epoch=start + entry["epoch"],
-        accuracy=entry.get("eval_accuracy", by_layer[max(by_layer)] if by_layer else None),
-        accuracy_at_speed=entry.get(f"eval_accuracy_speed_{RECORDED_SPEED:g}"),
+        accuracy=entry.get(measure, by_layer[max(by_layer)] if by_layer else None),
+        accuracy_at_speed=entry.get(f"{measure}_speed_{RECORDED_SPEED:g}"),
         flops_share=1.0 if is_finetuning else entry.get(f"eval_flops_share_speed_{RECORDED_SPEED:g}"),
         accuracy_by_layer=by_layer,
+        is_regression=is_regression,
     )

@@ -113,11 +113,11 @@ def train_part(
     if training.trains_exits:
         config.exits_trained = True
     model.confirm_weights()
-    config.speed_table = _speed_table(model, dev, tokenizer, options) if training.trains_exits else None
+    config.speed_table = speed_table(model, dev, tokenizer, options) if training.trains_exits else None
     return run.finish(model, tokenizer, done, training.adapter)
 
 
-def _speed_table(
+def speed_table(
     model: EarlyExitForSequenceClassification,
     dev: Rows | None,
     tokenizer: PreTrainedTokenizerBase,

@@ -19,6 +19,17 @@ class Progress(Protocol):
         """Show a bar; what it gives is called with (done so far, what is running, new total)."""
 
 
+class Silent:
+    """Shows nothing."""
+
+    def say(self, text: str) -> None:
+        pass
+
+    @contextmanager
+    def progress(self, what: str, total: int | None) -> Iterator[Callable[..., None]]:
+        yield lambda *done: None
+
+
 @contextmanager
 def training_progress(shown: Progress, what: str) -> Iterator[TrainerCallback]:
     """A callback for a Trainer that moves a bar of its own."""

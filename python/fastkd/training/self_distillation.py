@@ -226,8 +226,7 @@ class _ExitMetrics:
             for index, layer in enumerate(self.exit_layers)
             for name, value in head_scores(logits[:, index], labels).items()
         }
-        is_regression = logits.shape[-1] == 1
-        return scores if is_regression else scores | self._early_exit(torch.from_numpy(logits).float(), labels)
+        return scores | self._early_exit(torch.from_numpy(logits).float(), labels)
 
     def _early_exit(self, logits: Tensor, labels: numpy.ndarray) -> dict[str, float]:
         lengths = torch.full((len(logits),), self.max_length, dtype=torch.int32)
@@ -235,6 +234,6 @@ class _ExitMetrics:
             logits, torch.from_numpy(labels), lengths, list(self.exit_layers), self.max_length, self.shape
         )
         row = trace.sweep([RECORDED_SPEED])[0]
-        assert row.accuracy is not None
-        name = f"speed_{RECORDED_SPEED:g}"
-        return {f"accuracy_{name}": row.accuracy, f"flops_share_{name}": 1 / row.speedup["fastbert"]}
+        assert row.quality is not None
+        name, measure = f"speed_{RECORDED_SPEED:g}", "accuracy" if row.pearson is None else "pearson"
+        return {f"{measure}_{name}": row.quality, f"flops_share_{name}": 1 / row.speedup["fastbert"]}
