@@ -24,7 +24,7 @@ def test_other_folders_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
     with pytest.raises(FileExistsError, match=r"holds thesis.txt, which fastkd demo did not leave there; choose"):
         claim_folder(tmp_path, "demo")
-    with pytest.raises(FileExistsError, match=r"thesis.txt is no folder"):
+    with pytest.raises(FileExistsError, match=r"thesis.txt is not a folder"):
         claim_folder(tmp_path / "thesis.txt", "demo")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

@@ -44,10 +44,10 @@ def bench(
     label_column: LabelColumn = None,
     labels_are: LabelsAreOption = None,
     speeds: Annotated[
-        str, typer.Option(help="Numbers above 0; the full model is always measured.")
+        str, typer.Option(help="Speeds above 0 to measure; the full model always is.")
     ] = "0.1,0.3,0.5,0.8",
-    batch_sizes: Annotated[str, typer.Option(help="Rows a batch.")] = "1,8,32",
-    dtypes: Annotated[str, typer.Option(help="Some of fp32, bf16, fp16, int8.")] = "fp32,bf16",
+    batch_sizes: Annotated[str, typer.Option(help="Batch sizes, as in 1,8,32.")] = "1,8,32",
+    dtypes: Annotated[str, typer.Option(help="Dtypes to measure: some of fp32, bf16, fp16, int8.")] = "fp32,bf16",
     criterion: OneCriterion = None,
     top_n: TopN = None,
     rows: Annotated[

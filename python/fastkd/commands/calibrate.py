@@ -70,9 +70,9 @@ def calibrate(
     split: Split = "test",
     max_drop: Annotated[
         str | None,
-        typer.Option(help="Share of rows, or of queries, that may suffer; default: 1%, with --top-k 5%."),
+        typer.Option(help="Share of rows, or of queries, that may get another answer; default: 1%, with --top-k 5%."),
     ] = None,
-    confidence: Annotated[str, typer.Option(help="With which that holds for new rows.")] = "95%",
+    confidence: Annotated[str, typer.Option(help="Confidence with which this holds for new rows.")] = "95%",
     guarantee: Annotated[
         Guarantee,
         typer.Option(
@@ -97,32 +97,29 @@ def calibrate(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the certificate too.")] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="Regression: up to which difference two answers are the same.")
+        float | None, typer.Option(help="For regression: the difference up to which two answers count as the same.")
     ] = None,
     model: Annotated[
         Path | None, typer.Option(help="With a trace file: the model folder that gets the certificate.")
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Certify a ranking instead: rows are pairs of query and document, whose top K counts."
-        ),
+        typer.Option(min=1, help="Certify the top K of a ranking instead; rows are pairs of query and document."),
     ] = None,
     recall: Annotated[
         str, typer.Option(help="With --top-k: the share of the full model's top K that a query must get.")
     ] = "100%",
     label: Annotated[
-        str | None, typer.Option(help="With --top-k: the class whose probability ranks; not for a regression.")
+        str | None,
+        typer.Option(help="With --top-k: the class whose probability ranks the documents; not for a regression."),
     ] = None,
-    set_default: Annotated[
-        bool, typer.Option("--set-default", help="The model runs at this speed where it is given none.")
-    ] = False,
+    set_default: Annotated[bool, typer.Option("--set-default", help="Make this the model's default speed.")] = False,
     text_column: TextColumn = None,
     pair_column: PairColumn = None,
     label_column: LabelColumn = None,
     labels_are: LabelsAreOption = None,
     allow_seen: Annotated[
-        bool, typer.Option("--allow-seen", help="Certify even where training has seen over 1% of the rows.")
+        bool, typer.Option("--allow-seen", help="Certify even if training has seen more than 1% of the rows.")
     ] = False,
     limit: Limit = None,
     max_length: MaxLength = None,

@@ -24,8 +24,8 @@ def compare(
         typer.Option(help="Trace of other rows that teaches the criterion performance; default: half of the rows."),
     ] = None,
     top_n: Annotated[int, typer.Option(min=2, help="Classes that the top_n criterion looks at.")] = 2,
-    patience: Annotated[int, typer.Option(min=1, help="Heads in a row that pcee_bert wants certain.")] = 2,
-    points: Annotated[int, typer.Option(min=2, help="At most so many speeds a criterion.")] = 30,
+    patience: Annotated[int, typer.Option(min=1, help="Heads in a row that must be certain, for pcee_bert.")] = 2,
+    points: Annotated[int, typer.Option(min=2, help="Most speeds shown for each criterion.")] = 30,
     seq_len: Annotated[
         int | None, typer.Option(min=1, help="Length for which FLOPs are counted; default: the longest row traced.")
     ] = None,

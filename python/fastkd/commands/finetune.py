@@ -75,9 +75,11 @@ def finetune(
     max_steps: MaxSteps = None,
     batch_size: BatchSize = 32,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the backbone.")] = 4e-5,
-    head_factor: Annotated[float, typer.Option(help="The new head learns so many times faster.")] = 10.0,
+    head_factor: Annotated[float, typer.Option(help="Factor on the learning rate of the new head.")] = 10.0,
     max_length: MaxLength = None,
-    patience: Annotated[int | None, typer.Option(min=1, help="Stop after so many evaluations without a gain.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="Stop after this many evaluations without a gain.")
+    ] = None,
     parity: Parity = None,
     input_format: Annotated[
         str | None,

@@ -74,9 +74,7 @@ def kd(
     train_rows: TrainRows = None,
     num_labels: NumLabels = None,
     labels: LabelNames = None,
-    regression: Annotated[
-        bool, typer.Option(help="Labels are numbers; known from a teacher, if there is one.")
-    ] = False,
+    regression: Annotated[bool, typer.Option(help="Labels are numbers; with a teacher this is found out.")] = False,
     metric: Annotated[
         str | None, typer.Option(help="Dev rows choose the weights by accuracy, f1, matthews, pearson or spearman.")
     ] = None,
@@ -84,9 +82,11 @@ def kd(
         Path | None,
         typer.Option(help="Keep the teacher's answers in this folder for further runs; default: for this run only."),
     ] = None,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Run the teacher in every step instead.")] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Run the teacher in every step, without a cache.")
+    ] = False,
     assistants: Annotated[
-        str | None, typer.Option(help="takd: the students between, as in layers:5,layers:4; default: one.")
+        str | None, typer.Option(help="For takd: the students in between, as in layers:5,layers:4; default: one.")
     ] = None,
     pool: Annotated[str | None, typer.Option(help="How layers are pooled: cls, mean, max or last.")] = None,
     teacher_layers: Annotated[
@@ -95,16 +95,18 @@ def kd(
     ] = None,
     student_layers: Annotated[
         str | None,
-        typer.Option(help="The same of the student; default: as in the teacher that it is made of, else found."),
+        typer.Option(
+            help="The same for the student; default: where the teacher's is if it is made of one, else found."
+        ),
     ] = None,
     freeze_embeddings: Annotated[
-        bool, typer.Option("--freeze-embeddings", help="Word embeddings stay as they are.")
+        bool, typer.Option("--freeze-embeddings", help="Do not train word embeddings.")
     ] = False,
     epochs: Epochs = 3.0,
     max_steps: MaxSteps = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the student's body.")] = 5e-5,
-    head_factor: Annotated[float, typer.Option(help="Everything new learns so many times faster.")] = 10.0,
+    head_factor: Annotated[float, typer.Option(help="Factor on the learning rate of everything new.")] = 10.0,
     max_length: MaxLength = None,
     bf16: Bf16 = None,
     seed: Seed = 42,

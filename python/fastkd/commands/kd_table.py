@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 def kd_table(
     grid: Annotated[Path, typer.Argument(help="YAML file: tasks, blocks of students and methods, seeds.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for teachers, results and table.")],
-    data: Annotated[
-        Path | None, typer.Option(help="What the tasks' folders are relative to; default: as the grid says.")
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder that holds the tasks; default: what the grid says.")] = None,
     task: Annotated[
         str | None, typer.Option(help="Run these tasks alone, as in CoLA,RTE; processes may share a grid like this.")
     ] = None,

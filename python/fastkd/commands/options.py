@@ -43,7 +43,7 @@ class LabelsAre(str, Enum):
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output, and nothing else.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1...; auto takes a GPU where there is one.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU if there is one.")]
 DtypeOption = Annotated[
     Dtype,
     typer.Option(
@@ -65,7 +65,7 @@ LayerList = Annotated[
     typer.Option("--layers", help="Where the encoder's list of layers lies, as in encoder.layers; default: found."),
 ]
 Split = Annotated[str, typer.Option(help="Which split of a data folder.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Use at most so many rows, drawn at random.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use at most this many rows, drawn at random.")]
 
 
 def criterion_option(help_text: str) -> Any:
@@ -89,7 +89,10 @@ PairColumn = Annotated[str | None, typer.Option(help="Column of the second text;
 LabelColumn = Annotated[str | None, typer.Option(help="Column of the label; default: label, labels, class...")]
 LabelsAreOption = Annotated[
     LabelsAre | None,
-    typer.Option("--labels-are", help="Numbers are names of classes or indices of them; default: whichever fits all."),
+    typer.Option(
+        "--labels-are",
+        help="Whether numbers in the label column are names or indices of classes; default: whichever fits all.",
+    ),
 ]
 LabelNames = Annotated[
     str | None, typer.Option("--labels", help="Names of the classes 0, 1, 2... as in negative,positive.")
@@ -99,9 +102,9 @@ NumLabels = Annotated[
 ]
 TrainFile = Annotated[Path | None, typer.Option(help="Training rows, instead of --data.")]
 DevFile = Annotated[Path | None, typer.Option(help="Rows that choose the best weights, instead of --data.")]
-TrainRows = Annotated[int | None, typer.Option(min=1, help="Train on at most so many rows, drawn at random.")]
+TrainRows = Annotated[int | None, typer.Option(min=1, help="Train on at most this many rows, drawn at random.")]
 Epochs = Annotated[float, typer.Option(help="Passes over the training rows.")]
-MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop after so many steps instead.")]
+MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop after this many steps instead.")]
 Bf16 = Annotated[
     bool | None, typer.Option("--bf16/--no-bf16", help="Compute in bfloat16; default: where the hardware does.")
 ]
@@ -112,7 +115,10 @@ Parity = Annotated[
     ),
 ]
 Fsdp = Annotated[
-    bool, typer.Option("--fsdp", help="Of several processes: each keeps its share of weights and optimizer (FSDP2).")
+    bool,
+    typer.Option(
+        "--fsdp", help="Each of several processes keeps only its share of the weights and the optimizer (FSDP2)."
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a killed run of the same command.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier run.")]

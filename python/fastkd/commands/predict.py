@@ -37,12 +37,15 @@ def predict(
     ] = "-",
     output: Annotated[
         str,
-        typer.Option("--output", "-o", help="A .tsv or .jsonl file, for a folder another; - writes to the screen."),
+        typer.Option(
+            "--output", "-o", help="A .tsv or .jsonl file; for an input folder, another folder; - writes to the screen."
+        ),
     ] = "-",
     text_column: TextColumn = None,
     pair_column: PairColumn = None,
     speed: Annotated[
-        float | None, typer.Option(help="0 (the full model) to 1 (leave at once); default: what the model says.")
+        float | None,
+        typer.Option(help="Speed from 0 (the full model) to 1 (leave at once); default: what the model says."),
     ] = None,
     criterion: OneCriterion = None,
     top_n: TopN = None,
@@ -55,7 +58,7 @@ def predict(
     ] = None,
     output_format: Annotated[str | None, typer.Option(help="tsv or jsonl; default: by suffix, else tsv.")] = None,
     bad_rows: Annotated[
-        str, typer.Option(help="mark: answer the others and say what is wrong; stop: write nothing at all.")
+        str, typer.Option(help="mark: answer the others and say what is wrong; stop: write nothing.")
     ] = "mark",
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Rows padded to one batch; default: the stream engine gathers tokens.")
@@ -67,17 +70,19 @@ def predict(
         typer.Option(help="Run this share of the rows (0.01, 1%) to full depth too, and report how often they agree."),
     ] = None,
     engine: Annotated[
-        str, typer.Option(help="Of a folder: local (this process) or ray (pip install 'fastkd-kernels[ray]').")
+        str, typer.Option(help="For a folder: local (this process) or ray (pip install 'fastkd-kernels[ray]').")
     ] = "local",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Of --engine ray; default: one for each GPU, or else CPU.")
+        int | None,
+        typer.Option(min=1, help="Workers of --engine ray; default: one for each GPU, or else for each CPU."),
     ] = None,
     ray_address: Annotated[
-        str | None, typer.Option(help="Of a Ray cluster, auto for a running one; default: one of this machine's own.")
+        str | None,
+        typer.Option(help="Address of a Ray cluster, auto for a running one; default: start one on this machine."),
     ] = None,
-    key: Annotated[str | None, typer.Option(help="Of a folder: copy this column into the answers.")] = None,
+    key: Annotated[str | None, typer.Option(help="For a folder: the column to copy into the answers.")] = None,
     block_rows: Annotated[
-        int, typer.Option(min=1, help="Of a folder: rows that are answered and written as one piece.")
+        int, typer.Option(min=1, help="For a folder: rows that are answered and written as one piece.")
     ] = 16_384,
     dtype: DtypeOption = Dtype.fp32,
     device: Device = "auto",

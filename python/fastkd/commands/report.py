@@ -37,27 +37,29 @@ def report(
         list[Path],
         typer.Argument(help="Trace files, or folders with trace.safetensors as fastkd demo leaves them."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write the page to.")] = Path("report.html"),
     bench: Annotated[Path | None, typer.Option(help="bench.json of fastkd bench.")] = None,
     log: Annotated[
-        list[Path] | None, typer.Option(help="trainer_log.json, or the model folder it lies in; one a stage.")
+        list[Path] | None, typer.Option(help="trainer_log.json or its model folder; repeat it for each stage.")
     ] = None,
     examples: Annotated[
-        Path | None, typer.Option(help="The file that was traced: its texts that left first and last are shown.")
+        Path | None, typer.Option(help="The file that was traced; shows its texts that left first and last.")
     ] = None,
     text_column: TextColumn = None,
     pair_column: PairColumn = None,
     label_column: LabelColumn = None,
     labels_are: LabelsAreOption = None,
     certificate: Annotated[
-        Path | None, typer.Option(help="Calibrated model folder, or the certificate as JSON.")
+        Path | None, typer.Option(help="Folder of a calibrated model, or a certificate as JSON.")
     ] = None,
     criterion: Criteria = None,
     top_n: TopN = None,
-    speed: Annotated[float, typer.Option(help="Where the slider stands at first.")] = 0.5,
-    title: Annotated[str, typer.Option(help="Of the page.")] = "What speed costs and wins",
+    speed: Annotated[float, typer.Option(help="Speed at which the slider starts.")] = 0.5,
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "What speed costs and wins",
     figures: Annotated[Path | None, typer.Option(help="Also write the figures to this folder, for papers.")] = None,
-    picture_format: Annotated[PictureFormat, typer.Option("--format", help="Of those figures.")] = PictureFormat.png,
+    picture_format: Annotated[
+        PictureFormat, typer.Option("--format", help="Format of the files of --figures.")
+    ] = PictureFormat.png,
     as_json: Json = False,
 ) -> None:
     """One page that shows what every speed costs and wins.

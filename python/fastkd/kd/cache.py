@@ -39,7 +39,7 @@ _CLASSIFIERS = "pseudo_classifiers"
 _ID_BYTES = 16
 _SHARD_REMEDY = "delete this file: the teacher is asked again for the rows in it"
 _CLASSIFIERS_REMEDY = f"delete {_CLASSIFIERS}.* and layer_logits-* in this folder: they are made again"
-_CACHE_REMEDY = "delete the folder to fill it anew, or name another"
+_CACHE_REMEDY = "delete the folder to fill it again, or name another"
 
 
 class StaleCacheError(ValueError):

@@ -83,7 +83,7 @@ def _add_errors(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
-            return JSONResponse(Refusal("Malformed", "body: is no JSON").body, 400)
+            return JSONResponse(Refusal("Malformed", "body: is not JSON").body, 400)
         # without the input, which may be anything, and nobody's business in a log
         place = ".".join(str(part) for part in first["loc"][1:2]) or "body"
         return JSONResponse(Refusal("Validation", f"{place}: {first['msg']}").body, 422)
