@@ -1,11 +1,13 @@
 """What Universal-KD's attention looks at, and what its term adds to the others, while a student learns.
 
     python bench/universal_attention.py TEACHER DATA [--rows 1000] [--student layers:3] [--space logits]
-        [--regression] [--unit standard] [--output FILE]
+        [--pool mean] [--regression] [--unit standard] [--output FILE]
 
 A student learns by `UniversalKDMixtureLoss` as in `fastkd kd` (IL). Before the training and after each epoch, on the
 same dev rows, it is written down
 
+* how far the hidden states of the student's layers are spread, beside the norm of their mean: a linear classifier
+  that begins at 0 learns next to nothing of a small spread around a large mean;
 * how many teacher layers the attention really uses (exp of its entropy), and the share of each, with raw, centred and
   log-probability features;
 * how good the classifiers on the teacher's layers are, and the mixture that the student's layers learn from: accuracy,
@@ -54,11 +56,11 @@ class Batch:
 class Rig:
     """A student, its pseudo-classifiers and a teacher's cached answers."""
 
-    def __init__(self, teacher: Teacher, cache: TeacherCache, student: Any, max_length: int) -> None:
+    def __init__(self, teacher: Teacher, cache: TeacherCache, student: Any, max_length: int, pool: str | None) -> None:
         self.teacher, self.cache, self.max_length = teacher, cache, max_length
         self.scale = LabelScale()
         self.student = student
-        self.probe = LayerProbe(self.student)
+        self.probe = LayerProbe(self.student, pool)
         config = self.student.config
         self.heads = PseudoClassifiers(self.probe.num_layers - 1, config.hidden_size, config.num_labels)
         for parameter in self.student.get_input_embeddings().parameters():
@@ -92,6 +94,9 @@ class Rig:
 def look(rig: Rig, batches: list[Batch], loss: UniversalKDLoss) -> dict[str, Any]:
     """What the module says is written down, as means over the rows."""
     rig.student.eval()
+    with torch.no_grad():
+        hidden = torch.cat([rig.probe(**batch.tokens).hidden_states.float() for batch in batches], dim=1)
+    spread = [[layer.std(0).norm().item(), layer.mean(0).norm().item()] for layer in hidden]
     found: list[dict[str, Any]] = []
     for batch in batches:
         logits = rig.layer_logits(batch)
@@ -103,7 +108,7 @@ def look(rig: Rig, batches: list[Batch], loss: UniversalKDLoss) -> dict[str, Any
                 "gradient": _gradients(rig, logits, batch, loss),
             }
         )
-    return _mean(found)
+    return {"spread and mean": spread, **_mean(found)}
 
 
 def _attention(space: str, student: Tensor, teacher: Tensor) -> dict[str, Any]:
@@ -181,6 +186,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--watched", type=int, default=512, help="dev rows that are looked at")
     parser.add_argument("--student", default="layers:3")
+    parser.add_argument("--pool", help="cls, mean, max or last; default: as the models do")
     parser.add_argument("--space", default="logits", choices=("logits", "centred", "log_probs", "probs"))
     parser.add_argument("--regression", action="store_true")
     parser.add_argument("--unit", default="standard", choices=("standard", "labels"), help="of a regression's losses")
@@ -196,7 +202,7 @@ def main() -> None:
     folder = load_folder(options.data, num_labels=1 if options.regression else None)
     assert folder.dev is not None
     rows, dev = folder.train.sample(options.rows, 0), folder.dev.sample(options.watched, 0)
-    teacher = Teacher.load(options.teacher)
+    teacher = Teacher.load(options.teacher, options.pool)
     with tempfile.TemporaryDirectory() as scratch:
         cache = TeacherCache(Path(scratch) / "cache", teacher, options.max_length, bf16=True)
         cache.ensure(rows, _KINDS)
@@ -206,7 +212,7 @@ def main() -> None:
         student = student_from_teacher(teacher.model, options.student)
         unit = standard_unit(student, rows, teacher.tokenizer, has_new_head=False)
         with unit if options.unit == "standard" else nullcontext() as scales:
-            rig = Rig(teacher, cache, student, options.max_length)
+            rig = Rig(teacher, cache, student, options.max_length, options.pool)
             if scales is not None:
                 rig.scale = scales.labels
             watched = list(rig.batches(dev, 128, None))

@@ -395,7 +395,20 @@ def test_takd_without_room_for_an_assistant_is_refused(teacher: Path) -> None:
 
 def test_a_teacher_that_pools_otherwise_is_refused(teacher: Path) -> None:
     with pytest.raises(ValueError, match=r"teacher: it pools by cls, expected mean; load it with pool='mean'"):
-        KDTrainer(Teacher.load(teacher), "layers:2", "rail-kd", OPTIONS)
+        KDTrainer(Teacher.load(teacher, "cls"), "layers:2", "rail-kd", OPTIONS)
+
+
+def test_a_teacher_whose_pool_nobody_chose_pools_as_the_method_wants(teacher: Path) -> None:
+    loaded = Teacher.load(teacher)
+    trainer = KDTrainer(loaded, "layers:2", "rail-kd", OPTIONS)
+    assert trainer.teacher is not None
+    assert (trainer.teacher.pool, loaded.pool) == ("mean", "cls")
+    assert trainer.teacher.model is loaded.model
+    batch = random_batch()
+    first, second = (t.signals(batch, ["hidden_states"]).hidden_states for t in (loaded, trainer.teacher))
+    assert first is not None
+    assert second is not None
+    assert not torch.allclose(first, second)
 
 
 def test_a_length_beyond_the_model_is_refused(teacher: Path) -> None:

@@ -8,9 +8,10 @@ the builders below are what `KDOptions.arguments` may set.
 Their defaults are not each paper's. Vanilla KD, TAKD, PKD, ALP-KD, RAIL-KD and Universal-KD share one temperature of 4,
 where each paper searches its own (PKD, arXiv:1908.09355: 5, 10 and 20), so that rows of a table differ by the method.
 ALP-KD's inner layers weigh 1, where its one public reproduction has 1000. MHKD's teacher heads are frozen, so that its
-loss has no cross entropy of theirs. Students of "layers:K" begin with evenly spaced layers; PKD begins with the first.
-Annealing-KD spreads ten temperatures over the steps of its stage. The second of two stages begins with the best weights
-of the first, or its last ones where no dev rows choose.
+loss has no cross entropy of theirs. Its classifiers and those of Universal-KD (IL, CA) read the mean of all tokens.
+Students of "layers:K" begin with evenly spaced layers; PKD begins with the first. Annealing-KD spreads ten temperatures
+over the steps of its stage. The second of two stages begins with the best weights of the first, or its last ones where
+no dev rows choose.
 """
 
 from __future__ import annotations
@@ -356,6 +357,8 @@ _HIDDEN = ("hidden_states",)
 _LAYERS = ("layer_logits",)
 _INNER = (("logits", "hidden_states"), _HIDDEN)
 _ON_LABELS = Stage("labels", _none, share=1 / 3)
+# the student's classifiers are new: of [CLS] of lower layers, nearly the same for every text, they learn nothing
+_FOR_NEW_CLASSIFIERS = "mean"
 # one loss for students with layers like the teacher's and of another architecture
 _UNIVERSAL_INNER = _one(_universal("inner"), _LAYERS, _LAYERS)
 
@@ -371,12 +374,12 @@ METHODS: dict[str, Method] = {
         Method("alp-kd-no", _one(_alp("NO"), *_INNER)),
         Method("alp-kd-po", _one(_alp("PO"), *_INNER)),
         Method("rail-kd", _one(_rail, *_INNER), pool="mean"),
-        Method("mhkd", _one(_mhkd, _LAYERS, _LAYERS)),
+        Method("mhkd", _one(_mhkd, _LAYERS, _LAYERS), pool=_FOR_NEW_CLASSIFIERS),
         Method("dih", _one(_dih, _LAYERS)),
         Method("annealing", (Stage("annealing", _annealing, frozenset(_LOGITS), share=2 / 3), _ON_LABELS)),
         Method("distilbert", _one(_distilbert, ("logits", "sequence_output"), ("sequence_output",))),
-        Method("universal-il", _UNIVERSAL_INNER),
-        Method("universal-ca", _UNIVERSAL_INNER),
+        Method("universal-il", _UNIVERSAL_INNER, pool=_FOR_NEW_CLASSIFIERS),
+        Method("universal-ca", _UNIVERSAL_INNER, pool=_FOR_NEW_CLASSIFIERS),
         Method("universal-cg", _one(_universal("last"), _LAYERS)),
         Method(
             "universal-cg-two-stage",

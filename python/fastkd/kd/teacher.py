@@ -106,6 +106,7 @@ class Teacher:
         self.tokenizer = _padding_right(tokenizer)
         self.pseudo_classifiers: PseudoClassifiers | None = None
         self.pool = check_pool(default_pool(model) if pool is None else pool)
+        self._names_pool = pool is not None
         self.layers = layers
         self._found: LayerProbe | None = None
         self.fingerprint = {"teacher": weights_fingerprint(model), "tokenizer": tokenizer_fingerprint(tokenizer)}
@@ -144,6 +145,20 @@ class Teacher:
         other.fingerprint = {**self.fingerprint, "label order": ", ".join(label_names)}
         # those of this teacher were trained on labels in its own order
         other.pseudo_classifiers = None
+        return other
+
+    def pooled_by(self, pool: str | None) -> Teacher:
+        """This teacher where it pools so or `pool` is None; else a copy that does.
+
+        Raises:
+            ValueError: whoever made it named another pool.
+        """
+        if pool is None or self.pool == pool:
+            return self
+        if self._names_pool:
+            raise ValueError(f"teacher: it pools by {self.pool}, expected {pool}; load it with pool={pool!r}")
+        other = copy.copy(self)
+        other.pool, other._found, other.pseudo_classifiers = check_pool(pool), None, None
         return other
 
     @property

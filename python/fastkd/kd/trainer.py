@@ -108,8 +108,8 @@ class KDTrainer:
         self._is_cached = bool(cache) and not cannot_cache
         pool = self.options.pool or self.method.pool
         self.teacher = Teacher.load(teacher, pool) if isinstance(teacher, str | os.PathLike) else teacher
-        if self.teacher is not None and pool is not None and self.teacher.pool != pool:
-            raise ValueError(f"teacher: it pools by {self.teacher.pool}, expected {pool}; load it with pool={pool!r}")
+        if self.teacher is not None:
+            self.teacher = self.teacher.pooled_by(pool)
         if self.teacher is not None and self.options.student_layers is None and str(student).startswith("layers:"):
             self.options = replace(self.options, student_layers=self.teacher.layers)
         self.tokenizer = tokenizer or self._default_tokenizer()

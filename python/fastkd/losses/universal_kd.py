@@ -32,7 +32,8 @@ class UniversalKDLoss(nn.Module):
         (PseudoClassifiers(tied=True) is one for all layers)
     7.  student classifiers trained by this loss alone: `student_head_ce` > 0 adds labels
     8.  IL leaves the student's last layer out, all teacher layers take part: `student_layers`, `teacher_layers`
-    9.  [CLS] before the pooler, masked mean where there is none: `LayerProbe(pool=...)`
+    9.  [CLS] before the pooler, masked mean where there is none: `LayerProbe(pool=...)`; in `fastkd kd` the mean for IL
+        and CA: [CLS] of lower layers is nearly the same for every text, so that a new classifier learns nothing of it
     10. gradient through the attention: `detach_attention`
     11. C = 1 is a regression, squared error and attention on -(f_i - f_j)^2: `attn`
     12. joint with labels and logits in IL and CA: `UniversalKDMixtureLoss`; two stages in CG: a recipe
