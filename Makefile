@@ -10,6 +10,9 @@
 #   make docs    the documentation, into build/site
 #   make setup   only the environment and the compiled kernels
 #   make wheel   one wheel for CPython 3.10 and newer, into dist/
+#   make sdist   the source archive, into dist/
+#   make release-wheels   wheels of this processor that serve old Linux systems too, by cibuildwheel in its container
+#   make tools   on Debian and Ubuntu: what `make simd` needs
 #   make lowest, make newest   the ops and a training with the oldest declared and the newest released packages
 #   make simd    the vector code as g++ and clang build it, and on aarch64, whose objects are compiled by the cross compiler
 
@@ -52,7 +55,7 @@ BUNDLE_ARGS ?=
 # tests of the ops and of what the packages around them change most often
 LEG_TESTS ?= tests/test_kd_loss.py tests/test_varlen_attention.py tests/test_layer_norm.py tests/test_model.py tests/test_cli.py
 
-.PHONY: demo test sanitize sanitize-threads bench gpu gpu-bundle lint docs setup wheel lowest newest simd clean
+.PHONY: demo test sanitize sanitize-threads bench gpu gpu-bundle lint docs setup wheel sdist release-wheels lowest newest simd tools clean
 
 demo: $(if $(wildcard $(STAMP)),$(STAMP),$(DEMO_STAMP))
 	"$(ENVIRONMENT)/bin/fastkd" demo
@@ -65,18 +68,18 @@ test: $(STAMP)
 SANITIZERS = $(foreach library,libasan.so libubsan.so libstdc++.so,$(shell $${CXX:-c++} -print-file-name=$(library)))
 sanitize: $(STAMP)
 	FASTKD_SANITIZE=address,undefined "$(PYTHON)" setup.py build --build-base build/sanitize
-	export PYTHONPATH=$$(echo $(CURDIR)/build/sanitize/lib.*) LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
+	export PYTHONPATH=$$(echo "$(CURDIR)"/build/sanitize/lib.*) LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=print_stacktrace=1; \
-	(cd build && "$(abspath $(PYTHON))" -c 'from fastkd_kernels import _C; assert "build/sanitize" in _C.__file__, _C.__file__'); \
+	"$(PYTHON)" -c 'import sys; sys.path.remove(""); from fastkd_kernels import _C; assert "build/sanitize" in _C.__file__, _C.__file__'; \
 	"$(ENVIRONMENT)/bin/pytest" $(SANITIZE_ARGS)
 
 # threads of Python and one of torch each: torch's OpenMP is not built so, and its barriers would not be seen. setarch, because
 # the runtime of gcc 12 knows no address space as random as newer kernels make it
 sanitize-threads: $(STAMP)
 	FASTKD_SANITIZE=thread "$(PYTHON)" setup.py build --build-base build/threads
-	export PYTHONPATH=$$(echo $(CURDIR)/build/threads/lib.*):$(CURDIR)/tests OMP_NUM_THREADS=1 \
+	export PYTHONPATH="$$(echo "$(CURDIR)"/build/threads/lib.*):$(CURDIR)/tests" OMP_NUM_THREADS=1 \
 		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libtsan.so)"; \
-	cd build && setarch -R "$(abspath $(PYTHON))" $(CURDIR)/tests/concurrent_ops.py
+	setarch -R "$(PYTHON)" tests/concurrent_ops.py
 
 bench: $(STAMP)
 	"$(PYTHON)" -m pytest $(BENCH_ARGS)
@@ -101,7 +104,7 @@ lint: $(STAMP)
 
 docs: $(STAMP)
 	"$(PYTHON)" -c 'import mkdocs, mkdocstrings' 2>/dev/null || "$(PYTHON)" -m pip install -c $(STAMP).torch --no-build-isolation -e '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 "$(PYTHON)" -m mkdocs build --strict
 
 setup: $(STAMP)
 
@@ -140,6 +143,20 @@ wheel: $(STAMP)
 	PATH="$$PWD/build/wheel-tools/bin:$$PATH" auditwheel repair \
 		--exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' -w dist build/wheel/*.whl
 
+# packs, checks the page that an index shows, and builds nothing
+sdist: $(STAMP)
+	"$(PYTHON)" -m pip install --quiet build twine
+	"$(PYTHON)" -m build --sdist --outdir dist
+	"$(PYTHON)" -m twine check --strict dist/*.tar.gz
+
+release-wheels:
+	test -x build/cibuildwheel/bin/cibuildwheel || { $(SYSTEM_PYTHON) -m venv build/cibuildwheel && \
+		build/cibuildwheel/bin/python -m pip install --quiet cibuildwheel; }
+	build/cibuildwheel/bin/cibuildwheel --output-dir dist
+
+tools:
+	SUDO=$$(command -v sudo || true); $$SUDO apt-get update -qq && $$SUDO apt-get install -qq -y $(SIMD_TOOLS)
+
 lowest newest: %: build/%/ready
 	build/$*/bin/python -m pip install --quiet --no-deps --force-reinstall dist/fastkd_kernels-*.whl
 	build/$*/bin/python tests/use_every_op.py --compiled
@@ -157,15 +174,17 @@ build/newest/ready: pyproject.toml
 	touch $@
 
 # all but what needs the headers of that Python
-OF_PYTHON := csrc/module.cpp csrc/exit_gate_eager.cpp csrc/triton_launch.cpp
+OF_PYTHON := $(shell grep -l 'python_api.h\|Python.h\|eager_tensors.h' csrc/*.cpp)
+SIMD_TOOLS := clang g++-aarch64-linux-gnu qemu-user
 
 simd: $(STAMP) $(patsubst csrc/%.cpp,build/aarch64/%.o,$(filter-out $(OF_PYTHON),$(wildcard csrc/*.cpp)))
 	"$(PYTHON)" -m pytest tests/test_instruction_sets.py $(PYTEST_ARGS)
 
 build/aarch64/%.o: csrc/%.cpp $(wildcard csrc/*.h) | $(STAMP)
 	mkdir -p build/aarch64
-	aarch64-linux-gnu-g++ $$("$(PYTHON)" -c 'import setup, torch; from pathlib import Path; \
-		print(*setup.CXX_FLAGS, "-isystem", Path(torch.__file__).parent / "include")') -Icsrc -c $< -o $@
+	readarray -t flags < <("$(PYTHON)" -c 'import setup, torch; from pathlib import Path; \
+		print(*setup.CXX_FLAGS, "-isystem", Path(torch.__file__).parent / "include", sep="\n")'); \
+	aarch64-linux-gnu-g++ "$${flags[@]}" -Icsrc -c $< -o $@
 
 clean:
 	rm -rf build *.egg-info fastkd_kernels/_C*.so .venv

@@ -1,4 +1,6 @@
-"""Builds fastkd_kernels._C: CPU kernels always, CUDA kernels where a CUDA torch and a toolkit are found.
+"""Builds fastkd_kernels._C, the CPU kernels, and _C_cuda where a CUDA torch and a toolkit are found.
+
+Two libraries, so that where CUDA's cannot be loaded the other one is: files of csrc that end in _cuda make the second.
 
 Environment variables:
     FASTKD_SKIP_EXT=1      install the Python packages only
@@ -6,6 +8,7 @@ Environment variables:
     CUDA_HOME              the CUDA toolkit; default: that of nvcc on PATH, then /usr/local/cuda
     TORCH_CUDA_ARCH_LIST   such as "8.0;9.0+PTX"; default: the visible GPUs, or without one DEFAULT_ARCHITECTURES
     MAX_JOBS               how many compilers run at once
+    FASTKD_REPOSITORY      https address of the repository, for a release: where links of the package's page lead
     FASTKD_SANITIZE        sanitizers of the compiler to build in, such as address,undefined; `make sanitize` sets it
 """
 
@@ -220,8 +223,46 @@ def sanitizer_flags() -> list[str]:
     return [f"-fsanitize={chosen}", *SANITIZER_FLAGS] if chosen else []
 
 
-def define_string(name: str, value: str) -> tuple[str, str]:
-    return name, f'"{value}"'
+def sources(ends_in_cuda: bool) -> list[str]:
+    paths = [path for suffix in ("cpp", "cu") for path in sorted((ROOT / "csrc").glob(f"*.{suffix}"))]
+    return [str(path.relative_to(ROOT)) for path in paths if path.stem.endswith("_cuda") == ends_in_cuda]
+
+
+def make_extension(name: str, torch: ModuleType, libraries: list[str], defined: dict[str, str]) -> Any:
+    """A library of the files of csrc, which belongs to no version of Python and of torch."""
+    extension = import_module("torch.utils.cpp_extension").CppExtension(
+        f"fastkd_kernels.{name}",
+        sources(name.endswith("_cuda")),
+        py_limited_api=True,
+        depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.*h"))],
+        define_macros=[(macro, f'"{value}"') for macro, value in defined.items()],
+        extra_link_args=sanitizer_flags()[:1],
+        extra_compile_args={
+            "cxx": CXX_FLAGS + without_build_paths(torch) + sanitizer_flags(),
+            "nvcc": NVCC_FLAGS + [f"-Xcompiler={flag}" for flag in without_build_paths(torch)],
+        },
+    )
+    # CppExtension adds torch_python and c10, whose C++ symbols would tie the binary to one torch
+    extension.libraries = libraries
+    return extension
+
+
+def make_cuda_extension(torch: ModuleType, cuda_home: Path) -> Any:
+    extension = make_extension("_C_cuda", torch, ["torch_cpu", "cudart"], {})
+    # behind the flag, which linkers obey from there on: a stand-in has nothing that is needed
+    extension.extra_link_args += ["-Wl,--no-as-needed", "-ltorch_cuda"]
+    extension.include_dirs.append(str(cuda_home / "include"))
+    extension.library_dirs += [str(cuda_home / name) for name in ("lib64", "lib") if (cuda_home / name).is_dir()]
+    return extension
+
+
+def stand_in_for_torch_cuda(folder: Path) -> None:
+    """An empty libtorch_cuda.so to link against where torch has none; that of the torch which runs is then loaded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "libtorch_cuda.so"
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    command = [*compiler, "-shared", "-nostdlib", f"-Wl,-soname,{name}", "-x", "c++", os.devnull, "-o", folder / name]
+    subprocess.run(command, check=True)
 
 
 def build_settings() -> dict[str, Any]:
@@ -235,54 +276,69 @@ def build_settings() -> dict[str, Any]:
     torch = import_torch()
     cpp_extension = import_module("torch.utils.cpp_extension")
     cuda_home = choose_cuda(torch)
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cpp"))
-    libraries = ["torch_cpu"]
     architectures = toolkit = ""
+    extensions = []
     if cuda_home is not None:
         # torch looks both up again by itself, and fails where it has no CUDA or sees no GPU
         cpp_extension.CUDA_HOME = str(cuda_home)
         architectures = os.environ["TORCH_CUDA_ARCH_LIST"] = choose_architectures(torch, cuda_home)
         toolkit = toolkit_version(cuda_home)
-        sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.cu"))
-        libraries += ["torch_cuda", "cudart"] if torch.version.cuda else ["cudart"]
-    extension = cpp_extension.CppExtension(
-        "fastkd_kernels._C",
-        sources,
-        py_limited_api=True,
-        depends=[str(path.relative_to(ROOT)) for path in (ROOT / "csrc").glob("*.h")],
-        define_macros=[
-            define_string("FASTKD_BUILT_WITH_TORCH", torch.__version__),
-            define_string("FASTKD_CUDA_ARCHITECTURES", architectures),
-            define_string("FASTKD_CUDA_TOOLKIT", toolkit),
-        ],
-        extra_link_args=sanitizer_flags()[:1],
-        extra_compile_args={
-            "cxx": CXX_FLAGS + without_build_paths(torch) + sanitizer_flags(),
-            "nvcc": NVCC_FLAGS + [f"-Xcompiler={flag}" for flag in without_build_paths(torch)],
-        },
-    )
-    # CppExtension adds torch_python and c10, whose C++ symbols would tie the binary to one torch
-    extension.libraries = libraries
-    if cuda_home is not None:
-        extension.include_dirs.append(str(cuda_home / "include"))
-        extension.library_dirs += [str(cuda_home / name) for name in ("lib64", "lib") if (cuda_home / name).is_dir()]
+        extensions.append(make_cuda_extension(torch, cuda_home))
+    defined = {
+        "FASTKD_BUILT_WITH_TORCH": torch.__version__,
+        "FASTKD_CUDA_ARCHITECTURES": architectures,
+        "FASTKD_CUDA_TOOLKIT": toolkit,
+    }
+    extensions.insert(0, make_extension("_C", torch, ["torch_cpu"], defined))
     return {
-        "ext_modules": [extension],
-        "cmdclass": {"build_ext": alone(cpp_extension.BuildExtension)},
+        "ext_modules": extensions,
+        "cmdclass": {"build_ext": builder_over(cpp_extension.BuildExtension, has_torch_cuda=bool(torch.version.cuda))},
         "options": {"bdist_wheel": {"py_limited_api": OLDEST_PYTHON}},
     }
 
 
-def alone(builder: type) -> type:
-    """`builder`, which removes what Python would load instead of its result: a build for one version of Python."""
+def builder_over(builder: type, has_torch_cuda: bool) -> type:
+    """`builder`, which also removes libraries of earlier builds that Python would load beside its results."""
 
     class Builder(builder):  # type: ignore[misc]
         def run(self) -> None:
+            for extension in self.extensions:
+                if "-ltorch_cuda" in extension.extra_link_args and not has_torch_cuda:
+                    stand_in = Path(self.build_temp).absolute() / "stand_in"
+                    stand_in_for_torch_cuda(stand_in)
+                    extension.library_dirs.append(str(stand_in))
             super().run()
-            for other in (ROOT if self.inplace else Path(self.build_lib)).glob("fastkd_kernels/_C.cpython-*"):
-                other.unlink()
+            package = (ROOT if self.inplace else Path(self.build_lib)) / "fastkd_kernels"
+            made = {Path(path).name for path in self.get_outputs()}
+            for library in package.glob("_C*.so"):
+                if library.name not in made:
+                    library.unlink()
 
     return Builder
+
+
+def page_for_an_index(repository: str | None) -> str:
+    """README.md, whose relative links lead into the repository; without one their text is left."""
+    link = re.compile(r"(!?)\[([^\]]*)\]\((?!https?://|#)([^)\s]+)\)")
+
+    def absolute(found: re.Match[str]) -> str:
+        mark, text, path = found.groups()
+        if not repository:
+            return "" if mark else text
+        return f"{mark}[{text}]({repository}/{'raw' if mark else 'blob'}/main/{path})"
+
+    return link.sub(absolute, (ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+def page_settings() -> dict[str, Any]:
+    repository = os.environ.get("FASTKD_REPOSITORY", "").rstrip("/")
+    pages = {"Repository": "", "Issues": "/issues", "Documentation": "/tree/main/docs"}
+    pages["Changelog"] = "/blob/main/CHANGELOG.md"
+    return {
+        "long_description": page_for_an_index(repository),
+        "long_description_content_type": "text/markdown",
+        "project_urls": {name: f"{repository}{path}" for name, path in pages.items()} if repository else {},
+    }
 
 
 def main() -> None:
@@ -291,7 +347,7 @@ def main() -> None:
         settings = {} if os.environ.get("FASTKD_SKIP_EXT") == "1" else build_settings()
     except BuildProblemError as problem:
         sys.exit(f"fastkd_kernels: {problem}")
-    setuptools.setup(**settings)
+    setuptools.setup(**page_settings(), **settings)
 
 
 if __name__ == "__main__":

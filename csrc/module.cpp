@@ -28,11 +28,10 @@ bool add_instruction_sets(PyObject* module) {
 }
 
 bool describe(PyObject* module) {
-  // raised together with INTERFACE in fastkd_kernels/_extension.py whenever a schema or a binding changes
-  return PyModule_AddIntConstant(module, "interface", 4) == 0 &&
+  return PyModule_AddIntConstant(module, "interface", fastkd::kInterface) == 0 &&
       PyModule_AddStringConstant(module, "built_with_torch", FASTKD_BUILT_WITH_TORCH) == 0 &&
       PyModule_AddStringConstant(module, "compiler", kCompiler) == 0 &&
-      // both empty where the CUDA kernels were not built
+      // of the library beside this one, csrc/module_cuda.cpp; both empty where it was not built
       PyModule_AddStringConstant(module, "cuda_architectures", FASTKD_CUDA_ARCHITECTURES) == 0 &&
       PyModule_AddStringConstant(module, "cuda_toolkit", FASTKD_CUDA_TOOLKIT) == 0 && add_instruction_sets(module);
 }

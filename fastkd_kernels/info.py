@@ -46,13 +46,14 @@ def _extension_report() -> Report:
     extension = _extension.extension
     if extension is None:
         return {"missing": _extension.missing_reason}
+    missing = _extension.missing_cuda_reason
     return {
         "file": extension.__file__,
         "built_with_torch": extension.built_with_torch,
         "compiler": extension.compiler,
         "cuda_toolkit": extension.cuda_toolkit or None,
         "cuda_architectures": [name for name in extension.cuda_architectures.split(";") if name],
-    }
+    } | ({} if missing is None else {"cuda_missing": missing})
 
 
 def _devices() -> list[Report]:

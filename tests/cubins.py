@@ -133,8 +133,7 @@ def _compile_in_child(worker: int, jobs: Sequence[tuple[KernelSpec, int]]) -> li
 @cache
 def _child(worker: int, python_path: str) -> subprocess.Popen[str]:
     """A process that compiles what it is sent, until the tests end."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = python_path
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": python_path}
     pipe = subprocess.PIPE
     child = subprocess.Popen([sys.executable, __file__], stdin=pipe, stdout=pipe, env=environment, text=True)
     atexit.register(child.kill)

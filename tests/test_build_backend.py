@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -131,3 +132,40 @@ def test_the_source_archive_builds_and_tests_from_itself(tmp_path: Path) -> None
         inside = {name.partition("/")[2] for name in packed.getnames()}
     missing = {name for name in listed.stdout.splitlines() if not name.startswith(".")} - inside
     assert missing == set()
+
+
+def test_continuous_integration_runs_make_targets_and_nothing_else() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)[0].split())
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    if not workflows:
+        pytest.skip("a source archive has no workflows")
+    runs = [run for path in workflows for run in re.findall(r"^\s+- run: ?(.*)$", path.read_text(), re.MULTILINE)]
+    assert len(runs) > 5
+    for run in runs:
+        called = re.fullmatch(r"make ([\w-]+|\$\{\{ matrix\.leg \}\})", run)
+        assert called, f"{run!r} is no make target"
+        assert called.group(1) in targets or called.group(1).startswith("${{"), run
+
+
+def test_files_that_the_build_names_are_there() -> None:
+    """cibuildwheel's command and the Makefile's run where no test of this suite does."""
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    named = set(re.findall(r"\{project\}/([\w/.]+)", settings))
+    named |= set(re.findall(r"\b(?:tests|bench)/\w+\.(?:py|txt)\b", (ROOT / "Makefile").read_text(encoding="utf-8")))
+    assert len(named) > 5
+    assert [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
+def test_every_file_of_vector_code_is_compiled_for_aarch64() -> None:
+    """All but the files that need the headers of that machine's Python."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    planned = subprocess.run(
+        ["make", "--dry-run", "--always-make", "simd", f"PYTHON={sys.executable}"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    compiled = set(re.findall(r"-c (csrc/\w+\.cpp)", planned))
+    bound = {path for path in (ROOT / "csrc").glob("*.cpp") if "PyObject" in path.read_text(encoding="utf-8")}
+    bound.add(ROOT / "csrc" / "module_cuda.cpp")
+    assert compiled == {f"csrc/{path.name}" for path in set((ROOT / "csrc").glob("*.cpp")) - bound}

@@ -19,7 +19,7 @@ from gpu.plan import STEPS
 from fastkd_kernels import _extension, _triton
 
 ROOT = Path(__file__).parents[1]
-EXTENSION = "_C.abi3.so"
+EXTENSION, CUDA_EXTENSION = "_C.abi3.so", "_C_cuda.abi3.so"
 LAUNCH_TWO = """
 import importlib, pkgutil
 import torch
@@ -62,16 +62,17 @@ def launch_two(package: Path, cache: Path, log: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of two kernels and of a file in the place of an extension."""
+    """A bundle of two kernels and of files in the place of an extension's libraries."""
     folder = tmp_path_factory.mktemp("bundle")
-    extension = folder / EXTENSION
-    extension.write_bytes(b"an extension")
+    libraries = [folder / EXTENSION, folder / CUDA_EXTENSION]
+    for library in libraries:
+        library.write_bytes(b"an extension")
     kernels = launch_two(ROOT, folder / "cache", folder / "kernels.jsonl")
     assert [(kernel["kernel"], kernel["found"]) for kernel in kernels] == [
         ("_exit_gate_kernel", False),
         ("_add_layer_norm_kernel", False),
     ]
-    bundle.assemble(folder / "bundle", extension, folder / "cache", kernels, 1.0)
+    bundle.assemble(folder / "bundle", libraries, folder / "cache", kernels, 1.0)
     shutil.rmtree(folder / "cache")  # nothing may be read from where it was made
     return folder / "bundle"
 
@@ -124,11 +125,14 @@ def test_an_extension_that_is_there_stays(made: Path, tmp_path: Path) -> None:
     assert bundle.take_extension(made, tmp_path) is None
     present = tmp_path / EXTENSION
     assert present.read_bytes() == b"an extension"
+    assert (tmp_path / CUDA_EXTENSION).read_bytes() == b"an extension"
     assert bundle.take_extension(made, tmp_path) is None
+    (tmp_path / CUDA_EXTENSION).unlink()
     present.write_bytes(b"another")
     said = f"THE BUNDLE'S EXTENSION IS NOT USED: another one is there; remove {present}"
     assert bundle.take_extension(made, tmp_path) == said
     assert present.read_bytes() == b"another"
+    assert not (tmp_path / CUDA_EXTENSION).exists(), "the two libraries belong together"
 
 
 def test_no_bundle_and_a_broken_one_are_said(tmp_path: Path) -> None:
@@ -157,7 +161,7 @@ def test_a_bundle_that_cannot_travel_is_refused(tmp_path: Path, monkeypatch: pyt
     extension.write_bytes(b"12345")
     monkeypatch.setattr(bundle, "MOST_BYTES", 4)
     with pytest.raises(RuntimeError, match="at most 0 may travel"):
-        bundle.assemble(tmp_path / "bundle", extension, tmp_path, [], 0.0)
+        bundle.assemble(tmp_path / "bundle", [extension], tmp_path, [], 0.0)
 
 
 def test_torch_is_named_with_its_cuda() -> None:

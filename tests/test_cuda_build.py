@@ -21,6 +21,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from fastkd_kernels import _extension
+
 ROOT = Path(__file__).parents[1]
 HOST = Path(__file__).parent / "cuda_on_host"
 CAPABILITIES = (80, 90, 100, 120)
@@ -64,15 +66,29 @@ def run(*command: str | Path, **environment: str) -> str:
     return finished.stdout
 
 
+# the other library is the checkout's: that of the CPU kernels does not depend on CUDA
+BUILD = """
+import setuptools, setup
+settings = setup.build_settings()
+settings["ext_modules"] = [extension for extension in settings["ext_modules"] if extension.name.endswith("_C_cuda")]
+setuptools.setup(script_args={arguments!r}, **settings)
+"""
+
+
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a copy of fastkd_kernels and its extension, built with CUDA for every architecture."""
+    """A folder with a copy of fastkd_kernels, and its library of CUDA kernels built for every architecture."""
     folder = tmp_path_factory.mktemp("cuda_build")
     architectures = ";".join(f"{capability // 10}.{capability % 10}" for capability in CAPABILITIES)
+    arguments = ["-q", "build_ext", "--build-lib", str(folder), "--build-temp", str(folder / "objects")]
     run(
-        sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder / "objects",
+        sys.executable, "-c", BUILD.format(arguments=arguments),
         FASTKD_FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST=architectures, CUDA_HOME=str(CUDA_HOME),
     )  # fmt: skip
+    return copy_package(folder)
+
+
+def copy_package(folder: Path) -> Path:
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "fastkd_kernels", folder / "fastkd_kernels", ignore=ignored, dirs_exist_ok=True)
     return folder
@@ -80,7 +96,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def binary(package: Path) -> Path:
-    return package / "fastkd_kernels" / "_C.abi3.so"
+    return package / "fastkd_kernels" / "_C_cuda.abi3.so"
 
 
 def symbols(library: Path, *options: str) -> set[str]:
@@ -95,6 +111,15 @@ def test_only_the_allowed_symbols_are_left_undefined(binary: Path) -> None:
     assert not {name for name in torch_symbols if name.startswith("_Z")}, "C++ symbols tie the binary to one torch"
     of_the_cpu = symbols(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so", "--defined-only")
     assert torch_symbols - of_the_cpu == CUDA_SHIMS
+
+
+@needs_nvcc
+def test_it_brings_no_library_of_torch_and_of_cuda_but_asks_for_them(binary: Path) -> None:
+    """A torch without CUDA has no libtorch_cuda.so to link against, that of another machine has."""
+    needed = set(re.findall(r"NEEDED.*\[(.+?)\]", run("readelf", "--dynamic", binary)))
+    major = SETUP.toolkit_version(CUDA_HOME).split(".")[0]
+    assert {"libtorch_cpu.so", "libtorch_cuda.so", f"libcudart.so.{major}"} <= needed
+    assert not re.search("RUNPATH|RPATH", run("readelf", "--dynamic", binary))
 
 
 @dataclass
@@ -169,29 +194,79 @@ def test_bulk_copies_are_there_from_sm_90_on(kernels: list[Kernel], capability: 
         assert (copies > 0) == (capability >= 90), kernel.opcodes
 
 
-# the folder it runs in is the checkout, whose package is not the one to import
-IMPORT_CHECK = """
-import sys
+# The folder it runs in is the checkout, whose package is not the one to import. The library of CPU kernels says with
+# which toolkit the other one was built.
+IMPORT = """
+import importlib.util, sys
 sys.path.remove("")
-import torch, fastkd_kernels
+import torch
+torch.version.cuda = {cuda!r}
+specification = importlib.util.spec_from_file_location("fastkd_kernels._C", {extension!r})
+extension = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(extension)
+extension.cuda_toolkit, extension.cuda_architectures = "13.0", "9.0+PTX"
+sys.modules["fastkd_kernels._C"] = extension
+import fastkd_kernels
 from fastkd_kernels import _extension, info
+assert {folder!r} in fastkd_kernels.__file__
 assert _extension.missing_reason is None, _extension.missing_reason
-assert "{folder}" in _extension.extension.__file__
-assert _extension.has_kernel("compact", "CUDA") and _extension.has_kernel("compact_out", "CUDA")
-assert info.collect()["extension"]["cuda_architectures"] == ["8.0", "9.0", "10.0", "12.0"]
 survivors = torch.tensor([2, 0], dtype=torch.int32)
-assert fastkd_kernels.compact([torch.arange(3)], survivors)[0].tolist() == [2, 0]
+with fastkd_kernels.backend("cpu"):
+    assert fastkd_kernels.compact([torch.arange(3)], survivors)[0].tolist() == [2, 0]
 """
+SAY_WHAT_IS_MISSING = """
+assert not _extension.has_kernel("compact", "CUDA")
+assert _extension.missing_kernel_reason("compact", "CUDA") == _extension.missing_cuda_reason
+report = info.format_report(info.collect())
+assert f"cuda_missing       {_extension.missing_cuda_reason}" in report, report
+print(_extension.missing_cuda_reason)
+"""
+
+
+def import_package(folder: Path, cuda: str | None, then: str, **environment: str) -> str:
+    """Standard output of `then`, behind an import of the package in `folder` by a torch with that CUDA."""
+    extension = _extension.extension
+    if extension is None or extension.__file__ is None:
+        pytest.skip("fastkd_kernels._C was not compiled")
+    code = IMPORT.format(cuda=cuda, extension=extension.__file__, folder=str(folder)) + then
+    return run(sys.executable, "-c", code, PYTHONPATH=str(folder), **environment)
 
 
 @needs_nvcc
 def test_it_imports_and_registers_for_cuda(package: Path, tmp_path: Path) -> None:
-    environment = {"PYTHONPATH": str(package)}
+    environment = {}
     if torch.version.cuda is None:
         stub = tmp_path / "libtorch_cuda.so"
         run("cc", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", "-o", stub, HOST / "libtorch_cuda_stub.c")
-        environment |= {"LD_PRELOAD": str(stub), "LD_LIBRARY_PATH": f"{CUDA_HOME}/lib64"}
-    run(sys.executable, "-c", IMPORT_CHECK.format(folder=package), **environment)
+        environment = {"LD_PRELOAD": str(stub), "LD_LIBRARY_PATH": f"{CUDA_HOME}/lib64"}
+    check = """
+assert _extension.missing_cuda_reason is None, _extension.missing_cuda_reason
+assert _extension.has_kernel("compact", "CUDA") and _extension.has_kernel("compact_out", "CUDA")
+assert info.collect()["extension"]["cuda_architectures"] == ["9.0+PTX"]
+"""
+    import_package(package, "13.0", check, **environment)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "said"),
+    [
+        ("12.8", "has CUDA 12.8; install a torch with CUDA 13, or rebuild it with"),
+        (None, "has no CUDA; its CPU kernels are in use"),
+        ("13.2", r"_C_cuda could not be loaded \(.*libgone\.so\.7.*\); rebuild it with"),
+    ],
+)
+def test_a_cuda_that_does_not_fit_costs_the_cuda_kernels_only(cuda: str | None, said: str, tmp_path: Path) -> None:
+    """A library of the same name and another major version may be there, so the version is looked at first."""
+    if sys.platform != "linux" or shutil.which("cc") is None:
+        pytest.skip("makes a library with cc")
+    folder, gone = copy_package(tmp_path / "package"), tmp_path / "libgone.so"
+    run("cc", "-shared", "-Wl,-soname,libgone.so.7", "-x", "c", os.devnull, "-o", gone)
+    library = folder / "fastkd_kernels" / "_C_cuda.abi3.so"
+    run("cc", "-shared", "-Wl,--no-as-needed", "-x", "c", os.devnull, "-x", "none", gone, "-o", library)
+    reason = import_package(folder, cuda, SAY_WHAT_IS_MISSING)
+    assert reason.startswith("the CUDA kernels of the compiled extension, built for CUDA 13.0, are left out: ")
+    assert re.search(said, reason), reason
+    assert reason.count("\n") == 1, "one sentence"
 
 
 @pytest.fixture(scope="module")

@@ -28,9 +28,9 @@ pytestmark = [
 def launched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What tests/launch_worker.py saw."""
     library = fake_cuda.build(tmp_path_factory.mktemp("driver"))
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": paths}
     environment["LD_PRELOAD"] = str(library)  # before anything asks for a real one
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     worker = Path(__file__).with_name("launch_worker.py")
     child = subprocess.run([sys.executable, worker, library], env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr

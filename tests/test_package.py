@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -62,13 +64,29 @@ except fk.BackendUnavailableError as error:
 
 def test_a_missing_triton_is_explained() -> None:
     reasons = python(
-        "import json; from fastkd_kernels import info; print(json.dumps(info.collect()))", "triton", "fastkd_kernels._C"
+        "import json; from fastkd_kernels import info; print(json.dumps(info.collect()))",
+        "triton",
+        "fastkd_kernels._C",
+        TRITON_INTERPRET="0",
     )
     report = json.loads(reasons)
     assert report["versions"]["triton"] is None
     assert "pip install triton" in report["versions"]["triton_missing"]
     assert "pip install" in report["ops"]["compact"]["missing"]["cuda"]
     assert report["ops"]["compact"]["uses"]["cpu"] == "reference"
+
+
+def test_a_torch_without_a_gpu_does_not_import_triton() -> None:
+    code = """
+import torch
+torch.version.cuda = torch.version.hip = None
+from fastkd_kernels import _triton
+print(_triton.available, "triton" in sys.modules, _triton.missing_reason)
+"""
+    assert re.fullmatch(r"False False torch \S+ has no CUDA; TRITON_INTERPRET=1 .*\n", python(code))
+    pytest.importorskip("triton", reason="Triton is not installed")
+    for asked_for in ("0", "1"):
+        assert python(code, TRITON_INTERPRET=asked_for) == "True True None\n"
 
 
 def test_import_does_not_touch_the_gpu_driver() -> None:
@@ -97,8 +115,8 @@ def test_import_costs_little_more_than_torch() -> None:
 import sys, torch
 before = set(sys.modules)
 import fastkd_kernels
-new = {name for name in set(sys.modules) - before if name.startswith(("torch._dynamo", "torch._inductor", "sympy"))}
-print(*new)
+late = ("torch._dynamo", "torch._inductor", "sympy", *(() if torch.version.cuda else ("triton",)))
+print(*(name for name in set(sys.modules) - before if name.startswith(late)))
 """
     assert python(code).strip() == ""
 
@@ -539,3 +557,33 @@ def test_every_environment_variable_is_documented() -> None:
     assert {"FASTKD_SKIP_EXT", "FASTKD_DEBUG", "TRITON_INTERPRET"} <= found
     found |= set(re.findall(r"^([A-Z_]+) \?=", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert [name for name in sorted(found) if f"`{name}" not in page] == []
+
+
+def setup_module_of_the_build() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("fastkd_setup", ROOT / "setup.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_an_index_leads_nowhere_that_is_not_there() -> None:
+    """README.md is written for the repository; an index knows none of its files."""
+    page, link = setup_module_of_the_build().page_for_an_index, re.compile(r"\]\(([^)\s]+)\)")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for text in (page(None), page("https://host/project")):
+        assert all(target.startswith(("https://", "http://", "#")) for target in link.findall(text))
+        assert text.split("```")[1::2] == readme.split("```")[1::2], "code is no link"
+    inside = re.findall(r"https://host/project/(?:blob|raw)/main/([^)#\s]+)", page("https://host/project"))
+    assert inside
+    assert [path for path in inside if not (ROOT / path).exists()] == []
+
+
+def test_metadata_names_the_repository_where_it_is_told() -> None:
+    pages = setup_module_of_the_build().page_settings
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FASTKD_REPOSITORY", raising=False)
+        assert pages()["project_urls"] == {}
+        patch.setenv("FASTKD_REPOSITORY", "https://host/project/")
+        assert pages()["project_urls"]["Issues"] == "https://host/project/issues"

@@ -2,11 +2,11 @@
 
     make gpu-bundle                    # or, in an environment like the GPU's: python -m gpu.bundle
 
-The bundle is three files in build/gpu-bundle: the extension, Triton's cache as one archive, and a manifest of what both
-were made for. `take_extension` and `take_kernels` put them where they belong and say aloud what does not fit; `News`
-tells which kernels had to be compiled after all. Triton is not told that a cache comes from elsewhere: it looks each
-kernel up by a hash of its source, its arguments, its options and all of Triton, so a wrong one is never taken, only
-missed.
+The bundle lies in build/gpu-bundle: the extension's two libraries, Triton's cache as one archive, and a manifest of
+what they were made for. `take_extension` and `take_kernels` put them where they belong and say aloud what does not fit;
+`News` tells which kernels had to be compiled after all. Triton is not told that a cache comes from elsewhere: it looks
+each kernel up by a hash of its source, its arguments, its options and all of Triton, so a wrong one is never taken,
+only missed.
 """
 
 from __future__ import annotations
@@ -105,16 +105,16 @@ def make(folder: Path, steps: Sequence[str], tests: Sequence[str], cache: Path |
     began = os.times()
     with tempfile.TemporaryDirectory(prefix="gpu-bundle-") as temporary:
         work = Path(temporary)
-        extension = build_extension(work)
+        libraries = build_extension(work)
         cache = work / "triton" if cache is None else cache
         kernels = compile_kernels(work, cache, steps, tests)
         now = os.times()
         spent = now.children_user + now.children_system - began.children_user - began.children_system
-        return assemble(folder, extension, cache, kernels, spent)
+        return assemble(folder, libraries, cache, kernels, spent)
 
 
 def assemble(
-    folder: Path, extension: Path, cache: Path, kernels: Sequence[Mapping[str, Any]], cpu_seconds: float
+    folder: Path, libraries: Sequence[Path], cache: Path, kernels: Sequence[Mapping[str, Any]], cpu_seconds: float
 ) -> dict[str, Any]:
     """The bundle of what was made; returns its manifest.
 
@@ -123,13 +123,14 @@ def assemble(
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    shutil.copy2(extension, folder)
+    for library in libraries:
+        shutil.copy2(library, folder)
     pack(cache, [kernel["hash"] for kernel in kernels], folder / _ARCHIVE)
     manifest = {
         "made": time.strftime("%Y-%m-%d %H:%M"),
         "cpu_seconds": round(cpu_seconds),
         "traits": traits(),
-        "extension": extension.name,
+        "extension": [library.name for library in libraries],
         "kernels": {_folder_of(kernel["hash"]): kernel["kernel"] for kernel in kernels},
     }
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -143,8 +144,8 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def build_extension(work: Path) -> Path:
-    """The extension with CUDA kernels, beside a copy of the package in `work`; the checkout's own one stays."""
+def build_extension(work: Path) -> list[Path]:
+    """The extension's libraries, beside a copy of the package in `work`; the checkout's own stay."""
     beside_python = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where ninja is
     environment = {"TORCH_CUDA_ARCH_LIST": ARCHITECTURES, "FASTKD_FORCE_CUDA": "1", "PATH": beside_python}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", work, "--build-temp", work / "objects"]
@@ -152,7 +153,7 @@ def build_extension(work: Path) -> Path:
     package = work / "fastkd_kernels"
     ignored = shutil.ignore_patterns("*.so", "__pycache__")
     shutil.copytree(ROOT / "fastkd_kernels", package, ignore=ignored, dirs_exist_ok=True)
-    return next(package.glob("_C*.so"))
+    return sorted(package.glob("_C*.so"))
 
 
 def compile_kernels(work: Path, cache: Path, steps: Sequence[str], tests: Sequence[str]) -> list[dict[str, Any]]:
@@ -255,13 +256,14 @@ def take_extension(folder: Path = FOLDER, package: Path = ROOT / "fastkd_kernels
         different = _differences(manifest, OF_EXTENSION)
         if different:
             return f"THE BUNDLE'S EXTENSION IS NOT USED: {different}"
-        source, target = folder / manifest["extension"], package / manifest["extension"]
-        if target.exists():
-            same = target.read_bytes() == source.read_bytes()
-            return None if same else f"THE BUNDLE'S EXTENSION IS NOT USED: another one is there; remove {target}"
-        temporary = target.with_name(f".{target.name}.tmp")
-        shutil.copyfile(source, temporary)
-        temporary.replace(target)
+        libraries = {folder / name: package / name for name in manifest["extension"]}
+        for source, target in libraries.items():
+            if target.exists() and target.read_bytes() != source.read_bytes():
+                return f"THE BUNDLE'S EXTENSION IS NOT USED: another one is there; remove {target}"
+        for source, target in libraries.items():
+            temporary = target.with_name(f".{target.name}.tmp")
+            shutil.copyfile(source, temporary)
+            temporary.replace(target)
     except Exception as error:  # a run without a bundle builds and compiles
         return f"NO EXTENSION FROM A BUNDLE: {type(error).__name__}: {error}"
     return None
