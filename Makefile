@@ -77,9 +77,9 @@ sanitize: $(STAMP)
 # the runtime of gcc 12 knows no address space as random as newer kernels make it
 sanitize-threads: $(STAMP)
 	FASTKD_SANITIZE=thread "$(PYTHON)" setup.py build --build-base build/threads
-	export PYTHONPATH=$$(echo $(CURDIR)/build/threads/lib.*):$(CURDIR)/tests OMP_NUM_THREADS=1 \
+	export PYTHONPATH="$$(echo "$(CURDIR)"/build/threads/lib.*):$(CURDIR)/tests" OMP_NUM_THREADS=1 \
 		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libtsan.so)"; \
-	cd build && setarch -R "$(abspath $(PYTHON))" $(CURDIR)/tests/concurrent_ops.py
+	setarch -R "$(PYTHON)" tests/concurrent_ops.py
 
 bench: $(STAMP)
 	"$(PYTHON)" -m pytest $(BENCH_ARGS)
