@@ -318,8 +318,9 @@ def builder_over(builder: type, has_torch_cuda: bool) -> type:
 
 
 def page_for_an_index(repository: str | None) -> str:
-    """README.md, whose relative links lead into the repository; without one their text is left."""
+    """README.md, whose relative links lead into the repository; without one their text is left, and no picture."""
     link = re.compile(r"(!?)\[([^\]]*)\]\((?!https?://|#)([^)\s]+)\)")
+    picture = re.compile(r'(<img [^>]*?src=")(?!https?://)([^"]+)("[^>]*>)')
 
     def absolute(found: re.Match[str]) -> str:
         mark, text, path = found.groups()
@@ -327,7 +328,8 @@ def page_for_an_index(repository: str | None) -> str:
             return "" if mark else text
         return f"{mark}[{text}]({repository}/{'raw' if mark else 'blob'}/main/{path})"
 
-    return link.sub(absolute, (ROOT / "README.md").read_text(encoding="utf-8"))
+    page = link.sub(absolute, (ROOT / "README.md").read_text(encoding="utf-8"))
+    return picture.sub(rf"\1{repository}/raw/main/\2\3" if repository else "", page)
 
 
 def page_settings() -> dict[str, Any]:

@@ -578,12 +578,12 @@ def setup_module_of_the_build() -> ModuleType:
 
 def test_the_page_of_an_index_leads_nowhere_that_is_not_there() -> None:
     """README.md is written for the repository; an index knows none of its files."""
-    page, link = setup_module_of_the_build().page_for_an_index, re.compile(r"\]\(([^)\s]+)\)")
+    page, link = setup_module_of_the_build().page_for_an_index, re.compile(r"(?:\]\(|src=\")([^)\s\"]+)")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for text in (page(None), page("https://host/project")):
         assert all(target.startswith(("https://", "http://", "#")) for target in link.findall(text))
         assert text.split("```")[1::2] == readme.split("```")[1::2], "code is no link"
-    inside = re.findall(r"https://host/project/(?:blob|raw)/main/([^)#\s]+)", page("https://host/project"))
+    inside = re.findall(r"https://host/project/(?:blob|raw)/main/([^)#\s\"]+)", page("https://host/project"))
     assert inside
     assert [path for path in inside if not (ROOT / path).exists()] == []
 
