@@ -18,7 +18,6 @@ process, on loopback only, and each waits for its answer before it asks again.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import http.client
 import json
 import os
@@ -354,6 +353,9 @@ def _kill_and_ask(
     server: int, port: int, labels: dict[str, str | None], clients: int, seconds: float, every: float
 ) -> dict[str, tuple[int, bool]]:
     """Of each request, by its number, the status and whether its label was the expected one."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from serving_client import command_of, descendants
+
     seen: dict[str, tuple[int, bool]] = {}
     end = time.monotonic() + seconds
     texts = list(labels)
@@ -383,27 +385,6 @@ def _kill_and_ask(
     for thread in threads:
         thread.join()
     return seen
-
-
-def descendants(process: int) -> list[int]:
-    """The processes below one, by /proc."""
-    children: dict[int, list[int]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parent = int((folder / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(folder.name))
-    found = [process]
-    for pid in found:
-        found += children.get(pid, [])
-    return sorted(found[1:])
-
-
-def command_of(process: int) -> str:
-    """Its command line; empty where it is gone."""
-    try:
-        return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return ""
 
 
 def _answered_by_replicas(folder: Path) -> Counter[str]:

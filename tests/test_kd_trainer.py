@@ -27,7 +27,7 @@ from tiny_models import (
     tokenizer_of,
 )
 from torch import Tensor
-from training_worker import environment, rows, torchrun
+from training_worker import LABEL_NAMES, environment, rows, torchrun
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 
 from fastkd.data.errors import DataError
@@ -320,6 +320,17 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     # the first process alone has asked the teacher
     assert os.listdir(tmp_path / "asked") == ["0"]
     assert sorted(os.listdir(tmp_path)) == ["asked", "one", "still", "two"]
+
+
+def test_two_processes_train_a_student_with_early_heads(tmp_path: Path) -> None:
+    """No method asks them, so that no loss has a gradient for them."""
+    teacher = early_exit_model(num_labels=2)
+    teacher.config.id2label = dict(enumerate(LABEL_NAMES))
+    teacher.config.label2id = {name: number for number, name in enumerate(LABEL_NAMES)}
+    teacher.save_pretrained(tmp_path / "teacher")
+    tokenizer_of("bert").save_pretrained(tmp_path / "teacher")
+    finished = torchrun(WORKER, tmp_path / "teacher", tmp_path / "two", "kd", "--batch-size", 4)
+    assert finished.returncode == 0, finished.stderr[-3000:]
 
 
 # Refused before any work

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +24,7 @@ pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
 
 import ray
 from ray import serve
-from serving_client import ROOT, TEXTS, post, save_model, serving, until
+from serving_client import ROOT, TEXTS, command_of, descendants, post, save_model, serving, until
 
 from fastkd.serving import ray_serve
 from fastkd.serving.options import ServeOptions
@@ -87,3 +95,46 @@ def test_a_replica_that_dies_fails_its_own_requests_with_a_code_to_try_again(add
 def _replicas() -> list[Any]:
     names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
     return [ray.get_actor(name, namespace="serve") for name in names if name.startswith("SERVE_REPLICA::fastkd#")]
+
+
+def test_without_its_head_node_nobody_waits_for_ever(model: Path) -> None:
+    """Requests are answered, fail with a code to try again, or have no connection; the command ends when it is told."""
+    # sockets lie below it, whose names are short
+    folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+    more = {"RAY_TMPDIR": folder, "RAY_gcs_rpc_server_reconnect_timeout_s": "5", "OMP_NUM_THREADS": "1"}
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python"), *filter(None, sys.path)])}
+    command = [
+        sys.executable,
+        "-m",
+        "fastkd",
+        "serve",
+        str(model),
+        "--port",
+        "8498",
+        "--replicas",
+        "2",
+        "--threads",
+        "1",
+    ]
+    process = subprocess.Popen(command, env={**os.environ, **path, **more}, stderr=subprocess.DEVNULL)
+    address, body = "http://127.0.0.1:8498", {"inputs": "good fun"}
+    try:
+        until(lambda: post(address, "/v1/classify", body)[0] == 200, 300)
+        (head,) = (pid for pid in descendants(process.pid) if "gcs_server" in command_of(pid))
+        os.kill(head, signal.SIGKILL)
+        statuses: Counter[int] = Counter()
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            began = time.monotonic()
+            statuses[post(address, "/v1/classify", body)[0]] += 1
+            assert time.monotonic() - began < 59, "post gives up after 60 seconds"
+            time.sleep(0.05)
+        assert set(statuses) <= {200, 500, 503, 0}, statuses
+        process.terminate()
+        process.wait(120)
+    finally:
+        for pid in [*descendants(process.pid), process.pid]:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)

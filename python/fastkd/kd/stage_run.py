@@ -38,6 +38,7 @@ from fastkd.kd.options import KDOptions
 from fastkd.kd.probe import LayerProbe, PseudoClassifiers, layer_count, whole_model
 from fastkd.kd.teacher import Signals, Teacher, reads_layers
 from fastkd.losses import label_loss
+from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.training import metrics
 from fastkd.training.harness import Objective, TrainingStage, TrainResult, train_stage
 from fastkd.training.processes import by_first
@@ -222,6 +223,8 @@ class StageRun:
             best_metric=BEST_METRIC,
             head_names=_head_names(objective),
             head_learning_rate=options.learning_rate * options.head_learning_rate_factor,
+            # a student made of an early-exit model has its early heads, which no method asks
+            leaves_unused=isinstance(self.student, EarlyExitForSequenceClassification),
         )
         try:
             return train_stage(stage, folder, options, [*callbacks, _Progress(objective.loss)])

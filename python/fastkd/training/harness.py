@@ -253,6 +253,8 @@ class TrainingStage:
     best_metric: str
     head_names: tuple[str, ...]
     head_learning_rate: float
+    leaves_unused: bool = False
+    """Whether parameters that learn may have no part in the loss, which several processes have to be told."""
 
 
 def train_stage(
@@ -260,6 +262,8 @@ def train_stage(
 ) -> TrainResult:
     """Train one stage with its checkpoints in `folder`, from the newest whole one on; its best weights stay loaded."""
     arguments = training_arguments(folder, options, best_metric=stage.best_metric, evaluates=stage.dev is not None)
+    if stage.leaves_unused and "ddp_find_unused_parameters" not in options.trainer_arguments:
+        arguments.ddp_find_unused_parameters = True
     added = list(callbacks)
     if options.early_stopping_patience is not None:
         added.append(EarlyStoppingCallback(options.early_stopping_patience))
