@@ -1,0 +1,52 @@
+"""A temperature for each early head: how certain it may be that its answer is the full model's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastkd.encoders.heads import ExitHead
+
+_BOUNDS = (math.log(0.05), math.log(20.0))
+
+
+def agreement_temperatures(early_logits: Tensor, last_logits: Tensor) -> list[float]:
+    """By what to divide the logits of each early head so that it predicts the class of the last head best.
+
+    The temperature scaling of Guo et al. (ICML 2017), with the answers of the last head in the place of labels: what
+    early exit costs is that answers change. A head that learned the last one's probabilities is as unsure as the last
+    one is of the label, which is more, in deep layers much more, than it is of the last one's answer; a head that
+    overfitted is less. Every class has one row more than were counted, so that a head which is always right is not
+    infinitely certain.
+
+    Args:
+        early_logits: [n, M, C] of M heads, of rows that trained none of them; C at least 2.
+        last_logits: [n, C].
+
+    Returns:
+        M numbers from 0.05 to 20; lower is more certain.
+    """
+    rows, _, classes = early_logits.shape
+    counted = F.one_hot(last_logits.argmax(-1), classes).double()
+    target = (rows * counted + 1) / (rows + classes)
+
+    def loss(log_temperature: float, logits: Tensor) -> float:
+        return -(target * (logits / math.exp(log_temperature)).log_softmax(-1)).sum(-1).mean().item()
+
+    return [
+        math.exp(minimize_scalar(loss, bounds=_BOUNDS, args=(logits,), method="bounded").x)
+        for logits in early_logits.double().unbind(1)
+    ]
+
+
+@torch.no_grad()
+def divide_logits(heads: Sequence[ExitHead], temperatures: Sequence[float]) -> None:
+    """Put a temperature into the weights of each head, so that everything which runs them has it."""
+    for head, temperature in zip(heads, temperatures, strict=True):
+        for weights in (head.out_proj.weight, head.out_proj.bias):
+            weights.div_(temperature)
