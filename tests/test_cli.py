@@ -754,6 +754,7 @@ def test_tune_says_what_it_tried_and_leaves_a_model_with_a_speed(work: Path, tun
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     tried = json.loads((tmp_path / "model" / "tuning.json").read_text())
     assert config["speed"] == tried["trials"][0]["choices"][tried["trials"][0]["kept"]]["speed"]
+    assert "max-drop: 10%" in (tmp_path / "model" / "tune.yaml").read_text()
     assert "output_dir" in refused("tune", tuned, *common, "-o", tmp_path / "model")
     again = succeeded(
         "tune", tuned, *common, "-o", tmp_path / "model", "--minutes", 0.05, "--speedup", 2, "--overwrite", "--json"

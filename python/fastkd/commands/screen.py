@@ -67,7 +67,7 @@ class Screen:
 
     def say(self, text: str) -> None:
         """A line about what happens now; not part of the result."""
-        self.err.print(text)
+        self.err.print(text, soft_wrap=True)
 
     def result(self, value: Any) -> None:
         """The machine-readable result; printed with --json only."""

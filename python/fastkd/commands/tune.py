@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastkd.commands.calibrate import calibrate
+from fastkd.commands.config import Config, write_config
 from fastkd.commands.options import (
     BatchSize,
     Bf16,
@@ -70,6 +71,7 @@ def tune(
     seed: Seed = 42,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    config: Config = None,
     as_json: Json = False,
 ) -> None:
     """Step 2 by itself: how long to distil, temperatures of the heads and a speed, in stated minutes.
@@ -112,15 +114,17 @@ def tune(
             minutes=minutes, max_drop=drop, speedup=speedup, training=training, resume=resume, overwrite=overwrite
         )
         rows = folder.train if train_rows is None else folder.train.sample(train_rows, seed)
+        lost = "of correlation lost" if model.config.num_labels == 1 else "changed"
         try:
             done = tuning.tune(
-                model, rows, folder.dev, output, options, tokenizer, screen, lambda trial: _tell(screen, trial)
+                model, rows, folder.dev, output, options, tokenizer, screen, lambda trial: _tell(screen, trial, lost)
             )
         except KeyboardInterrupt:
             if (output / tuning.TUNING_FILE).is_file():
                 screen.say(f"the best model so far is {strong(output)}; --resume goes on")
             raise
-        screen.out.print(_table(done, f"{len(folder.dev)} dev rows"))
+        write_config(context, done.output_dir)
+        screen.out.print(_table(done, f"{len(folder.dev)} dev rows", lost.split()[-1]))
         trial, best = done.best
         measure = "correlation" if model.config.num_labels == 1 else "accuracy"
         of_full = "" if best.quality is None else f", {measure} {_quality(model, best)} of {_full(model, trial)}"
@@ -143,22 +147,22 @@ def _full(model: Any, trial: Trial) -> str:
     return quality(None if is_regression else trial.full_quality, trial.full_quality if is_regression else None)
 
 
-def _tell(screen: Screen, trial: Trial) -> None:
+def _tell(screen: Screen, trial: Trial, lost: str) -> None:
     """One line a training, for log files too."""
     shown = max(trial.choices, key=lambda choice: choice.speedup) if trial.kept is None else trial.choices[trial.kept]
     verdict = "no better" if trial.kept is None else "best so far"
     cut = ", cut by the budget" if trial.is_cut else ""
     screen.say(
         f"{trial.steps} steps in {trial.seconds:.0f} s{cut}: speed {shown.speed:g}, {shown.speedup:.2f}x, "
-        f"{share(shown.changed)} changed; {verdict}"
+        f"{share(shown.changed) if lost == 'changed' else f'{shown.changed:.4f}'} {lost}; {verdict}"
     )
 
 
-def _table(done: TuneResult, rows: str) -> Table:
+def _table(done: TuneResult, rows: str, lost: str) -> Table:
     from rich.table import Table
 
     table = Table(title=f"Tried on {rows}", title_justify="left")
-    for heading in ("steps", "epochs", "seconds", "temperatures", "speed", "layers", "FLOPs", "changed", "quality", ""):
+    for heading in ("steps", "epochs", "seconds", "temperatures", "speed", "layers", "FLOPs", lost, "quality", ""):
         table.add_column(heading, justify="left" if heading in ("temperatures", "") else "right", no_wrap=True)
     best = done.best[0]
     for trial in done.trials:

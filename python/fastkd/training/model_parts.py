@@ -15,6 +15,7 @@ from fastkd.data.input_format import input_format_of
 from fastkd.data.row_hashes import Hashes, row_hashes, warn_about_duplicates
 from fastkd.data.rows import Rows
 from fastkd.encoders.label_scale import LabelScale
+from fastkd.exits.trace import ExitTrace
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.training.checks import check_evaluation, check_tokenizer
 from fastkd.training.harness import (
@@ -121,11 +122,11 @@ def train_part(
     if training.trains_exits:
         config.exits_trained = True
     model.confirm_weights()
-    config.speed_table = speed_table(model, dev, tokenizer, options) if training.trains_exits else None
+    config.speed_table = _speed_table(model, dev, tokenizer, options) if training.trains_exits else None
     return run.finish(model, tokenizer, done, training.adapter)
 
 
-def speed_table(
+def _speed_table(
     model: EarlyExitForSequenceClassification,
     dev: Rows | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -135,8 +136,15 @@ def speed_table(
     if dev is None or not dev.is_labelled:
         return None
     trace = model.trace(dev, tokenizer=tokenizer, max_length=options.max_length, batch_size=options.eval_batch_size)
+    return speed_table_of(trace)
+
+
+def speed_table_of(trace: ExitTrace) -> list[dict[str, Any]] | None:
+    """The same, of a trace of the dev rows; None where they have no labels."""
+    if trace.labels is None:
+        return None
     sweep = trace.sweep(_SPEEDS)
-    measure = "pearson" if model.config.num_labels == 1 else "accuracy"
+    measure = "pearson" if trace.is_regression else "accuracy"
     return [
         {
             "speed": row.speed,
@@ -145,7 +153,7 @@ def speed_table(
             "average_layers": row.average_layers,
             "speedup": row.speedup["fastbert"],
             "criterion": sweep.criterion,
-            "rows": len(dev),
+            "rows": len(trace),
         }
         for row in sweep
     ]

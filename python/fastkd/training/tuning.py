@@ -30,7 +30,7 @@ from fastkd.training.checks import check_trainable, require, rows_for
 from fastkd.training.harness import TrainResult
 from fastkd.training.head_temperatures import agreement_temperatures, divide_logits
 from fastkd.training.log import LOG_FILE
-from fastkd.training.model_parts import speed_table
+from fastkd.training.model_parts import speed_table_of
 from fastkd.training.progress import Progress, Silent, training_progress
 from fastkd.training.self_distillation import DistillOptions, distill
 
@@ -351,9 +351,9 @@ class _Search:
         self.shown.say(f"training {number}: {planned} steps, {planned / self.steps_of_epoch:.3g} epochs")
         with training_progress(self.shown, f"training {number}") as bar:
             done = self._trained(planned, folder, [bar, _Deadline(began + self.left)])
-        trial = self._judged(done, planned, began)
+        trial, traces = self._judged(done, planned, began)
         if trial.kept is not None:
-            self._keep(trial, trial.choices[trial.kept], folder)
+            self._keep(trial.choices[trial.kept], traces[trial.kept], folder)
         trial = replace(trial, seconds=round(monotonic() - began, 2))
         self.trials.append(trial)
         write_json(self.work / _TRIALS, self._record())
@@ -374,22 +374,25 @@ class _Search:
         )
         return distill(self.model, self.train, self.dev, folder, options, self.tokenizer, callbacks)
 
-    def _judged(self, done: TrainResult, planned: int, began: float) -> Trial:
+    def _judged(self, done: TrainResult, planned: int, began: float) -> tuple[Trial, list[ExitTrace]]:
+        """What the training came to on the dev rows, and the trace behind each of its choices."""
         config, training = self.model.config, self.options.training
         trace = self.model.trace(
             self.dev, tokenizer=self.tokenizer, max_length=training.max_length, batch_size=training.eval_batch_size
         )
+        traces = [trace]
         choices = [choose(trace, config.criterion, config.top_n, self.options)]
         if not trace.is_regression and config.criterion not in ("patience", "learned"):
             found_best = agreement_temperatures(trace.logits[:, :-1], trace.logits[:, -1])
             temperatures = [round(value, 4) for value in found_best]
             divided = replace(trace, logits=trace.logits / torch.tensor([*temperatures, 1.0])[:, None])
+            traces.append(divided)
             found = choose(divided, config.criterion, config.top_n, self.options)
             choices.append(replace(found, temperatures=temperatures))
         best = max(range(len(choices)), key=lambda index: _score(choices[index], self.options))
         before = [trial.choices[trial.kept] for trial in self.trials if trial.kept is not None]
         is_better = not before or _score(choices[best], self.options) > _score(before[-1], self.options)
-        return Trial(
+        trial = Trial(
             steps=done.steps,
             epochs=round(done.steps / self.steps_of_epoch, 3),
             is_cut=done.steps < planned and training.early_stopping_patience is None,
@@ -398,15 +401,16 @@ class _Search:
             choices=choices,
             kept=best if is_better else None,
         )
+        return trial, traces
 
-    def _keep(self, trial: Trial, choice: Choice, folder: Path) -> None:
+    def _keep(self, choice: Choice, trace: ExitTrace, folder: Path) -> None:
         """Save the model as it is now, with this speed and these temperatures, over the best so far."""
         if choice.temperatures is not None:
             divide_logits(self.model.early_heads, choice.temperatures)
             self.model.confirm_weights()
         config = self.model.config
         config.speed = choice.speed
-        config.speed_table = speed_table(self.model, self.dev, self.tokenizer, self.options.training)
+        config.speed_table = speed_table_of(trace)
         with atomic_folder(self.output_dir) as fresh:
             self.model.save_pretrained(fresh)
             self.tokenizer.save_pretrained(fresh)
