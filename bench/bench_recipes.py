@@ -38,6 +38,7 @@ from fastkd.encoders.recording import EncoderInputs
 from fastkd.exits.calibration import SPEEDS, CalibrationError
 from fastkd.exits.flops import FlopsShape
 from fastkd.model.loading import load_model, load_plain
+from fastkd.training.head_temperatures import agreement_temperatures
 from fastkd.training.self_distillation import self_distillation_loss
 
 BUDGETS = (3.0, 4.0, 5.0)
@@ -113,11 +114,11 @@ INTRODUCTION = """# Recipes of self-distillation
 MiniLM, six layers; {tasks}; {seeds} seed(s). The early heads learn from 2,000 rows (RTE: 1,540) of a frozen
 model that was fine-tuned on them, of AG News and SST-2 on up to 22,000 rows, of the corpus as `fastkd demo`
 does. 500 dev rows choose the weights and fit temperatures, up to 1,500 test rows are scored. Temperatures:
-none; "soft" predict the last head's probabilities; "hard" its answers. "Certified" is the speed-up of `fastkd
-calibrate` for at most 1 % of changed answers with 95 % confidence on the test rows, 1x where there is none,
-"its gain" the geometric mean over today's defaults in the same cells. Five rows of 1,200 more or less decide a
-certificate, so that the speed-ups at a measured share of changed answers stand beside it. What is not listed
-was not measured yet; the command goes on where it stopped."""
+none; "soft" predict the last head's probabilities; "hard" its answers (what `fastkd distill` does). "Certified"
+is the speed-up of `fastkd calibrate` for at most 1 % of changed answers with 95 % confidence on the test rows,
+1x where there is none, "its gain" the geometric mean over today's defaults in the same cells. Five rows of
+1,200 more or less decide a certificate, so that the speed-ups at a measured share of changed answers stand
+beside it. What is not listed was not measured yet; the command goes on where it stopped."""
 LONG = Recipe(steps=600)
 RECIPES = {
     "defaults": Recipe(),
@@ -387,13 +388,11 @@ def _batches(states: States, batch: int, seed: int) -> Iterator[Tensor]:
         yield from torch.tensor(list(sampler)).split(batch)
 
 
-def temperatures(logits: Tensor, soft: bool) -> Tensor:
-    """[M]: by what to divide each early head's logits so that they predict the last head best on these rows."""
-    last = logits[:, -1]
-    target = last.softmax(-1) if soft else F.one_hot(last.argmax(-1), last.shape[-1]).float()
+def soft_temperatures(logits: Tensor) -> Tensor:
+    """[M]: by what to divide each early head's logits so that they predict the last head's probabilities best."""
     tried = torch.logspace(-1, 1, 201)
     scaled = (logits[:, None, :-1] / tried[:, None, None]).log_softmax(-1)
-    losses = -(target[:, None, None] * scaled).sum(-1).mean(0)
+    losses = -(logits[:, -1].softmax(-1)[:, None, None] * scaled).sum(-1).mean(0)
     return tried[losses.argmin(0)]
 
 
@@ -466,7 +465,8 @@ def cells_of(
 def scores_by_temperature(dev: fastkd.ExitTrace, test: fastkd.ExitTrace) -> dict[str, dict[str, Any]]:
     """Of the heads as they are, and with temperatures fitted on `dev`."""
     divided = {"none": dev.logits.new_ones(dev.logits.shape[1] - 1)}
-    divided |= {"soft": temperatures(dev.logits, True), "hard": temperatures(dev.logits, False)}
+    divided["soft"] = soft_temperatures(dev.logits)
+    divided["hard"] = torch.tensor(agreement_temperatures(dev.logits[:, :-1], dev.logits[:, -1]))
     found: dict[str, dict[str, Any]] = {}
     for kind, values in divided.items():
         by = torch.cat([values, values.new_ones(1)])[:, None]

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -235,7 +235,7 @@ def workplace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setattr(checkpoints, "packaged_checkpoint", lambda: prepared / "minilm")
     # a thousand steps for 96 rows would show nothing more
-    monkeypatch.setattr(self_distillation, "_long_enough", lambda options, rows: options)
+    monkeypatch.setattr(self_distillation, "_long_enough", lambda options, rows: replace(options, epochs=3.0))
     yield tmp_path / "work"
     wants_traceback.set(False)
 

@@ -49,9 +49,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> Table2Options:
     checkpoint = save_plain_checkpoint(tmp_path_factory.mktemp("plain"), "bert")
-    plan = TrainingPlan(
-        checkpoint=str(checkpoint), train_rows=64, max_length=24, epochs=1, distill_epochs=1, distill_min_steps=0
-    )
+    plan = TrainingPlan(checkpoint=str(checkpoint), train_rows=64, max_length=24, epochs=1, distill_epochs=1)
     return Table2Options(
         early_exit=plan, student_layers=(2, 1), student_rows=48, student_epochs=1, speeds=(0.5, 0.8),
         bench_rows=8, bench_repeats=2, batch_size=4,

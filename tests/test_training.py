@@ -343,19 +343,19 @@ def test_distill_trains_the_students_alone_and_needs_no_labels(finetuned: Path, 
 @pytest.mark.parametrize(
     ("changes", "steps", "evaluations"),
     [
-        ({"min_steps": 24}, 24, 12),
-        ({"min_steps": 24, "eval_steps": 10}, 24, 3),
-        ({"min_steps": 20}, 30, 3),
-        ({"min_steps": 24, "max_steps": 5}, 5, 1),
-        ({"min_steps": 24, "trainer_arguments": {"num_train_epochs": 1}}, 10, 1),
+        ({"min_steps": 36}, 36, 12),
+        ({"min_steps": 36, "eval_steps": 20}, 36, 2),
+        ({"min_steps": 30}, 30, 3),
+        ({"min_steps": 36, "epochs": 1}, 10, 1),
+        ({"min_steps": 36, "max_steps": 5}, 5, 1),
+        ({"min_steps": 36, "trainer_arguments": {"num_train_epochs": 1}}, 10, 1),
     ],
-    ids=["more steps", "own evaluations", "enough epochs", "max_steps", "the Trainer's epochs"],
+    ids=["more steps", "own evaluations", "three epochs", "own epochs", "max_steps", "the Trainer's epochs"],
 )
 def test_distill_takes_its_least_number_of_steps(
     finetuned: Path, tmp_path: Path, changes: dict[str, Any], steps: int, evaluations: int
 ) -> None:
-    changes = {"epochs": 3 if changes["min_steps"] == 20 else 1, **changes}
-    done = train("distill", load(finetuned), tmp_path / "out", **changes)
+    done = train("distill", load(finetuned), tmp_path / "out", **{"epochs": None, **changes})
     found = sum("eval_loss" in entry for entry in done.log_history)
     assert (done.steps, found) == (steps, evaluations)
 

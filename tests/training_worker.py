@@ -106,7 +106,7 @@ def options_of(stage: str, **changes: Any) -> Any:
     shared = {"epochs": 3, "batch_size": 8, "bf16": False, "progress": False, "logging_steps": 1, "max_length": 16}
     if stage == "finetune":
         return FinetuneOptions(**{**shared, "learning_rate": 1e-3, **changes})
-    return DistillOptions(**{**shared, "learning_rate": 2e-3, "min_steps": 0, **changes})
+    return DistillOptions(**{**shared, "learning_rate": 2e-3, **changes})
 
 
 def train(

@@ -72,14 +72,11 @@ def demo_options(data: Path | None, given: Mapping[str, Any]) -> DemoOptions:
         # what fits into three minutes; where bfloat16 is emulated, measuring it takes minutes and says nothing
         dtypes = ("fp32", "bf16") if bf16_is_fast() else ("fp32",)
         plan = TrainingPlan(
-            train_rows=6400, epochs=1.0, distill_epochs=1.0, distill_min_steps=0, learning_rate=1e-4,
-            distill_learning_rate=2e-3,
-        )  # fmt: skip
+            train_rows=6400, epochs=1.0, distill_epochs=1.0, learning_rate=1e-4, distill_learning_rate=2e-3
+        )
         options = DemoOptions(plan, bench_rows=64, bench_repeats=3, dtypes=dtypes, shown_speed=0.3)
     else:
         options = DemoOptions(TrainingPlan())
-    if "distill_epochs" in given:
-        given = {"distill_min_steps": 0, **given}
     planned = {field.name for field in fields(TrainingPlan)} & given.keys()
     plan = replace(options.training, **{name: given[name] for name in planned})
     return replace(options, training=plan, **{name: value for name, value in given.items() if name not in planned})

@@ -13,7 +13,6 @@ from fastkd.commands.options import (
     Bf16,
     DataOption,
     DevFile,
-    Epochs,
     Fsdp,
     Json,
     LabelColumn,
@@ -29,7 +28,6 @@ from fastkd.commands.options import (
     TrainFile,
     TrainRows,
     carried,
-    is_given,
     quoted,
     row_reading,
     training_options,
@@ -50,11 +48,13 @@ def distill(
     label_column: LabelColumn = None,
     labels_are: LabelsAreOption = None,
     train_rows: TrainRows = None,
-    epochs: Epochs = 3.0,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the training rows; default: 3, or as many as make --min-steps.")
+    ] = None,
     min_steps: Annotated[
         int,
-        typer.Option(min=0, help="Where epochs make fewer steps, so many; default with --epochs: what those make."),
-    ] = 1000,
+        typer.Option(min=0, help="Steps that are taken at least where --epochs is not given."),
+    ] = 1500,
     max_steps: MaxSteps = None,
     batch_size: BatchSize = 32,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the heads.")] = 1e-3,
@@ -117,13 +117,12 @@ def distill(
         tell_duplicates(screen, folder)
         limit = set_length(model, tokenizer, max_length)
         chosen = {
-            "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate,
-            "temperature": temperature, "direction": direction, "learned_exit": learned_exit,
+            "epochs": epochs, "min_steps": min_steps, "max_steps": max_steps, "batch_size": batch_size,
+            "learning_rate": learning_rate, "temperature": temperature, "direction": direction,
+            "learned_exit": learned_exit,
             "head_temperatures": head_temperatures, "states_gib": states_gib, "bf16": bf16, "seed": seed, "fsdp": fsdp,
             "resume": resume, "overwrite": overwrite,
         }  # fmt: skip
-        wrote = {name for name in ("epochs", "min_steps") if is_given(context, name)}
-        chosen["min_steps"] = 0 if wrote == {"epochs"} else min_steps
         options = training_options(self_distillation.DistillOptions, parity, context, chosen, limit)
         rows = folder.train if train_rows is None else folder.train.sample(train_rows, seed)
         with training_progress(screen, "distilling") as callback:

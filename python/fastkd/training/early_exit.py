@@ -28,8 +28,7 @@ class TrainingPlan:
         train_rows: at most so many training rows, drawn at random.
         max_length: tokens after which a text is cut.
         epochs: of fine-tuning.
-        distill_epochs: of self-distillation.
-        distill_min_steps: where those make fewer steps, so many.
+        distill_epochs: of self-distillation; None: as `DistillOptions` has it.
         batch_size: rows of a training step.
         learning_rate: of the backbone; its new head learns `head_factor` times faster.
         head_factor: see there.
@@ -42,8 +41,7 @@ class TrainingPlan:
     train_rows: int = 12_000
     max_length: int = 64
     epochs: float = 3.0
-    distill_epochs: float = 3.0
-    distill_min_steps: int = 1000
+    distill_epochs: float | None = None
     batch_size: int = 32
     learning_rate: float = 4e-5
     head_factor: float = 10.0
@@ -82,9 +80,8 @@ def distill_in(output: Path, folder: DataFolder, plan: TrainingPlan, shown: Prog
     shown.say("[bold]3[/] self-distilling: the other heads learn to answer like the last one")
     model, tokenizer = load_model(str(output / FINETUNED), "cpu")
     options = DistillOptions(
-        epochs=plan.distill_epochs, min_steps=plan.distill_min_steps, learning_rate=plan.distill_learning_rate,
-        **plan.shared_options(),
-    )  # fmt: skip
+        epochs=plan.distill_epochs, learning_rate=plan.distill_learning_rate, **plan.shared_options()
+    )
     with training_progress(shown, "distilling") as callback:
         done = distill(model, folder.train, folder.dev, target, options, tokenizer, [callback])
     return f"{done.steps} steps of {plan.batch_size}"

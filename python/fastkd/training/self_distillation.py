@@ -45,6 +45,7 @@ from fastkd.training.model_parts import PartTraining, check_part, train_part
 
 _KEEP_HEADS = "keep the heads by modules_to_save=['heads'] in its configuration"
 _TRAIN, _DEV = "train_rows", "dev_rows"
+_EPOCHS = 3.0
 _MERGE = "merge the adapter first (model.merge_and_unload())"
 
 
@@ -53,6 +54,8 @@ class DistillOptions(TrainOptions):
     """Options of `distill`; the loss is that of `self_distillation_loss`.
 
     Attributes:
+        epochs: passes over the training rows; None: three, or as many as make `min_steps` steps.
+        min_steps: see there; small files need more passes.
         learning_rate: its peak; higher than FastBERT's 2e-4, because small new heads learn faster with it.
         temperature: of both distributions.
         direction: "forward" is KL(last head || exit head), "reverse" KL(exit head || last head).
@@ -60,7 +63,6 @@ class DistillOptions(TrainOptions):
         frozen_dropout: dropout also acts in the frozen backbone and last head while the other heads learn, so that they
             learn from noisy answers to noisy hidden states, as in FastBERT's code.
         learned_exit: also train a learned exit (criterion "learned"); a model that has one always trains it on.
-        min_steps: where `epochs` makes fewer steps, so many; small files need more passes. 0: never.
         head_temperatures: afterwards give every early head the temperature at which it predicts the last head's answers
             to the dev rows best (`fastkd.training.head_temperatures`); without dev rows, for a regression and beside a
             learned exit nothing is done. It is part of the saved weights, and changes no head's answer.
@@ -70,24 +72,27 @@ class DistillOptions(TrainOptions):
             on padding.
     """
 
+    epochs: float | None = None  # type: ignore[assignment]  # `distill` fills it in
+    min_steps: int = 1500
     learning_rate: float = 1e-3
     temperature: float = 1.0
     direction: Literal["forward", "reverse"] = "forward"
     t2_scale: bool = True
     frozen_dropout: bool = False
     learned_exit: bool = False
-    min_steps: int = 1000
     head_temperatures: bool = True
     states_gib: float = 4.0
 
     _fastbert: ClassVar[Mapping[str, Any]] = {
         "epochs": 5,
-        "min_steps": 0,
         "head_temperatures": False,
         "learning_rate": 2e-4,
         "frozen_dropout": True,
         "keep_last": True,
     }
+
+    def _check_epochs(self) -> None:
+        require("epochs", self.epochs, self.epochs is None or self.epochs > 0, "a number above 0, or None")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,11 +156,13 @@ def distill(
 
 
 def _long_enough(options: DistillOptions, rows: int) -> DistillOptions:
-    """The options with `min_steps` where their epochs make fewer, evaluated twelve times rather than every epoch."""
-    if options.max_steps is not None or {"max_steps", "num_train_epochs"} & options.trainer_arguments.keys():
+    """The options with their length: `min_steps` where three epochs make fewer, evaluated twelve times on the way."""
+    if options.epochs is not None:
         return options
+    options = replace(options, epochs=_EPOCHS)
     rows_a_step = options.batch_size * PartialState().num_processes
-    if math.ceil(options.epochs * math.ceil(rows / rows_a_step)) >= options.min_steps:
+    is_given = options.max_steps is not None or {"max_steps", "num_train_epochs"} & options.trainer_arguments.keys()
+    if is_given or _EPOCHS * math.ceil(rows / rows_a_step) >= options.min_steps:
         return options
     return replace(
         options, max_steps=options.min_steps, eval_steps=options.eval_steps or math.ceil(options.min_steps / 12)
