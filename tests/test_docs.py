@@ -18,7 +18,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,6 +40,7 @@ from fastkd.commands.screen import wants_traceback
 from fastkd.engines.protocol import ExitModel
 from fastkd.exits.catalogue import CRITERIA
 from fastkd.model import checkpoints
+from fastkd.training import self_distillation
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
@@ -233,6 +234,8 @@ def workplace(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     shutil.copytree(prepared, tmp_path / "work", symlinks=True)
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setattr(checkpoints, "packaged_checkpoint", lambda: prepared / "minilm")
+    # a thousand steps for 96 rows would show nothing more
+    monkeypatch.setattr(self_distillation, "_long_enough", lambda options, rows: replace(options, epochs=3.0))
     yield tmp_path / "work"
     wants_traceback.set(False)
 

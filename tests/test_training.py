@@ -337,7 +337,27 @@ def test_distill_trains_the_students_alone_and_needs_no_labels(finetuned: Path, 
         load(finetuned), unlabelled, rows(40, seed=1, labelled=False), tmp_path / "blind",
         options_of("distill", max_steps=2), tokenizer_of("bert"),
     )  # fmt: skip
-    assert set(without_labels.metrics) == {"loss"}
+    assert set(without_labels.metrics) == {"loss", *(f"temperature_layer_{layer}" for layer in (1, 2, 3))}
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "evaluations"),
+    [
+        ({"min_steps": 36}, 36, 12),
+        ({"min_steps": 36, "eval_steps": 20}, 36, 2),
+        ({"min_steps": 30}, 30, 3),
+        ({"min_steps": 36, "epochs": 1}, 10, 1),
+        ({"min_steps": 36, "max_steps": 5}, 5, 1),
+        ({"min_steps": 36, "trainer_arguments": {"num_train_epochs": 1}}, 10, 1),
+    ],
+    ids=["more steps", "own evaluations", "three epochs", "own epochs", "max_steps", "the Trainer's epochs"],
+)
+def test_distill_takes_its_least_number_of_steps(
+    finetuned: Path, tmp_path: Path, changes: dict[str, Any], steps: int, evaluations: int
+) -> None:
+    done = train("distill", load(finetuned), tmp_path / "out", **{"epochs": None, **changes})
+    found = sum("eval_loss" in entry for entry in done.log_history)
+    assert (done.steps, found) == (steps, evaluations)
 
 
 def test_distill_trains_a_learned_exit(finetuned: Path, tmp_path: Path) -> None:
@@ -702,6 +722,12 @@ def test_a_model_without_students(plain: Path, tmp_path: Path) -> None:
 def test_option_out_of_range(option: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{option}: got {value!r}, expected"):
         FinetuneOptions(**{option: value})
+
+
+@pytest.mark.parametrize(("option", "value"), [("min_steps", -1), ("states_gib", -0.5)])
+def test_distill_number_out_of_range(option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"{option}: got {value}, expected 0 or more"):
+        DistillOptions(**{option: value})
 
 
 def test_distill_option_out_of_range() -> None:

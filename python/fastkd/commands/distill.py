@@ -13,7 +13,6 @@ from fastkd.commands.options import (
     Bf16,
     DataOption,
     DevFile,
-    Epochs,
     Fsdp,
     Json,
     LabelColumn,
@@ -49,7 +48,13 @@ def distill(
     label_column: LabelColumn = None,
     labels_are: LabelsAreOption = None,
     train_rows: TrainRows = None,
-    epochs: Epochs = 3.0,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the training rows; default: 3, or as many as make --min-steps.")
+    ] = None,
+    min_steps: Annotated[
+        int,
+        typer.Option(min=0, help="Steps that are taken at least where --epochs is not given."),
+    ] = 1500,
     max_steps: MaxSteps = None,
     batch_size: BatchSize = 32,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the heads.")] = 1e-3,
@@ -60,6 +65,17 @@ def distill(
     learned_exit: Annotated[
         bool, typer.Option("--learned-exit", help="Also learn when to leave: gives the criterion learned.")
     ] = False,
+    head_temperatures: Annotated[
+        bool,
+        typer.Option(
+            "--head-temperatures/--no-head-temperatures",
+            help="Make each head as certain as its agreement with the last one on dev rows allows.",
+        ),
+    ] = True,
+    states_gib: Annotated[
+        float,
+        typer.Option(min=0, help="Memory for hidden states of training, and of dev rows; 0: compute them anew."),
+    ] = 4.0,
     max_length: MaxLength = None,
     parity: Parity = None,
     bf16: Bf16 = None,
@@ -101,9 +117,11 @@ def distill(
         tell_duplicates(screen, folder)
         limit = set_length(model, tokenizer, max_length)
         chosen = {
-            "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate,
-            "temperature": temperature, "direction": direction, "learned_exit": learned_exit, "bf16": bf16,
-            "seed": seed, "fsdp": fsdp, "resume": resume, "overwrite": overwrite,
+            "epochs": epochs, "min_steps": min_steps, "max_steps": max_steps, "batch_size": batch_size,
+            "learning_rate": learning_rate, "temperature": temperature, "direction": direction,
+            "learned_exit": learned_exit,
+            "head_temperatures": head_temperatures, "states_gib": states_gib, "bf16": bf16, "seed": seed, "fsdp": fsdp,
+            "resume": resume, "overwrite": overwrite,
         }  # fmt: skip
         options = training_options(self_distillation.DistillOptions, parity, context, chosen, limit)
         rows = folder.train if train_rows is None else folder.train.sample(train_rows, seed)

@@ -257,6 +257,12 @@ def curve_name(source: str, criterion: str, sources: int, criteria: int) -> str:
     return source if sources > 1 else criterion
 
 
+def is_given(context: typer.Context, parameter: str) -> bool:
+    """Whether the user wrote this option down."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name != "DEFAULT"
+
+
 def training_options(
     kind: Any, parity: str | None, context: typer.Context, chosen: dict[str, Any], max_length: int
 ) -> Any:
@@ -264,9 +270,5 @@ def training_options(
     if parity is None:
         return kind(**chosen, max_length=max_length, progress=False)
     parameters = {"head_learning_rate_factor": "head_factor", "early_stopping_patience": "patience"}
-    given = {
-        name: value
-        for name, value in chosen.items()
-        if (source := context.get_parameter_source(parameters.get(name, name))) and source.name != "DEFAULT"
-    }
+    given = {name: value for name, value in chosen.items() if is_given(context, parameters.get(name, name))}
     return kind.preset(parity, **given, max_length=max_length, progress=False)

@@ -250,11 +250,17 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         logits, log_odds = [], []
         for stage in stages_of(self.exit_layers):
             hidden_states = self.run_layers(stage, hidden_states, layout)
-            read, where = self._read(hidden_states, layout)
-            logits.append(self._head(stage[-1])(read, where))
-            if self.learned_exit is not None:
-                log_odds.append(self.learned_exit(where.first_tokens(read), logits[-1]))
+            found, odds = self.exit_after(stage[-1], hidden_states, layout)
+            logits.append(found)
+            if odds is not None:
+                log_odds.append(odds)
         return torch.stack(logits, dim=1), torch.stack(log_odds, dim=1) if log_odds else None
+
+    def exit_after(self, layer: int, hidden_states: Tensor, layout: TokenLayout) -> tuple[Tensor, Tensor | None]:
+        """What the head after `layer` says of hidden states [B, T, H]: logits [B, C], log-odds [B] as `all_exits`."""
+        read, where = self._read(hidden_states, layout)
+        logits = self._head(layer)(read, where)
+        return logits, None if self.learned_exit is None else self.learned_exit(where.first_tokens(read), logits)
 
     def add_learned_exit(self) -> None:
         """Give the model a learned exit that knows the margin only, unless it has one; `fastkd.distill` trains it."""

@@ -28,7 +28,7 @@ class TrainingPlan:
         train_rows: at most so many training rows, drawn at random.
         max_length: tokens after which a text is cut.
         epochs: of fine-tuning.
-        distill_epochs: of self-distillation.
+        distill_epochs: of self-distillation; None: as `DistillOptions` has it.
         batch_size: rows of a training step.
         learning_rate: of the backbone; its new head learns `head_factor` times faster.
         head_factor: see there.
@@ -41,7 +41,7 @@ class TrainingPlan:
     train_rows: int = 12_000
     max_length: int = 64
     epochs: float = 3.0
-    distill_epochs: float = 3.0
+    distill_epochs: float | None = None
     batch_size: int = 32
     learning_rate: float = 4e-5
     head_factor: float = 10.0

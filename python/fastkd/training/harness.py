@@ -145,8 +145,9 @@ class TrainOptions:
     _fastbert: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "learning_rate", "max_length", "eval_batch_size", "logging_steps"):
+        for name in ("batch_size", "learning_rate", "max_length", "eval_batch_size", "logging_steps"):
             require(name, getattr(self, name), getattr(self, name) > 0, "a number above 0")
+        self._check_epochs()
         for name in ("max_steps", "eval_steps", "early_stopping_patience", "schedule_epochs"):
             value = getattr(self, name)
             require(name, value, value is None or value > 0, "a number above 0, or None")
@@ -157,6 +158,9 @@ class TrainOptions:
             if value not in allowed:
                 raise ValueError(f"trainer_arguments: got {name}={value!r}, but {reason}; leave it out")
         require("warmup", self.warmup, 0 <= self.warmup < 1, "a share of the steps in [0, 1)")
+
+    def _check_epochs(self) -> None:
+        require("epochs", self.epochs, self.epochs > 0, "a number above 0")
 
     @classmethod
     def preset(cls: type[_Options], parity: str, **changes: Any) -> _Options:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback
+from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from fastkd.data.batches import padding_collator, tokenize
 from fastkd.data.input_format import input_format_of
@@ -48,6 +48,8 @@ class PartTraining:
         best_metric: decides which weights are kept, see `TrainingStage`.
         reads_labels: whether the objective takes the labels of training rows.
         trains_exits: whether the model may leave early afterwards.
+        prepared: called once with the stage and the Trainer's arguments, gives the stage to train.
+        finished: called with the trained stage, the arguments and the result, gives the result.
     """
 
     name: str
@@ -62,6 +64,10 @@ class PartTraining:
     best_metric: str
     reads_labels: bool
     trains_exits: bool
+    prepared: Callable[[TrainingStage, TrainingArguments], TrainingStage] = lambda stage, arguments: stage
+    finished: Callable[[TrainingStage, TrainingArguments, TrainResult], TrainResult] = lambda stage, arguments, done: (
+        done
+    )
 
 
 def check_part(
@@ -104,7 +110,9 @@ def train_part(
     warn_about_duplicates({"train": train, "dev": dev})
     run = Run.begin(training.name, train, dev, output_dir, options, best_metric=training.best_metric)
     with run.cleared_if_failed(), only_trainable(model, training.trained), training.scale.taken_out_of(training.scaled):
+        stage = training.prepared(stage, run.arguments)
         done = train_stage(stage, run.checkpoints, options, callbacks)
+        done = training.finished(stage, run.arguments, done)
     model.zero_grad(set_to_none=True)
     model.eval()
     config = model.config

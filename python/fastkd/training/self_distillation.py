@@ -8,30 +8,44 @@ had alone.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
+import datasets
 import numpy
 import torch
-from torch import Tensor
+from accelerate import PartialState
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from fastkd.data.rows import RowSource
 from fastkd.encoders.label_scale import LabelScale
+from fastkd.encoders.untouched import is_plain_linear
 from fastkd.exits.flops import FlopsShape
 from fastkd.exits.trace import ExitTrace
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.training.checks import opened, parameters_to_train, require, rows_for
-from fastkd.training.harness import Objective, TrainOptions, TrainResult
+from fastkd.training.harness import Objective, TrainingStage, TrainOptions, TrainResult
+from fastkd.training.head_temperatures import agreement_temperatures, divide_logits
+from fastkd.training.hidden_states import HiddenStates
 from fastkd.training.log import RECORDED_SPEED
 from fastkd.training.metrics import head_scores
 from fastkd.training.model_parts import PartTraining, check_part, train_part
 
 _KEEP_HEADS = "keep the heads by modules_to_save=['heads'] in its configuration"
+_TRAIN, _DEV = "train_rows", "dev_rows"
+_EPOCHS = 3.0
 _MERGE = "merge the adapter first (model.merge_and_unload())"
 
 
@@ -40,6 +54,8 @@ class DistillOptions(TrainOptions):
     """Options of `distill`; the loss is that of `self_distillation_loss`.
 
     Attributes:
+        epochs: passes over the training rows; None: three, or as many as make `min_steps` steps.
+        min_steps: see there; small files need more passes.
         learning_rate: its peak; higher than FastBERT's 2e-4, because small new heads learn faster with it.
         temperature: of both distributions.
         direction: "forward" is KL(last head || exit head), "reverse" KL(exit head || last head).
@@ -47,25 +63,42 @@ class DistillOptions(TrainOptions):
         frozen_dropout: dropout also acts in the frozen backbone and last head while the other heads learn, so that they
             learn from noisy answers to noisy hidden states, as in FastBERT's code.
         learned_exit: also train a learned exit (criterion "learned"); a model that has one always trains it on.
+        head_temperatures: afterwards give every early head the temperature at which it predicts the last head's answers
+            to the dev rows best (`fastkd.training.head_temperatures`); without dev rows, for a regression and beside a
+            learned exit nothing is done. It is part of the saved weights, and changes no head's answer.
+        states_gib: memory for the frozen hidden states that the heads read, of training and dev rows each. Where they
+            fit, the backbone runs once a row and not once an epoch, with the same results but for rounding; 0: never.
+            They are computed anew with `frozen_dropout`, in several processes, and for an encoder whose answers depend
+            on padding.
     """
 
+    epochs: float | None = None  # type: ignore[assignment]  # `distill` fills it in
+    min_steps: int = 1500
     learning_rate: float = 1e-3
     temperature: float = 1.0
     direction: Literal["forward", "reverse"] = "forward"
     t2_scale: bool = True
     frozen_dropout: bool = False
     learned_exit: bool = False
+    head_temperatures: bool = True
+    states_gib: float = 4.0
 
     _fastbert: ClassVar[Mapping[str, Any]] = {
         "epochs": 5,
+        "head_temperatures": False,
         "learning_rate": 2e-4,
         "frozen_dropout": True,
         "keep_last": True,
     }
 
+    def _check_epochs(self) -> None:
+        require("epochs", self.epochs, self.epochs is None or self.epochs > 0, "a number above 0, or None")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require("temperature", self.temperature, self.temperature > 0, "a number above 0")
+        require("min_steps", self.min_steps, self.min_steps >= 0, "0 or more")
+        require("states_gib", self.states_gib, self.states_gib >= 0, "0 or more")
         require("direction", self.direction, self.direction in ("forward", "reverse"), "'forward' or 'reverse'")
 
 
@@ -94,6 +127,7 @@ def distill(
         )
     train, dev = rows_for(model, train, dev, require_labels=False)
     check_part(model, dev, options, tokenizer)
+    options = _long_enough(options, len(train))
     parameters_to_train(model.early_heads, adapter, _KEEP_HEADS)
     if adapter is not None and (options.learned_exit or model.learned_exit is not None):
         raise ValueError(f"learned_exit: an adapter does not keep it; {_MERGE}")
@@ -101,10 +135,11 @@ def distill(
         model.add_learned_exit()
     learned = [] if model.learned_exit is None else [model.learned_exit]
     scale = LabelScale(*model.config.label_scale or ())
+    objective = _SelfDistillation(model, options, scale)
     training = PartTraining(
         name="distill",
         model=model,
-        objective=_SelfDistillation(model, options, scale),
+        objective=objective,
         adapter=adapter,
         trained=parameters_to_train([*model.early_heads, *learned], adapter, _KEEP_HEADS),
         scale=scale,
@@ -114,8 +149,24 @@ def distill(
         best_metric="loss",
         reads_labels=False,
         trains_exits=True,
+        prepared=objective.with_states,
+        finished=objective.with_temperatures,
     )
     return train_part(training, train, dev, Path(output_dir), options, tokenizer, callbacks)
+
+
+def _long_enough(options: DistillOptions, rows: int) -> DistillOptions:
+    """The options with their length: `min_steps` where three epochs make fewer, evaluated twelve times on the way."""
+    if options.epochs is not None:
+        return options
+    options = replace(options, epochs=_EPOCHS)
+    rows_a_step = options.batch_size * PartialState().num_processes
+    is_given = options.max_steps is not None or {"max_steps", "num_train_epochs"} & options.trainer_arguments.keys()
+    if is_given or _EPOCHS * math.ceil(rows / rows_a_step) >= options.min_steps:
+        return options
+    return replace(
+        options, max_steps=options.min_steps, eval_steps=options.eval_steps or math.ceil(options.min_steps / 12)
+    )
 
 
 def self_distillation_loss(
@@ -185,6 +236,7 @@ class _SelfDistillation(Objective):
         self.model = model
         self.options = options
         self.scale = scale
+        self.states: dict[str, HiddenStates] = {}
 
     @property
     def core(self) -> EarlyExitForSequenceClassification:
@@ -197,9 +249,78 @@ class _SelfDistillation(Objective):
             head.train(mode)
         return self
 
+    def with_states(self, stage: TrainingStage, arguments: TrainingArguments) -> TrainingStage:
+        """The stage with row numbers in the place of tokens, for the rows whose hidden states fit into memory."""
+        self.states = {}
+        can_keep = not (self.options.frozen_dropout or self.model.reads_padding or arguments.world_size > 1)
+        if not can_keep:
+            return stage
+        cast(nn.Module, self.model).to(arguments.device)
+        kept = {_TRAIN: stage.train if _passes(stage.train, arguments) > 1 else None, _DEV: stage.dev}
+        for name, tokens in kept.items():
+            if tokens is not None:
+                self._keep(name, tokens, stage, arguments)
+        changes: dict[str, Any] = {
+            part: _row_numbers(tokens, name)
+            for part, name, tokens in (("train", _TRAIN, stage.train), ("dev", _DEV, stage.dev))
+            if name in self.states and tokens is not None
+        }
+        return replace(stage, collator=_RowCollator(stage.collator), **changes)
+
+    def _keep(self, name: str, tokens: datasets.Dataset, stage: TrainingStage, arguments: TrainingArguments) -> None:
+        """Keep the hidden states of these rows, unless they need more memory than was allowed."""
+        if HiddenStates.size(self.model, tokens) > self.options.states_gib * 2**30:
+            return
+        collator = cast(DataCollatorWithPadding, stage.collator)
+        size = self.options.eval_batch_size
+        self.states[name] = HiddenStates.of(self.model, tokens, collator, size, _autocast(arguments))
+
+    @torch.no_grad()
+    def with_temperatures(self, stage: TrainingStage, arguments: TrainingArguments, result: TrainResult) -> TrainResult:
+        """Give the heads their temperatures; the result with them, and with what early exit now does on dev rows."""
+        heads = self.model.early_heads
+        can_have = self.options.head_temperatures and self.model.learned_exit is None
+        can_have = (
+            can_have and self.model.config.num_classes > 1 and all(is_plain_linear(head.out_proj) for head in heads)
+        )
+        if stage.dev is None or not can_have:
+            return result
+        logits, labels = self._answers(stage, stage.dev, arguments)
+        found = agreement_temperatures(logits[:, :-1], logits[:, -1])
+        divide_logits(heads, found)
+        logits[:, :-1] /= logits.new_tensor(found)[:, None]
+        layers = self.model.exit_layers
+        metrics = {f"temperature_layer_{layer}": value for layer, value in zip(layers, found, strict=False)}
+        if labels is not None:
+            metrics |= stage.metrics(EvalPrediction(logits.numpy(), labels.numpy()))
+        return replace(result, metrics={**result.metrics, **metrics})
+
+    def _answers(
+        self, stage: TrainingStage, rows: datasets.Dataset, arguments: TrainingArguments
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [n, K, C] of all heads on the CPU, and labels, if there are any."""
+        self.eval()
+        logits, labels = [], []
+        rows = rows.remove_columns("length")
+        for start in range(0, len(rows), self.options.eval_batch_size):
+            chosen = range(start, min(start + self.options.eval_batch_size, len(rows)))
+            batch = stage.collator([rows[row] for row in chosen])
+            if "labels" in batch:
+                labels.append(batch.pop("labels"))
+            with _autocast(arguments):
+                found, _ = self._exits({name: value.to(arguments.device) for name, value in batch.items()})
+            logits.append(found.float().cpu())
+        return torch.cat(logits), torch.cat(labels) if labels else None
+
+    def _exits(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        for name, states in self.states.items():
+            if name in batch:
+                return states.exits(self.model, batch[name])
+        return self.model.all_exits(**batch)
+
     def forward(self, labels: Tensor | None = None, **batch: Tensor) -> dict[str, Tensor]:
         # the frozen parameters ask for no gradient, so nothing below the early heads is recorded
-        logits, log_odds = self.model.all_exits(**batch)
+        logits, log_odds = self._exits(batch)
         early, last = logits[:, :-1], logits[:, -1]
         if logits.shape[-1] == 1:
             logits = torch.cat([self.scale.restored(early), last.unsqueeze(1)], dim=1)
@@ -209,6 +330,38 @@ class _SelfDistillation(Objective):
         if log_odds is not None:
             loss = loss + learned_exit_loss(log_odds[:, :-1], early, last)
         return {"loss": loss, "logits": logits}
+
+
+def _autocast(arguments: TrainingArguments) -> torch.autocast:
+    """In which the Trainer computes."""
+    dtype = torch.float16 if arguments.fp16 else torch.bfloat16
+    return torch.autocast(arguments.device.type, dtype, enabled=arguments.bf16 or arguments.fp16)
+
+
+def _passes(tokens: datasets.Dataset, arguments: TrainingArguments) -> float:
+    """How often a training sees each row."""
+    if arguments.max_steps < 1:
+        return arguments.num_train_epochs
+    rows = arguments.max_steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
+    return rows / len(tokens)
+
+
+def _row_numbers(tokens: datasets.Dataset, name: str) -> datasets.Dataset:
+    """The rows as numbers in the column `name`, with the columns that are no input of the model."""
+    others = [column for column in ("length", "labels") if column in tokens.column_names]
+    return tokens.select_columns(others).add_column(name, list(range(len(tokens))))  # type: ignore[call-arg]
+
+
+@dataclass(frozen=True)
+class _RowCollator:
+    """Batches of row numbers [B] and labels; of rows with tokens those of `tokens`."""
+
+    tokens: Callable[[list[dict[str, Any]]], Any]
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Any:
+        if "input_ids" in rows[0]:
+            return self.tokens(rows)
+        return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
 
 
 @dataclass(frozen=True)

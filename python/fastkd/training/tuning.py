@@ -371,6 +371,8 @@ class _Search:
             resume=True,
             overwrite=True,
             progress=False,
+            # they are tried here, and put in where they pay
+            head_temperatures=False,
         )
         return distill(self.model, self.train, self.dev, folder, options, self.tokenizer, callbacks)
 
