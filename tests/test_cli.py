@@ -273,7 +273,7 @@ def test_any_encoder_walks_from_finetune_to_predict(work: Path, tmp_path: Path, 
     done = json.loads(succeeded("info", model, "--json").stdout)
     assert (done["encoder"], done["layers"]) == (family, 3)
     succeeded("trace", model, work / "data", "-o", tmp_path / "trace.safetensors")
-    succeeded("sweep", tmp_path / "trace.safetensors", "--speeds", "0,0.5")
+    succeeded("sweep", tmp_path / "trace.safetensors", "--speeds", "0,0.5", "-o", tmp_path / "swept")
     lines = succeeded("predict", model, "--speed", 0.5, stdin="a film\nthe actor was not very good\n").stdout
     assert len(lines.splitlines()) == 3
     assert "has no list of modules of that name" in refused(
