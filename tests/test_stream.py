@@ -19,7 +19,7 @@ import fastkd
 import fastkd_kernels as fk
 from fastkd.engines import plan, stream_reader
 from fastkd.engines.packed_encoder import encoder_of, round_up_tokens
-from fastkd.engines.stream import StreamRow, _Queue
+from fastkd.engines.stream import Stream, StreamRow, _Queue
 from fastkd.engines.stream_reader import EncodedRow
 
 __all__ = ["one_thread"]
@@ -125,6 +125,30 @@ def test_exit_layers_at_run_time() -> None:
     assert any(row.exit_layer == 2 for row in result)
     with pytest.raises(ValueError, match=r"exit_layers: got 9, but this model has heads after \[1, 2, 3, 4\]"):
         model.stream(rows, exit_layers=[9])
+
+
+@pytest.mark.parametrize("speed", [0.0, 0.5, 1.0])
+def test_a_row_alone_is_answered_as_a_call_is(speed: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = early_exit_model(num_labels=3), encoded_rows(4)
+    monkeypatch.setattr(Stream, "_run", None)
+    for row in rows:
+        expected = model(**{name: torch.tensor([values]) for name, values in row.items()}, speed=speed)
+        stream = model.stream([row], speed=speed)
+        (answer,) = stream
+        assert answer.label == model.config.id2label[int(expected.logits.argmax())]
+        assert answer.exit_layer == int(expected.exit_layer)
+        assert answer.uncertainty == pytest.approx(float(expected.uncertainty), abs=1e-5)
+        assert stream.statistics.rows_answered == 1
+        assert sum(stream.statistics.runs) == (1 if speed == 0 else answer.exit_layer)
+        assert len(stream._slots._free) == stream._slots.record.exit_layer.shape[0]
+
+
+def test_a_row_alone_whose_head_changed_is_answered_by_the_new_one() -> None:
+    model, (row,) = early_exit_model(num_labels=3), encoded_rows(1)
+    stream = model.stream([row])
+    with torch.no_grad():
+        model.last_head.out_proj.bias.add_(50 * torch.eye(3)[1])
+    assert [answer.label for answer in stream] == ["LABEL_1"]
 
 
 def test_memory_is_bounded_and_input_is_read_as_needed() -> None:

@@ -22,7 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from fastkd.engines.packed import PackedHeads
 from fastkd.engines.packed_encoder import cumulative_lengths
 from fastkd.engines.plan import PlannedRule
 from fastkd.engines.protocol import ExitModel
-from fastkd.engines.stream import NOT_FINITE, Stream, StreamRow, _prefix, _Queue
+from fastkd.engines.stream import Stream, StreamRow, _prefix, _Queue
 from fastkd.engines.stream_reader import EncodedRow
 from fastkd.exits.rule import ExitRule
 
@@ -244,39 +244,17 @@ class RequestStream(Stream):
 
         None where others wait, or the plan of the model does not answer by this rule.
         """
-        (row,), plan = running[:1], self._plan
-        is_alone = len(self._unanswered) == 1 and stage == 0 and not self._inbox.arrived
-        if plan is None or not is_alone or row.tokens * len(self._stages) > self._schedule.tokens_per_run:
+        if stage > 0 or len(self._unanswered) > 1 or self._inbox.arrived:
             return None
-        planned = self._planned_of(self._of(row).rule)
-        if not plan.can_answer(planned):
-            return None
-        segments = None if row.token_type_ids is None else torch.tensor([row.token_type_ids])
-        with torch.no_grad():
-            tokens = plan.pack(torch.tensor([row.input_ids]), None, segments)
-            found = None if tokens is None else plan.answer(tokens, planned)
+        (row,) = running[:1]
+        found = self._planned_answer(row, self._planned_of(self._of(row).rule))
         if found is None:
             return None
-        layer = int(found["exit_layer"])
-        answer, logits = self._row_of(row, found["logits"], layer, float(found["uncertainty"]))
-        self._slots.give_back(self._queues[0].slots)
-        self._queues[0].drop(1, row.tokens)
+        answer = self._stream_rows([row], **found)[row.position]
+        last = self._count_alone(row, found["layers"][0])
         del self._unanswered[row.position]
-        last = next(number for number, layers in enumerate(self._stages) if layer in layers)
-        for ran in range(last + 1):
-            self.statistics.runs[ran] += 1
-            self.statistics.tokens[ran] += row.tokens
-        self.statistics.rows_answered += 1
-        self._give(row, answer, logits=logits)
+        self._give(row, answer, logits=found["logits"][0].tolist())
         return last
-
-    def _row_of(self, row: EncodedRow, logits: Tensor, layer: int, uncertainty: float) -> tuple[StreamRow, list[float]]:
-        values: list[float] = logits[0].float().tolist()
-        best, number = logits[0].float().softmax(-1).max(-1)
-        score, label = best.item(), cast(Any, number.item())
-        if not math.isfinite(score):
-            return StreamRow(row.line, problem=NOT_FINITE), values
-        return StreamRow(row.line, self._names[label], score, layer, uncertainty), values
 
     def _planned_of(self, rule: ExitRule) -> PlannedRule:
         if rule not in self._planned:

@@ -32,7 +32,7 @@ from fastkd.engines.packed_encoder import (
     round_up_tokens,
 )
 from fastkd.engines.padded_runs import PaddedRuns
-from fastkd.engines.plan import current_plan_of
+from fastkd.engines.plan import PlannedRule, current_plan_of
 from fastkd.engines.protocol import ExitModel
 from fastkd.engines.schedule import Schedule
 from fastkd.engines.stream_reader import EncodedRow, StreamReader, longest_row, packed_rows
@@ -285,10 +285,49 @@ class Stream(Iterator[StreamRow]):
         self._is_whole = False
         if queue is None:
             self._read()
-        else:
+        elif not self._answer_alone(queue):
             self._run(queue)
         self._is_whole = True
         return True
+
+    def _answer_alone(self, stage: int) -> bool:
+        """Answer the only row that is left as a call of the model does, which costs less; False where it is not so."""
+        if stage > 0 or len(self._unanswered) > 1 or not self._reader.ended:
+            return False
+        (row,) = self._queues[0].rows
+        found = self._planned_answer(row, PlannedRule.of(self._rule))
+        if found is None:
+            return False
+        self._answers.update(self._stream_rows([row], **found))
+        del self._unanswered[row.position]
+        self._count_alone(row, found["layers"][0])
+        return True
+
+    def _planned_answer(self, row: EncodedRow, planned: PlannedRule) -> dict[str, Any] | None:
+        """`logits`, `layers` and `uncertainties` of a row before the first layer; None where no plan answers so."""
+        plan = self._plan
+        too_long = row.tokens * len(self._stages) > self._schedule.tokens_per_run
+        if plan is None or too_long or not plan.can_answer(planned):
+            return None
+        segments = None if row.token_type_ids is None else torch.tensor([row.token_type_ids])
+        with torch.no_grad():
+            tokens = plan.pack(torch.tensor([row.input_ids]), None, segments)
+            found = None if tokens is None else plan.answer(tokens, planned)
+        if found is None:
+            return None
+        layers, uncertainties = found["exit_layer"].tolist(), found["uncertainty"].tolist()
+        return {"logits": found["logits"].float(), "layers": layers, "uncertainties": uncertainties}
+
+    def _count_alone(self, row: EncodedRow, layer: int) -> int:
+        """Let go of a row that the plan answered; the stage after which it left."""
+        self._slots.give_back(self._queues[0].slots)
+        self._queues[0].drop(1, row.tokens)
+        last = next(number for number, layers in enumerate(self._stages) if layer in layers)
+        for ran in range(last + 1):
+            self.statistics.runs[ran] += 1
+            self.statistics.tokens[ran] += row.tokens
+        self.statistics.rows_answered += 1
+        return last
 
     def _overdue(self) -> int | None:
         """The queue of the oldest row, where its deadline has passed or too many answers wait behind it."""
@@ -405,8 +444,12 @@ class Stream(Iterator[StreamRow]):
         if not rows:
             return {}
         record = self._slots.record
-        logits = record.logits[slots].float()
         layers, uncertainties = record.exit_layer[slots].tolist(), record.uncertainty[slots].tolist()
+        return self._stream_rows(rows, record.logits[slots].float(), layers, uncertainties)
+
+    def _stream_rows(
+        self, rows: Sequence[EncodedRow], logits: Tensor, layers: Sequence[int], uncertainties: Sequence[float]
+    ) -> dict[int, StreamRow]:
         if logits.shape[1] == 1:
             numbers: list[float] = logits[:, 0].tolist()
             return {
