@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -19,6 +20,12 @@ import pytest
 from interpreter import mend_interpreter
 
 mend_interpreter()
+
+
+def pytest_configure() -> None:
+    """Import everything once: pytest-xdist reads each worker's warnings in a thread, which imports what they name."""
+    with contextlib.suppress(ImportError):
+        import fastkd  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
