@@ -285,7 +285,7 @@ def test_a_trace_takes_rows(kind: str) -> None:
     model, tokenizer = early_exit_model(), tokenizer_of("bert")
     source = KINDS[kind]({"text": TEXTS, "label": LABELS})
     trace = model.trace(source, tokenizer=tokenizer)
-    expected = trace_rows(model, tokenizer, load_rows({"text": TEXTS, "label": LABELS}))
+    expected = trace_rows(model, tokenizer, load_rows({"text": TEXTS, "label": LABELS}, name="rows"))
     assert torch.equal(trace.logits, expected.logits)
     assert trace.source == expected.source
     assert trace.rows is not None
