@@ -508,24 +508,34 @@ def test_half_written_checkpoints_are_passed_over(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-8"
 
 
+@pytest.mark.parametrize("ends", ["by its steps", "by early stopping"])
 def test_nothing_half_written_is_left_when_saving_fails(
-    finetuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finetuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
 ) -> None:
     tokenizer = tokenizer_of("bert")
 
     def out_of_space(*args: Any, **kwargs: Any) -> None:
         raise OSError("no space left on device")
 
-    options = options_of("distill", max_steps=2)
+    options, dev = options_of("distill", max_steps=2), None
+    if ends == "by early stopping":
+        # a learning rate that makes every evaluation worse than the first
+        options, dev = (
+            replace(options, max_steps=9, eval_steps=1, learning_rate=10.0, early_stopping_patience=1),
+            rows(20),
+        )
+    whole = distill(load(finetuned), rows(80), dev, tmp_path / "whole", options, tokenizer)
     with monkeypatch.context() as broken:
         broken.setattr(tokenizer, "save_pretrained", out_of_space)
         with pytest.raises(OSError, match="no space left"):
-            distill(load(finetuned), rows(80), None, tmp_path / "out", options, tokenizer)
-    assert _leftovers(tmp_path) == ["out.checkpoints"]
+            distill(load(finetuned), rows(80), dev, tmp_path / "out", options, tokenizer)
+    assert _leftovers(tmp_path) == ["out.checkpoints", "whole"]
     options = replace(options, resume=True)
-    result = distill(load(finetuned), rows(80), None, tmp_path / "out", options, tokenizer)
-    assert result.steps == 2
-    assert _leftovers(tmp_path) == ["out"]
+    result = distill(load(finetuned), rows(80), dev, tmp_path / "out", options, tokenizer)
+    assert result.steps == whole.steps < 9
+    assert _leftovers(tmp_path) == ["out", "whole"]
+    found, expected = (load(tmp_path / name).state_dict() for name in ("out", "whole"))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_a_finished_folder_is_replaced_only_when_told(finetuned: Path, tmp_path: Path) -> None:

@@ -462,6 +462,13 @@ def _kept_metrics(state: TrainerState, keep_last: bool) -> dict[str, float]:
     return {}
 
 
+def _ended_with(checkpoint: Path) -> bool:
+    """Whether the training was over when it wrote this checkpoint, by its steps or by early stopping."""
+    state = read_json(checkpoint / "trainer_state.json", "resume", "")
+    control = state.get("stateful_callbacks", {}).get("TrainerControl", {})
+    return bool(control.get("args", {}).get("should_training_stop"))
+
+
 def last_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
     """The newest whole checkpoint in `folder`; a run killed while it wrote one continues from the one before."""
     found = [(int(match[1]), path) for path in Path(folder).glob("*") if (match := _CHECKPOINT.fullmatch(path.name))]
@@ -573,8 +580,20 @@ class ObjectiveTrainer(Trainer):
         self.options = options
         self.sampler = sampler
         self.sharded: ShardedObjective | None = None
+        self._has_ended = False
         if isinstance(sampler, LengthGroupedSampler):
             self.add_callback(_SamplerEpoch(sampler))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._has_ended = isinstance(resume_from_checkpoint, str) and _ended_with(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # a run that was killed between its last checkpoint and its end would take one step more
+        if self._has_ended:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler | ShuffledOnceSampler:
         return self.sampler
