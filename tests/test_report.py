@@ -90,7 +90,7 @@ def test_wrong_logs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no file .*trainer_log\.json"):
         read_log(tmp_path)
     (tmp_path / "trainer_log.json").write_text("{}")
-    with pytest.raises(ValueError, match="no log of finetune or distill"):
+    with pytest.raises(ValueError, match="not a log of finetune or distill"):
         read_log(tmp_path)
     (tmp_path / "trainer_log.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
