@@ -122,7 +122,8 @@ def test_a_bad_line_is_named(text: str, said: str, tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    assert "absent.yaml: cannot be read" in refused("distill", "--config", tmp_path / "absent.yaml")
+    # the path is long, and may be broken anywhere
+    assert "absent.yaml:cannotberead" in refused("distill", "--config", tmp_path / "absent.yaml").replace(" ", "")
 
 
 def test_what_a_file_leaves_out_is_still_required(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ BUILD = """
 import setuptools, setup
 settings = setup.build_settings()
 settings["ext_modules"] = [extension for extension in settings["ext_modules"] if extension.name.endswith("_C_cuda")]
-setuptools.setup(script_args={arguments!r}, **settings)
+setuptools.setup(script_args={arguments!r}, **setup.page_settings(), **settings)
 """
 
 
