@@ -115,8 +115,7 @@ constexpr Activation kAny = kActivations;
 
 template <Activation ACTIVATION, bool PRECISE>
 static inline Floats activate_as(Activation activation, Floats x) {
-  if constexpr (ACTIVATION == kAny) return activation == kNone ? x : activate<PRECISE>(activation, x);
-  return activate<PRECISE>(ACTIVATION, x);
+  return activate<PRECISE>(ACTIVATION == kAny ? activation : ACTIVATION, x);
 }
 
 // Rows `from` to `end` of a block. Everything that a store might change for the compiler is copied first.
@@ -163,9 +162,7 @@ static void finish_as(const Product& product, const Block& block, int64_t from, 
       constexpr int kCount = decltype(count)::value * kVectors;
       Floats results[kCount];
       for (int n = 0; n < kCount; ++n) results[n] = columns(panel * kPanel + n * LANES);
-      if (SINK != Sink::kSums) {
-        for (int n = 0; n < kCount; ++n) results[n] = activate_as<ACTIVATION, !NARROW>(activation, results[n]);
-      }
+      for (int n = 0; n < kCount; ++n) results[n] = activate_as<ACTIVATION, !NARROW>(activation, results[n]);
       for (int n = 0; n < kCount; ++n) {
         if (GATED) results[n] *= columns((panel + 1) * kPanel + n * LANES);
         write(panel / kStep * kPanel + n * LANES, results[n]);

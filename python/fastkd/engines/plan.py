@@ -184,8 +184,10 @@ class Plan:
         """What the stage of these layers takes: hidden states, or what the embedding is asked for."""
         if hidden_states is not None:
             return hidden_states
-        if self._embedding is None:
-            return self.embed(tokens)
+        return self.embed(tokens) if self._embedding is None else self._embedded(tokens)
+
+    def _embedded(self, tokens: fk.PackedInput) -> list[Tensor]:
+        """What each table of the prepared embedding is asked for."""
         columns = tokens.input_ids, tokens.positions, tokens.token_type_ids
         return [columns[kind] for kind in self._encoder.embedded]
 
@@ -226,14 +228,15 @@ class Plan:
 
     def embed(self, tokens: fk.PackedInput) -> Tensor:
         """Hidden states before the first layer, [R, H]; R is N rounded up, and the rows added are finite."""
-        columns = tokens.input_ids, tokens.positions, tokens.token_type_ids
         used = tokens.input_ids.shape[0]
         rows = round_up_tokens(used)
         if self._embedding is not None:
-            hidden_states = self._embedding([columns[kind] for kind in self._encoder.embedded], rows)
+            hidden_states = self._embedding(self._embedded(tokens), rows)
         else:
             hidden_states = torch.empty(rows, self._config.hidden_size, dtype=self._encoder.dtype)
-            self._encoder.embed_rows(*columns, out=hidden_states[:used])
+            self._encoder.embed_rows(
+                tokens.input_ids, tokens.positions, tokens.token_type_ids, out=hidden_states[:used]
+            )
         if rows != used:
             hidden_states[used:].zero_()
         return hidden_states

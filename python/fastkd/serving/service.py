@@ -13,6 +13,7 @@ from typing import Any
 
 from fastkd.engines.rank_requests import RankAnswer, RankRequest
 from fastkd.engines.request_stream import RequestAnswer, StreamRequest, StreamStep
+from fastkd.engines.stream import NOT_FINITE
 from fastkd.exits.certificate import Certificate
 from fastkd.exits.drift import DriftMonitor
 from fastkd.exits.rule import ExitRule
@@ -449,7 +450,7 @@ class Service:
             self._load.answered(request.tokens)
             found = _ranked(answer) if isinstance(answer, RankAnswer) else _answered(answer)
         if isinstance(found, Ranked) and not all(map(math.isfinite, found.scores)):
-            problem = Refusal("Backend", "the model's answer is not a finite number; try float32 or bfloat16 weights")
+            problem = Refusal("Backend", NOT_FINITE)
         if waiting.number is not None and worker is self._worker and self._monitor is not None:
             label = found.label if isinstance(found, Answered) else _NO_ANSWER
             self._monitor.note(waiting.number, waiting.is_early, label)

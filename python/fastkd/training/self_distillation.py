@@ -279,11 +279,10 @@ class _SelfDistillation(Objective):
     def with_temperatures(self, stage: TrainingStage, arguments: TrainingArguments, result: TrainResult) -> TrainResult:
         """Give the heads their temperatures; the result with them, and with what early exit now does on dev rows."""
         heads = self.model.early_heads
-        can_have = self.options.head_temperatures and self.model.learned_exit is None
-        can_have = (
-            can_have and self.model.config.num_classes > 1 and all(is_plain_linear(head.out_proj) for head in heads)
-        )
-        if stage.dev is None or not can_have:
+        if stage.dev is None or not self.options.head_temperatures:
+            return result
+        is_classifier = self.model.config.num_classes > 1 and self.model.learned_exit is None
+        if not (is_classifier and all(is_plain_linear(head.out_proj) for head in heads)):
             return result
         logits, labels = self._answers(stage, stage.dev, arguments)
         found = agreement_temperatures(logits[:, :-1], logits[:, -1])
