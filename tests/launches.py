@@ -27,6 +27,18 @@ class _Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class OpNames(TorchDispatchMode):
+    """Keeps the names of all operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 def _computes(func: Any) -> bool:
     name = func._schema.name.removeprefix("aten::")
     return not (func.is_view or name == "_unsafe_view" or name.startswith(ALLOCATIONS))

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -24,12 +24,12 @@ pytest.importorskip("datasets", reason="datasets is not installed: pip install d
 
 import torch
 import typer.main
+from command_line import fastkd, refused, succeeded, tracebacks_off  # noqa: F401  # a fixture
 from every_encoder import tiny_config
 from report_sources import benchmark
 from rich.console import Console
 from tiny_models import WORDS, early_exit_model, one_thread, save_plain_checkpoint, tokenizer_of  # noqa: F401  # a fixture
 from transformers import AutoModel
-from typer.testing import CliRunner
 
 from fastkd.commands import app, demo_story
 from fastkd.commands.calibrate import Guarantee, Method
@@ -38,7 +38,7 @@ from fastkd.commands.import_fastbert import Pooling
 from fastkd.commands.options import Criterion, Dtype, LabelsAre, parse_speeds, quoted
 from fastkd.commands.predict import predict as predict_command
 from fastkd.commands.report import PictureFormat
-from fastkd.commands.screen import benchmark_table, wants_traceback
+from fastkd.commands.screen import benchmark_table
 from fastkd.data.labels import LABELS_ARE
 from fastkd.exits.catalogue import CRITERIA
 from fastkd.exits.guarantees import GUARANTEES, METHODS
@@ -54,25 +54,6 @@ COMMANDS = tuple(typer.main.get_command(app.app).commands)  # type: ignore[attr-
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def fastkd(*arguments: object, stdin: str | None = None) -> Any:
-    """Run one command; its result has exit_code, stdout, stderr."""
-    return CliRunner().invoke(app.app, [str(argument) for argument in arguments], input=stdin)
-
-
-def succeeded(*arguments: object, stdin: str | None = None) -> Any:
-    result = fastkd(*arguments, stdin=stdin)
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    return result
-
-
-def refused(*arguments: object) -> str:
-    """The one error message of a command that must exit with code 2, without a traceback."""
-    result = fastkd(*arguments)
-    assert result.exit_code == 2, result.output + repr(result.exception)
-    assert "Traceback" not in result.output
-    return " ".join(result.output.split())
-
-
 def write_rows(path: Path, rows: int, seed: int, labels: tuple[str, str] = ("negative", "positive")) -> Path:
     generator = torch.Generator().manual_seed(seed)
 
@@ -85,12 +66,6 @@ def write_rows(path: Path, rows: int, seed: int, labels: tuple[str, str] = ("neg
         lines.append(f"{labels[row % 2]}\t{filler} {pick((NEGATIVE, POSITIVE)[row % 2])}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
-
-
-@pytest.fixture(autouse=True)
-def tracebacks_off() -> Iterator[None]:
-    yield
-    wants_traceback.set(False)
 
 
 @pytest.fixture(scope="module")

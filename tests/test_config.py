@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,36 +9,15 @@ import pytest
 
 pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
 
+import command_line
 import yaml
+from command_line import fastkd, succeeded, tracebacks_off  # noqa: F401  # a fixture
 from tiny_models import one_thread, save_plain_checkpoint  # noqa: F401  # a fixture
-from typer.testing import CliRunner
-
-from fastkd.commands import app
-from fastkd.commands.screen import wants_traceback
-
-
-def fastkd(*arguments: object) -> Any:
-    return CliRunner().invoke(app.app, [str(argument) for argument in arguments])
-
-
-def succeeded(*arguments: object) -> Any:
-    result = fastkd(*arguments)
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    return result
 
 
 def refused(*arguments: object) -> str:
-    result = fastkd(*arguments)
-    assert result.exit_code == 2, result.output + repr(result.exception)
-    assert "Traceback" not in result.output
-    # the box of a terminal, and its line breaks
-    return " ".join(result.output.replace("│", " ").split())
-
-
-@pytest.fixture(autouse=True)
-def tracebacks_off() -> Iterator[None]:
-    yield
-    wants_traceback.set(False)
+    """Without the box of a terminal and its line breaks."""
+    return " ".join(command_line.refused(*arguments).replace("│", " ").split())
 
 
 @pytest.fixture(scope="module")

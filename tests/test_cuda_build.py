@@ -6,7 +6,6 @@ The build goes through setup.py with FASTKD_FORCE_CUDA=1 against whatever torch 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import re
 import shutil
@@ -16,10 +15,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from setup_script import load_setup_script
 
 from fastkd_kernels import _extension
 
@@ -33,18 +32,7 @@ CUDA_SHIMS = {
 }
 """What csrc/ may take from libtorch_cuda: the C functions of the stable ABI, and nothing that is mangled."""
 
-
-def _setup() -> ModuleType:
-    """setup.py, which knows where the toolkit is and whether it belongs to this torch."""
-    specification = importlib.util.spec_from_file_location("fastkd_setup", ROOT / "setup.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-SETUP = _setup()
+SETUP = load_setup_script()
 CUDA_HOME: Path | None = SETUP.find_cuda_home()
 PROBLEM: str | None = SETUP.toolkit_problem(torch, CUDA_HOME)
 needs_nvcc = pytest.mark.skipif(PROBLEM is not None, reason=PROBLEM or "")

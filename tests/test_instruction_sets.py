@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from setup_script import load_setup_script
 
 from fastkd_kernels import _extension
 from fastkd_kernels.ops.exit_gate import uncertainty_reference
@@ -36,12 +36,7 @@ Results = dict[str, torch.Tensor]
 
 def compile_flags() -> list[str]:
     """Those of the extension."""
-    specification = importlib.util.spec_from_file_location("fastkd_setup", HERE.parent / "setup.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module.CXX_FLAGS
+    return load_setup_script().CXX_FLAGS
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import os
 import re
@@ -11,9 +10,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from setup_script import load_setup_script
 
 from fastkd_kernels import info
 
@@ -567,18 +566,9 @@ def test_every_environment_variable_is_documented() -> None:
     assert [name for name in sorted(found) if f"`{name}" not in page] == []
 
 
-def setup_module_of_the_build() -> ModuleType:
-    specification = importlib.util.spec_from_file_location("fastkd_setup", ROOT / "setup.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
 def test_the_page_of_an_index_leads_nowhere_that_is_not_there() -> None:
     """README.md is written for the repository; an index knows none of its files."""
-    page, link = setup_module_of_the_build().page_for_an_index, re.compile(r"(?:\]\(|src=\")([^)\s\"]+)")
+    page, link = load_setup_script().page_for_an_index, re.compile(r"(?:\]\(|src=\")([^)\s\"]+)")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for text in (page(None), page("https://host/project")):
         assert all(target.startswith(("https://", "http://", "#")) for target in link.findall(text))
@@ -589,7 +579,7 @@ def test_the_page_of_an_index_leads_nowhere_that_is_not_there() -> None:
 
 
 def test_metadata_names_the_repository_where_it_is_told() -> None:
-    pages = setup_module_of_the_build().page_settings
+    pages = load_setup_script().page_settings
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("FASTKD_REPOSITORY", raising=False)
         assert pages()["project_urls"] == {}

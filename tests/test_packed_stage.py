@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from launches import OpNames
 from test_encoder_layer import bounds, weights
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd_kernels as fk
 from fastkd_kernels import _eager, _extension
@@ -115,17 +115,8 @@ def test_rows_behind_the_last_sequence_are_zero() -> None:
 
 
 def test_who_watches_ops_sees_them() -> None:
-    class Names(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.names: list[str] = []
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.names.append(str(func))
-            return func(*args, **(kwargs or {}))
-
     stage = fk.PreparedStage(layers("float32"), head(torch.float32))
-    with Names() as seen:
+    with OpNames() as seen:
         stage(torch.randn(4, HIDDEN), bounds([4]), 0.5)
     assert any("encoder_layers_" in name for name in seen.names)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from launches import OpNames
 from tiny_models import (
     CONFIGS,
     CRITERIA,
@@ -24,7 +25,6 @@ from tiny_models import (
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
 import fastkd_kernels as fk
@@ -393,18 +393,9 @@ def test_notices_a_forced_backend() -> None:
 
 
 def test_notices_who_watches_ops() -> None:
-    class Names(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.names: list[str] = []
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.names.append(str(func))
-            return func(*args, **(kwargs or {}))
-
     model = early_exit_model()
     planned(model)
-    with Names() as seen:
+    with OpNames() as seen:
         answer(model, speed=1.0)
     assert any("fastkd_kernels.pack_" in name for name in seen.names)
 
