@@ -65,18 +65,21 @@ class ModuleStamp {
   }
 
   bool is_current() const {
-    if (PyList_Size(gone_.get()) != 0) return false;
+    if (!all_alive()) return false;
     for (const Module& module : modules_) {
       if (Py_TYPE(module.module) != module.type || !holds(module)) return false;
     }
     for (const Parameter& parameter : parameters_) {
       if (parameter.version >= 0 && version_of(parameter.tensor) != parameter.version) return false;
-      if (address_of(parameter.tensor) != parameter.address) return false;
+      // a tensor of another class answers in Python, during which anything may go
+      if (!all_alive() || address_of(parameter.tensor) != parameter.address || !all_alive()) return false;
     }
     return true;
   }
 
  private:
+  bool all_alive() const { return PyList_Size(gone_.get()) == 0; }
+
   // the object's memory may be used again once `gone_` says so
   void watch(PyObject* object) { kept_.push_back(checked(PyWeakref_NewRef(object, append_.get()))); }
 

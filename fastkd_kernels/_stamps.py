@@ -141,7 +141,9 @@ class _Contents:
                 return False
         for reference, version, address in self._tensors:
             tensor = reference()
-            if address != tensor.data_ptr() or (version != _NO_VERSION and version != tensor._version):
+            if tensor is None or address != tensor.data_ptr():
+                return False
+            if version != _NO_VERSION and version != tensor._version:
                 return False
         return True
 

@@ -168,6 +168,29 @@ def test_a_module_stamp_of_what_is_gone_is_not_current() -> None:
     assert not stamp.is_current()
 
 
+class _Careless(torch.Tensor):
+    """Whoever asks it for its address loses another tensor."""
+
+    loses: list[nn.Module]
+
+    def data_ptr(self) -> int:
+        for module in self.__dict__.pop("loses", []):
+            module.weight = None
+            gc.collect()
+        return super().data_ptr()
+
+
+@pytest.mark.usefixtures("contents")
+def test_a_module_stamp_whose_tensors_go_while_it_is_asked() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    careless = torch.ones(2).as_subclass(_Careless)
+    module[0].register_buffer("careless", careless)
+    # memory of a tensor that went is not asked
+    stamp = fk.ModuleStamp([module])
+    careless.loses = [module[1]]
+    assert not stamp.is_current()
+
+
 @pytest.mark.usefixtures("contents")
 def test_a_module_stamp_of_weights_made_in_inference_mode() -> None:
     with torch.inference_mode():

@@ -37,7 +37,8 @@ _TELLING = (("bad", "dull", "boring"), ("good", "great", "fun"))
 def environment() -> dict[str, str]:
     """Of a process that finds what this one found."""
     paths = [str(WORKER.parent), *(path for path in sys.path if path)]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    settings = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    return {**os.environ, **settings}
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
