@@ -50,7 +50,8 @@ class RouterRow:
     contestant: str
     average_layers: float
     ms_per_prompt: float
-    over_best_rival: float
+    over_best_rival: float | None
+    """None where no rival is installed."""
     over_own_full: float | None
     """None of a rival, which has no exits."""
     flops_speedup: float
@@ -147,7 +148,7 @@ def measure(
                 contestant=name,
                 average_layers=average,
                 ms_per_prompt=taken,
-                over_best_rival=min(theirs) / taken if theirs else float("nan"),
+                over_best_rival=min(theirs) / taken if theirs else None,
                 over_own_full=medians[name, float(full[0])] / taken if is_ours else None,
                 flops_speedup=flops_speedup(model.config, length, PATTERNS.get(average, full)) if is_ours else 1.0,
             )
@@ -175,13 +176,13 @@ def markdown(rows: Sequence[RouterRow], facts: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        own = "" if row.over_own_full is None else f"{row.over_own_full:.2f}x"
+        rival, own = ("" if over is None else f"{over:.2f}x" for over in (row.over_best_rival, row.over_own_full))
         saved = "| | |"
         if row.share_reached is not None:
             saved = f"| {row.operations_saved:.1%} | {row.seconds_saved:.1%} | {row.share_reached:.2f}"
         lines.append(
             f"| {row.length} | {row.contestant} | {row.average_layers:g} | {row.ms_per_prompt:.1f} | "
-            f"{row.over_best_rival:.2f}x | {own} {saved} |"
+            f"{rival} | {own} {saved} |"
         )
     return "\n".join([*lines, ""])
 

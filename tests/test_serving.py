@@ -602,6 +602,15 @@ def certified(folder: Path, speed: float = 0.6, **changes: Any) -> Path:
     return folder
 
 
+def test_a_thread_ends_with_its_event_loop(model: Path) -> None:
+    loop = asyncio.new_event_loop()
+    worker = Worker(ServeOptions(model=str(model)), lambda *_: None, loop)
+    assert worker.is_alive
+    loop.close()
+    worker.join(10)
+    assert not worker.is_alive
+
+
 def test_speed_rises_under_pressure_and_says_so(tmp_path: Path) -> None:
     async def check(client: httpx.AsyncClient, service: Service, gate: threading.Event) -> None:
         gate.clear()

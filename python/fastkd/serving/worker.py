@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -245,7 +244,7 @@ class Worker:
             if self._is_idle:
                 with self._wake:
                     if self._is_idle:
-                        if self._is_stopping:
+                        if self._is_stopping or self._loop.is_closed():
                             return
                         self._wake.wait(1.0)
                 continue
@@ -266,8 +265,10 @@ class Worker:
         return self._stream.is_idle and self._rankings.is_idle
 
     def _tell(self, steps: Sequence[StreamStep], ended: Sequence[Ended]) -> None:
-        with contextlib.suppress(RuntimeError):  # the event loop is closed, and nobody waits any more
+        try:
             self._loop.call_soon_threadsafe(self._deliver, self, steps, ended)
+        except RuntimeError:  # the event loop is closed, and nobody waits any more
+            self._is_aborting = True
 
 
 def _own_weights(model: torch.nn.Module) -> None:
