@@ -36,32 +36,32 @@ from fastkd.engines.allocator import keep_freed_memory
 
 PANELS: dict[str, dict[Callable[..., None], str]] = {
     "Start": {
-        demo: "the demo prints a [cyan]fastkd predict[/] command that uses the model it leaves behind.",
+        demo: "run the [cyan]fastkd predict[/] command that the demo prints; it uses the model that the demo trained.",
     },
     "Train": {
         finetune: "[cyan]fastkd distill OUTPUT --data DATA -o DISTILLED[/] trains the early exits.",
         distill: "[cyan]fastkd sweep DISTILLED --data DATA[/] shows what each speed costs.",
         tune: "[cyan]fastkd calibrate OUTPUT --data DATA[/] on rows that tuning has not seen certifies the speed.",
         kd: "[cyan]fastkd kd-table GRID.yaml[/] compares methods on your tasks, with several seeds.",
-        import_fastbert: "[cyan]fastkd sweep MODEL --data DATA[/] shows what each speed costs and wins.",
+        import_fastbert: "[cyan]fastkd sweep MODEL --data DATA[/] shows what each speed costs and saves.",
     },
     "Understand": {
         trace: "[cyan]fastkd sweep TRACE[/] reads the trace at every speed, without the model.",
         sweep: "pick the fastest speed whose accuracy you accept, then "
         "[cyan]fastkd bench MODEL DATA --speeds 0.3,0.5[/] to see it in seconds.",
-        compare: "[cyan]fastkd calibrate MODEL --data DATA --criterion C[/] with the one you chose.",
+        compare: "[cyan]fastkd calibrate MODEL --data DATA --criterion C[/] certifies the one you choose.",
         calibrate: "[cyan]fastkd info MODEL[/] shows the certificate that the model now carries.",
-        bench: "[cyan]fastkd predict MODEL INPUT --speed S[/] with the speed that pays here.",
-        report: "[cyan]fastkd predict MODEL INPUT --speed S[/] with the speed that you chose on the page.",
+        bench: "[cyan]fastkd predict MODEL INPUT --speed S[/] answers at the speed that pays here.",
+        report: "[cyan]fastkd predict MODEL INPUT --speed S[/] answers at the speed you chose on the page.",
         info: "[cyan]fastkd calibrate MODEL --data DATA[/] finds a speed with a guarantee.",
     },
     "Use": {
         predict: "[cyan]fastkd sweep MODEL --data DATA[/] shows what another --speed would cost in accuracy.",
-        serve: "open the address that it prints, or ask it with curl as in docs/serving.md.",
+        serve: "open the address that it prints, or send a request with curl as in docs/serving.md.",
     },
     "Papers": {
         table2: "[cyan]fastkd report OUTPUT/DATA[/] shows every speed of a data set's model.",
-        kd_table: "[cyan]fastkd kd --method METHOD --teacher DIR[/] trains the student that you liked best.",
+        kd_table: "[cyan]fastkd kd --method METHOD --teacher DIR[/] trains the student you liked best.",
     },
 }
 """The panels of --help with their commands, both in the order of a model's life, and what each says to do next."""
@@ -99,11 +99,11 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error came from.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show the full traceback of an error.")] = False,
 ) -> None:
     """Early-exit BERT: easy sentences leave after the first layers, hard ones use them all.
 
-    The way from a plain checkpoint to a fast model:
+    From a plain checkpoint to a fast model:
 
     \b
       1. [cyan]fastkd finetune[/]  backbone and last head learn the labels

@@ -33,8 +33,8 @@ def bench(
     data: Annotated[
         Path | None,
         typer.Argument(
-            help="A .tsv, .csv, .jsonl or .parquet file, or a folder of splits; with --latency texts that fastkd "
-            "brings along where there is none.",
+            help="A .tsv, .csv, .jsonl or .parquet file, or a folder of splits; --latency can do without and uses "
+            "texts that come with fastkd.",
             show_default=False,
         ),
     ] = None,
@@ -44,7 +44,7 @@ def bench(
     label_column: LabelColumn = None,
     labels_are: LabelsAreOption = None,
     speeds: Annotated[
-        str, typer.Option(help="Speeds above 0 to measure; the full model always is.")
+        str, typer.Option(help="Speeds above 0 to measure; the full model is always measured.")
     ] = "0.1,0.3,0.5,0.8",
     batch_sizes: Annotated[str, typer.Option(help="Batch sizes, as in 1,8,32.")] = "1,8,32",
     dtypes: Annotated[str, typer.Option(help="Dtypes to measure: some of fp32, bf16, fp16, int8.")] = "fp32,bf16",
@@ -53,36 +53,34 @@ def bench(
     rows: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Rows of a pass, drawn at random; default 512, with --latency 1000.", show_default=False
+            min=1, help="Rows per pass, drawn at random; default: 512, or 1000 with --latency.", show_default=False
         ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Interleaved passes; their median counts.")] = 5,
     max_length: MaxLength = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Processor threads; default: as many as torch takes.")
-    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; default: torch's choice.")] = None,
     latency: Annotated[
-        bool, typer.Option("--latency", help="Single sentences instead, one call each: p50, p90 and p99.")
+        bool, typer.Option("--latency", help="Time single sentences instead, one call each: p50, p90 and p99.")
     ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for JSON, CSV and picture.")] = Path("bench"),
     seed: DrawSeed = 0,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Measured seconds beside FLOPs, against the full model at its best.
+    """Measure seconds beside FLOPs, against the full model at its best.
 
-    First as a stream, which is what fastkd predict runs: rows in their order,
-    nothing padded. Then in batches sorted by length. Both models get the same
-    rows, dtype and device, in interleaved passes; the full model is ours at
-    speed 0 or that of transformers, in the same batches, and for the stream in
-    any batches or as a stream: whichever is fastest. Where early exit loses,
-    the table says so.
+    It first times a stream, as fastkd predict runs it: rows in input order,
+    without padding. Then it times batches sorted by length. Both models get the
+    same rows, dtype and device, in interleaved passes. The full model is ours at
+    speed 0 or that of transformers, whichever is faster: for batches in the same
+    batches, for the stream in any batches or as a stream. The table says where
+    early exit loses.
 
-    With --latency one sentence after the other is a call of its own, as behind
-    a server, at speed 0 and each of --speeds: how long half, nine tenths and 99
-    of 100 of them take at most, and how much of a call is Python. A length that
-    was not seen before counts like any other, so p99 / p50 shows whether the
-    first call of a length is slow.
+    With --latency each sentence is a call of its own, as behind a server, at
+    speed 0 and each of --speeds. It shows the time within which half, nine
+    tenths and 99 of 100 calls finish, and the share of Python in a call. New
+    lengths count like any other, so p99 / p50 shows whether the first call of a
+    length is slow.
 
     [bold]Examples[/]
 

@@ -61,50 +61,50 @@ class Method(str, Enum):
 
 def calibrate(
     context: typer.Context,
-    source: Annotated[
-        str, typer.Argument(help="A model folder together with --data, or a trace file.", show_default=False)
-    ],
+    source: Annotated[str, typer.Argument(help="A model folder (with --data), or a trace file.", show_default=False)],
     data: Annotated[
         Path | None, typer.Option(help="Rows that training has not seen: a file, or a folder of splits.")
     ] = None,
     split: Split = "test",
     max_drop: Annotated[
         str | None,
-        typer.Option(help="Share of rows, or of queries, that may get another answer; default: 1%, with --top-k 5%."),
+        typer.Option(help="Share of rows (--top-k: queries) that may get another answer; default: 1%; --top-k: 5%."),
     ] = None,
-    confidence: Annotated[str, typer.Option(help="Confidence with which this holds for new rows.")] = "95%",
+    confidence: Annotated[str, typer.Option(help="Confidence that this holds for new rows.")] = "95%",
     guarantee: Annotated[
         Guarantee,
         typer.Option(
-            help="consistency: the full model's answer, no labels needed; accuracy: a right answer of the full model."
+            help="What to keep. consistency: the full model's answers, no labels needed; accuracy: its right answers."
         ),
     ] = Guarantee.consistency,
     method: Annotated[
         Method,
         typer.Option(
-            help="fixed-sequence: with confidence; conformal: on average; empirical: measured only.",
+            help="How it holds. fixed-sequence: with confidence; conformal: on average; empirical: measured only.",
         ),
     ] = Method.fixed_sequence,
     criterion: Annotated[
         Criterion | None,
         criterion_option(
-            "How certainty is measured; choose it without these rows. Default: entropy, or agreement for regression."
+            "How certainty is measured; choose it on other rows. Default: entropy, or agreement for regression."
         ),
     ] = None,
     top_n: TopN = None,
     path_trace: Annotated[
-        Path | None, typer.Option(help="Trace of other rows, from which each head learns a threshold of its own.")
+        Path | None, typer.Option(help="Trace of other rows, from which each head learns its own threshold.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file for the certificate too.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the certificate to this JSON file.")
+    ] = None,
     tolerance: Annotated[
-        float | None, typer.Option(help="For regression: the difference up to which two answers count as the same.")
+        float | None, typer.Option(help="For regression: answers that differ by at most this count as the same.")
     ] = None,
     model: Annotated[
         Path | None, typer.Option(help="With a trace file: the model folder that gets the certificate.")
     ] = None,
     top_k: Annotated[
         int | None,
-        typer.Option(min=1, help="Certify the top K of a ranking instead; rows are pairs of query and document."),
+        typer.Option(min=1, help="Certify the top K of a ranking; rows are pairs of query and document."),
     ] = None,
     recall: Annotated[
         str, typer.Option(help="With --top-k: the share of the full model's top K that a query must get.")
@@ -129,15 +129,16 @@ def calibrate(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """The fastest speed that keeps a guarantee, and a certificate for it.
+    """Find the fastest speed that keeps a guarantee, and certify it.
 
-    By default: with 95% confidence at most 1% of new rows get another answer
-    than from the full model. Exact, for rows drawn like these; 299 rows is the
-    least. The certificate is written into the model's config.json.
+    By default: with 95% confidence, at most 1% of new rows get an answer that
+    differs from the full model's. The bound is exact for rows drawn like these
+    and needs at least 299 rows. The certificate goes into the model's
+    config.json.
 
     With --top-k, for a reranker: how early documents may leave so that the top
-    K is the full model's in 95% of queries. Queries are the first texts of
-    pairs, each with all of its documents; 118 queries is the least.
+    K is the full model's in 95% of queries. The first text of a pair is the
+    query; give each query all of its documents. It needs at least 118 queries.
 
     [bold]Examples[/]
 

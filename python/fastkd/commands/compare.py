@@ -21,22 +21,24 @@ def compare(
     trace: Annotated[Path, typer.Argument(help="Trace of labelled rows.", show_default=False)],
     reliability: Annotated[
         Path | None,
-        typer.Option(help="Trace of other rows that teaches the criterion performance; default: half of the rows."),
+        typer.Option(
+            help="Trace of other rows, from which the criterion performance learns; default: half of the rows."
+        ),
     ] = None,
-    top_n: Annotated[int, typer.Option(min=2, help="Classes that the top_n criterion looks at.")] = 2,
+    top_n: Annotated[int, typer.Option(min=2, help="How many classes the top_n criterion reads.")] = 2,
     patience: Annotated[int, typer.Option(min=1, help="Heads in a row that must be certain, for pcee_bert.")] = 2,
-    points: Annotated[int, typer.Option(min=2, help="Most speeds shown for each criterion.")] = 30,
+    points: Annotated[int, typer.Option(min=2, help="Show at most this many speeds per criterion.")] = 30,
     seq_len: Annotated[
-        int | None, typer.Option(min=1, help="Length for which FLOPs are counted; default: the longest row traced.")
+        int | None, typer.Option(min=1, help="Count FLOPs for this many tokens; default: the longest traced row.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for CSV and picture.")] = Path("compare"),
     as_json: Json = False,
 ) -> None:
-    """Every exit criterion at its own speeds, on the same rows: table, CSV, picture.
+    """Compare every exit criterion on the same rows: table, CSV, picture.
 
-    The table has the largest speed-up (FLOPs) that loses at most so much
-    accuracy on these rows. That is a measurement, not a promise: choose a
-    criterion here, and calibrate it on other rows.
+    For several losses of accuracy, the table has the largest speed-up (FLOPs)
+    that each criterion reaches on these rows. That is a measurement, not a
+    promise: choose a criterion here, and calibrate it on other rows.
 
     [bold]Examples[/]
 

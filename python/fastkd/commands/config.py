@@ -35,8 +35,8 @@ Config = Annotated[
         "--config",
         callback=_read,
         is_eager=True,
-        help="Read options from this YAML file, such as the one that an earlier run left in its folder; flags on the "
-        "command line win.",
+        help="Read options from this YAML file, such as the one that an earlier run wrote to its folder; flags on "
+        "the command line win.",
     ),
 ]
 

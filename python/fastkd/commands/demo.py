@@ -28,7 +28,7 @@ def demo(
         "demo-output"
     ),
     data: Annotated[
-        Path | None, typer.Option(help="Folder with train, test and perhaps dev; default: a generated corpus.")
+        Path | None, typer.Option(help="Folder with train, test and, optionally, dev; default: a generated corpus.")
     ] = None,
     text_column: TextColumn = None,
     pair_column: PairColumn = None,
@@ -38,32 +38,32 @@ def demo(
         str, typer.Option(help="Start from this checkpoint instead of the packaged MiniLM.")
     ] = "minilm",
     layers: LayerList = None,
-    train_rows: Annotated[int | None, typer.Option(min=1, help="Training rows, at most.")] = None,
-    max_length: Annotated[int | None, typer.Option(min=8, help="Tokens after which a text is cut.")] = None,
+    train_rows: Annotated[int | None, typer.Option(min=1, help="Train on at most this many rows.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=8, help="Cut texts after this many tokens.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Epochs of fine-tuning.")] = None,
     distill_epochs: Annotated[float | None, typer.Option(help="Epochs of self-distillation.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of a training step.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows per training step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Learning rate of the backbone.")] = None,
     distill_learning_rate: Annotated[float | None, typer.Option(help="Learning rate of the early heads.")] = None,
     speeds: Annotated[
         str | None, typer.Option(help="Speeds of the sweep, such as 0,0.1,0.5, or a range first:last:step.")
     ] = None,
     bench_speeds: Annotated[str | None, typer.Option(help="Speeds to measure in seconds, as in 0.1,0.5.")] = None,
-    bench_rows: Annotated[int | None, typer.Option(min=1, help="Rows of a measured pass.")] = None,
+    bench_rows: Annotated[int | None, typer.Option(min=1, help="Rows per measured pass.")] = None,
     bench_repeats: Annotated[int | None, typer.Option(min=1, help="Interleaved passes; their median counts.")] = None,
     batch_sizes: Annotated[str | None, typer.Option(help="Batch sizes to measure, as in 1,8,32.")] = None,
     dtypes: Annotated[str | None, typer.Option(help="Dtypes to measure: some of fp32, bf16, fp16, int8.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the corpus, the rows and the weights.")] = None,
     device: Device = "auto",
-    start_over: Annotated[bool, typer.Option("--start-over", help="Forget what an earlier demo left.")] = False,
+    start_over: Annotated[bool, typer.Option("--start-over", help="Discard the output of an earlier demo.")] = False,
     as_json: Json = False,
 ) -> None:
-    """The whole story: train, distil, sweep, measure, and a model to use.
+    """See it all: train, distil, sweep, measure, and get a model to use.
 
-    Without --data: a generated corpus whose rows are easy to hard, in about
-    three minutes on two processor cores. With --data: your own files, at most
-    12,000 training rows of 64 tokens. An interrupted demo goes on where it
-    stopped when it is started again.
+    Without --data it uses a generated corpus of easy to hard rows and takes
+    about three minutes on two processor cores. With --data it uses your own
+    files, at most 12,000 training rows of 64 tokens. To continue an interrupted
+    demo, run it again.
 
     [bold]Examples[/]
 

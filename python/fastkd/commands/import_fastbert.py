@@ -34,29 +34,29 @@ def import_fastbert(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the converted model.")],
     vocab: Annotated[
-        Path | None, typer.Option(help="The vocab.txt it was trained with; without it no tokenizer is saved.")
+        Path | None, typer.Option(help="The vocab.txt of its training; without it no tokenizer is saved.")
     ] = None,
     labels: Annotated[str | None, typer.Option(help="Names of the classes 0, 1, 2... as in negative,positive.")] = None,
     attention_heads: Annotated[
         int | None, typer.Option(min=1, help="heads_num of its configuration; default: hidden size / 64.")
     ] = None,
     pooling: Annotated[
-        Pooling | None, typer.Option(help="--pooling of its training; default: first, the one that can be converted.")
+        Pooling | None, typer.Option(help="--pooling of its training; default: first, the only one that converts.")
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=2, help="--seq_length of its training, after which a text is cut; default: 128.")
+        int | None, typer.Option(min=2, help="--seq_length of its training: texts are cut after it; default: 128.")
     ] = None,
     lower_case: Annotated[
-        bool, typer.Option("--lower-case/--cased", help="Whether the tokenizer lowers case; the official one does.")
+        bool, typer.Option("--lower-case/--cased", help="Lower-case texts or not; the official code does.")
     ] = True,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Convert a checkpoint of the official FastBERT (UER format).
 
-    The converted model gives the official logits to about 1e-5 and leaves at
-    the same layers; UER's layer norm is corrected for, texts are tokenised as
-    there (no [SEP] after a single text, pairs cut from the right).
+    The converted model gives the official logits to about 1e-5, and rows leave
+    at the same layers. It accounts for UER's layer norm and tokenises as UER
+    does (no [SEP] after a single text, pairs cut from the right).
 
     [bold]Examples[/]
 

@@ -22,10 +22,10 @@ def info(
     checkpoint: Annotated[str, typer.Argument(help="Folder of a model trained by fastkd.", show_default=False)],
     as_json: Json = False,
 ) -> None:
-    """What a model is, the speed it runs at by default, and its certificate.
+    """Show what a model is, its default speed and its certificate.
 
-    Reads the configuration and a few bytes of the weights, so it answers at
-    once.
+    It reads only the configuration and a few bytes of the weights, so it
+    answers at once.
 
     [bold]Examples[/]
 

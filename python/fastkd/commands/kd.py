@@ -48,20 +48,20 @@ def kd(
     student: Annotated[
         str,
         typer.Option(
-            help="layers:3 (evenly spaced layers of the teacher), layers:3:first, layers:0,2,4, bilstm, gated-cnn, or "
-            "the folder of any encoder; minilm is the packaged one."
+            help="layers:3 (evenly spaced layers of the teacher), layers:3:first, layers:0,2,4, bilstm, gated-cnn, "
+            "the folder of any encoder, or minilm for the packaged one."
         ),
     ] = "layers:3",
     method: Annotated[
         str,
-        typer.Option(help=f"{', '.join(CATALOGUE)}; the docs say what each learns from."),
+        typer.Option(help=f"{', '.join(CATALOGUE)}; the docs explain each."),
     ] = "universal-il",
     argument: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="NAME=VALUE",
-            help="An argument of the method's loss, as in kd_weight=0.5; repeat it.",
+            help="Set an argument of the method's loss, as in kd_weight=0.5; repeatable.",
         ),
     ] = None,
     data: DataOption = None,
@@ -74,29 +74,34 @@ def kd(
     train_rows: TrainRows = None,
     num_labels: NumLabels = None,
     labels: LabelNames = None,
-    regression: Annotated[bool, typer.Option(help="Labels are numbers; with a teacher this is found out.")] = False,
+    regression: Annotated[bool, typer.Option(help="Labels are numbers; with a teacher this is automatic.")] = False,
     metric: Annotated[
-        str | None, typer.Option(help="Dev rows choose the weights by accuracy, f1, matthews, pearson or spearman.")
+        str | None,
+        typer.Option(help="Choose the best weights on the dev rows by accuracy, f1, matthews, pearson or spearman."),
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Keep the teacher's answers in this folder for further runs; default: for this run only."),
+        typer.Option(help="Keep the teacher's answers in this folder for later runs; default: for this run only."),
     ] = None,
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Run the teacher in every step, without a cache.")
     ] = False,
     assistants: Annotated[
-        str | None, typer.Option(help="For takd: the students in between, as in layers:5,layers:4; default: one.")
+        str | None,
+        typer.Option(help="For takd: the models between teacher and student, as in layers:5,layers:4; default: one."),
     ] = None,
-    pool: Annotated[str | None, typer.Option(help="How layers are pooled: cls, mean, max or last.")] = None,
+    pool: Annotated[
+        str | None,
+        typer.Option(help="How to pool the tokens of a layer: cls, mean, max or last; default: the method's."),
+    ] = None,
     teacher_layers: Annotated[
         str | None,
-        typer.Option(help="Where the teacher's list of layers lies, as in encoder.layers; default: found."),
+        typer.Option(help="Path of the teacher's list of layers, as in encoder.layers; default: found automatically."),
     ] = None,
     student_layers: Annotated[
         str | None,
         typer.Option(
-            help="The same for the student; default: where the teacher's is if it is made of one, else found."
+            help="The same for the student; default: the teacher's if the student is cut from it, else found."
         ),
     ] = None,
     freeze_embeddings: Annotated[
@@ -104,9 +109,9 @@ def kd(
     ] = False,
     epochs: Epochs = 3.0,
     max_steps: MaxSteps = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the student's body.")] = 5e-5,
-    head_factor: Annotated[float, typer.Option(help="Factor on the learning rate of everything new.")] = 10.0,
+    head_factor: Annotated[float, typer.Option(help="Factor on the learning rate of new parts.")] = 10.0,
     max_length: MaxLength = None,
     bf16: Bf16 = None,
     seed: Seed = 42,
@@ -119,12 +124,12 @@ def kd(
     """Distil a teacher into a smaller model, by Universal-KD or any rival.
 
     The student is a plain checkpoint: AutoModelForSequenceClassification and
-    pipeline load it. What the teacher says is computed once. A run that was
-    killed continues with --resume to the same weights.
+    pipeline load it. The teacher answers each row once. --resume continues a
+    killed run and reaches the same weights.
 
-    Several processes, a GPU each or on the CPU: torchrun --nproc-per-node 2
-    -m fastkd kd ..., with the batch size of one of them. accelerate launch
-    needs --multi_gpu; with --cpu it starts one process.
+    To train on several processes (a GPU each, or on the CPU), run torchrun
+    --nproc-per-node 2 -m fastkd kd ... with the batch size per process.
+    accelerate launch needs --multi_gpu; with --cpu it starts one process.
 
     [bold]Examples[/]
 

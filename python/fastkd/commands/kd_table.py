@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 def kd_table(
     grid: Annotated[Path, typer.Argument(help="YAML file: tasks, blocks of students and methods, seeds.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for teachers, results and table.")],
-    data: Annotated[Path | None, typer.Option(help="Folder that holds the tasks; default: what the grid says.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the tasks; default: the grid's.")] = None,
     task: Annotated[
-        str | None, typer.Option(help="Run these tasks alone, as in CoLA,RTE; processes may share a grid like this.")
+        str | None, typer.Option(help="Run only these tasks, as in CoLA,RTE; use it to share a grid among processes.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare methods on your tasks: mean and deviation over seeds.
 
-    Each task's teacher is fine-tuned once, unless the grid names one, and asked
-    once. An interrupted grid goes on where it stopped; table.md and table.csv
-    are written after every cell. The seeds come outermost, so that half a grid
-    is a whole table of fewer seeds.
+    Each task's teacher is fine-tuned once, unless the grid names one, and
+    answers each row once. To continue an interrupted grid, run it again;
+    table.md and table.csv are written after every cell. Seeds are the outermost
+    loop, so half a grid is a whole table of fewer seeds.
 
     [bold]Examples[/]
 

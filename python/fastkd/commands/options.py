@@ -42,27 +42,29 @@ class LabelsAre(str, Enum):
     indices = "indices"
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output, and nothing else.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value on standard output and nothing else.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:1; auto takes a GPU if there is one.")]
 DtypeOption = Annotated[
     Dtype,
     typer.Option(
         "--dtype",
-        help="Precision of the weights. int8 quantises the products of the layers (on a CPU; what is saved in int8 "
-        "stays so); auto takes that of the certificate, else whichever of fp32 and bf16 a measurement at the start "
-        "finds faster, and says so.",
+        help="Precision of the weights. int8 quantises the products of the layers (CPU only; a model saved in int8 "
+        "stays int8); auto takes the precision of the certificate, else measures fp32 and bf16 at the start, takes the "
+        "faster one and says so.",
     ),
 ]
 Checkpoint = Annotated[str, typer.Argument(help="Folder of a model trained by fastkd.", show_default=False)]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same weights.")]
 DrawSeed = Annotated[int, typer.Option("--seed", help="The same seed draws the same rows.")]
 MaxLength = Annotated[
-    int | None, typer.Option(min=8, help="Tokens after which a text is cut; default: what the model was trained with.")
+    int | None, typer.Option(min=8, help="Cut texts after this many tokens; default: as in training.")
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Rows run together.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows per batch.")]
 LayerList = Annotated[
     str | None,
-    typer.Option("--layers", help="Where the encoder's list of layers lies, as in encoder.layers; default: found."),
+    typer.Option(
+        "--layers", help="Path of the encoder's list of layers, as in encoder.layers; default: found automatically."
+    ),
 ]
 Split = Annotated[str, typer.Option(help="Which split of a data folder.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Use at most this many rows, drawn at random.")]
@@ -77,47 +79,46 @@ Criteria = Annotated[
     list[Criterion] | None,
     criterion_option("How certainty is measured; repeat it to compare. Default: entropy, or agreement for regression."),
 ]
-OneCriterion = Annotated[Criterion | None, criterion_option("How certainty is measured; default: what the model says.")]
-TopN = Annotated[int | None, typer.Option(min=2, help="Classes that the top_n criterion looks at.")]
+OneCriterion = Annotated[Criterion | None, criterion_option("How certainty is measured; default: the model's.")]
+TopN = Annotated[int | None, typer.Option(min=2, help="How many classes the top_n criterion reads.")]
 DataOption = Annotated[
-    Path | None, typer.Option(help="Folder with train and perhaps dev and test (.tsv, .csv, .jsonl, .parquet).")
+    Path | None, typer.Option(help="Folder with train and, optionally, dev and test (.tsv, .csv, .jsonl, .parquet).")
 ]
-TextColumn = Annotated[
-    str | None, typer.Option(help="Column of the text, or of the first of two; default: text_a, text, sentence...")
-]
+TextColumn = Annotated[str | None, typer.Option(help="Column of the (first) text; default: text_a, text, sentence...")]
 PairColumn = Annotated[str | None, typer.Option(help="Column of the second text; default: text_b, sentence2...")]
 LabelColumn = Annotated[str | None, typer.Option(help="Column of the label; default: label, labels, class...")]
 LabelsAreOption = Annotated[
     LabelsAre | None,
     typer.Option(
         "--labels-are",
-        help="Whether numbers in the label column are names or indices of classes; default: whichever fits all.",
+        help="Are numbers in the label column names or indices of classes? Default: whichever fits all rows.",
     ),
 ]
 LabelNames = Annotated[
     str | None, typer.Option("--labels", help="Names of the classes 0, 1, 2... as in negative,positive.")
 ]
 NumLabels = Annotated[
-    int | None, typer.Option(min=1, help="Classes; default: those in the rows, without gaps. 1 is regression.")
+    int | None,
+    typer.Option(
+        min=1, help="Number of classes; default: as many as the rows have, without gaps. 1 makes a regression."
+    ),
 ]
 TrainFile = Annotated[Path | None, typer.Option(help="Training rows, instead of --data.")]
 DevFile = Annotated[Path | None, typer.Option(help="Rows that choose the best weights, instead of --data.")]
 TrainRows = Annotated[int | None, typer.Option(min=1, help="Train on at most this many rows, drawn at random.")]
 Epochs = Annotated[float, typer.Option(help="Passes over the training rows.")]
-MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop after this many steps instead.")]
+MaxSteps = Annotated[int | None, typer.Option(min=1, help="Stop after this many steps.")]
 Bf16 = Annotated[
-    bool | None, typer.Option("--bf16/--no-bf16", help="Compute in bfloat16; default: where the hardware does.")
+    bool | None, typer.Option("--bf16/--no-bf16", help="Compute in bfloat16; default: if the hardware supports it.")
 ]
 Parity = Annotated[
     str | None,
-    typer.Option(
-        help="fastbert: train as its official code does, quirks included; the options that you give still win."
-    ),
+    typer.Option(help="fastbert: train as the official code does, quirks included; options that you give still win."),
 ]
 Fsdp = Annotated[
     bool,
     typer.Option(
-        "--fsdp", help="Each of several processes keeps only its share of the weights and the optimizer (FSDP2)."
+        "--fsdp", help="With several processes, each keeps only its share of the weights and the optimizer (FSDP2)."
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a killed run of the same command.")]

@@ -45,12 +45,13 @@ def predict(
     pair_column: PairColumn = None,
     speed: Annotated[
         float | None,
-        typer.Option(help="Speed from 0 (the full model) to 1 (leave at once); default: what the model says."),
+        typer.Option(help="Speed from 0 (the full model) to 1 (leave at once); default: the model's."),
     ] = None,
     criterion: OneCriterion = None,
     top_n: TopN = None,
     exit_layers: Annotated[
-        str | None, typer.Option(help="Decide after these layers only, as in 2,4; default: all that have a head.")
+        str | None,
+        typer.Option(help="Let rows leave only after these layers, as in 2,4; default: all that have a head."),
     ] = None,
     input_format: Annotated[
         str | None,
@@ -58,31 +59,34 @@ def predict(
     ] = None,
     output_format: Annotated[str | None, typer.Option(help="tsv or jsonl; default: by suffix, else tsv.")] = None,
     bad_rows: Annotated[
-        str, typer.Option(help="mark: answer the others and say what is wrong; stop: write nothing.")
+        str, typer.Option(help="mark: answer the other rows and say what is wrong; stop: write nothing.")
     ] = "mark",
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Rows padded to one batch; default: the stream engine gathers tokens.")
+        int | None,
+        typer.Option(min=1, help="Run padded batches of this many rows; default: the stream engine."),
     ] = None,
-    window: Annotated[int, typer.Option(min=1, help="Rows read and sorted by length together.")] = 1024,
+    window: Annotated[int, typer.Option(min=1, help="Read and sort this many rows by length at a time.")] = 1024,
     max_length: MaxLength = None,
     monitor: Annotated[
         str | None,
-        typer.Option(help="Run this share of the rows (0.01, 1%) to full depth too, and report how often they agree."),
+        typer.Option(
+            help="Also run this share of the rows (0.01, 1%) to full depth, and report how often answers agree."
+        ),
     ] = None,
     engine: Annotated[
         str, typer.Option(help="For a folder: local (this process) or ray (pip install 'fastkd-kernels[ray]').")
     ] = "local",
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Workers of --engine ray; default: one for each GPU, or else for each CPU."),
+        typer.Option(min=1, help="Workers of --engine ray; default: one per GPU, or without GPUs one per CPU."),
     ] = None,
     ray_address: Annotated[
         str | None,
-        typer.Option(help="Address of a Ray cluster, auto for a running one; default: start one on this machine."),
+        typer.Option(help="Address of a Ray cluster, or auto for a running one; default: start one on this machine."),
     ] = None,
-    key: Annotated[str | None, typer.Option(help="For a folder: the column to copy into the answers.")] = None,
+    key: Annotated[str | None, typer.Option(help="For a folder: copy this column into the answers.")] = None,
     block_rows: Annotated[
-        int, typer.Option(min=1, help="For a folder: rows that are answered and written as one piece.")
+        int, typer.Option(min=1, help="For a folder: rows per part that is answered and written.")
     ] = 16_384,
     dtype: DtypeOption = Dtype.fp32,
     device: Device = "auto",
@@ -91,14 +95,15 @@ def predict(
     """Answer every row of a file or pipe: label, probability, exit layer.
 
     Tables need a header with text_a (and text_b for pairs) or the columns that
-    you name, JSONL the same keys, text one sentence a line. Answers come in input order. Any size: memory is
-    bounded, and rows that stay wait at their layer for company. A row that
-    cannot be answered keeps its place, says why in the error column, and makes
-    the exit code 1. Ctrl-C and SIGTERM keep the answers so far beside the output.
+    you name; JSONL needs the same keys; text files have one sentence per line.
+    Answers come in input order. Memory is bounded, so the input may have any
+    size; rows that stay wait at their layer for company. A bad row keeps its
+    place, with the reason in the error column, and makes the exit code 1. Ctrl-C
+    and SIGTERM keep the answers so far beside the output.
 
-    A folder of .parquet or .jsonl files becomes a folder of the same kind, one
-    row for each row, in their order. The same command again goes on after the
-    last finished piece. --engine ray does it on many processes or machines.
+    A folder of .parquet or .jsonl files becomes a folder of the same kind, with
+    one answer per row, in input order. Run the same command again to continue
+    after the last finished part. --engine ray uses many processes or machines.
 
     [bold]Examples[/]
 

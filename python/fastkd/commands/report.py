@@ -35,7 +35,7 @@ class PictureFormat(str, Enum):
 def report(
     sources: Annotated[
         list[Path],
-        typer.Argument(help="Trace files, or folders with trace.safetensors as fastkd demo leaves them."),
+        typer.Argument(help="Trace files, or folders with trace.safetensors, such as the output of fastkd demo."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="File to write the page to.")] = Path("report.html"),
     bench: Annotated[Path | None, typer.Option(help="bench.json of fastkd bench.")] = None,
@@ -43,7 +43,7 @@ def report(
         list[Path] | None, typer.Option(help="trainer_log.json or its model folder; repeat it for each stage.")
     ] = None,
     examples: Annotated[
-        Path | None, typer.Option(help="The file that was traced; shows its texts that left first and last.")
+        Path | None, typer.Option(help="The traced file; the page shows which of its texts left first and last.")
     ] = None,
     text_column: TextColumn = None,
     pair_column: PairColumn = None,
@@ -54,7 +54,7 @@ def report(
     ] = None,
     criterion: Criteria = None,
     top_n: TopN = None,
-    speed: Annotated[float, typer.Option(help="Speed at which the slider starts.")] = 0.5,
+    speed: Annotated[float, typer.Option(help="Where the slider starts.")] = 0.5,
     title: Annotated[str, typer.Option(help="Title of the page.")] = "What speed costs and wins",
     figures: Annotated[Path | None, typer.Option(help="Also write the figures to this folder, for papers.")] = None,
     picture_format: Annotated[
@@ -62,12 +62,12 @@ def report(
     ] = PictureFormat.png,
     as_json: Json = False,
 ) -> None:
-    """One page that shows what every speed costs and wins.
+    """Write one page that shows what every speed costs and saves.
 
     A slider moves the speed on all charts: FastBERT's figures 3, 4, 6 and 7,
     seconds beside FLOPs, the texts that left first and last, the certificate.
-    The page needs no network. It uses everything that lies beside the trace
-    of a folder: bench.json, the logs and the certificate in finetuned and model.
+    The page needs no network. From a folder it also takes what lies beside the
+    trace: bench.json, and the logs and the certificate in finetuned and model.
 
     [bold]Examples[/]
 

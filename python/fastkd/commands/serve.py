@@ -34,7 +34,7 @@ def serve(
     ] = None,
     speed: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Speed of requests that name none; default: what the model says."),
+        typer.Option(min=0, max=1, help="Speed of requests that name none; default: the model's."),
     ] = None,
     criterion: OneCriterion = None,
     top_n: TopN = None,
@@ -44,39 +44,42 @@ def serve(
     ] = None,
     monitor: Annotated[
         str | None,
-        typer.Option(help="Run this share of the rows (0.01, 1%) to full depth too, and raise an alarm."),
+        typer.Option(help="Also run this share of the rows (0.01, 1%) to full depth; raise an alarm on disagreement."),
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=8, help="Tokens of a row; default: what the model takes.")
+        int | None, typer.Option(min=8, help="Most tokens per row; default: the model's limit.")
     ] = None,
     auto_truncate: Annotated[
         bool, typer.Option("--auto-truncate/--no-auto-truncate", help="Cut longer rows, or refuse them.")
     ] = True,
-    tokens_per_run: Annotated[int, typer.Option(min=1, help="Tokens that run together; more wait longer.")] = 1024,
-    max_queue_tokens: Annotated[int, typer.Option(min=1, help="Tokens that may wait; more are refused.")] = 65536,
-    max_concurrent_requests: Annotated[int, typer.Option(min=1, help="Inputs that may wait in the queue.")] = 512,
-    max_batch: Annotated[int, typer.Option(min=1, help="Inputs that one request may hold.")] = 32,
+    tokens_per_run: Annotated[int, typer.Option(min=1, help="Most tokens per run; more make rows wait longer.")] = 1024,
+    max_queue_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens that may wait in the queue; more are refused.")
+    ] = 65536,
+    max_concurrent_requests: Annotated[
+        int, typer.Option(min=1, help="Inputs that may wait in the queue; more are refused.")
+    ] = 512,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most inputs per request.")] = 32,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Largest request, in bytes.")] = 2_000_000,
     token_file: Annotated[
         Path | None, typer.Option(help="File with the bearer token of clients; default: FASTKD_API_KEY, else none.")
     ] = None,
-    log_texts: Annotated[bool, typer.Option("--log-texts", help="Write the texts of requests into the log.")] = False,
+    log_texts: Annotated[bool, typer.Option("--log-texts", help="Write the texts of requests to the log.")] = False,
     shutdown_seconds: Annotated[
-        float, typer.Option(min=0, help="Seconds after SIGTERM in which accepted requests are still answered.")
+        float, typer.Option(min=0, help="After SIGTERM, keep answering accepted requests for this many seconds.")
     ] = 30.0,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="Processor threads; default: as many as torch takes.")
-    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; default: torch's choice.")] = None,
     dtype: DtypeOption = Dtype.fp32,
     device: Device = "auto",
 ) -> None:
     """Answer over HTTP: a drop-in for text-embeddings-inference's /predict.
 
     Requests that arrive together share runs at every depth, and each is answered
-    the moment it leaves. Beside /predict, /rerank, /info, /health and /metrics,
-    /v1/classify takes a speed, a criterion and a deadline for each request. A page
-    to try it by hand is at /, the interface at /docs. SIGHUP loads the model anew;
-    SIGTERM answers what was accepted and ends. The log is JSON on standard error.
+    as soon as its rows leave. It has /predict, /rerank, /info, /health and
+    /metrics; /v1/classify also takes a speed, a criterion and a deadline per
+    request. Try it by hand at /; the interface is at /docs. SIGHUP reloads the
+    model; SIGTERM answers accepted requests and ends. The log is JSON on standard
+    error.
 
     [bold]Examples[/]
 

@@ -34,9 +34,7 @@ DEFAULT_SPEEDS = "0:1:0.1"
 def sweep(
     sources: Annotated[
         list[str],
-        typer.Argument(
-            help="Trace files, or one model folder together with --data. Several traces share the pictures."
-        ),
+        typer.Argument(help="Trace files, or one model folder with --data. Several traces share the pictures."),
     ],
     data: Annotated[Path | None, typer.Option(help="Rows to sweep a model on: a file, or a folder of splits.")] = None,
     split: Split = "test",
@@ -44,7 +42,7 @@ def sweep(
     criterion: Criteria = None,
     top_n: TopN = None,
     seq_len: Annotated[
-        int | None, typer.Option(min=1, help="Length for which FLOPs are counted; default: the longest row traced.")
+        int | None, typer.Option(min=1, help="Count FLOPs for this many tokens; default: the longest traced row.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for CSV and pictures.")] = Path("sweep"),
     text_column: TextColumn = None,
@@ -58,7 +56,7 @@ def sweep(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Accuracy and FLOPs at every speed: table, CSV and FastBERT's figure 3.
+    """Show accuracy and FLOPs at every speed: table, CSV and FastBERT's figure 3.
 
     A row leaves at the first head whose uncertainty is at most the speed;
     speed 0 is the full model.

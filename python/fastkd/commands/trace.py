@@ -45,7 +45,7 @@ def trace(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Record what every head says about every row, in one pass.
+    """Record every head's answer to every row, in one pass.
 
     Rows that leave early change nothing for the others, so this one pass
     answers every speed and every criterion.

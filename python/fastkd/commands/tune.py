@@ -45,17 +45,17 @@ def tune(
     data: DataOption = None,
     train: TrainFile = None,
     dev: DevFile = None,
-    minutes: Annotated[float, typer.Option(help="Budget of all trainings and their evaluation.")] = 10.0,
+    minutes: Annotated[float, typer.Option(help="Time budget for all trainings and their evaluation.")] = 10.0,
     max_drop: Annotated[
         str,
         typer.Option(
-            help="Share of dev rows that may get another answer than from the full model; for a regression, loss of "
-            "correlation. The fastest speed that keeps it wins."
+            help="Share of dev rows whose answer may differ from the full model's; for a regression, loss of "
+            "correlation. The fastest speed within it wins."
         ),
     ] = "1%",
     speedup: Annotated[
         float | None,
-        typer.Option(help="Instead: the best accuracy on dev rows among speeds with so many times fewer operations."),
+        typer.Option(help="Instead of --max-drop: the best accuracy on dev rows at this many times fewer operations."),
     ] = None,
     text_column: TextColumn = None,
     pair_column: PairColumn = None,
@@ -64,7 +64,7 @@ def tune(
     train_rows: TrainRows = None,
     batch_size: BatchSize = 32,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate of the heads; default: that of fastkd distill.")
+        float | None, typer.Option(help="Peak learning rate of the heads; default: as fastkd distill.")
     ] = None,
     max_length: MaxLength = None,
     bf16: Bf16 = None,
@@ -74,14 +74,13 @@ def tune(
     config: Config = None,
     as_json: Json = False,
 ) -> None:
-    """Step 2 by itself: how long to distil, temperatures of the heads and a speed, in stated minutes.
+    """Step 2, tuned for you: training length, head temperatures and a speed, within a time budget.
 
     Distils several times from the same weights, each time about three times as
     long, fits a temperature for each head on the dev rows, and takes the speed
-    that is best there. The best model so far is in the output folder at every
-    moment, its speed is what it runs at where it is given none, and a run that
-    was interrupted goes on with --resume. The dev rows chose, so calibrate on
-    others.
+    that is best there. The output folder always has the best model so far, with
+    that speed as its default. --resume continues an interrupted run. The dev rows
+    chose the model, so calibrate on others.
 
     [bold]Examples[/]
 
