@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import threading
 import urllib.request
 from collections import Counter
@@ -20,11 +21,13 @@ pytest.importorskip("prometheus_client", reason="prometheus_client is not instal
 pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
 pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
 
+import uvicorn
 from serving_client import ROOT, entries, post, save_model, server, until
 from tiny_models import one_thread
 from typer.testing import CliRunner
 
 from fastkd.commands import app
+from fastkd.serving.server import bound_socket
 
 __all__ = ["one_thread"]
 
@@ -68,6 +71,13 @@ def test_sigterm_under_load_loses_nothing_that_was_accepted(model: Path) -> None
     assert set(statuses) <= {200, 503, 0}
     answered = [entry for entry in log if entry["event"] == "request" and entry["status"] == 200]
     assert 8 * len(answered) == log[-1]["accepted"]
+
+
+def test_answers_are_sent_at_once() -> None:
+    with bound_socket(uvicorn.Config("none", host="127.0.0.1", port=0, log_config=None)) as listening:
+        listening.listen()
+        with socket.create_connection(listening.getsockname()), listening.accept()[0] as connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_sighup_loads_the_model_anew(model: Path, tmp_path: Path) -> None:
