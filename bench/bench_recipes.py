@@ -114,7 +114,7 @@ INTRODUCTION = """# Recipes of self-distillation
 MiniLM, six layers; {tasks}; {seeds} seed(s). The early heads learn from 2,000 rows (RTE: 1,540) of a frozen
 model that was fine-tuned on them, of AG News and SST-2 on up to 22,000 rows, of the corpus as `fastkd demo`
 does. 500 dev rows choose the weights and fit temperatures, up to 1,500 test rows are scored. Temperatures:
-none; "soft" predict the last head's probabilities; "hard" its answers (what `fastkd distill` does). "Certified"
+none; "soft" predict the last head's probabilities (what `fastkd distill` does); "hard" its answers. "Certified"
 is the speed-up of `fastkd calibrate` for at most 1 % of changed answers with 95 % confidence on the test rows,
 1x where there is none, "its gain" the geometric mean over today's defaults in the same cells. Five rows of
 1,200 more or less decide a certificate, so that the speed-ups at a measured share of changed answers stand

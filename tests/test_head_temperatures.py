@@ -13,7 +13,7 @@ import torch
 from tiny_models import early_exit_model, one_thread, random_batch, tokenizer_of  # noqa: F401  # a fixture
 from training_worker import load, options_of, rows, save_plain, train
 
-from fastkd.training.head_temperatures import agreement_temperatures, divide_logits
+from fastkd.training.head_temperatures import agreement_temperatures, divide_logits, probability_temperatures
 from fastkd.training.self_distillation import distill
 
 
@@ -38,6 +38,12 @@ def test_the_temperature_is_the_lowest_of_its_loss() -> None:
         return -(target * (early[:, 0].double() / temperature).log_softmax(-1)).sum(-1).mean().item()
 
     assert loss(found) <= min(loss(found * 1.02), loss(found / 1.02))
+
+
+def test_a_head_is_made_as_certain_as_the_last_one() -> None:
+    last = torch.randn(500, 4, generator=torch.Generator().manual_seed(2))
+    early = torch.stack([3 * last, last, last / 2 + 5], dim=1)
+    assert probability_temperatures(early, last) == pytest.approx([3, 1, 0.5], rel=1e-3)
 
 
 def test_a_head_that_is_always_right_is_not_infinitely_certain() -> None:
@@ -79,7 +85,7 @@ def test_distill_gives_temperatures_that_every_engine_and_the_saved_model_have(f
         after = load(tmp_path / "with").trace(dev, tokenizer=tokenizer_of("bert"), max_length=16).logits
         torch.testing.assert_close(after * torch.tensor([*found, 1])[:, None], before, rtol=1e-4, atol=1e-5)
         # nothing is left to gain on these rows
-        assert agreement_temperatures(after[:, :-1], after[:, -1]) == pytest.approx([1, 1, 1], rel=1e-2)
+        assert probability_temperatures(after[:, :-1], after[:, -1]) == pytest.approx([1, 1, 1], rel=1e-2)
         packed, padded = (model(**random_batch(), speed=0.3, engine=engine) for engine in ("packed", "batch"))
     assert torch.equal(packed.exit_layer, padded.exit_layer)
     # no head answers otherwise; what its uncertainty lets leave does change

@@ -69,7 +69,7 @@ def distill(
         bool,
         typer.Option(
             "--head-temperatures/--no-head-temperatures",
-            help="Make each head as certain as its agreement with the last head on dev rows allows.",
+            help="Make each head as certain as the last head is on the dev rows.",
         ),
     ] = True,
     states_gib: Annotated[

@@ -1,4 +1,4 @@
-"""A temperature for each early head: how certain it may be that its answer is the full model's."""
+"""A temperature for each early head: how certain it may be of the last head's probabilities, or of its answer."""
 
 from __future__ import annotations
 
@@ -31,9 +31,22 @@ def agreement_temperatures(early_logits: Tensor, last_logits: Tensor) -> list[fl
     Returns:
         M numbers from 0.05 to 20; lower is more certain.
     """
-    rows, _, classes = early_logits.shape
+    rows, classes = last_logits.shape
     counted = F.one_hot(last_logits.argmax(-1), classes).double()
-    target = (rows * counted + 1) / (rows + classes)
+    return _temperatures(early_logits, (rows * counted + 1) / (rows + classes))
+
+
+def probability_temperatures(early_logits: Tensor, last_logits: Tensor) -> list[float]:
+    """By what to divide the logits of each early head so that it predicts the probabilities of the last head best.
+
+    It undoes what training on few rows added of certainty, and leaves a head that is as certain as the last one alone.
+    Arguments and result are those of `agreement_temperatures`.
+    """
+    return _temperatures(early_logits, last_logits.double().softmax(-1))
+
+
+def _temperatures(early_logits: Tensor, target: Tensor) -> list[float]:
+    """Those of the lowest cross-entropy with the distributions `target` [n, C]."""
 
     def loss(log_temperature: float, logits: Tensor) -> float:
         return -(target * (logits / math.exp(log_temperature)).log_softmax(-1)).sum(-1).mean().item()

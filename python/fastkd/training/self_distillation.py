@@ -37,7 +37,7 @@ from fastkd.exits.trace import ExitTrace
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.training.checks import opened, parameters_to_train, require, rows_for
 from fastkd.training.harness import Objective, TrainingStage, TrainOptions, TrainResult
-from fastkd.training.head_temperatures import agreement_temperatures, divide_logits
+from fastkd.training.head_temperatures import divide_logits, probability_temperatures
 from fastkd.training.hidden_states import HiddenStates
 from fastkd.training.log import RECORDED_SPEED
 from fastkd.training.metrics import head_scores
@@ -63,9 +63,10 @@ class DistillOptions(TrainOptions):
         frozen_dropout: dropout also acts in the frozen backbone and last head while the other heads learn, so that they
             learn from noisy answers to noisy hidden states, as in FastBERT's code.
         learned_exit: also train a learned exit (criterion "learned"); a model that has one always trains it on.
-        head_temperatures: afterwards give every early head the temperature at which it predicts the last head's answers
-            to the dev rows best (`fastkd.training.head_temperatures`); without dev rows, for a regression and beside a
-            learned exit nothing is done. It is part of the saved weights, and changes no head's answer.
+        head_temperatures: afterwards give every early head the temperature at which it predicts the last head's
+            probabilities on the dev rows best (`probability_temperatures` of `fastkd.training.head_temperatures`);
+            without dev rows, for a regression and beside a learned exit nothing is done. It is part of the saved
+            weights, and changes no head's answer.
         states_gib: memory for the frozen hidden states that the heads read, of training and dev rows each. Where they
             fit, the backbone runs once a row and not once an epoch, with the same results but for rounding; 0: never.
             They are computed anew with `frozen_dropout`, in several processes, and for an encoder whose answers depend
@@ -285,7 +286,7 @@ class _SelfDistillation(Objective):
         if not (is_classifier and all(is_plain_linear(head.out_proj) for head in heads)):
             return result
         logits, labels = self._answers(stage, stage.dev, arguments)
-        found = agreement_temperatures(logits[:, :-1], logits[:, -1])
+        found = probability_temperatures(logits[:, :-1], logits[:, -1])
         divide_logits(heads, found)
         logits[:, :-1] /= logits.new_tensor(found)[:, None]
         layers = self.model.exit_layers

@@ -28,7 +28,7 @@ from fastkd.exits.trace import ExitTrace
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.training.checks import check_trainable, require, rows_for
 from fastkd.training.harness import TrainResult
-from fastkd.training.head_temperatures import agreement_temperatures, divide_logits
+from fastkd.training.head_temperatures import agreement_temperatures, divide_logits, probability_temperatures
 from fastkd.training.log import LOG_FILE
 from fastkd.training.model_parts import speed_table_of
 from fastkd.training.progress import Progress, Silent, training_progress
@@ -96,7 +96,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Trial:
-    """One training, and the best speed without and with temperatures."""
+    """One training, and the best speed without temperatures, and with those of each kind."""
 
     steps: int
     epochs: float
@@ -385,12 +385,12 @@ class _Search:
         traces = [trace]
         choices = [choose(trace, config.criterion, config.top_n, self.options)]
         if not trace.is_regression and config.criterion not in ("patience", "learned"):
-            found_best = agreement_temperatures(trace.logits[:, :-1], trace.logits[:, -1])
-            temperatures = [round(value, 4) for value in found_best]
-            divided = replace(trace, logits=trace.logits / torch.tensor([*temperatures, 1.0])[:, None])
-            traces.append(divided)
-            found = choose(divided, config.criterion, config.top_n, self.options)
-            choices.append(replace(found, temperatures=temperatures))
+            for fitted in (probability_temperatures, agreement_temperatures):
+                temperatures = [round(value, 4) for value in fitted(trace.logits[:, :-1], trace.logits[:, -1])]
+                divided = replace(trace, logits=trace.logits / torch.tensor([*temperatures, 1.0])[:, None])
+                traces.append(divided)
+                found = choose(divided, config.criterion, config.top_n, self.options)
+                choices.append(replace(found, temperatures=temperatures))
         best = max(range(len(choices)), key=lambda index: _score(choices[index], self.options))
         before = [trial.choices[trial.kept] for trial in self.trials if trial.kept is not None]
         is_better = not before or _score(choices[best], self.options) > _score(before[-1], self.options)
