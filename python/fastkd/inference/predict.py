@@ -384,7 +384,9 @@ def _prediction(
     model: EarlyExitForSequenceClassification, line: int, logits: torch.Tensor, exit_layer: int
 ) -> Prediction:
     if not logits.isfinite().all():
-        return Prediction(line, problem="the model's answer is not a finite number; try float32 or bfloat16 weights")
+        from fastkd.engines.stream import NOT_FINITE
+
+        return Prediction(line, problem=NOT_FINITE)
     if logits.numel() == 1:
         return Prediction(line, logits.item(), None, exit_layer)
     probabilities = logits.softmax(-1)

@@ -17,6 +17,7 @@ from fastkd.data.texts import text_problem
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.engines import rank as engine
 from fastkd.engines.protocol import ExitModel
+from fastkd.engines.stream import NOT_FINITE
 from fastkd.engines.stream_reader import EncodedRow, StreamReader, longest_row
 from fastkd.exits.certificate import CalibrationWarning
 from fastkd.exits.rank_calibration import RankCertificate
@@ -86,9 +87,7 @@ def rank(
     reached = exit_layers == rule.layers[-1]
     if not scores[reached].isfinite().all():
         bad = int((reached & ~scores.isfinite()).nonzero()[0])
-        raise ValueError(
-            f"documents[{bad}]: the model's answer is not a finite number; try float32 or bfloat16 weights"
-        )
+        raise ValueError(f"documents[{bad}]: {NOT_FINITE}")
     order = scores.masked_fill(~reached, -torch.inf).argsort(descending=True, stable=True)[:wanted].tolist()
     shown = scores if model.config.num_classes == 1 else scores.sigmoid()
     entries = ({"corpus_id": index, "score": shown[index].item()} for index in order)
