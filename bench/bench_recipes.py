@@ -38,7 +38,7 @@ from fastkd.encoders.recording import EncoderInputs
 from fastkd.exits.calibration import SPEEDS, CalibrationError
 from fastkd.exits.flops import FlopsShape
 from fastkd.model.loading import load_model, load_plain
-from fastkd.training.head_temperatures import agreement_temperatures
+from fastkd.training.head_temperatures import agreement_temperatures, probability_temperatures
 from fastkd.training.self_distillation import self_distillation_loss
 
 BUDGETS = (3.0, 4.0, 5.0)
@@ -388,14 +388,6 @@ def _batches(states: States, batch: int, seed: int) -> Iterator[Tensor]:
         yield from torch.tensor(list(sampler)).split(batch)
 
 
-def soft_temperatures(logits: Tensor) -> Tensor:
-    """[M]: by what to divide each early head's logits so that they predict the last head's probabilities best."""
-    tried = torch.logspace(-1, 1, 201)
-    scaled = (logits[:, None, :-1] / tried[:, None, None]).log_softmax(-1)
-    losses = -(logits[:, -1].softmax(-1)[:, None, None] * scaled).sum(-1).mean(0)
-    return tried[losses.argmin(0)]
-
-
 def trace_of(logits: Tensor, states: States, model: Any, max_length: int) -> fastkd.ExitTrace:
     return fastkd.ExitTrace(
         logits.contiguous(), states.labels, states.lengths.int(), list(model.exit_layers), max_length,
@@ -464,9 +456,10 @@ def cells_of(
 
 def scores_by_temperature(dev: fastkd.ExitTrace, test: fastkd.ExitTrace) -> dict[str, dict[str, Any]]:
     """Of the heads as they are, and with temperatures fitted on `dev`."""
-    divided = {"none": dev.logits.new_ones(dev.logits.shape[1] - 1)}
-    divided["soft"] = soft_temperatures(dev.logits)
-    divided["hard"] = torch.tensor(agreement_temperatures(dev.logits[:, :-1], dev.logits[:, -1]))
+    early, last = dev.logits[:, :-1], dev.logits[:, -1]
+    divided = {"none": dev.logits.new_ones(early.shape[1])}
+    divided["soft"] = torch.tensor(probability_temperatures(early, last))
+    divided["hard"] = torch.tensor(agreement_temperatures(early, last))
     found: dict[str, dict[str, Any]] = {}
     for kind, values in divided.items():
         by = torch.cat([values, values.new_ones(1)])[:, None]
