@@ -94,9 +94,9 @@ class KernelClock:
 
 def host_time(calls: int) -> None:
     """Print what a call costs, and what of it no kernel takes, in interleaved turns."""
-    clock, direct = KernelClock(), _packed_stage._eager_stage
+    clock, direct = KernelClock(), _packed_stage._eager_run
     if direct is not None:
-        _packed_stage._eager_stage = clock.around(direct)
+        _packed_stage._eager_run = clock.around(direct)
     model, row = random_model(32, torch.float32), row_of(50)
     print("a call, microseconds (least, median)")
     for speed in (1.0, 0.0):
@@ -115,7 +115,7 @@ def host_time(calls: int) -> None:
         for name, values in times.items():
             least, median = min(values), statistics.median(values)
             print(f"  {layers} of {model.num_layers} layers, {name:11} {least:8.1f} {median:8.1f}")
-    _packed_stage._eager_stage = direct
+    _packed_stage._eager_run = direct
 
 
 def by_length(model: fastkd.EarlyExitForSequenceClassification, lengths: int, longest: int) -> None:

@@ -14,7 +14,7 @@
 namespace fastkd {
 
 // Raised together with INTERFACE in fastkd_kernels/_extension.py whenever a schema or a binding changes.
-constexpr int kInterface = 4;
+constexpr int kInterface = 5;
 
 struct Release {
   void operator()(PyObject* object) const { Py_DECREF(object); }

@@ -7,7 +7,7 @@ Every op has three backends: `cuda` (Triton kernels and the CUDA extension), `cp
 from fastkd_kernels._backend import BackendUnavailableError, backend, missing_kernels
 from fastkd_kernels._eager import is_unwatched
 from fastkd_kernels._onednn import onednn_multiplies
-from fastkd_kernels._packed_stage import PreparedStage, StageOutput
+from fastkd_kernels._packed_stage import PreparedRun, PreparedStage, RunOutput, StageOutput
 from fastkd_kernels._stamps import ModuleStamp, ParameterStamp
 from fastkd_kernels._student_head_weights import StudentHeadWeights
 from fastkd_kernels.ops.compact import compact
@@ -45,9 +45,11 @@ __all__ = [
     "PackedInput",
     "ParameterStamp",
     "PreparedEmbedding",
+    "PreparedRun",
     "PreparedStage",
     "PreparedStudentHead",
     "QuantizedWeight",
+    "RunOutput",
     "SoftHardLoss",
     "StageOutput",
     "StudentHeadWeights",

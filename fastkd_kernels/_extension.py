@@ -15,7 +15,7 @@ missing_reason: str | None
 missing_cuda_reason: str | None
 """Why there are no CUDA kernels of the extension, although it was built with them; else None."""
 
-INTERFACE = 4
+INTERFACE = 5
 """Version of schemas and bindings, raised along with csrc/module.cpp: another extension would read other arguments."""
 
 _BINDINGS = (

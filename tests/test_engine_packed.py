@@ -13,6 +13,7 @@ from tiny_models import CONFIGS, MAIN_FAMILIES, clear_speed, early_exit_model, o
 from torch import Tensor, nn
 
 import fastkd
+import fastkd_kernels as fk
 from fastkd.encoders.families import FAMILIES
 from fastkd.encoders.layout import TokenLayout
 from fastkd.engines import packed, packed_encoder, packed_layers
@@ -167,9 +168,10 @@ def test_batch_mates_and_padding_change_no_exit() -> None:
 
 
 def test_forward_runs_packed_only_where_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    run = packed.run_packed
-    monkeypatch.setattr(packed, "run_packed", lambda *arguments: calls.append(1) or run(*arguments))
+    calls: list[int] = []
+    for owner, name in ((packed, "run_packed"), (fk.PreparedRun, "__call__")):
+        run = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *arguments, run=run: calls.append(1) or run(*arguments))
     model, inputs = early_exit_model(), random_batch()
     left_padded = {name: values.flip(1) for name, values in inputs.items()}
     left_padded["attention_mask"][:, 0] = 1

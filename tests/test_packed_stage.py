@@ -1,8 +1,9 @@
-"""A stage in one call is its ops one after the other, bit for bit, and reads nothing that it was not given."""
+"""A stage in one call is its ops one after the other, and a run is its stages, bit for bit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -197,8 +198,150 @@ def test_needs_layers() -> None:
         fk.PreparedStage([], head(torch.float32))
 
 
+def run_of(
+    kind: str = "float32",
+    embeds: bool = False,
+    thresholds: Sequence[float] = (0.7, 0.6),
+    criterion: str = "entropy",
+    top_n: int | None = None,
+) -> fk.PreparedRun:
+    dtype = KINDS[kind]
+    stages = [
+        fk.PreparedStage(layers(kind, count), head(dtype), embedding(dtype) if embeds and number == 0 else None)
+        for number, count in enumerate((1, 2, 1)[: len(thresholds) + 1])
+    ]
+    return fk.PreparedRun(stages, (1, 3, 4)[: len(stages)], thresholds, criterion, top_n)
+
+
+def assert_runs_as_its_stages(
+    monkeypatch: pytest.MonkeyPatch, run: fk.PreparedRun, rows: Any, lengths: Sequence[int]
+) -> fk.RunOutput:
+    result = run(rows, bounds(lengths))
+    with monkeypatch.context() as patched:
+        patched.setattr(_eager, "is_unwatched", lambda: False)
+        expected = run(rows, bounds(lengths))
+    for one, other in zip(result[:3], expected[:3], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    assert result.has_nan == expected.has_nan
+    return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("embeds", [True, False])
+@pytest.mark.parametrize(
+    ("criterion", "top_n"), [("entropy", None), ("max_prob", None), ("margin", None), ("top_n", 2), ("patience", None)]
+)
+def test_a_run_is_its_stages(
+    kind: str, embeds: bool, criterion: str, top_n: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(2)
+    left: set[int] = set()
+    for thresholds in ((0.0, 0.0), (0.4, 0.9), (0.7, 0.0), (0.0, 1.0), (1.0, 0.0)):
+        run = run_of(kind, embeds, thresholds, criterion, top_n)
+        for lengths in ([1], [3, 17, 1, 9], [7] * 40):
+            rows = indices(lengths) if embeds else torch.randn(sum(lengths), HIDDEN).to(KINDS[kind])
+            result = assert_runs_as_its_stages(monkeypatch, run, rows, lengths)
+            assert not result.has_nan
+            left.update(result.exit_layer.tolist())
+    assert left == {1, 3, 4}
+
+
+def test_a_run_of_one_stage_answers_every_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(thresholds=())
+    result = assert_runs_as_its_stages(monkeypatch, run, torch.randn(9, HIDDEN), [4, 5])
+    assert result.exit_layer.tolist() == [1, 1]
+
+
+def test_a_run_reads_no_rows_behind_the_last_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, rows = run_of(), torch.randn(12, HIDDEN)
+    with_others = assert_runs_as_its_stages(monkeypatch, run, rows, [4, 5])
+    assert with_others.logits.equal(run(rows[:9], bounds([4, 5])).logits)
+
+
+def test_a_run_of_no_sequence_answers_nothing() -> None:
+    result = run_of()(torch.randn(3, HIDDEN), bounds([]))
+    assert result.logits.shape == (0, CLASSES)
+    assert result.exit_layer.shape == (0,)
+
+
+def test_a_run_tells_of_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence whose logits are NaN is never answered early, and the others are as they were."""
+    lengths, run = [4, 5], run_of(thresholds=(1.0, 1.0))
+    rows = torch.randn(9, HIDDEN)
+    before = run(rows, bounds(lengths))
+    rows[4] = torch.nan
+    result = assert_runs_as_its_stages(monkeypatch, run, rows, lengths)
+    assert result.has_nan
+    assert result.exit_layer.tolist() == [1, 4]
+    assert result.logits[0].equal(before.logits[0])
+    assert result.logits[1].isnan().all()
+
+
+def test_threads_run_at_once() -> None:
+    run = run_of()
+    given = [torch.randn(sum(lengths), HIDDEN) for lengths in ([3, 9], [30, 1])]
+    expected = [run(given[0], bounds([3, 9])), run(given[1], bounds([30, 1]))]
+    with ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(lambda n: run(given[n % 2], bounds(([3, 9], [30, 1])[n % 2])), range(64))]
+    for number, one in enumerate(found):
+        assert one.logits.equal(expected[number % 2].logits)
+        assert one.exit_layer.equal(expected[number % 2].exit_layer)
+
+
+def test_a_profiler_sees_a_run() -> None:
+    run, rows = run_of(), torch.randn(4, HIDDEN)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        run(rows, bounds([4]))
+    assert "fastkd_kernels::packed_run" in {event.key for event in profiler.key_averages()}
+
+
+def test_who_watches_ops_sees_those_of_a_run() -> None:
+    run, rows = run_of(), torch.randn(4, HIDDEN)
+    with OpNames() as seen:
+        run(rows, bounds([4]))
+    assert any("encoder_layers_" in name for name in seen.names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [BAD[name] for name in BAD if len(BAD[name][0]) == 3 and "speed" not in name],
+    ids=[name for name in BAD if len(BAD[name][0]) == 3 and "speed" not in name],
+)
+def test_bad_arguments_of_a_run_raise(arguments: tuple[Any, ...], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        run_of()(*arguments[:2])
+
+
+def test_a_run_of_what_does_not_fit_is_refused() -> None:
+    stage, embeds = fk.PreparedStage(layers("float32"), head(torch.float32)), embedding(torch.float32)
+    with pytest.raises(ValueError, match=r"^stages: got none"):
+        fk.PreparedRun([], [], [])
+    with pytest.raises(ValueError, match=r"^stages\[1\]: is not one call"):
+        fk.PreparedRun([stage, fk.PreparedStage(layers("float32"), head(torch.bfloat16))], [2, 4], [0.5])
+    with pytest.raises(ValueError, match=r"^stages\[1\]: holds an embedding"):
+        fk.PreparedRun([stage, fk.PreparedStage(layers("float32"), head(torch.float32), embeds)], [2, 4], [0.5])
+    with pytest.raises(ValueError, match=r"^exit_layers: got 1 for 2 stages"):
+        fk.PreparedRun([stage, stage], [2], [0.5])
+    with pytest.raises(ValueError, match=r"^thresholds: got 2 for 2 stages"):
+        fk.PreparedRun([stage, stage], [2, 4], [0.5, 0.5])
+    with pytest.raises(ValueError, match=r"^criterion: got 'doubt'"):
+        fk.PreparedRun([stage], [2], [], "doubt")
+    other = fk.PreparedStage(layers("float32"), head(torch.float32, CLASSES + 1))
+    with pytest.raises(ValueError, match="heads of as many classes"):
+        fk.PreparedRun([stage, other], [2, 4], [0.5])(torch.randn(4, HIDDEN), bounds([4]))
+    with pytest.raises(ValueError, match="speed: expected 0 to 1"):
+        fk.PreparedRun([stage, stage], [2, 4], [1.5])(torch.randn(4, HIDDEN), bounds([4]))
+    with pytest.raises(ValueError, match="a gradient is wanted"):
+        run_of()(torch.randn(4, HIDDEN, requires_grad=True), bounds([4]))
+
+
 def test_another_number_of_arguments_is_an_error() -> None:
-    assert _extension.extension is not None
-    for given in [(), (None,) * 9, (torch.zeros(1), [], [], (), None, 0.5, 0, 0, None)]:
+    extension = _extension.extension
+    assert extension is not None
+    cu_seqlens, record = bounds([1]), None
+    for given in [(), (None,) * 7, (torch.zeros(1), ([], [], ()), cu_seqlens, 0.5, 0, 0, record)]:
         with pytest.raises(TypeError, match=r"^packed_stage: rows or an embedding"):
-            _extension.extension.packed_stage(*given)
+            extension.packed_stage(*given)
+    for given in [(), (None,) * 7, (torch.zeros(1), (([], [], ()),), cu_seqlens, (), (1,), 0, 0)]:
+        with pytest.raises(TypeError, match=r"^packed_run: rows or an embedding"):
+            extension.packed_run(*given)

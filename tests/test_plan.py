@@ -96,6 +96,40 @@ def test_answers_of_a_batch(family: str, criterion: str, top_n: int | None) -> N
     torch.testing.assert_close(result.uncertainty, expected.uncertainty, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize(("criterion", "top_n"), CRITERIA)
+def test_one_call_answers_as_stage_after_stage(
+    rows: int, criterion: str, top_n: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = early_exit_model(), random_batch(rows=rows)
+    asked: list[bool] = []
+    run = plan.Plan._run
+    monkeypatch.setattr(plan.Plan, "_run", lambda self, rule: asked.append(run(self, rule) is not None))
+    with torch.no_grad():
+        expected = [model(**inputs, speed=speed, criterion=criterion, top_n=top_n) for speed in (0.0, 0.5, 0.9)]
+        monkeypatch.undo()
+        results = [model(**inputs, speed=speed, criterion=criterion, top_n=top_n) for speed in (0.0, 0.5, 0.9)]
+    assert asked == [True] * 3
+    for result, other in zip(results, expected, strict=True):
+        assert result.exit_layer.equal(other.exit_layer)
+        torch.testing.assert_close(result.logits, other.logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(result.uncertainty, other.uncertainty, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_no_row_reached_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = early_exit_model(), []
+    planned(model)
+    are_current = plan.Plan._are_current
+    monkeypatch.setattr(
+        plan.Plan,
+        "_are_current",
+        lambda self, layers, *heads: asked.append((layers, heads)) or are_current(self, layers, *heads),
+    )
+    with torch.no_grad():
+        assert model(**random_batch(rows=5), speed=1.0).exit_layer.tolist() == [1] * 5
+    assert asked == [(range(1, 2), (1,))]
+
+
 @pytest.mark.parametrize("rows", [1, 5])
 def test_answers_of_a_regression(rows: int) -> None:
     model, inputs = early_exit_model(num_labels=1), random_batch(rows=rows)

@@ -1179,6 +1179,10 @@ class PreparedStudentHead:
             self.weights = packed_head(fold(head))
             """As `student_head_packed` takes them."""
 
+    @property
+    def num_labels(self) -> int:
+        return int(self.weights[-1].shape[0])
+
     def __call__(self, hidden_states: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Logits [B, C] float32, without a gradient; the same numbers whatever other rows there are.
 

@@ -88,9 +88,13 @@ def _all_rows(hidden_states: Tensor) -> Tensor:
 def warn_about_nan(checksums: list[Tensor]) -> None:
     """Warn where a sum of uncertainties is NaN, which it is where a head's logits are."""
     if checksums and bool(torch.stack(checksums).isnan().any()):
-        warnings.warn(
-            "a head returned NaN logits: the sequences concerned were not answered early. The weights or the inputs "
-            "overflowed; check the checkpoint for NaN, or use bfloat16 or float32 instead of float16",
-            RuntimeWarning,
-            stacklevel=5,
-        )
+        warn_that_logits_are_nan(stacklevel=6)
+
+
+def warn_that_logits_are_nan(stacklevel: int = 5) -> None:
+    warnings.warn(
+        "a head returned NaN logits: the sequences concerned were not answered early. The weights or the inputs "
+        "overflowed; check the checkpoint for NaN, or use bfloat16 or float32 instead of float16",
+        RuntimeWarning,
+        stacklevel=stacklevel,
+    )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,36 +21,14 @@ from fastkd.encoders import families
 from fastkd.encoders.layout import TokenLayout
 from fastkd.encoders.untouched import are_untouched
 from fastkd.engines import packed, packed_encoder
-from fastkd.engines.batch import warn_about_nan
+from fastkd.engines.batch import warn_that_logits_are_nan
+from fastkd.engines.output import fields_of
 from fastkd.engines.packed_encoder import PackedEncoder, round_up_tokens
 from fastkd.engines.packed_layers import Layer, LayerFromParts, run_layers
 from fastkd.engines.protocol import ExitModel
 from fastkd.exits.rule import ExitRule
 
-_REMEMBER_NOTHING = ("entropy", "max_prob", "margin", "top_n")  # criteria that look at one head alone
 _MOST_RULES = 64
-
-
-@dataclass(frozen=True)
-class Step:
-    """Layers that run together, and the head behind them."""
-
-    layers: range
-    head: int
-    threshold: float
-    """At which a row leaves there; 0 after the last layer."""
-
-
-@dataclass(frozen=True)
-class PlannedRule:
-    """A rule, and the steps that it makes."""
-
-    rule: ExitRule
-    steps: tuple[Step, ...]
-
-    @classmethod
-    def of(cls, rule: ExitRule) -> PlannedRule:
-        return cls(rule, tuple(Step(stage, stage[-1], rule.threshold(stage[-1])) for stage in rule.stages))
 
 
 class Plan:
@@ -72,8 +49,8 @@ class Plan:
         self._embedding = self._encoder.prepared_embedding()
         self._first_position = families.first_position(model.config.backbone)
         self._stages: dict[range, fk.PreparedStage | None] = {}
-        self._numbers = {number: torch.tensor([number], dtype=torch.int32) for number in self._heads}
-        self._rules: dict[Any, PlannedRule] = {}
+        self._rules: dict[Any, ExitRule] = {}
+        self._runs: dict[ExitRule, fk.PreparedRun | None] = {}
         config = model.config
         self.gives_usual_output = bool(
             config.return_dict and not config.output_hidden_states and not config.output_attentions
@@ -107,7 +84,7 @@ class Plan:
             self._head_stamps[head].is_current() for head in heads
         )
 
-    def rule(self, model: ExitModel, options: tuple[Any, ...]) -> PlannedRule | None:
+    def rule(self, model: ExitModel, options: tuple[Any, ...]) -> ExitRule | None:
         """`model.exit_rule(*options)`, asked once; ValueError as there. None where it has to be asked again.
 
         That is where the last head changed: the model then warns of early heads that were trained for another.
@@ -118,51 +95,50 @@ class Plan:
         key = (model.claims_version, *options, *map(type, options)) if all(map(_is_simple, options)) else None
         known = None if key is None else self._rules.get(key)
         if known is None:
-            known = PlannedRule.of(model.exit_rule(*options))
+            known = model.exit_rule(*options)
             if key is not None:
-                if len(self._rules) >= _MOST_RULES:
-                    self._rules.clear()
-                self._rules[key] = known
+                _remember(self._rules, key, known)
         return known
 
-    def can_answer(self, planned: PlannedRule) -> bool:
-        """Whether `answer` is for this rule; `answer_batch` is for all."""
-        return planned.rule.criterion in _REMEMBER_NOTHING and all(step.head in self._heads for step in planned.steps)
-
-    def answer(self, tokens: fk.PackedInput, planned: PlannedRule) -> dict[str, Tensor] | None:
-        """Of one row: the fields of `EarlyExitOutput`; without a gradient, which must not be wanted.
+    def answer(self, model: ExitModel, tokens: fk.PackedInput, rule: ExitRule) -> dict[str, Any] | None:
+        """The fields of `EarlyExitOutput`, of any number of rows and by any rule; without a gradient.
 
         None where one of the layers and heads on the way has changed.
-
-        Args:
-            tokens: of one sequence.
-            planned: a rule that `can_answer` is true for.
         """
-        hidden_states: Tensor | None = None
-        for step in planned.steps:
-            if not self.stage_is_current(step.layers):
-                return None
-            hidden_states, logits, uncertainties, staying = self._run_step(step, hidden_states, tokens, planned.rule)
-            uncertainty = uncertainties.item()
-            if uncertainty != uncertainty:
-                warn_about_nan([uncertainties])
-            if not staying:
-                break
-        return {"logits": logits, "exit_layer": self._numbers[step.head].clone(), "uncertainty": uncertainties}
+        run = self._run(rule)
+        if run is None:
+            return self._answer_by_stages(model, tokens, rule)
+        answers = run(self.rows_for(rule.stages[0], None, tokens), tokens.cu_seqlens)
+        # asked afterwards, when it is known how far the rows went; a plan runs on copies of its own, whatever changed
+        deepest = max(answers.exit_layer.tolist())
+        if not self._are_current(range(1, deepest + 1), *(layer for layer in rule.layers if layer <= deepest)):
+            return None
+        if answers.has_nan:
+            warn_that_logits_are_nan()
+        return {"logits": answers.logits, "exit_layer": answers.exit_layer, "uncertainty": answers.uncertainty}
 
-    def _run_step(
-        self, step: Step, hidden_states: Tensor | None, tokens: fk.PackedInput, rule: ExitRule
-    ) -> fk.StageOutput:
-        stage = self.stage(step.layers)
-        if stage is not None:
-            rows = self.rows_for(step.layers, hidden_states, tokens)
-            return stage(rows, tokens.cu_seqlens, step.threshold, rule.criterion, top_n=rule.top_n)
-        layout = TokenLayout(cu_seqlens=tokens.cu_seqlens, max_seqlen=max(tokens.lengths))
-        hidden_states = self.embed(tokens) if hidden_states is None else hidden_states
-        hidden_states = self.run_layers(step.layers, hidden_states, layout)
-        logits = self._heads[step.head](hidden_states, tokens.cu_seqlens)
-        decided = fk.exit_gate(logits, step.threshold, rule.criterion, top_n=rule.top_n)
-        return fk.StageOutput(hidden_states, logits, decided.uncertainty, decided.kept().tolist())
+    def answers_at_once(self, rule: ExitRule) -> bool:
+        """Whether `answer` is one call."""
+        return self._run(rule) is not None
+
+    def _run(self, rule: ExitRule) -> fk.PreparedRun | None:
+        """All stages of a rule as one call, made once; None where one of them is more than a call."""
+        if rule not in self._runs:
+            stages = [self.stage(layers) for layers in rule.stages] if rule.criterion in fk.CRITERIA else []
+            direct = [stage for stage in stages if stage is not None and stage.is_direct]
+            is_direct = len(direct) == len(rule.stages)
+            run = (
+                fk.PreparedRun(direct, rule.layers, rule.thresholds, rule.criterion, rule.top_n) if is_direct else None
+            )
+            _remember(self._runs, rule, run)
+        return self._runs[rule]
+
+    def _answer_by_stages(self, model: ExitModel, tokens: fk.PackedInput, rule: ExitRule) -> dict[str, Any] | None:
+        stages = _PlannedStages(self, _PlannedHeads(model, self._heads), tokens)
+        try:
+            return fields_of(packed.run_packed(stages, None, tokens.lengths, tokens.cu_seqlens, rule))
+        except _OutdatedError:
+            return None
 
     def stage(self, layers: range) -> fk.PreparedStage | None:
         """These layers and the head behind them as one call, and before the first layer what embeds; made once.
@@ -190,14 +166,6 @@ class Plan:
         """What each table of the prepared embedding is asked for."""
         columns = tokens.input_ids, tokens.positions, tokens.token_type_ids
         return [columns[kind] for kind in self._encoder.embedded]
-
-    def answer_batch(self, model: ExitModel, tokens: fk.PackedInput, rule: ExitRule) -> fk.ExitRecord | None:
-        """Of any number of rows and by any rule, without a gradient; None where a layer or head on the way changed."""
-        stages = _PlannedStages(self, _PlannedHeads(model, self._heads), tokens)
-        try:
-            return packed.run_packed(stages, None, tokens.lengths, tokens.cu_seqlens, rule)
-        except _OutdatedError:
-            return None
 
     @property
     def encoder(self) -> PackedEncoder:
@@ -329,6 +297,12 @@ class _PlannedHeads:
         assert decided.logits is not None
         record.write(row_ids, decided.logits, decided.uncertainty, last)
         return decided.uncertainty
+
+
+def _remember(known: dict[Any, Any], key: object, value: object) -> None:
+    if len(known) >= _MOST_RULES:
+        known.clear()
+    known[key] = value
 
 
 def _is(one: object, other: object) -> bool:

@@ -32,7 +32,6 @@ from fastkd.encoders.layout import TokenLayout
 from fastkd.engines.batch import warn_about_nan
 from fastkd.engines.packed import PackedHeads
 from fastkd.engines.packed_encoder import cumulative_lengths
-from fastkd.engines.plan import PlannedRule
 from fastkd.engines.protocol import ExitModel
 from fastkd.engines.stream import Stream, StreamRow, _prefix, _Queue
 from fastkd.engines.stream_reader import EncodedRow
@@ -145,7 +144,6 @@ class RequestStream(Stream):
         self._pace = 0.0  # seconds of a run, lately
         self._thresholds: dict[ExitRule, tuple[float, ...]] = {}
         self._rules: dict[tuple[str, int | None], ExitRule] = {}
-        self._planned: dict[ExitRule, PlannedRule] = {}
 
     def add(self, requests: Sequence[StreamRequest]) -> None:
         """Queue requests.
@@ -247,7 +245,7 @@ class RequestStream(Stream):
         if stage > 0 or len(self._unanswered) > 1 or self._inbox.arrived:
             return None
         (row,) = running[:1]
-        found = self._planned_answer(row, self._planned_of(self._of(row).rule))
+        found = self._planned_answer(row, self._of(row).rule)
         if found is None:
             return None
         answer = self._stream_rows([row], **found)[row.position]
@@ -255,13 +253,6 @@ class RequestStream(Stream):
         del self._unanswered[row.position]
         self._give(row, answer, logits=found["logits"][0].tolist())
         return last
-
-    def _planned_of(self, rule: ExitRule) -> PlannedRule:
-        if rule not in self._planned:
-            if len(self._planned) >= _MOST_RULES:
-                self._planned.clear()
-            self._planned[rule] = PlannedRule.of(rule)
-        return self._planned[rule]
 
     def _last_stage(self, stage: int, running: Sequence[EncodedRow]) -> int:
         """Up to which stage these rows run without a stop: where nobody else waits, the next that asks one of them."""

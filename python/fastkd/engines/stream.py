@@ -32,7 +32,7 @@ from fastkd.engines.packed_encoder import (
     round_up_tokens,
 )
 from fastkd.engines.padded_runs import PaddedRuns
-from fastkd.engines.plan import PlannedRule, current_plan_of
+from fastkd.engines.plan import current_plan_of
 from fastkd.engines.protocol import ExitModel
 from fastkd.engines.schedule import Schedule
 from fastkd.engines.stream_reader import EncodedRow, StreamReader, longest_row, packed_rows
@@ -295,7 +295,7 @@ class Stream(Iterator[StreamRow]):
         if stage > 0 or len(self._unanswered) > 1 or not self._reader.ended:
             return False
         (row,) = self._queues[0].rows
-        found = self._planned_answer(row, PlannedRule.of(self._rule))
+        found = self._planned_answer(row, self._rule)
         if found is None:
             return False
         self._answers.update(self._stream_rows([row], **found))
@@ -303,16 +303,16 @@ class Stream(Iterator[StreamRow]):
         self._count_alone(row, found["layers"][0])
         return True
 
-    def _planned_answer(self, row: EncodedRow, planned: PlannedRule) -> dict[str, Any] | None:
+    def _planned_answer(self, row: EncodedRow, rule: ExitRule) -> dict[str, Any] | None:
         """`logits`, `layers` and `uncertainties` of a row before the first layer; None where no plan answers so."""
         plan = self._plan
         too_long = row.tokens * len(self._stages) > self._schedule.tokens_per_run
-        if plan is None or too_long or not plan.can_answer(planned):
+        if plan is None or too_long or not plan.answers_at_once(rule):
             return None
         segments = None if row.token_type_ids is None else torch.tensor([row.token_type_ids])
         with torch.no_grad():
             tokens = plan.pack(torch.tensor([row.input_ids]), None, segments)
-            found = None if tokens is None else plan.answer(tokens, planned)
+            found = None if tokens is None else plan.answer(self._model, tokens, rule)
         if found is None:
             return None
         layers, uncertainties = found["exit_layer"].tolist(), found["uncertainty"].tolist()

@@ -768,17 +768,13 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             return None
         rule = planned.rule(self, options)
         if rule is not None:
-            if torch.is_grad_enabled() and not rule.rule.leaves_early:
+            if torch.is_grad_enabled() and not rule.leaves_early:
                 return None
             with torch.no_grad():
                 tokens = planned.pack(input_ids, attention_mask, token_type_ids)
                 if tokens is None:
                     return None
-                if len(tokens.lengths) == 1 and planned.can_answer(rule):
-                    answers = planned.answer(tokens, rule)
-                else:
-                    record = planned.answer_batch(self, tokens, rule.rule)
-                    answers = None if record is None else fields_of(record)
+                answers = planned.answer(self, tokens, rule)
             if answers is not None:
                 return EarlyExitOutput.of(answers)
         plan.forget_plan(self)
