@@ -86,6 +86,7 @@ constexpr int64_t kNoWindow = int64_t{1} << 40;
 struct Heads {
   const char* rows;  // of the sequence: queries, keys, values
   Number number;
+  bool quantised;  // an int8 layer's, for whose activations 2^-17 is nothing
   int64_t stride;  // bytes between rows
   int64_t tokens;
   int64_t width;  // of all heads

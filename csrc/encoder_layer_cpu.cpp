@@ -491,6 +491,7 @@ class LayerRun {
   Heads heads_of(int64_t tokens) const {
     Heads work{};
     work.number = layer_.hidden_number;
+    work.quantised = is_quantised();
     work.stride = group_.shapes.heads_stride;
     work.tokens = tokens;
     work.width = layer_.width;

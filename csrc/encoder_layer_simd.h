@@ -671,15 +671,20 @@ struct Kernels {
 
 namespace by_tiles {
 
-// Whether AMX attends: heads of whole lines of bfloat16, whose queries see every key.
+// Fewer tokens of float32 are attended to faster by vectors.
+constexpr int64_t kFewestSplit = 128;
+
+// Whether AMX attends: heads of whole lines of bfloat16, whose queries see every key. Float32 rows of an int8 layer
+// become sums of two bfloat16, a high and a low one.
 static inline bool can_attend(const Heads& heads) {
-  return heads.tiles != nullptr && heads.number == kBFloat16 && heads.head_size % 32 == 0 && heads.cosines == nullptr &&
-      heads.window >= kNoWindow;
+  const bool fits = heads.number == kBFloat16 ? heads.tiles != nullptr : heads.quantised && heads.tokens >= kFewestSplit;
+  return fits && heads.head_size % 32 == 0 && heads.cosines == nullptr && heads.window >= kNoWindow;
 }
 
-// What the kernel of one head needs: keys and values as tiles, and of 16 queries scores, weights and context.
+// What the kernel of one head needs: keys and values as tiles, and of 16 queries scores, weights and context. Lows are
+// behind their highs, and those of bfloat16 rows are not used.
 struct Scratch {
-  char *keys, *values, *high, *low;
+  char *queries, *queries_low, *keys, *keys_low, *values, *values_low, *high, *low;
   float *scores, *context;
 };
 
@@ -692,52 +697,119 @@ static inline int64_t place(int64_t tokens, int64_t head_size, char* memory, Scr
     return here;
   };
   Scratch result;
+  result.queries = next(steps * kTile);
+  result.queries_low = next(steps * kTile);
   result.keys = next(blocks * steps * kTile);
   result.values = next(pairs * 2 * steps * kTile);
   result.high = next(pairs * kTile);
   result.low = next(pairs * kTile);
   result.scores = reinterpret_cast<float*>(next(16 * pairs * 32 * 4));
   result.context = reinterpret_cast<float*>(next(16 * head_size * 4));
+  result.keys_low = next(blocks * steps * kTile);
+  result.values_low = next(pairs * 2 * steps * kTile);
   if (scratch != nullptr) *scratch = result;
   return at;
 }
 
+static inline Words as_words(Halves halves) {
+  return __builtin_convertvector(halves, Words);
+}
+
+static inline Halves round_lanes(Floats x) {
+  const auto rounded = _mm512_cvtneps_pbh(x);
+  Halves halves;
+  __builtin_memcpy(&halves, &rounded, sizeof halves);
+  return halves;
+}
+
+// 16 numbers as bfloat16, and as bfloat16 what is left of them: together they are off by 2^-17 of the number. Products of
+// two rests are left out, 2^-18 of those of the numbers.
+static inline void split(Floats x, Halves& high, Halves& low) {
+  high = round_lanes(x);
+  low = round_lanes(x - (Floats)(as_words(high) << 16));
+}
+
+static inline void split_line(const float* from, char* high, char* low) {
+  for (int half = 0; half < 2; ++half) {
+    Halves highs, lows;
+    split(load(from + half * 16), highs, lows);
+    __builtin_memcpy(high + half * 32, &highs, sizeof highs);
+    __builtin_memcpy(low + half * 32, &lows, sizeof lows);
+  }
+}
+
+// Lines of 16 queries, [step][query] of 64 bytes.
+static inline void split_queries(const char* rows, int64_t stride, int64_t count, int64_t steps, const Scratch& scratch) {
+  for (int64_t step = 0; step < steps; ++step) {
+    for (int64_t q = 0; q < count; ++q) {
+      const auto* query = reinterpret_cast<const float*>(rows + q * stride) + step * 32;
+      const int64_t at = step * kTile + q * kLine;
+      split_line(query, scratch.queries + at, scratch.queries_low + at);
+    }
+  }
+}
+
 // Line j of a tile of keys holds numbers 2 j and 2 j + 1 of 16 keys.
-static inline void tile_keys(const char* keys, int64_t stride, int64_t tokens, int64_t steps, char* to) {
+template <bool SPLIT>
+static inline void tile_keys(const char* keys, int64_t stride, int64_t tokens, int64_t steps, char* to, char* to_low) {
   for (int64_t token = 0; token < tokens; token += 16) {
     for (int64_t step = 0; step < steps; ++step) {
-      Floats block[16];
+      Floats block[16], low[16];
       for (int64_t lane = 0; lane < 16; ++lane) {
-        const int64_t key = token + lane < tokens ? token + lane : tokens - 1;
-        block[lane] = load(reinterpret_cast<const float*>(keys + key * stride + step * kLine));
+        const char* key = keys + (token + lane < tokens ? token + lane : tokens - 1) * stride;
+        if (SPLIT) {
+          split_line(
+              reinterpret_cast<const float*>(key) + step * 32, reinterpret_cast<char*>(block + lane),
+              reinterpret_cast<char*>(low + lane));
+        } else {
+          block[lane] = load(reinterpret_cast<const float*>(key + step * kLine));
+        }
       }
       transpose(block);
       for (int64_t line = 0; line < 16; ++line) store(reinterpret_cast<float*>(to + line * kLine), block[line]);
       to += kTile;
+      if (!SPLIT) continue;
+      transpose(low);
+      for (int64_t line = 0; line < 16; ++line) store(reinterpret_cast<float*>(to_low + line * kLine), low[line]);
+      to_low += kTile;
     }
   }
 }
 
 // Line j of a tile of values holds 16 numbers of tokens 2 j and 2 j + 1; zeros behind the last token.
-static inline void tile_values(const char* values, int64_t stride, int64_t tokens, int64_t steps, char* to) {
-  const auto wide = [&](int64_t token, int64_t column) {
+template <bool SPLIT>
+static inline void tile_values(
+    const char* values, int64_t stride, int64_t tokens, int64_t columns, char* to, char* to_low) {
+  // 16 numbers as words, and what is left of them
+  const auto wide = [&](int64_t token, int64_t column, Words& low) {
+    low = Words{};
     if (token >= tokens) return Words{};
-    Halves halves;
+    Halves halves, rest;
+    if (SPLIT) {
+      split(load(reinterpret_cast<const float*>(values + token * stride) + column * 16), halves, rest);
+      low = as_words(rest);
+      return as_words(halves);
+    }
     __builtin_memcpy(&halves, values + token * stride + column * 32, sizeof halves);
-    return __builtin_convertvector(halves, Words);
+    return as_words(halves);
   };
   for (int64_t token = 0; token < tokens; token += 32) {
-    for (int64_t column = 0; column < 2 * steps; ++column) {
+    for (int64_t column = 0; column < columns; ++column) {
       for (int64_t line = 0; line < 16; ++line) {
-        const Words pair = wide(token + 2 * line, column) | wide(token + 2 * line + 1, column) << 16;
+        Words low[2];
+        const Words even = wide(token + 2 * line, column, low[0]), odd = wide(token + 2 * line + 1, column, low[1]);
+        const Words pair = even | odd << 16, pair_low = low[0] | low[1] << 16;
         __builtin_memcpy(to + line * kLine, &pair, sizeof pair);
+        if (SPLIT) __builtin_memcpy(to_low + line * kLine, &pair_low, sizeof pair_low);
       }
       to += kTile;
+      to_low += kTile;
     }
   }
 }
 
 // The scores of one query become weights, each as the sum of two bfloat16; returns the sum of the weights.
+template <bool SPLIT>
 static inline float weigh(const float* scores, int64_t tokens, float scale_log2, char* high, char* low) {
   const int64_t whole = tokens / 16 * 16;
   const __mmask16 rest = static_cast<__mmask16>((1u << (tokens - whole)) - 1);
@@ -748,19 +820,16 @@ static inline float weigh(const float* scores, int64_t tokens, float scale_log2,
   const Floats shift = splat(-scale_log2 * largest_of(largest));
   Floats total{};
   for (int64_t t = 0; t < tokens; t += 32) {
-    Floats weights[2], truncated[2];
     for (int half = 0; half < 2; ++half) {
-      const int64_t at = t + half * 16;
+      const int64_t at = t + half * 16, to = t / 32 * kTile + half * 32;
       const Floats lanes = at < whole ? load(scores + at) : at == whole ? tail : none;
-      weights[half] = decay<false>(lanes * scale_log2 + shift);
-      truncated[half] = (Floats)((Words)weights[half] & 0xffff0000u);
-      total += weights[half];
-      weights[half] -= truncated[half];
+      const Floats weight = decay<SPLIT>(lanes * scale_log2 + shift);
+      total += weight;
+      Halves highs, lows;
+      split(weight, highs, lows);
+      __builtin_memcpy(high + to, &highs, sizeof highs);
+      __builtin_memcpy(low + to, &lows, sizeof lows);
     }
-    const auto high_halves = _mm512_cvtne2ps_pbh(truncated[1], truncated[0]);
-    const auto low_halves = _mm512_cvtne2ps_pbh(weights[1], weights[0]);
-    __builtin_memcpy(high + t / 32 * kTile, &high_halves, sizeof high_halves);
-    __builtin_memcpy(low + t / 32 * kTile, &low_halves, sizeof low_halves);
   }
   return sum_of(total);
 }
@@ -770,73 +839,110 @@ static inline void finish_stores() {
   __asm__ volatile("" ::: "memory");
 }
 
-static inline void score_block(const char* query, int64_t stride, int64_t steps, int64_t blocks, const Scratch& scratch) {
+template <bool SPLIT>
+static inline void score_block(
+    const char* query, int64_t stride, int64_t step_bytes, int64_t steps, int64_t blocks, const Scratch& scratch) {
   const int64_t row_bytes = (blocks + 1) / 2 * 32 * 4;
   for (int64_t block = 0; block < blocks; ++block) {
     _tile_zero(0);
     for (int64_t step = 0; step < steps; ++step) {
-      _tile_loadd(4, query + step * kLine, stride);
-      _tile_loadd(6, scratch.keys + (block * steps + step) * kTile, kLine);
+      const int64_t keys = (block * steps + step) * kTile;
+      _tile_loadd(4, query + step * step_bytes, stride);
+      _tile_loadd(6, scratch.keys + keys, kLine);
       _tile_dpbf16ps(0, 4, 6);
+      if (!SPLIT) continue;
+      _tile_loadd(5, scratch.queries_low + step * kTile, kLine);
+      _tile_loadd(7, scratch.keys_low + keys, kLine);
+      _tile_dpbf16ps(0, 4, 7);
+      _tile_dpbf16ps(0, 5, 6);
     }
     _tile_stored(0, scratch.scores + block * 16, row_bytes);
   }
 }
 
+template <bool SPLIT>
 static inline void sum_values(int64_t pairs, int64_t columns, const Scratch& scratch) {
   for (int64_t column = 0; column < columns; column += 2) {
     _tile_zero(0);
     _tile_zero(1);
     for (int64_t pair = 0; pair < pairs; ++pair) {
-      const char* values = scratch.values + (pair * columns + column) * kTile;
+      const int64_t values = (pair * columns + column) * kTile;
       _tile_loadd(4, scratch.high + pair * kTile, kLine);
       _tile_loadd(5, scratch.low + pair * kTile, kLine);
-      _tile_loadd(6, values, kLine);
-      _tile_loadd(7, values + kTile, kLine);
+      _tile_loadd(6, scratch.values + values, kLine);
+      _tile_loadd(7, scratch.values + values + kTile, kLine);
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
       _tile_dpbf16ps(0, 5, 6);
       _tile_dpbf16ps(1, 5, 7);
+      if (!SPLIT) continue;
+      _tile_loadd(6, scratch.values_low + values, kLine);
+      _tile_loadd(7, scratch.values_low + values + kTile, kLine);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
     }
     _tile_stored(0, scratch.context + column * 16, columns * kLine);
     _tile_stored(1, scratch.context + (column + 1) * 16, columns * kLine);
   }
 }
 
-static void attend(const Heads& heads, char* memory) {
+// The context of one query, times a factor: bfloat16 into tiles, float32 into rows.
+template <bool SPLIT>
+static inline void leave(const Heads& heads, int64_t head, int64_t row, const float* context, float factor) {
+  const int64_t steps = heads.head_size / 32;
+  for (int64_t step = 0; step < steps; ++step, context += 32) {
+    const Floats first = load(context) * factor, second = load(context + 16) * factor;
+    if (SPLIT) {
+      float* to = reinterpret_cast<float*>(heads.out + row * heads.out_stride) + head * heads.head_size + step * 32;
+      store(to, first);
+      store(to + 16, second);
+    } else {
+      const auto halves = _mm512_cvtne2ps_pbh(second, first);
+      char* to = tile_line(heads.tiles, heads.lines, heads.first_row + row, head * steps + step);
+      __builtin_memcpy(to, &halves, sizeof halves);
+    }
+  }
+}
+
+template <bool SPLIT>
+static void attend_as(const Heads& heads, char* memory) {
   const int64_t tokens = heads.tokens, size = heads.head_size, steps = size / 32, columns = size / 16;
-  const int64_t blocks = (tokens + 15) / 16, pairs = (tokens + 31) / 32;
+  const int64_t blocks = (tokens + 15) / 16, pairs = (tokens + 31) / 32, bytes = SPLIT ? 4 : 2;
   Scratch scratch;
   place(tokens, size, memory, &scratch);
   configure_tiles();
   for (int64_t head = heads.first; head < heads.end; ++head) {
-    const char* query = heads.rows + head * size * 2;
-    const char* key = query + heads.width * 2;
-    tile_keys(key, heads.stride, tokens, steps, scratch.keys);
-    tile_values(key + heads.width * 2, heads.stride, tokens, steps, scratch.values);
+    const char* query = heads.rows + head * size * bytes;
+    const char* key = query + heads.width * bytes;
+    tile_keys<SPLIT>(key, heads.stride, tokens, steps, scratch.keys, scratch.keys_low);
+    tile_values<SPLIT>(key + heads.width * bytes, heads.stride, tokens, columns, scratch.values, scratch.values_low);
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t queries = tokens - block * 16 < 16 ? tokens - block * 16 : 16;
+      const char* rows = query + block * 16 * heads.stride;
+      if (SPLIT) split_queries(rows, heads.stride, queries, steps, scratch);
       finish_stores();
-      score_block(query + block * 16 * heads.stride, heads.stride, steps, blocks, scratch);
+      if (SPLIT) {
+        score_block<true>(scratch.queries, kLine, kTile, steps, blocks, scratch);
+      } else {
+        score_block<false>(rows, heads.stride, kLine, steps, blocks, scratch);
+      }
       float totals[16];
       for (int64_t q = 0; q < queries; ++q) {
-        totals[q] = weigh(
+        totals[q] = weigh<SPLIT>(
             scratch.scores + q * pairs * 32, tokens, heads.scale_log2, scratch.high + q * kLine, scratch.low + q * kLine);
       }
       finish_stores();
-      sum_values(pairs, columns, scratch);
+      sum_values<SPLIT>(pairs, columns, scratch);
       for (int64_t q = 0; q < queries; ++q) {
-        const float factor = 1.f / totals[q];
-        for (int64_t step = 0; step < steps; ++step) {
-          const float* from = scratch.context + q * size + step * 32;
-          const auto halves = _mm512_cvtne2ps_pbh(load(from + 16) * factor, load(from) * factor);
-          char* to = tile_line(heads.tiles, heads.lines, heads.first_row + block * 16 + q, head * steps + step);
-          __builtin_memcpy(to, &halves, sizeof halves);
-        }
+        leave<SPLIT>(heads, head, block * 16 + q, scratch.context + q * size, 1.f / totals[q]);
       }
     }
   }
   _tile_release();
+}
+
+static void attend(const Heads& heads, char* memory) {
+  return heads.number == kBFloat16 ? attend_as<false>(heads, memory) : attend_as<true>(heads, memory);
 }
 
 }  // namespace by_tiles
@@ -855,7 +961,7 @@ static int64_t attention_scratch(int64_t tokens, int64_t head_size) {
 
 static bool attends_to_tiles(const Heads& heads) {
 #if HAS_AMX
-  return by_tiles::can_attend(heads);
+  return by_tiles::can_attend(heads) && heads.number == kBFloat16;
 #else
   (void)heads;
   return false;

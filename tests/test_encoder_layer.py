@@ -161,6 +161,8 @@ def check_this_instruction_set() -> None:
     check_int8((64, 96, 32), [1, 30])
     check_int8((40, 37, 8), [17, 0, 5], activation="silu", norm_first=True)
     check_int8((36, 50, 12), [20], gated=True)
+    check_int8((192, 256, 64), [1, 130, 16, 33], scale=0.2)
+    check_int8((64, 96, 32), [512])
 
 
 @pytest.mark.parametrize("level", INSTRUCTION_SETS)
