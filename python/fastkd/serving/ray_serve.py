@@ -19,6 +19,7 @@ from ray import serve
 
 from fastkd.serving.app import create_app
 from fastkd.serving.options import TOKEN_VARIABLE, ServeOptions
+from fastkd.serving.ray_proxy import AFTER_REPLICAS, VARIABLES
 from fastkd.serving.server import start_logging
 from fastkd.serving.service import Service
 
@@ -64,6 +65,12 @@ def bound(options: ServeOptions, replicas: int, threads: int | None) -> Any:
     return deployed.bind()
 
 
+def start_proxy(options: ServeOptions) -> None:
+    """Start what listens, which is not bound to any deployment, in a job whose environment has `VARIABLES`."""
+    wait = options.request_timeout + AFTER_REPLICAS
+    serve.start(http_options={"host": options.host, "port": options.port, "request_timeout_s": wait})
+
+
 def serve_on_ray(
     options: ServeOptions,
     replicas: int,
@@ -85,11 +92,12 @@ def serve_on_ray(
         ConnectionError: no cluster at the address.
     """
     if address is None:
+        os.environ.update(VARIABLES)  # processes that Ray starts here inherit it
         ray.init(num_cpus=max(os.cpu_count() or 1, replicas * (threads or 1) + 1), include_dashboard=False)
     else:
-        ray.init(address=address)
+        ray.init(address=address, runtime_env={"env_vars": VARIABLES})
     try:
-        serve.start(http_options={"host": options.host, "port": options.port})
+        start_proxy(options)
         serve.run(bound(replace(options), replicas, threads), name=_NAME, route_prefix="/")
         on_start(f"http://{options.host}:{options.port}")
         end = threading.Event()
