@@ -30,7 +30,6 @@ from serving_client import ROOT, TEXTS, command_of, descendants, post, save_mode
 
 from fastkd.serving import ray_serve
 from fastkd.serving.options import ServeOptions
-from fastkd.serving.ray_proxy import VARIABLES
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address(model: Path) -> Iterator[str]:
     """Two replicas on this machine."""
     path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'python'}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    ray.init(num_cpus=3, include_dashboard=False, runtime_env={"env_vars": path | VARIABLES})
+    ray.init(num_cpus=3, include_dashboard=False, runtime_env={"env_vars": path | ray_serve.JOB_VARIABLES})
     try:
         options = ServeOptions(model=str(model), port=8497, request_timeout=10.0)
         ray_serve.start_proxy(options)
@@ -129,29 +128,70 @@ def _replicas() -> list[Any]:
     return [ray.get_actor(name, namespace="serve") for name in names if name.startswith("SERVE_REPLICA::fastkd#")]
 
 
-def test_without_its_head_node_nobody_waits_for_ever(model: Path) -> None:
-    """Requests are answered, fail with a code to try again, or have no connection; the command ends when it is told."""
+@contextlib.contextmanager
+def served_by_command(model: Path, port: int, **more: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """`fastkd serve` with two replicas, and its address, once it answers."""
     # sockets lie below it, whose names are short
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
-    more = {"RAY_TMPDIR": folder, "RAY_gcs_rpc_server_reconnect_timeout_s": "5", "OMP_NUM_THREADS": "1"}
-    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "python"), *filter(None, sys.path)])}
-    command = [
-        sys.executable,
-        "-m",
-        "fastkd",
-        "serve",
-        str(model),
-        "--port",
-        "8498",
-        "--replicas",
-        "2",
-        "--threads",
-        "1",
-    ]
-    process = subprocess.Popen(command, env={**os.environ, **path, **more}, stderr=subprocess.DEVNULL)
-    address, body = "http://127.0.0.1:8498", {"inputs": "good fun"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), *filter(None, sys.path)])
+    command = [sys.executable, "-m", "fastkd", "serve", str(model), "--port", str(port), "--replicas", "2"]
+    environment = {**os.environ, "PYTHONPATH": path, "RAY_TMPDIR": folder, "OMP_NUM_THREADS": "1", **more}
+    process = subprocess.Popen([*command, "--threads", "1"], env=environment, stderr=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
     try:
-        until(lambda: post(address, "/v1/classify", body)[0] == 200, 300)
+        until(
+            lambda: process.poll() is not None or post(address, "/v1/classify", {"inputs": "good fun"})[0] == 200, 300
+        )
+        assert process.poll() is None, "the command has ended"
+        yield process, address
+    finally:
+        for pid in [*descendants(process.pid), process.pid]:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_sighup_reloads_every_replica_and_sigterm_ends_the_command_without_a_loss(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    shutil.copytree(model, folder)
+    other = save_model(tmp_path / "other", seed=1)
+    statuses: Counter[int] = Counter()
+    ended = threading.Event()
+
+    with served_by_command(folder, 8496) as (process, address):
+
+        def ask() -> None:
+            while not ended.is_set():
+                statuses[status := post(address, "/v1/classify", {"inputs": "good fun"})[0]] += 1
+                if status == 0:
+                    return
+
+        def fingerprints() -> set[str]:
+            return {httpx.get(address + "/info", timeout=60).json()["model_sha"] for _ in range(16)}
+
+        before = fingerprints()
+        clients = [threading.Thread(target=ask) for _ in range(4)]
+        for client in clients:
+            client.start()
+        for name in ("model.safetensors", "config.json"):
+            shutil.copy(other / name, folder / name)
+        process.send_signal(signal.SIGHUP)
+        until(lambda: not fingerprints() & before, 120)
+        assert set(statuses) == {200}, statuses
+        process.terminate()
+        assert process.wait(120) == 0
+        ended.set()
+        for client in clients:
+            client.join(60)
+    # what was not accepted was refused with a code that says to try again, or had no connection
+    assert set(statuses) <= {200, 503, 0}, statuses
+
+
+def test_without_its_head_node_nobody_waits_for_ever(model: Path) -> None:
+    """Requests are answered, fail with a code to try again, or have no connection; the command ends when it is told."""
+    body = {"inputs": "good fun"}
+    with served_by_command(model, 8498, RAY_gcs_rpc_server_reconnect_timeout_s="5") as (process, address):
         (head,) = (pid for pid in descendants(process.pid) if "gcs_server" in command_of(pid))
         os.kill(head, signal.SIGKILL)
         statuses: Counter[int] = Counter()
@@ -164,9 +204,3 @@ def test_without_its_head_node_nobody_waits_for_ever(model: Path) -> None:
         assert set(statuses) <= {200, 503, 0}, statuses
         process.terminate()
         process.wait(120)
-    finally:
-        for pid in [*descendants(process.pid), process.pid]:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
