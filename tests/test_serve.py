@@ -148,8 +148,15 @@ def test_the_example_for_kubernetes_is_what_the_command_takes() -> None:
     (application,) = yaml.safe_load(served["spec"]["serveConfigV2"])["applications"]
     assert application["import_path"] == "fastkd.serving.ray_serve:application"
     from fastkd.serving.options import ServeOptions
+    from fastkd.serving.ray_proxy import AFTER_REPLICAS, VARIABLES
 
-    ServeOptions(**application["args"]["options"])
+    options = ServeOptions(**application["args"]["options"])
+    wait = yaml.safe_load(served["spec"]["serveConfigV2"])["http_options"]["request_timeout_s"]
+    assert wait == options.request_timeout + AFTER_REPLICAS
+    cluster = served["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert VARIABLES.items() <= {entry["name"]: entry.get("value") for entry in container["env"]}.items()
 
 
 def test_the_dockerfile_starts_the_command_as_a_plain_user() -> None:

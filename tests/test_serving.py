@@ -496,6 +496,43 @@ def test_what_has_not_begun_by_its_deadline_never_does(model: Path) -> None:
     gated(model, check)
 
 
+def test_what_is_not_answered_in_time_is_refused_with_a_code_to_try_again(regression: Path) -> None:
+    """Whatever it asks for, its rows are not run, and its deadline changes nothing."""
+
+    async def check(client: httpx.AsyncClient, service: Service, gate: threading.Event) -> None:
+        gate.clear()
+        ranking = {"query": "good", "texts": ["good fun", "cold"]}
+        first = classify(client)
+        await until_waiting(service, 1)  # the worker's thread stands at the gate
+        late = [
+            first,
+            classify(client, deadline_ms=600_000),
+            asyncio.ensure_future(client.post("/predict", json={"inputs": [["a"], ["b"]]})),
+            asyncio.ensure_future(client.post("/rerank", json=ranking)),
+        ]
+        for answer in await asyncio.gather(*late):
+            assert (answer.status_code, answer.json()["error_type"]) == (503, "Unhealthy")
+            assert "no answer within 0.5 seconds" in answer.json()["error"]
+            assert int(answer.headers["retry-after"]) >= 1
+        lines = (await classify(client, stream=True)).text.splitlines()
+        assert [json.loads(line)["error_type"] for line in lines] == ["Unhealthy"]
+        gate.set()
+        await until_waiting(service, 0)
+        assert 'fastkd_rows_ended_total{how="cancelled"} 7.0' in service.metrics.text().decode()
+
+    gated(regression, check, request_timeout=0.5)
+
+
+def test_a_tokenizer_that_is_kept_busy_holds_up_nobody_for_longer(model: Path) -> None:
+    async def check(client: httpx.AsyncClient, service: Service, gate: threading.Event) -> None:
+        with service.worker._tokenizer_is_free:
+            answer = await classify(client)
+        assert (answer.status_code, answer.json()["error_type"]) == (503, "Unhealthy")
+        assert (await classify(client)).status_code == 200
+
+    gated(model, check, request_timeout=0.5)
+
+
 def test_a_handler_that_is_cancelled_costs_nothing_that_is_not_yet_running(model: Path) -> None:
     """As Ray Serve says that a client has gone."""
 
@@ -897,6 +934,7 @@ def test_what_cannot_be_answered_before_the_end_is_told_to_ask_again(model: Path
     [
         ({"port": 70000}, "port: got 70000"),
         ({"monitor": 2.0}, "monitor: got 2.0"),
+        ({"request_timeout": 0}, "request_timeout: got 0, expected 0.1 to 3600"),
         ({"max_batch": 0}, "max_batch: got 0, expected at least 1"),
         ({"pressure_speed": 0.0}, "pressure_speed: got 0.0"),
     ],

@@ -110,6 +110,11 @@ def _is_command() -> bool:
     return os.path.basename(sys.argv[0] if getattr(sys, "argv", None) else "") in ("fastkd", "fastkd.exe")
 
 
+def _is_lazy() -> bool:
+    """Whether models wait for their first use: in the command, and in Ray Serve's proxy, which runs none."""
+    return _is_command() or os.environ.get("FASTKD_LAZY") == "1"
+
+
 def _problem_of_packages() -> str | None:
     """What is wrong with the packages that come with [models], or None."""
     remedy = "install what its models need with: pip install 'fastkd-kernels[models]'"
@@ -129,7 +134,7 @@ if _problem is not None and _is_command():
     sys.exit(_problem)
 if _problem is not None:
     raise ImportError(_problem)
-if not _is_command():
+if not _is_lazy():
     importlib.import_module("fastkd.model.pipeline")  # registers the model too
     importlib.import_module("fastkd.kd.students")
 

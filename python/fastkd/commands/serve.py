@@ -65,6 +65,12 @@ def serve(
         Path | None, typer.Option(help="File with the bearer token of clients; default: FASTKD_API_KEY, else none.")
     ] = None,
     log_texts: Annotated[bool, typer.Option("--log-texts", help="Write the texts of requests to the log.")] = False,
+    request_timeout: Annotated[
+        float,
+        typer.Option(
+            min=0.1, max=3600, help="Refuse a request (503, try again) that has no answer after these seconds."
+        ),
+    ] = 60.0,
     shutdown_seconds: Annotated[
         float, typer.Option(min=0, help="After SIGTERM, keep answering accepted requests for this many seconds.")
     ] = 30.0,
@@ -101,7 +107,8 @@ def serve(
             monitor=0.0 if monitor is None else parse_share(monitor, "--monitor"), max_length=max_length,
             auto_truncate=auto_truncate, tokens_per_run=tokens_per_run, max_queue_tokens=max_queue_tokens,
             max_concurrent_requests=max_concurrent_requests, max_batch=max_batch, max_body_bytes=max_body_bytes,
-            token=read_token(token_file), log_texts=log_texts, shutdown_seconds=shutdown_seconds,
+            token=read_token(token_file), log_texts=log_texts, request_timeout=request_timeout,
+            shutdown_seconds=shutdown_seconds,
         )  # fmt: skip
         _check_installed(uses_ray)
         if threads is not None:

@@ -49,7 +49,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     422: {"model": ErrorBody, "description": "Input that cannot be used"},
     424: {"model": ErrorBody, "description": "The model failed, or cannot do this"},
     429: {"model": ErrorBody, "description": "The queue is full: try again after Retry-After"},
-    503: {"model": ErrorBody, "description": "Starting or shutting down"},
+    503: {"model": ErrorBody, "description": "Starting, shutting down, or too slow: try again"},
     504: {"model": ErrorBody, "description": "deadline_ms passed before the first layer"},
 }
 Taken = TypeVar("Taken", bound=Coming)
@@ -183,7 +183,8 @@ def _add_own_paths(app: FastAPI, service: Service) -> None:
         """Load the model folder anew; only for a server with a token."""
         if service.options.token is None:
             raise HTTPException(403, "reload: only a server that was given a token can be told to; or send it SIGHUP")
-        return await service.reload()
+        # what loads goes on where the client leaves, and is used
+        return await asyncio.shield(service.reload())
 
     page = (_FOLDER / "page.html").read_text(encoding="utf-8")
     reference = (_FOLDER / "reference.html").read_text(encoding="utf-8")

@@ -44,3 +44,8 @@ class Refusal(Exception):
     @property
     def headers(self) -> dict[str, str]:
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+
+def no_answer(seconds: float, retry_after: int) -> Refusal:
+    """What a request is refused with that waited so long."""
+    return Refusal("Unhealthy", f"no answer within {seconds:g} seconds; ask again", retry_after)

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import hmac
-import json
-import re
 import time
-import uuid
 from typing import Any
 
 from starlette.exceptions import HTTPException
 
+from fastkd.serving.answers import SAFE, request_id_of, respond
 from fastkd.serving.errors import Refusal
 from fastkd.serving.options import LOOPBACK
 from fastkd.serving.service import Service, log
 
 OPEN_PATHS = frozenset({"/", "/health", "/ping", "/metrics", "/docs", "/openapi.json", "/api-doc/openapi.json"})
 """GET needs no token, as with TEI."""
-_ID = re.compile(r"[\w.-]{1,64}\Z", re.ASCII)
-_SAFE = [
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cache-control", b"no-store"),
-]
 
 
 class Guard:
@@ -40,8 +32,7 @@ class Guard:
             return
         began = time.monotonic()
         headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if _ID.match(given) else uuid.uuid4().hex
+        request_id = request_id_of(headers)
         scope.setdefault("state", {})["request_id"] = request_id
         status = 0
 
@@ -49,13 +40,13 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()), *_SAFE]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode()), *SAFE]
             await send(message)
 
         try:
             refusal = self._refusal(scope, headers)
             if refusal is not None:
-                await _respond(send_marked, *refusal)
+                await respond(send_marked, *refusal)
             else:
                 await self._app(scope, self._measured(receive), send_marked)
         finally:
@@ -115,11 +106,3 @@ class Guard:
             "request", id=request_id, method=scope["method"], path=path, status=status or 499,
             ms=round(1000 * seconds, 2), **more,
         )  # fmt: skip
-
-
-async def _respond(send: Any, status: int, body: Any, headers: dict[str, str]) -> None:
-    content = b"" if body is None else json.dumps(body).encode()
-    found = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    found += [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": found})
-    await send({"type": "http.response.body", "body": content})

@@ -45,6 +45,8 @@ class ServeOptions:
     token: str | None = None
     """The bearer token that clients show; None asks for none."""
     log_texts: bool = False
+    request_timeout: float = 60.0
+    """Seconds after which a request without its answers is refused with 503."""
     shutdown_seconds: float = 30.0
     """In which what was accepted is answered after SIGTERM."""
 
@@ -57,6 +59,7 @@ class ServeOptions:
             "max_batch": (1, None),
             "max_body_bytes": (1, None),
             "monitor": (0, 1),
+            "request_timeout": (0.1, 3600),
             "shutdown_seconds": (0, 3600),
         }
         for name, (low, high) in bounds.items():

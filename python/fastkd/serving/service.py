@@ -17,7 +17,7 @@ from fastkd.engines.stream import NOT_FINITE
 from fastkd.exits.certificate import Certificate
 from fastkd.exits.drift import DriftMonitor
 from fastkd.exits.rule import ExitRule
-from fastkd.serving.errors import GoneError, Refusal
+from fastkd.serving.errors import GoneError, Refusal, no_answer
 from fastkd.serving.metrics import Metrics
 from fastkd.serving.options import ServeOptions
 from fastkd.serving.worker import Encoded, Ended, Text, Worker, problem_of
@@ -82,6 +82,8 @@ class Coming:
     worker: Worker
     tokens: int
     tokenizing_seconds: float
+    timeout: asyncio.TimerHandle
+    """Refuses what has no answer by then."""
 
 
 @dataclass
@@ -278,7 +280,10 @@ class Service:
         self._note_accepted(count)
         if is_raised:
             self.metrics.raised.inc(count)
-        return Accepted(futures, requests, worker, admitted.tokens, admitted.tokenizing_seconds, rule, used, is_raised)
+        timeout = self._timeout(futures, now)
+        return Accepted(
+            futures, requests, worker, admitted.tokens, admitted.tokenizing_seconds, timeout, rule, used, is_raised
+        )
 
     async def accept_ranking(
         self,
@@ -304,7 +309,8 @@ class Service:
         self._note_queued([request])
         admitted.worker.rank(request)
         self._note_accepted(len(texts))
-        return Coming([future], [request], admitted.worker, admitted.tokens, admitted.tokenizing_seconds)
+        timeout = self._timeout([future], admitted.began)
+        return Coming([future], [request], admitted.worker, admitted.tokens, admitted.tokenizing_seconds, timeout)
 
     async def _admitted(self, texts: Sequence[Text], truncate: bool | None, from_left: bool) -> _Admitted:
         """Texts as the worker of now reads them, where there is room.
@@ -385,17 +391,23 @@ class Service:
         self.metrics.speed.set(now if isinstance(now, float) else float("nan"))
         self.metrics.queue(self._load.rows, self._load.tokens)
 
+    def _timeout(self, futures: Sequence[asyncio.Future[Any]], began: float) -> asyncio.TimerHandle:
+        left = self.options.request_timeout - (time.monotonic() - began)
+        return asyncio.get_running_loop().call_later(left, self._refuse_late, futures)
+
+    def _refuse_late(self, futures: Sequence[asyncio.Future[Any]]) -> None:
+        _fail(futures, no_answer(self.options.request_timeout, self._load.seconds_of(self._load.tokens)))
+
     def cancel(self, accepted: Coming) -> None:
         """Nobody waits for these rows any more."""
+        accepted.timeout.cancel()
         left = [request for request in accepted.requests if request in self._everybody]
         if left:
             accepted.worker.cancel(left)
 
     def leave(self, accepted: Coming) -> None:
         """The client has gone: `answers` ends with GoneError, which withdraws the rows."""
-        for future in accepted.futures:
-            if not future.done():
-                future.set_exception(GoneError())
+        _fail(accepted.futures, GoneError())
 
     async def answers(self, accepted: Coming) -> list[Any]:
         """All answers of a request, `Answered` or one `Ranked`; the others are given up where one row fails.
@@ -476,10 +488,8 @@ class Service:
         """Refuse everything that has no answer yet, with a code that says to try again."""
         for request in list(self._everybody):
             future = request.caller.future
-            if future is not None and not future.done():
-                future.set_exception(
-                    Refusal("Unhealthy", "the server is shutting down; ask another one", retry_after=1)
-                )
+            if future is not None:
+                _fail([future], Refusal("Unhealthy", "the server is shutting down; ask another one", retry_after=1))
                 _retrieve([future])
 
     async def close(self) -> None:
@@ -562,6 +572,13 @@ def _how(answer: Ended, problem: Refusal | None) -> str:
     if answer.error is not None or has_answer:
         return "failed"
     return "cancelled" if answer.request.is_cancelled else "expired"
+
+
+def _fail(futures: Sequence[asyncio.Future[Any]], error: Exception) -> None:
+    """End the futures that have no answer yet with `error`."""
+    for future in futures:
+        if not future.done():
+            future.set_exception(error)
 
 
 def _retrieve(futures: Sequence[asyncio.Future[Any]]) -> None:

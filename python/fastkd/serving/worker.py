@@ -24,7 +24,7 @@ from fastkd.exits.scores import score_of
 from fastkd.model.loading import load_model
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.model.ranking import label_number, rank_rule
-from fastkd.serving.errors import Refusal
+from fastkd.serving.errors import Refusal, no_answer
 from fastkd.serving.options import ServeOptions
 
 _WARM_UP = ("warm", "warm up " * 40)
@@ -109,7 +109,7 @@ class Worker:
         """Token ids and segments of each text or pair.
 
         Raises:
-            Refusal: a text that the tokenizer cannot take, or one that is too long.
+            Refusal: a text that the tokenizer cannot take, or one that is too long; or others keep it busy too long.
         """
         is_short = sum(len(part) for text in texts for part in text if part is not None) <= _SHORT
         if is_short and self._tokenizer_is_free.acquire(blocking=False):
@@ -117,7 +117,11 @@ class Worker:
                 return self._encode(texts, truncate, from_left)
             finally:
                 self._tokenizer_is_free.release()
-        return await self._loop.run_in_executor(self._tokenizing, self._encode_alone, texts, truncate, from_left)
+        encoding = self._loop.run_in_executor(self._tokenizing, self._encode_alone, texts, truncate, from_left)
+        try:
+            return await asyncio.wait_for(encoding, self.options.request_timeout)
+        except asyncio.TimeoutError:
+            raise no_answer(self.options.request_timeout, retry_after=1) from None
 
     def _encode_alone(self, texts: Sequence[Text], truncate: bool, from_left: bool) -> Encoded:
         with self._tokenizer_is_free:
