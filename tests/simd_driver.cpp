@@ -8,12 +8,14 @@
   [[maybe_unused]] static void register_nothing(torch::stable::detail::StableLibrary& m)
 
 #include "exit_gate_cpu.cpp"
-#include "kd_loss_cpu.cpp"
+#include "distillation.h"
 #include "layer_norm_cpu.cpp"
 #include "student_head_cpu.cpp"
 #include "varlen_attention_cpu.cpp"
 
+#include <cmath>
 #include <cstdio>
+#include <cstdlib>
 
 namespace {
 
@@ -136,31 +138,34 @@ void classify_sequences() {
 
 namespace fastkd::distillation {
 
-// Jensen-Shannon divergence and both gradients of rows that lie behind one another, as kd_loss computes them.
-template <typename V>
-FASTKD_INLINE void diverge_inline(const V* teacher, const V* student, int64_t size, V* scratch, V* out) {
-  const Divergence divergence{kJsd, 0.3};
-  const Distribution<V> p{scratch, scratch + size}, q{scratch + 2 * size, scratch + 3 * size};
-  distribution(teacher, Scalar<V>(0.5), size, divergence, p);
-  distribution(student, Scalar<V>(0.5), size, divergence, q);
-  out[2 * size] = divergence_of(p, q, size, divergence, out, out + size, scratch + 4 * size);
-}
-
-FASTKD_DISPATCH(
-    diverge, (const V* teacher, const V* student, int64_t size, V* scratch, V* out), (teacher, student, size, scratch, out))
-
-template <typename V>
-void diverge_rows(const char* name) {
-  const int64_t size = 13, lanes = kLanes<V>;
+// Jensen-Shannon divergence of one sample after another, and both gradients with respect to the tempered logits.
+void diverge_rows(const char* name, const RowKernels& kernels) {
+  const int64_t size = 13, lanes = kernels.lanes;
   const std::vector<float> teacher = made_up(size * lanes, 0.7), student = made_up(size * lanes, 1.1);
-  Scratch<V> values(9 * size + 1);
-  auto* numbers = reinterpret_cast<Scalar<V>*>(values.data());
-  std::copy(teacher.begin(), teacher.end(), numbers);
-  std::copy(student.begin(), student.end(), numbers + size * lanes);
-  V* out = values.data() + 7 * size;
-  diverge<V>(values.data(), values.data() + size, size, values.data() + 2 * size, out);
-  const auto* results = reinterpret_cast<const Scalar<V>*>(out);
-  print(name, std::vector<float>(results, results + (2 * size + 1) * lanes));
+  std::vector<float> teacher_gradient(size * lanes), student_gradient(size * lanes);
+  const auto rows = [&](const std::vector<float>& values) { return Rows(values.data(), ScalarType::Float, 1, lanes); };
+  const auto gradient = [](std::vector<float>& values) { return Gradient(values.data(), ScalarType::Float); };
+  const KDCall call{
+      rows(student), rows(teacher), size, 2, 2, Divergence{kJsd, 0.3}, gradient(student_gradient),
+      gradient(teacher_gradient)};
+  std::vector<double> losses(lanes);
+  void* scratch = std::aligned_alloc(64, (call.scratch_values() * kernels.value_size + 63) / 64 * 64);
+  kernels.kd(call, Samples{0, lanes}, scratch, losses.data());
+  std::free(scratch);
+
+  // as the test has them: lane after lane of every class; gradients of a loss that is scaled by the temperature
+  std::vector<float> results;
+  for (const auto* values : {&teacher_gradient, &student_gradient}) {
+    for (int64_t c = 0; c < size; ++c) {
+      for (int64_t lane = 0; lane < lanes; ++lane) results.push_back((*values)[lane * size + c]);
+    }
+  }
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    const bool wide = kernels.value_size == sizeof(double);
+    const double loss = wide ? losses[lane] : reinterpret_cast<const float*>(losses.data())[lane];
+    results.push_back(static_cast<float>(loss / 2));
+  }
+  print(name, results);
 }
 
 }  // namespace fastkd::distillation
@@ -172,7 +177,7 @@ int main() {
   fastkd::layer_norm::normalise_row();
   fastkd::varlen_attention::attend_sequence();
   fastkd::student_head::classify_sequences();
-  fastkd::distillation::diverge_rows<float>("divergence_float32");
-  fastkd::distillation::diverge_rows<double>("divergence_float64");
-  fastkd::distillation::diverge_rows<fastkd::distillation::Pack>("divergence_packed");
+  fastkd::distillation::diverge_rows("divergence_float32", fastkd::distillation::float_kernels());
+  fastkd::distillation::diverge_rows("divergence_float64", fastkd::distillation::double_kernels());
+  fastkd::distillation::diverge_rows("divergence_packed", fastkd::distillation::packed_kernels());
 }

@@ -169,3 +169,53 @@ def test_every_file_of_vector_code_is_compiled_for_aarch64() -> None:
     bound = {path for path in (ROOT / "csrc").glob("*.cpp") if "PyObject" in path.read_text(encoding="utf-8")}
     bound.add(ROOT / "csrc" / "module_cuda.cpp")
     assert compiled == {f"csrc/{path.name}" for path in set((ROOT / "csrc").glob("*.cpp")) - bound}
+
+
+def planned_by_make(target: str, tree: Path = ROOT) -> str:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    clean = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    planned = subprocess.run(
+        ["make", "--dry-run", "--always-make", target, f"SYSTEM_PYTHON={sys.executable}"],
+        cwd=tree, env=clean, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return planned.stdout
+
+
+def test_packing_installs_no_developers_tools() -> None:
+    for target in ("sdist", "wheel"):
+        assert ".[dev]" not in planned_by_make(target), target
+    assert "ninja" not in planned_by_make("sdist")
+    assert ".[dev]" in planned_by_make("setup")
+
+
+@pytest.mark.parametrize("leg", ["lowest", "newest"])
+def test_a_leg_without_a_wheel_builds_one_before_it_fetches_packages(leg: str, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "tests").mkdir()
+    for name in ("pyproject.toml", "setup.py", "tests/lowest.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    planned = planned_by_make(leg, tmp_path)
+    assert 0 < planned.index("auditwheel repair") < planned.index(f"venv build/{leg}")
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "dist" / "fastkd_kernels-0.1.0-cp310-abi3-linux_x86_64.whl").touch()
+    assert "auditwheel repair" not in planned_by_make(leg, tmp_path)
+
+
+def test_release_wheels_without_a_container_say_so_in_a_sentence(tmp_path: Path) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    docker = tmp_path / "docker"
+    docker.write_text("#!/bin/sh\necho 'no daemon is running' >&2\necho 'a second line' >&2\nexit 1\n")
+    docker.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    for engine in ({}, {"CIBW_CONTAINER_ENGINE": "no-such-engine; create_args: --rm"}):
+        result = subprocess.run(
+            ["make", "release-wheels"],
+            cwd=ROOT, env=os.environ | {"PATH": path} | engine, capture_output=True, text=True,
+        )  # fmt: skip
+        assert result.returncode != 0
+        sentence = result.stderr.splitlines()[0]
+        assert "CIBW_CONTAINER_ENGINE=podman" in sentence
+        assert "make wheel" in sentence
+        assert ("no-such-engine: command not found" if engine else "(no daemon is running)") in sentence

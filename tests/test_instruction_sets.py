@@ -53,8 +53,9 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str
             headers = [f"-I{CSRC}", "-isystem", str(Path(torch.__file__).parent / "include")]
             # nothing of PyTorch is called, so nothing of it is linked
             linking = ["-ffunction-sections", "-Wl,--gc-sections", "-Wl,--unresolved-symbols=ignore-all"]
-            source = str(HERE / "simd_driver.cpp")
-            command = [compiler, *compile_flags(), "-O2", "-w", *headers, source, *linking, "-o", str(program)]
+            # the ops of one source each are included by the driver
+            sources = [str(HERE / "simd_driver.cpp"), *map(str, sorted(CSRC.glob("distillation_rows_*.cpp")))]
+            command = [compiler, *compile_flags(), "-O2", "-w", *headers, *sources, *linking, "-o", str(program)]
             subprocess.run(command, check=True)
             built[compiler] = [*emulator, str(program)]
         return built[compiler]

@@ -1,15 +1,38 @@
-// Universal-KD on CPU for a few samples: every student layer against the attention-weighted teacher layers, value and
-// gradients (formulas: fastkd_kernels/ops/universal_kd_loss.py). Nothing takes longer to compile, so each value type has a
-// file of its own and is compiled once.
-#pragma once
+// Universal-KD for a few samples: every student layer against the attention-weighted teacher layers, value and gradients
+// (formulas: fastkd_kernels/ops/universal_kd_loss.py). Part of distillation_rows_simd.h.
 
-#include "universal_kd.h"
+template <typename V>
+struct UniversalWorkspace {
+  int64_t teachers, classes;
 
-namespace fastkd::distillation {
+  // [N, C]
+  V *logits, *features, *log_probs, *probs, *gradient;
+  // [C]
+  V *student, *student_features, *student_gradient, *mixed, *p_log, *p, *q_log, *q, *p_gradient, *q_gradient, *p_terms,
+      *scratch;
+  // [N]
+  V *scores, *weights, *score_gradient;
+
+  UniversalWorkspace(const UniversalCall& call, void* memory) : teachers(call.teacher_layers), classes(call.classes) {
+    V* next = static_cast<V*>(memory);
+    const auto take = [&](int64_t count) {
+      V* here = next;
+      next += count;
+      return here;
+    };
+    V** tiles[] = {&logits, &features, &log_probs, &probs, &gradient};
+    V** rows[] = {&student, &student_features, &student_gradient, &mixed, &p_log, &p, &q_log, &q, &p_gradient,
+                  &q_gradient, &p_terms, &scratch};
+    V** vectors[] = {&scores, &weights, &score_gradient};
+    for (V** tile : tiles) *tile = take(teachers * classes);
+    for (V** row : rows) *row = take(classes);
+    for (V** vector : vectors) *vector = take(teachers);
+  }
+};
 
 // What attention compares; a masked class contributes nothing.
 template <typename V>
-FASTKD_INLINE void features_of(const V* logits, int64_t size, Space space, V* out, V* scratch) {
+FASTKD_OUTLINED void features_of(const V* logits, int64_t size, Space space, V* out, V* scratch) {
   if (space == kProbs) return log_softmax(logits, Scalar<V>(1), size, scratch, out);
   const V* source = logits;
   if (space == kLogProbs) {
@@ -23,7 +46,7 @@ FASTKD_INLINE void features_of(const V* logits, int64_t size, Space space, V* ou
 
 // target += the gradient of <features(logits), gradient> with respect to the logits; overwrites `gradient`.
 template <typename V>
-FASTKD_INLINE void add_features_gradient(
+FASTKD_OUTLINED void add_features_gradient(
     const V* logits, const V* features, V* gradient, int64_t size, Space space, V* target) {
   const V zero = splat<V>(0), masked = minus_infinity<V>();
   if (space == kProbs) {
@@ -136,7 +159,7 @@ FASTKD_INLINE void mixture(UniversalWorkspace<V>& work) {
   const int64_t size = work.classes;
   const V zero = splat<V>(0), masked = minus_infinity<V>();
   V* top = work.scratch;
-  fill(top, size, -std::numeric_limits<Scalar<V>>::infinity());
+  fill(top, size, -__builtin_inff());
   fill(work.p, size, 0);
   for (int64_t i = 0; i < work.teachers; ++i)
     for (int64_t c = 0; c < size; ++c) top[c] = larger(top[c], work.scores[i] + work.log_probs[i * size + c]);
@@ -216,9 +239,9 @@ FASTKD_INLINE void write_teacher_gradient(
 }
 
 template <typename V>
-FASTKD_INLINE void universal_samples_of(
+FASTKD_OUTLINED void universal_samples(
     const UniversalCall& call, Samples samples, UniversalWorkspace<V>& work, Scalar<V>* losses) {
-  const int64_t size = work.classes, layers = static_cast<int64_t>(call.students.size());
+  const int64_t size = work.classes, layers = call.layers;
   const auto inverse_temperature = static_cast<Scalar<V>>(1 / call.temperature);
   const bool gradients = call.student_gradient.data || call.teacher_gradient.data;
   for (int64_t i = 0; i < work.teachers; ++i) {
@@ -249,17 +272,9 @@ FASTKD_INLINE void universal_samples_of(
 }
 
 template <typename V>
-FASTKD_INLINE void universal_rows_inline(
-    const UniversalCall& call, Samples range, UniversalWorkspace<V>& work, Scalar<V>* losses) {
+static void universal_rows(const UniversalCall& call, Samples range, void* scratch, void* losses) {
+  UniversalWorkspace<V> work(call, scratch);
   const int64_t end = range.first + range.count;
   for (int64_t first = range.first; first < end; first += kLanes<V>)
-    universal_samples_of(call, Samples{first, std::min<int64_t>(kLanes<V>, end - first)}, work, losses);
+    universal_samples(call, some_samples<V>(first, end), work, static_cast<Scalar<V>*>(losses));
 }
-
-const InstructionSet instruction_set = choose_instruction_set({"universal_kd_loss"});
-
-FASTKD_DISPATCH(
-    universal_rows, (const UniversalCall& call, Samples range, UniversalWorkspace<V>& work, Scalar<V>* losses),
-    (call, range, work, losses))
-
-}  // namespace fastkd::distillation
