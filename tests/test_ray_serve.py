@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,8 @@ pytest.importorskip("httpx", reason="httpx is not installed: pip install httpx")
 import httpx
 import ray
 from ray import serve
-from serving_client import ROOT, TEXTS, command_of, descendants, post, save_model, serving, until
+from serving_client import ROOT, TEXTS, command_of, descendants, post, save_model, server, serving, until
+from test_serving import hostile
 
 from fastkd.serving import ray_serve
 from fastkd.serving.options import ServeOptions
@@ -70,6 +72,27 @@ def test_same_answers_and_codes_as_the_one_process(model: Path, address: str) ->
 
     expected = serving(model, check)
     assert [post(address, path, body) for path, body in bodies] == expected
+
+
+def test_hostile_requests_get_the_codes_of_the_one_process(model: Path, address: str) -> None:
+    draw = random.Random(3)
+    requests = [hostile(draw) for _ in range(200)]
+
+    def codes(place: str) -> list[int]:
+        found = []
+        with httpx.Client(base_url=place, timeout=60) as client:
+            for method, path, content, headers in requests:
+                found.append(client.request(method, path, content=content, headers=headers).status_code)
+        return found
+
+    with server(model) as (_, alone):
+        expected = codes(alone)
+    differing = {
+        (got, wanted, request[0], request[1])
+        for got, wanted, request in zip(codes(address), expected, requests, strict=True)
+        if got != wanted
+    }
+    assert not differing
 
 
 def test_a_replica_that_dies_fails_its_own_requests_with_a_code_to_try_again(address: str) -> None:
