@@ -1,6 +1,7 @@
 # Everything a fresh machine needs comes from here: Python, a C++ compiler and make are enough to start with.
 #   make demo    the whole story on generated text
-#   make test    the test suite, a worker a core   (PYTEST_ARGS="tests/test_compact.py -x", TEST_WORKERS=0 for one process)
+#   make test    the test suite, a worker a core   (PYTEST_ARGS="tests/test_compact.py -x", TEST_WORKERS=0 for one process;
+#                PYTEST_ARGS=--slow for all of it, as where CI is set)
 #   make sanitize  the C++ kernels built with AddressSanitizer and UBSan, and the tests of the ops on them (SANITIZE_ARGS=...)
 #   make sanitize-threads  the same with ThreadSanitizer, called from several threads at once
 #   make bench   the benchmarks            (BENCH_ARGS="bench/bench_compact.py --save-results")
@@ -193,7 +194,7 @@ OF_PYTHON := $(shell grep -l 'python_api.h\|Python.h\|eager_tensors.h' csrc/*.cp
 SIMD_TOOLS := clang g++-aarch64-linux-gnu qemu-user
 
 simd: $(STAMP) $(patsubst csrc/%.cpp,build/aarch64/%.o,$(filter-out $(OF_PYTHON),$(wildcard csrc/*.cpp)))
-	"$(PYTHON)" -m pytest tests/test_instruction_sets.py $(PYTEST_ARGS)
+	"$(PYTHON)" -m pytest --slow tests/test_instruction_sets.py $(PYTEST_ARGS)
 
 build/aarch64/%.o: csrc/%.cpp $(wildcard csrc/*.h) | $(STAMP)
 	mkdir -p build/aarch64

@@ -22,6 +22,19 @@ from interpreter import mend_interpreter
 mend_interpreter()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too, as CI does")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests of many seconds each: those of the processes, trainings and compilers that rarely break."""
+    if config.getoption("--slow") or os.environ.get("CI"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
 def pytest_configure() -> None:
     """Import everything once: pytest-xdist reads each worker's warnings in a thread, which imports what they name."""
     with contextlib.suppress(ImportError):

@@ -35,6 +35,7 @@ def faults(mode: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_what_is_freed_is_there_for_the_next_layer() -> None:
     # 15 blocks of 64 MiB: a fault for every page, of 4 KiB or larger, or for none

@@ -77,6 +77,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bundle"
 
 
+@pytest.mark.slow
 @needs_triton
 def test_another_process_finds_every_kernel_elsewhere(made: Path, tmp_path: Path) -> None:
     news, problem = bundle.take_kernels(tmp_path / "cache", made)

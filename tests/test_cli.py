@@ -504,6 +504,7 @@ def test_demo_goes_on_where_it_stopped(work: Path, tmp_path: Path, quick_demo: N
     assert "--start-over" in message
 
 
+@pytest.mark.slow
 def test_demo_on_real_files(work: Path, tmp_path: Path) -> None:
     report = json.loads(succeeded(*demo_arguments(work, "-o", tmp_path, "--data", work / "data", "--json")).stdout)
     assert "exits_by_difficulty.png" not in {Path(path).name for path in report["files"]}
@@ -716,6 +717,7 @@ def test_killed_predict_leaves_no_half_written_file(tmp_path: Path) -> None:
 # Tuning
 
 
+@pytest.mark.slow
 def test_tune_says_what_it_tried_and_leaves_a_model_with_a_speed(work: Path, tuned: Path, tmp_path: Path) -> None:
     common = ("--data", work / "data", "--no-bf16", "--train-rows", 64, "--max-drop", "10%")
     done = fastkd("tune", tuned, *common, "-o", tmp_path / "model", "--minutes", 0.05)

@@ -102,6 +102,7 @@ def test_learned_exits_and_regression_take_their_place() -> None:
     assert all(row.pearson is not None for row in swept["agreement"])
 
 
+@pytest.mark.slow
 def test_command_writes_a_table_and_a_picture(tmp_path: Path) -> None:
     made_up_trace().save(tmp_path / "trace.safetensors")
     arguments = ["compare", str(tmp_path / "trace.safetensors"), "-o", str(tmp_path / "out")]

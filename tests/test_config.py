@@ -40,6 +40,7 @@ def settings(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_every_training_is_repeated_with_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     short = ("--max-steps", 2, "--batch-size", 8, "--no-bf16", "--seed", 7)

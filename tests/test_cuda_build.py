@@ -92,6 +92,7 @@ def symbols(library: Path, *options: str) -> set[str]:
     return {line.split()[0].split("@")[0] for line in printed.splitlines()}
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_only_the_allowed_symbols_are_left_undefined(binary: Path) -> None:
     undefined = symbols(binary, "--undefined-only")

@@ -293,6 +293,7 @@ def test_python_blocks_run(page: str, workplace: Path) -> None:
                 assert_same_output(printed.getvalue(), shown, f"{page}, line {block.line}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", BASH_PAGES)
 def test_bash_blocks_run(page: str, workplace: Path) -> None:
     lay_out(workplace, page, "bash")

@@ -31,6 +31,7 @@ def test_every_script_is_listed_and_tested() -> None:
     assert set(listed) == scripts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRINTS)
 def test_a_script_runs_and_says_what_it_did(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -132,6 +132,7 @@ def test_the_cpu_kernel_takes_any_number_of_classes(columns: int) -> None:
     assert_within_budget(out.uncertainty, truth, baseline, slack=1, absolute=4 * EPS)
 
 
+@pytest.mark.slow
 @needs_extension
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_every_instruction_set_of_the_cpu_kernel(capability: str) -> None:

@@ -114,6 +114,7 @@ def test_pictures_show_their_data(tmp_path: Path) -> None:
     assert len({(tmp_path / f"{name}.png").read_bytes() for name in "abc"}) == 3
 
 
+@pytest.mark.slow
 def test_pictures_say_what_they_show(tmp_path: Path) -> None:
     about = "news/test.tsv, 1,000 rows; model tuned, 6 layers"
     for name, draw in PICTURES.items():

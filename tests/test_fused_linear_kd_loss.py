@@ -513,6 +513,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(monkeypatch: pytest.MonkeyPa
     assert largest.bytes == (64 if backend == "reference" else 8) * 300 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _extension.has_kernel("kd_loss_forward", "CPU"), reason="fastkd_kernels._C was not compiled")
 def test_logits_are_never_all_in_memory() -> None:
     tokens, classes = 1024, 4000

@@ -242,6 +242,7 @@ steps.main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_what_ends_a_timed_step_costs_one_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "timed.py"
     script.write_text(TIMED)
@@ -549,6 +550,7 @@ def test_no_step_may_overrun() -> None:
     assert plan.limit(step, 500) == 35
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept_by_steps_that_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Children that ignore being told to end, in a measuring step, a sanitizer and a test."""
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(300)"
@@ -742,6 +744,7 @@ def test_what_is_compiled_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert command[command.index("--work") + 1] == "sweep:student_head_exit,sweep:exit_gate"
 
 
+@pytest.mark.slow
 def test_a_whole_run_of_one_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = gpu_report.main(["--rehearse", "--only", "build,ceilings", "--output", str(tmp_path), "--budget", "120"])
     assert code == 0

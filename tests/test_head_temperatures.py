@@ -75,6 +75,7 @@ def _distilled(folder: Path, output: Path, dev: Any, **changes: Any) -> tuple[An
     return model, done.metrics
 
 
+@pytest.mark.slow
 def test_distill_gives_temperatures_that_every_engine_and_the_saved_model_have(finetuned: Path, tmp_path: Path) -> None:
     dev = rows(40, seed=1)
     model, metrics = _distilled(finetuned, tmp_path / "with", dev)

@@ -63,6 +63,7 @@ def _distilled(folder: Path, output: Path, **changes: Any) -> tuple[Any, dict[st
     return model, done.metrics, sum(seen)
 
 
+@pytest.mark.slow
 def test_the_backbone_runs_once_a_row_and_the_heads_learn_the_same(finetuned: Path, tmp_path: Path) -> None:
     kept, metrics, seen = _distilled(finetuned, tmp_path / "kept")
     anew, expected, seen_anew = _distilled(finetuned, tmp_path / "anew", states_gib=0)

@@ -130,6 +130,7 @@ def best_on(capability: str) -> str:
     return NAMES["avx2" if capability == "avx512" and lacks_avx512 else capability]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the levels are those of x86-64")
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
 @pytest.mark.parametrize("capability", NAMES)
@@ -140,6 +141,7 @@ def test_every_level_of_every_compiler(driver: Callable[[str], list[str]], compi
     assert_right(results)
 
 
+@pytest.mark.slow
 def test_arm_computes_with_neon(driver: Callable[[str], list[str]]) -> None:
     chosen, results = run(driver(ARM))
     assert chosen == dict.fromkeys(chosen, "NEON")

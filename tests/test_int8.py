@@ -86,6 +86,7 @@ torch.testing.assert_close(module(rows), expected, rtol=2e-6, atol=2e-6)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", ["AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI", "DEFAULT"])
 def test_no_instruction_set_overflows_or_is_left_to_plain_loops(most: str) -> None:
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": most, "ONEDNN_VERBOSE": "1"}

@@ -154,6 +154,7 @@ def tiny_grid(work: Path, path: Path, **changes: Any) -> kd_table.Grid:
     return load_grid(grid_file(path, **{**settings, **changes}), work / "data")
 
 
+@pytest.mark.slow
 def test_a_grid_goes_on_where_it_stopped(work: Path, tmp_path: Path) -> None:
     grid, output = tiny_grid(work, tmp_path / "grid.yaml"), tmp_path / "table"
 
@@ -250,6 +251,7 @@ def test_processes_can_share_a_grid_by_tasks(work: Path, tmp_path: Path) -> None
         run_table(grid, tmp_path / "table", tasks=["Three"])
 
 
+@pytest.mark.slow
 def test_students_choose_their_weights_by_dev_rows(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[int | None] = []
     plain = kd_table.KDTrainer.train

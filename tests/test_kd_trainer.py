@@ -252,6 +252,7 @@ def test_a_stale_cache_stops_a_run_before_it_trains(teacher: Path, tmp_path: Pat
 # Killed and continued
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_weights(teacher: Path, tmp_path: Path) -> None:
     method = "universal-il"
     killed = launched(teacher, tmp_path / "killed", method, "--kill-at", 18, "--eval-steps", 4)
@@ -285,6 +286,7 @@ class _Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_finished_stage_is_not_trained_again(teacher: Path, tmp_path: Path) -> None:
     trainer = KDTrainer(teacher, "layers:2", "annealing", OPTIONS)
     with pytest.raises(KeyboardInterrupt):
@@ -302,6 +304,7 @@ def test_a_finished_stage_is_not_trained_again(teacher: Path, tmp_path: Path) ->
 # Two processes
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
     still = save_teacher(tmp_path / "still", dropout=0.0)
     finished = torchrun(
@@ -322,6 +325,7 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["asked", "one", "still", "two"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_a_student_with_early_heads(tmp_path: Path) -> None:
     """No method asks them, so that no loss has a gradient for them."""
     teacher = early_exit_model(num_labels=2)

@@ -18,6 +18,7 @@ runner = load_module(DOCS / "notebooks" / "run.py")
 hook = load_module(DOCS / "hooks" / "notebooks.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_holds_what_its_cells_print(path: Path) -> None:
     notebook = json.loads(path.read_text(encoding="utf-8"))

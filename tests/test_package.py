@@ -75,6 +75,7 @@ def test_a_missing_triton_is_explained() -> None:
     assert report["ops"]["compact"]["uses"]["cpu"] == "reference"
 
 
+@pytest.mark.slow
 def test_a_torch_without_a_gpu_does_not_import_triton() -> None:
     code = """
 import torch
@@ -438,6 +439,7 @@ def test_the_model_needs_no_datasets() -> None:
     python("from fastkd.model.modeling import EarlyExitForSequenceClassification", "datasets", "typer", "matplotlib")
 
 
+@pytest.mark.slow
 def test_the_gpu_report_needs_no_datasets() -> None:
     bench, names = str(ROOT / "bench"), sorted(path.stem for path in (ROOT / "bench" / "gpu").glob("*.py"))
     code = f"""

@@ -46,6 +46,7 @@ with screen_for(as_json=False) as screen:
 """
 
 
+@pytest.mark.slow
 def test_all_fail_and_one_speaks(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -113,6 +113,7 @@ def operating_point(browser: Any, chart: str, curve: int = 0) -> tuple[float, fl
     return x, y
 
 
+@pytest.mark.slow
 def test_loads_without_errors_and_without_a_network(opened: Callable[..., Any]) -> None:
     browser = opened()
     for speed in (0, 0.205, 0.8, 1):

@@ -42,6 +42,7 @@ def get(address: str) -> str:
         return answer.read().decode()
 
 
+@pytest.mark.slow
 def test_sigterm_under_load_loses_nothing_that_was_accepted(model: Path) -> None:
     statuses: Counter[int] = Counter()
     with server(model, "--speed", 0.5) as (process, address):
@@ -94,6 +95,7 @@ def test_sighup_loads_the_model_anew(model: Path, tmp_path: Path) -> None:
         assert post(address, "/predict", {"inputs": "good"})[0] == 200
 
 
+@pytest.mark.slow
 def test_the_token_is_never_on_the_command_line(model: Path, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("secret")
     with server(model, "--token-file", tmp_path / "token") as (process, address):
@@ -181,6 +183,7 @@ def browser_page(model: Path) -> Any:
     return webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
 
 
+@pytest.mark.slow
 def test_the_page_shows_after_which_layer_a_text_left(model: Path) -> None:
     pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install selenium")
     from selenium.webdriver.common.by import By

@@ -370,6 +370,7 @@ def mixed_input() -> list[Any]:
     return [*sentences(4), "", ("the film", "was fun"), *sentences(2)]
 
 
+@pytest.mark.slow
 @torch.enable_grad()  # a burst of interrupts may end before the stream has given gradients back
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ctrl_c_at_every_place_loses_and_repeats_no_row(mixed_input: list[Any]) -> None:

@@ -132,6 +132,7 @@ def test_student_must_be_shallower(layers: int) -> None:
 # The table
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_sweep(finished: Path, data: Path, options: Table2Options) -> None:
     rows = {row["model"]: row for row in csv.DictReader((finished / "table2.csv").open(encoding="utf-8"))}
     assert list(rows) == MODELS

@@ -460,6 +460,7 @@ def _kill(stage: str, folder: Path, output_dir: Path, step: int) -> None:
     assert finished.returncode == -signal.SIGKILL, finished.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "killed_at", "checkpoint"), [("finetune", 18, 16), ("distill", 23, 20)])
 def test_a_killed_run_continues_to_the_same_weights(
     finetuned: Path, tmp_path: Path, stage: str, killed_at: int, checkpoint: int
@@ -567,6 +568,7 @@ def _without_dropout(plain: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_torchrun_trains_like_one_process(plain: Path, tmp_path: Path) -> None:
     """Fine-tuned and distilled by two processes, and begun by one and continued by two, and the other way round."""
     still = _without_dropout(plain, tmp_path / "still")
@@ -610,6 +612,7 @@ def test_torchrun_trains_like_one_process(plain: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_weights_spread_over_processes_learn_the_same(plain: Path, tmp_path: Path) -> None:
     """FSDP2, of a run that one process began and of one that one process continues."""
     still = _without_dropout(plain, tmp_path / "still")

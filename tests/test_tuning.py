@@ -109,6 +109,7 @@ def test_wrong_options_are_refused(finetuned: Path, tmp_path: Path) -> None:
 # The search
 
 
+@pytest.mark.slow
 def test_the_best_by_dev_is_left_with_speed_and_temperatures(finetuned: Path, tmp_path: Path) -> None:
     told: list[Trial] = []
     done = tuned(finetuned, tmp_path / "out", on_trial=told.append)
@@ -140,6 +141,7 @@ def test_the_best_by_dev_is_left_with_speed_and_temperatures(finetuned: Path, tm
     assert json.loads((tmp_path / "out" / LOG_FILE).read_text())["steps"] == trial.steps
 
 
+@pytest.mark.slow
 def test_every_training_starts_from_the_same_weights(finetuned: Path, tmp_path: Path) -> None:
     done = tuned(finetuned, tmp_path / "out", options(most_epochs=3))
     alone = tuned(finetuned, tmp_path / "alone", options(first_steps=30, most_epochs=3))
@@ -203,6 +205,7 @@ class Interrupting:
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_an_interrupt_loses_nothing_that_was_tried(
     finetuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,6 +151,8 @@ class PackedEncoder:
 
     def compaction_pays(self, tokens: int, kept: int, layers: int) -> bool:
         """Whether dropping all but `kept` of `tokens` tokens before the next `layers` layers saves time."""
+        if self._backbone.device.type == "meta":
+            return True  # offloaded weights are elsewhere between calls, and fetching them costs more than any rows
         return self._compaction_cost.pays(round_up_tokens(tokens), round_up_tokens(kept), layers)
 
     @cached_property
