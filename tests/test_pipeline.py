@@ -87,6 +87,10 @@ def test_lists_generators_and_data_sets_stream(monkeypatch: pytest.MonkeyPatch) 
     assert len(calls) == 4
 
 
+def test_no_texts_have_no_answers() -> None:
+    assert classifier()([]) == []
+
+
 def test_a_generator_is_not_read_whole() -> None:
     taken = 0
 
