@@ -46,9 +46,9 @@ class EarlyExitPipeline(TextClassificationPipeline):
     def _leaves_early(self) -> bool:
         return isinstance(self.model, EarlyExitForSequenceClassification)
 
-    def __call__(self, inputs: Any, **kwargs: Any) -> Any:
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As every pipeline; no texts have no answers, where transformers' own raises an IndexError."""
-        return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, **kwargs)
+        return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, *args, **kwargs)
 
     def preprocess(self, inputs: Any, **tokenizer_kwargs: Any) -> Any:  # type: ignore[override]
         if self._leaves_early and (problem := _problem(inputs)):
