@@ -54,7 +54,7 @@ def distill(
     min_steps: Annotated[
         int,
         typer.Option(min=0, help="Take at least this many steps if --epochs is not given."),
-    ] = 1500,
+    ] = 600,
     max_steps: MaxSteps = None,
     batch_size: BatchSize = 32,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the heads.")] = 1e-3,

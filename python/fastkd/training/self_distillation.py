@@ -74,7 +74,7 @@ class DistillOptions(TrainOptions):
     """
 
     epochs: float | None = None  # type: ignore[assignment]  # `distill` fills it in
-    min_steps: int = 1500
+    min_steps: int = 600
     learning_rate: float = 1e-3
     temperature: float = 1.0
     direction: Literal["forward", "reverse"] = "forward"
