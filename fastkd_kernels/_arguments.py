@@ -55,7 +55,7 @@ def refuse_gradient(written: str, tensors: Sequence[Tensor | None]) -> None:
     """Raise ValueError where a gradient is wanted, which a written result would not have."""
     if _derivatives.wants_gradient(tensors):
         raise ValueError(
-            f"{written}: cannot be written where a gradient is wanted; leave it out or use torch.no_grad()"
+            f"{written}: cannot be written while a gradient is recorded; leave it out or use torch.no_grad()"
         )
 
 
@@ -82,15 +82,15 @@ def check_written(
             )
         if not target.is_contiguous() and _repeats_elements(target):
             raise ValueError(
-                f"{name}: got strides {target.stride()} for shape {tuple(target.shape)}, which hold an element twice; "
-                "pass a tensor of its own"
+                f"{name}: got strides {target.stride()} for shape {tuple(target.shape)}, which "
+                "use the same memory twice; pass a tensor without overlaps"
             )
         start, stop = _memory(target)
         for other_name, other, (other_start, other_stop) in others:
             if start >= other_stop or other_start >= stop or _are_columns_apart(target, other, other_start - start):
                 continue
             if not (_is_one_of(other, in_place) and _is_same_view(target, other)):
-                raise ValueError(f"{name}: overlaps {other_name}; pass memory of its own")
+                raise ValueError(f"{name}: overlaps {other_name} in memory; pass a separate tensor")
         others.append((name, target, (start, stop)))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-TRANSFORM_REASON = "forward-mode AD and torch.func see into plain PyTorch only"
+TRANSFORM_REASON = "forward-mode AD and torch.func work with plain PyTorch only"
 
 
 def transforming() -> bool:

@@ -81,8 +81,8 @@ def check_beta(beta: float | None, direction: str) -> None:
         return
     if direction != "jsd":
         raise ValueError(
-            f'beta: got {beta} with direction="{direction}", but it is the interpolation of direction="jsd"; leave it '
-            "out (the weight of the term has a name of its own, where there is one)"
+            f'beta: got {beta} with direction="{direction}", but only direction="jsd" uses '
+            "it; leave it out (beta is not the weight of the term)"
         )
     if not 0 <= beta <= 1:
         raise ValueError(f"beta: got {beta}, expected a number from 0 (forward) to 1 (reverse)")
@@ -104,8 +104,8 @@ def check_num_items(num_items_in_batch: float | Tensor | None, reduction: str) -
         return
     if reduction != "batchmean":
         raise ValueError(
-            f'num_items_in_batch: got a number with reduction="{reduction}", but it is what "batchmean" divides by; '
-            "leave it out"
+            f'num_items_in_batch: got a number with reduction="{reduction}", but only '
+            '"batchmean" divides by it; leave it out'
         )
     if isinstance(num_items_in_batch, Tensor):
         if num_items_in_batch.numel() != 1:

@@ -148,11 +148,13 @@ class PreparedStage:
         """The same by the ops themselves."""
         if isinstance(rows, Tensor):
             if self._embedding is not None:
-                raise TypeError("rows: got a tensor, expected one of indices for each table of the embedding")
+                raise TypeError("rows: got a tensor, expected one tensor of indices for each embedding table")
             hidden_states = rows
         else:
             if self._embedding is None:
-                raise TypeError(f"rows: got {type(rows).__name__}, expected hidden states, for there is no embedding")
+                raise TypeError(
+                    f"rows: got {type(rows).__name__}, expected hidden states, because the stage has no embedding"
+                )
             hidden_states = self._embedding(rows)
         hidden_states = encoder_layers(hidden_states, cu_seqlens, self._layers)
         logits = self._head(hidden_states, cu_seqlens)
@@ -202,9 +204,11 @@ class PreparedRun:
             raise ValueError("stages: got none, expected at least one")
         for number, stage in enumerate(stages):
             if not stage.is_direct:
-                raise ValueError(f"stages[{number}]: is not one call (is_direct is False); call its stages yourself")
+                raise ValueError(
+                    f"stages[{number}]: does not run as one call (is_direct is False); call its stages yourself"
+                )
             if number and stage._embedding is not None:
-                raise ValueError(f"stages[{number}]: holds an embedding, which only the first stage may")
+                raise ValueError(f"stages[{number}]: has an embedding, but only the first stage may have one")
         if len(exit_layers) != len(stages):
             raise ValueError(f"exit_layers: got {len(exit_layers)} for {len(stages)} stages, expected one for each")
         if len(thresholds) != len(stages) - 1:

@@ -198,7 +198,7 @@ def test_what_could_not_be_trained_or_loaded_again_is_refused(tmp_path: Path) ->
         with pytest.raises(error, match=message):
             fastkd.finetune(model, TRAIN, None, tmp_path / "out", tuning, tokenizer)
 
-    refused(adapted(early_exit_model(num_labels=2)), "no folder or name from which it could be loaded again")
+    refused(adapted(early_exit_model(num_labels=2)), "no folder or name to reload it from")
     save_plain_checkpoint(tmp_path / "plain", "bert")
     plain = Model.from_pretrained(tmp_path / "plain", num_labels=2)
     refused(adapted(plain, modules_to_save=None), r"heads are new .* modules_to_save=\['heads'\]")
@@ -214,7 +214,9 @@ def test_what_could_not_be_trained_or_loaded_again_is_refused(tmp_path: Path) ->
     headless = adapted(
         saved_base(tmp_path / "c"), modules_to_save=None, task_type=None, target_modules=r".*attention.*query"
     )
-    with pytest.raises(ValueError, match=r"trains nothing of what is trained here; .*modules_to_save=\['heads'\]"):
+    with pytest.raises(
+        ValueError, match=r"trains none of the weights that are trained here; .*modules_to_save=\['heads'\]"
+    ):
         fastkd.distill(headless, TRAIN, None, tmp_path / "out", fastkd.DistillOptions(**options()), tokenizer)
     assert not (tmp_path / "out").exists()
 

@@ -224,9 +224,9 @@ def test_a_reranker_gets_a_certificate_for_its_top(tmp_path: Path) -> None:
     assert (told["top_k"], told["n"], told["documents"]) == (2, 10, 6)
     assert json.loads((tmp_path / "model" / "config.json").read_text())["rank_certificate"]["top_k"] == 2
     assert "fewer operations" in succeeded(*ranking).stdout
-    assert "takes at least 59, beside as many" in refused(*rows, "--top-k", 2)
+    assert "takes at least 59, plus as many" in refused(*rows, "--top-k", 2)
     assert "--limit: got 5, but with --top-k documents leave by their scores" in refused(*ranking, "--limit", 5)
-    assert "--recall: got 90%, which is for a ranking" in refused(*rows, "--recall", "90%")
+    assert "--recall: got 90%, but it is for rankings" in refused(*rows, "--recall", "90%")
     assert "this model is a regression" in refused(*ranking, "--label", "1")
     assert "--label: got 'yes', expected the number of a class" in refused(*ranking, "--label", "yes")
 

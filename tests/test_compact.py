@@ -359,7 +359,7 @@ def test_rows_behind_count_have_no_gradient(backend: str) -> None:
 
 def test_a_workspace_takes_no_gradient() -> None:
     tensor = torch.zeros(4, 2, requires_grad=True)
-    with pytest.raises(ValueError, match="out: cannot be written where a gradient is wanted"):
+    with pytest.raises(ValueError, match="out: cannot be written while a gradient is recorded"):
         fk.compact([tensor], torch.tensor([0]), out=[torch.zeros(1, 2)])
     with torch.no_grad():
         fk.compact([tensor], torch.tensor([0]), out=[torch.zeros(1, 2)])

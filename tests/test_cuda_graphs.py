@@ -408,7 +408,7 @@ def test_a_hooked_model_is_called(cuda: Cuda) -> None:
     model.layers[0].register_forward_hook(lambda *_: seen.append(1))
     placed = Placed(model, "cuda:0")
     engine = GraphEngine(placed)
-    with pytest.warns(RuntimeWarning, match="CUDA graphs: something is hooked to a BertLayer or wraps it") as told:
+    with pytest.warns(RuntimeWarning, match="CUDA graphs: a BertLayer has a hook or a wrapper") as told:
         answer(engine, batch, speed)
     assert len(told) == 1
     seen.clear()
@@ -423,7 +423,7 @@ def test_what_keeps_a_model_out_of_graphs() -> None:
     assert obstacle(early_exit_model()) is None
     model = early_exit_model()
     model.layers[1].forward = model.layers[1].forward
-    assert "wraps it" in str(obstacle(model))
+    assert "a wrapper" in str(obstacle(model))
     model = early_exit_model()
     model.layers[1].compile(backend="eager")
     assert "a BertLayer is compiled" in str(obstacle(model))

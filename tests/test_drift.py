@@ -116,7 +116,7 @@ def test_drift_warns_once() -> None:
     monitor = DriftMonitor(model, 1.0)
     monitor.record(60, ["a"] * 60, ["a"] * 30 + ["b"] * 30)
     assert not monitor.report().has_drifted
-    with pytest.warns(DriftWarning, match="the certificate promises 40.00%, and these rows do not keep it"):
+    with pytest.warns(DriftWarning, match="the certificate promises 40.00%, but these rows fall short"):
         monitor.record(200, ["a"] * 200, ["b"] * 200)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

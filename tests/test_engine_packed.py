@@ -239,7 +239,7 @@ def test_what_the_parts_cannot_honour_runs_by_replay_or_is_refused(obstacle: str
     assert expected.logits.isfinite().all()
     with pytest.raises(ValueError, match="model: packed tokens need layers of 'nomic_bert'"):
         model.stream_batches([inputs], speed=0.0)
-    with pytest.raises(ValueError, match="engine: got 'graphs', whose padded layers 'nomic_bert' does not have"):
+    with pytest.raises(ValueError, match="engine: got 'graphs', but 'nomic_bert' has no padded layers for it"):
         model(**inputs, speed=0.5, engine="graphs")
 
 

@@ -306,5 +306,5 @@ def test_sigterm_ends_a_command_as_ctrl_c_does() -> None:
         process.send_signal(sent)
         _, errors = process.communicate(timeout=30)
         assert process.returncode == code
-        assert "finished files are whole" in errors
+        assert "finished files are complete" in errors
         assert "Traceback" not in errors

@@ -128,12 +128,12 @@ def test_finished_blocks_are_not_done_again(checkpoint: Path, tmp_path: Path) ->
     assert [(row["label"], row["exit_layer"]) for row in rows_in(tmp_path / "out")] == expected_rows()
     again = predict_folder(answering, source, block_rows=16)
     assert (again.found, again.rows) == (5, 0)
-    with pytest.raises(ValueError, match=r"was begun with another speed; run the command as it was"):
+    with pytest.raises(ValueError, match=r"was started with another speed; run the command as it was"):
         predict_folder(replace(answering, options={"speed": 0.1}), source, block_rows=16)
-    with pytest.raises(ValueError, match=r"was begun with another block_rows"):
+    with pytest.raises(ValueError, match=r"was started with another block_rows"):
         predict_folder(answering, source, block_rows=17)
     (source / "c.jsonl").write_text('{"text": "good"}\n')
-    with pytest.raises(ValueError, match=r"was begun with another input files"):
+    with pytest.raises(ValueError, match=r"was started with another input files"):
         predict_folder(answering, source, block_rows=16)
 
 
@@ -175,7 +175,7 @@ def test_the_command(checkpoint: Path, tmp_path: Path) -> None:
     common = ["predict", str(checkpoint), str(source)]
     refused = CliRunner().invoke(app.app, [*common])
     assert refused.exit_code == 2
-    assert "answers of a folder are written to a folder, name it with --output" in refused.stderr
+    assert "the answers to a folder go into a folder; name one with --output" in refused.stderr
     refused = CliRunner().invoke(app.app, [*common, "-o", str(tmp_path / "out"), "--monitor", "1%"])
     assert "--monitor: works for one file, but the input is a folder" in refused.stderr
     done = CliRunner().invoke(app.app, [*common, "-o", str(tmp_path / "out"), "--key", "id", "--json"])

@@ -343,7 +343,7 @@ def test_an_unknown_pooling_is_refused(tmp_path: Path) -> None:
         ({"embedding.segment_embedding.weight": torch.ones(2, 64)}, r"\(2, 64\), expected one width and 3 segments"),
         ({"embedding.word_embedding.weight": torch.ones(60)}, r"word_embedding.weight has shape \(60,\)"),
         ({"classifiers.0.output_layer_2.weight": torch.tensor(1.0)}, r"output_layer_2.weight has shape \(\), expected"),
-        ({"classifiers.0.output_layer_2.weight": torch.ones(1, 128)}, "its classifiers have one class"),
+        ({"classifiers.0.output_layer_2.weight": torch.ones(1, 128)}, "its classifiers have only one class"),
         ({"classifiers.0.output_layer_0.weight": torch.ones(127, 64)}, "head_width: got 127"),
         ({"classifiers.123456789.output_layer_0.weight": torch.ones(2)}, "unexpected classifiers.123456789"),
         ({"classifiers.2.output_layer_2.bias": torch.ones(3).int()}, "output_layer_2.bias is torch.int32"),
@@ -382,7 +382,7 @@ def test_a_pretrained_uer_checkpoint_has_no_classifiers(tmp_path: Path) -> None:
         convert(state, num_attention_heads=4)
     # a plain Hugging Face checkpoint is something else altogether
     plain = save_plain_checkpoint(tmp_path / "plain", "bert") / "config.json"
-    with pytest.raises(ValueError, match=r"is no PyTorch file, it begins with b'\{"):
+    with pytest.raises(ValueError, match=r"is not a PyTorch file, it begins with b'\{"):
         read_checkpoint(plain)
 
 
@@ -391,8 +391,8 @@ class WholeModel(torch.nn.Linear):
 
 
 MALFORMED: dict[str, tuple[Any, str]] = {
-    "empty": (b"", "is no PyTorch file, it is empty"),
-    "text": (b"version https://git-lfs.github.com/spec/v1\n", "is no PyTorch file, it begins with b'version"),
+    "empty": (b"", "is not a PyTorch file, it is empty"),
+    "text": (b"version https://git-lfs.github.com/spec/v1\n", "is not a PyTorch file, it begins with b'version"),
     "a lone pickle": (b"\x80\x02}q\x00.", r"is cut short or damaged .*; copy or download it again"),
     "a lone zip": (b"PK\x03\x04" + b"\x00" * 40, r"is cut short or damaged .*; copy or download it again"),
     "whole model": (WholeModel(2, 2), "holds an object of .*WholeModel besides tensors.* torch.save"),

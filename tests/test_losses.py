@@ -869,7 +869,7 @@ def test_errors_name_what_came() -> None:
         PKDLoss()(double(M, B, H), double(N, 4, H))
     with pytest.raises(ValueError, match='variant: "NO" puts 2 teacher layers into 3 buckets'):
         ALPKDLoss("NO")(double(M, B, H), double(2, B, H))
-    with pytest.raises(ValueError, match='"inner" leaves no layer of a student of 1'):
+    with pytest.raises(ValueError, match='"inner" leaves no layer in a student of depth 1'):
         UniversalKDLoss()(double(1, B, C), double(N, B, C))
     with pytest.raises(ValueError, match=r"teacher_layers: got \[7\], expected layer numbers from 1 to 6"):
         UniversalKDLoss(teacher_layers=[7])(double(M, B, C), double(N, B, C))

@@ -403,7 +403,7 @@ def test_empty_input_leaves_nothing(
     [
         ({"source": "absent.tsv"}, "no file absent.tsv"),
         ({"source": "in.xml"}, "in.xml: unknown file type '.xml'.*--format tsv"),
-        ({"source": "in.txt", "destination": "out.png"}, "out.png has the suffix '.png', predictions are"),
+        ({"source": "in.txt", "destination": "out.png"}, "out.png has the suffix '.png', but predictions are"),
         ({"source": "in.txt", "destination": "out.txt"}, "predictions are written as"),
         ({"source": "in.txt", "destination": "folder"}, "folder is a folder; give the name of a file in it"),
         ({"source": "in.txt", "destination": "in.txt/out.tsv"}, "in.txt is a file, so nothing can be written into it"),

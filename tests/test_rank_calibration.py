@@ -146,7 +146,7 @@ def test_classes_rank_by_their_log_odds() -> None:
     ("trace", "options", "error", "message"),
     [
         ([("a", "b")], {}, TypeError, "trace: got a list, expected an ExitTrace.*model.calibrate_ranking"),
-        (pairs(100), {}, CalibrationError, "got 50 queries, but .* takes at least 59, beside as many"),
+        (pairs(100), {}, CalibrationError, "got 50 queries, but .* takes at least 59, plus as many"),
         (pairs(200, noise=(9.0, 9.0, 9.0)), {}, CalibrationError, "queries fail"),
         (pairs(200), {"top_k": 30}, ValueError, "no query has more than top_k=30 documents"),
         (pairs(200), {"top_k": 0}, ValueError, "top_k: got 0"),
@@ -155,7 +155,7 @@ def test_classes_rank_by_their_log_odds() -> None:
         (pairs(200), {"method": "guess"}, ValueError, "method: got 'guess'"),
         (pairs(200), {"label": 1}, ValueError, "label: got 1, but this model is a regression"),
         (population(100), {}, ValueError, "label: got None, expected the class"),
-        (population(100), {"label": 1}, ValueError, "does not say which rows are of one query"),
+        (population(100), {"label": 1}, ValueError, "does not say which rows belong to the same query"),
     ],
 )
 def test_what_certifies_nothing_says_why(
@@ -198,7 +198,7 @@ def test_rows_are_calibrated_on_and_the_model_keeps_the_certificate(tmp_path: Pa
     # it does not reach further
     assert set(kept.rank(QUERY, texts, 4).exit_layers) == {4}
     assert set(kept.rank(QUERY, texts).exit_layers) == {4}
-    with pytest.warns(CalibrationWarning, match="it is for dtype float32, in use is bfloat16; so the full model ranks"):
+    with pytest.warns(CalibrationWarning, match="it is for dtype float32, in use is bfloat16, so the full model ranks"):
         found = kept.to(torch.bfloat16).rank(QUERY, texts, 3)
     assert set(found.exit_layers) == {4}
     kept.config.last_head_was_trained()

@@ -391,10 +391,10 @@ def test_streams_of_batches_name_the_stream() -> None:
 @pytest.mark.parametrize(
     ("family", "sentence"),
     [
-        ("llama", r"in LlamaModel a token does not see those after it \(causal attention\)"),
-        ("gpt2", r"in GPT2Model a token does not see those after it \(causal attention\)"),
-        ("fnet", "FNetModel takes no attention_mask, so padding would be read"),
-        ("vit", "ViTModel takes no input_ids, so it is no encoder of text"),
+        ("llama", r"LlamaModel has causal attention"),
+        ("gpt2", r"GPT2Model has causal attention"),
+        ("fnet", "FNetModel does not take attention_mask, so padding would be read"),
+        ("vit", "ViTModel does not take input_ids, so it is not a text encoder"),
         ("xlm", r"XLMModel has several lists of 3 modules \(attentions, .*layers cannot be found; name its list"),
         ("longformer", r"layer 1 of LongformerModel takes hidden states of shape \(3, 512, 32\) for 3 rows of 8"),
     ],
@@ -408,9 +408,9 @@ def test_what_cannot_run_is_refused_before_any_work(tmp_path: Path, family: str,
 @pytest.mark.parametrize(
     ("family", "sentence"),
     [
-        ("bart", "'bart' is an encoder with a decoder, expected an encoder alone"),
+        ("bart", "'bart' is an encoder-decoder, expected an encoder only"),
         ("gemma3", "'gemma3' reads more than text"),
-        ("perceiver", "the configuration of 'perceiver' says no num_hidden_layers"),
+        ("perceiver", "the configuration of 'perceiver' has no num_hidden_layers"),
         ("vitmatte", "transformers has no encoder of family 'vitmatte'"),
     ],
 )
@@ -442,9 +442,9 @@ def test_a_layer_that_changes_the_batch_is_refused() -> None:
 
     for layer, sentence in (
         (Halving, r"layer 1 of _Encoder gives hidden states of shape \(3, 4, 8\) for 3 rows of 8 tokens"),
-        (Mixing, "layer 1 of _Encoder gives other answers to a row where other rows left its batch"),
-        (Turning, "layer 1 of _Encoder gives other answers to a row where other rows left its batch"),
-        (Drawing, "layer 1 of _Encoder does not give again what it gave"),
+        (Mixing, "layer 1 of _Encoder gives a row a different result once other rows have left its batch"),
+        (Turning, "layer 1 of _Encoder gives a row a different result once other rows have left its batch"),
+        (Drawing, "layer 1 of _Encoder does not repeat the result it gave"),
     ):
         encoder = _Encoder(4, layer).eval()
         with pytest.raises(ValueError, match=sentence):
@@ -510,10 +510,12 @@ def test_frequencies_that_depend_on_the_length_see_the_batch_as_it_was_padded() 
 
 def test_code_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     AutoModel.from_config(tiny_config("mpnet")).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="trust_remote_code: got True, but fastkd runs no code of a checkpoint"):
+    with pytest.raises(
+        ValueError, match="trust_remote_code: got True, but fastkd does not run a checkpoint's own code"
+    ):
         fastkd.EarlyExitForSequenceClassification.from_pretrained(tmp_path, num_labels=3, trust_remote_code=True)
     config = json.loads((tmp_path / "config.json").read_text())
     config |= {"model_type": "brand_new", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="code of its own"):
+    with pytest.raises(ValueError, match="its own code"):
         fastkd.EarlyExitForSequenceClassification.from_pretrained(tmp_path, num_labels=3)

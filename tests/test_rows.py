@@ -499,7 +499,7 @@ def test_bad_json_is_named_by_line(tmp_path: Path, line: str, message: str) -> N
 )
 def test_other_separators_are_told(tmp_path: Path, name: str, text: str, separator: str) -> None:
     (tmp_path / name).write_bytes(text.encode())
-    with pytest.raises(DataError, match=f"in which {separator} seem to separate; expected commas between"):
+    with pytest.raises(DataError, match=f"where {separator} seem to separate the columns; expected commas between"):
         load_rows(tmp_path / name)
 
 

@@ -710,7 +710,7 @@ def test_a_certificate_that_is_no_longer_kept_raises_the_alarm(
         assert not service._monitor._halves
 
     monkeypatch.setattr(logging.getLogger("fastkd.serving"), "propagate", True)
-    with pytest.warns(UserWarning, match="do not keep it"), caplog.at_level(logging.INFO, "fastkd.serving"):
+    with pytest.warns(UserWarning, match="fall short"), caplog.at_level(logging.INFO, "fastkd.serving"):
         serving(certified(tmp_path), check, speed=0.6, monitor=1.0)
     assert any(json.loads(message)["event"] == "alarm" for message in caplog.messages)
 

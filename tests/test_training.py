@@ -800,7 +800,10 @@ def test_recomputed_activations_change_no_weight(finetuned: Path, tmp_path: Path
     ("arguments", "message"),
     [
         ({"label_smoothing_factor": 0.1}, "trainer_arguments: got label_smoothing_factor=0.1, but the loss is the obj"),
-        ({"remove_unused_columns": True}, "trainer_arguments: got remove_unused_columns=True, but rows have no column"),
+        (
+            {"remove_unused_columns": True},
+            "trainer_arguments: got remove_unused_columns=True, but rows have no unused columns",
+        ),
         ({"output_dir": "elsewhere"}, "trainer_arguments: got output_dir='elsewhere', but checkpoints lie beside"),
         ({"label_names": ["other"]}, "trainer_arguments: got label_names="),
     ],

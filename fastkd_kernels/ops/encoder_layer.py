@@ -510,8 +510,8 @@ def _check_call(hidden_states: Tensor, cu_seqlens: Tensor, layers: Sequence[Pack
         raise ValueError("layers: got none, expected at least one")
     if wants_gradient((hidden_states,)):
         raise ValueError(
-            "hidden_states: a gradient is wanted, which encoder_layers has not; use torch.no_grad(), or run the layers "
-            "of the model itself"
+            "hidden_states: a gradient is recorded, but encoder_layers has no backward pass; use torch.no_grad(), or "
+            "run the layers of the model itself"
         )
     if hidden_states.dim() != 2:
         raise ValueError(f"hidden_states: got shape {tuple(hidden_states.shape)}, expected [R, H]")
@@ -588,4 +588,4 @@ def _check_layer(weights: EncoderLayerWeights, form: EncoderLayerForm, int8: boo
             f"rotary: got {rotary.dtype} {tuple(rotary.shape)}, expected torch.float32 [2, places, {head_size // 2}]"
         )
     if rotary is not None and rotary.device != model.device:
-        raise TypeError(f"rotary: got a tensor on {rotary.device}, expected it on {model.device} as the weights")
+        raise TypeError(f"rotary: got a tensor on {rotary.device}, expected {model.device}, like the weights")

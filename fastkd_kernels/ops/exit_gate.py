@@ -717,7 +717,7 @@ def uncertainty_scale(criterion: str, columns: int, top_n: int | None) -> float:
 def _exit_gate_triton(logits: Tensor, call: GateCall) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = logits.shape
     if rows >= 2**29:
-        raise ValueError(f"logits: got B={rows} rows, the CUDA kernel counts fewer than 2**29; split the batch")
+        raise ValueError(f"logits: got B={rows} rows, the CUDA kernel takes fewer than 2**29; split the batch")
     uncertainty = torch.empty(rows, dtype=torch.float32, device=logits.device)
     survivors = torch.empty(rows, dtype=torch.int32, device=logits.device)
     if rows == 0:
@@ -922,7 +922,9 @@ def check_gate_call(call: GateCall, logits: Tensor) -> None:
     if criterion == "top_n" and (top_n is None or not 2 <= top_n <= logits.shape[1]):
         raise ValueError(f"top_n: got {top_n}, criterion 'top_n' needs 2 to C={logits.shape[1]}")
     if criterion == "patience" and record is None:
-        raise ValueError("record: got None, criterion 'patience' keeps its memory there; pass ExitRecord.allocate(...)")
+        raise ValueError(
+            "record: got None, but criterion 'patience' keeps its state there; pass ExitRecord.allocate(...)"
+        )
     if record is not None and layer is None:
         raise ValueError("layer: got None, a record needs the number of this layer (1 after the first)")
     if record is not None:

@@ -835,8 +835,8 @@ def _check_teacher(teacher: Tensors, student: Tensor, leading: torch.Size, spars
     for name, tensor in zip(names, teacher, strict=True):
         if tensor is not None and tensor.requires_grad:
             raise ValueError(
-                f"{name}: got a tensor that requires grad, and the teacher gets none; run it under torch.no_grad() and "
-                "freeze its head with requires_grad_(False), or pass detach()"
+                f"{name}: got a tensor that requires grad, but the teacher gets no gradient; run it under "
+                "torch.no_grad() and freeze its head with requires_grad_(False), or pass detach()"
             )
     if hidden is not None and weight is not None:
         _check_head("teacher", hidden, weight, bias, leading)
@@ -874,14 +874,14 @@ def _check_scaling(
             _distillation.check_positive(f"{side}_softcap", softcap)
     if ready and sides["teacher"] != (1, None):
         raise ValueError(
-            f"teacher_logits: got teacher_logit_scale={teacher_logit_scale} and teacher_softcap={teacher_softcap} with "
-            "them, but ready logits are taken as they are; scale them, and leave both out"
+            f"teacher_logits: got teacher_logit_scale={teacher_logit_scale} and teacher_softcap={teacher_softcap} "
+            "with them, but teacher_logits are used unchanged; scale them yourself and leave both out"
         )
 
 
 def _check_indices(indices: Tensor, logits: Tensor | None, classes: int, keep: Tensor | None) -> None:
     if logits is None:
-        raise ValueError("teacher_indices: got them without teacher_logits, whose classes they are; pass both")
+        raise ValueError("teacher_indices: got indices without teacher_logits, whose classes they name; pass both")
     if indices.dtype != torch.int64:
         raise TypeError(f"teacher_indices: got dtype {indices.dtype}, expected torch.int64")
     if indices.shape != logits.shape:
@@ -898,4 +898,4 @@ def _check_indices(indices: Tensor, logits: Tensor | None, classes: int, keep: T
             f"{classes - 1}, classes of the student"
         )
     if (counted.diff() == 0).any():
-        raise ValueError("teacher_indices: got a class twice in a token, expected K different ones")
+        raise ValueError("teacher_indices: got the same class twice for one token, expected K different ones")

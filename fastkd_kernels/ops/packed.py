@@ -570,7 +570,7 @@ def _check_survivors(survivors: Tensor, count: Tensor | None, cu_seqlens: Tensor
         raise IndexError(f"survivors[{position}]: got row {int(live[position])}, expected 0 to {sequences - 1}")
     rows, room = int(cu_seqlens.diff()[live.long()].sum()), min(target.shape[0] for target in targets)
     if rows > room:
-        raise ValueError(f"out: the sequences have {rows} rows, more than fit its {room}")
+        raise ValueError(f"out: the sequences have {rows} rows, but it has room for {room}")
 
 
 def _check_tensors(tensors: Sequence[Tensor], row_dims: int) -> None:

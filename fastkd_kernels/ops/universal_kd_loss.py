@@ -877,7 +877,7 @@ def check_options(
     check_choice("task", task, _distillation.TASKS)
     _distillation.check_classes("student_logits", student, task)
     if task == "regression" and mix == "probs":
-        raise ValueError('mix: got "probs", a regression has scores and no probabilities; use "logits" or "loss"')
+        raise ValueError('mix: got "probs", but a regression has scores, not probabilities; use "logits" or "loss"')
     if task == "regression" and attn_space != "logits":
         raise ValueError(f'attn_space: got "{attn_space}", a regression has scores only; use "logits"')
     if attn is not None:

@@ -117,7 +117,7 @@ def _is_lazy() -> bool:
 
 def _problem_of_packages() -> str | None:
     """What is wrong with the packages that come with [models], or None."""
-    remedy = "install what its models need with: pip install 'fastkd-kernels[models]'"
+    remedy = "install the packages its models need: pip install 'fastkd-kernels[models]'"
     try:
         found = metadata.version("transformers")
         metadata.version("typer")

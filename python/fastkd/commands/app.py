@@ -51,7 +51,7 @@ PANELS: dict[str, dict[Callable[..., None], str]] = {
         "[cyan]fastkd bench MODEL DATA --speeds 0.3,0.5[/] to see it in seconds.",
         compare: "[cyan]fastkd calibrate MODEL --data DATA --criterion C[/] certifies the one you choose.",
         calibrate: "[cyan]fastkd info MODEL[/] shows the certificate that the model now carries.",
-        bench: "[cyan]fastkd predict MODEL INPUT --speed S[/] answers at the speed that pays here.",
+        bench: "[cyan]fastkd predict MODEL INPUT --speed S[/] answers at the speed you choose from this table.",
         report: "[cyan]fastkd predict MODEL INPUT --speed S[/] answers at the speed you chose on the page.",
         info: "[cyan]fastkd calibrate MODEL --data DATA[/] finds a speed with a guarantee.",
     },

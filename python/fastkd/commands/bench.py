@@ -33,8 +33,8 @@ def bench(
     data: Annotated[
         Path | None,
         typer.Argument(
-            help="A .tsv, .csv, .jsonl or .parquet file, or a folder of splits; --latency can do without and uses "
-            "texts that come with fastkd.",
+            help="A .tsv, .csv, .jsonl or .parquet file, or a folder of splits; optional with --latency, "
+            "which then uses texts that come with fastkd.",
             show_default=False,
         ),
     ] = None,

@@ -162,7 +162,7 @@ def calibrate(
         if top_k is not None:
             _refuse_given(context, _OF_SPEEDS, "but with --top-k documents leave by their scores; leave it out")
         else:
-            _refuse_given(context, ("recall", "label"), "which is for a ranking; name its --top-k too")
+            _refuse_given(context, ("recall", "label"), "but it is for rankings; pass --top-k too")
         drop = parse_share(max_drop or ("1%" if top_k is None else "5%"), "--max-drop")
         sure = parse_share(confidence, "--confidence")
         config = None if model is None else load_config(str(model))

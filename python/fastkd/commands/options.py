@@ -100,7 +100,7 @@ LabelNames = Annotated[
 NumLabels = Annotated[
     int | None,
     typer.Option(
-        min=1, help="Number of classes; default: as many as the rows have, without gaps. 1 makes a regression."
+        min=1, help="Number of classes; default: as many as the rows have (no gaps allowed). 1 makes a regression."
     ),
 ]
 TrainFile = Annotated[Path | None, typer.Option(help="Training rows, instead of --data.")]

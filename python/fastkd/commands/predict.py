@@ -182,7 +182,7 @@ def _check_folder_options(
 ) -> None:
     """Raise ValueError for what goes with one file only."""
     if output == "-":
-        raise ValueError("output: got none; answers of a folder are written to a folder, name it with --output")
+        raise ValueError("output: got none; the answers to a folder go into a folder; name one with --output")
     given = {"--format": input_format, "--output-format": output_format, "--monitor": monitor}
     given["--bad-rows stop"] = bad_rows if bad_rows != "mark" else None
     for name, value in given.items():

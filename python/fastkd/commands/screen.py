@@ -275,11 +275,11 @@ def screen_for(
             screen.stdout.flush()
     except Terminated:
         screen.speak_if_first_to_fail()
-        screen.err.print("terminated; finished files are whole, unfinished ones were removed")
+        screen.err.print("terminated; finished files are complete, unfinished ones were removed")
         raise typer.Exit(128 + signal.SIGTERM) from None
     except KeyboardInterrupt:
         screen.speak_if_first_to_fail()
-        screen.err.print("interrupted; finished files are whole, unfinished ones were removed")
+        screen.err.print("interrupted; finished files are complete, unfinished ones were removed")
         raise typer.Exit(128 + signal.SIGINT) from None
     except BrokenPipeError:
         # the reader (head, a pager) had enough
@@ -377,8 +377,8 @@ def tell_slower(screen: Screen, name: str, sweep: Sweep) -> None:
     found = ", ".join(f"{speed:g}" for speed in sweep.slower_than_full())
     if found:
         screen.out.print(
-            f"[bold yellow]slower than the full model:[/] {escape(name)} at speed {found}; "
-            "there the heads cost more operations than the few rows that leave early save",
+            f"[bold yellow]slower than the full model:[/] {escape(name)} at speed {found}; the heads cost more "
+            "operations there than the early exits save",
             soft_wrap=True,
         )
 

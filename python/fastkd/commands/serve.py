@@ -68,7 +68,9 @@ def serve(
     request_timeout: Annotated[
         float,
         typer.Option(
-            min=0.1, max=3600, help="Refuse a request (503, try again) that has no answer after these seconds."
+            min=0.1,
+            max=3600,
+            help="Refuse a request (503, try again) that is still unanswered after this many seconds.",
         ),
     ] = 60.0,
     shutdown_seconds: Annotated[
@@ -117,7 +119,9 @@ def serve(
         def started(address: str) -> None:
             screen.say(f"answering at {address}; Ctrl-C ends")
             if not options.is_loopback and options.token is None:
-                screen.say("[bold yellow]warning:[/] anyone who reaches this address can ask; see --token-file")
+                screen.say(
+                    "[bold yellow]warning:[/] anyone who can reach this address can send requests; see --token-file"
+                )
 
         if uses_ray:
             from fastkd.serving.ray_serve import serve_on_ray

@@ -127,9 +127,9 @@ def _check_separated(columns: Sequence[str], source: str) -> None:
     )
     if mark is not None:
         raise DataError(
-            f"{source}, header: {header[:60]!r}, in which {_SEPARATORS[mark]} seem to separate; expected commas "
-            "between the columns of a .csv file, tabs in a .tsv file, and \\n or \\r\\n between lines; convert or "
-            "rename the file"
+            f"{source}, header: {header[:60]!r}, where {_SEPARATORS[mark]} seem to separate the "
+            "columns; expected commas between the columns of a .csv file, tabs in a .tsv file, "
+            "and \\n or \\r\\n between lines; convert or rename the file"
         )
 
 

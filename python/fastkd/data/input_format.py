@@ -54,7 +54,9 @@ def with_input_format(tokenizer: PreTrainedTokenizerBase, input_format: str) -> 
     if own == input_format:
         return tokenizer
     if input_format == "standard":
-        raise ValueError(f"input_format: this tokenizer writes {own!r}; load the one of the checkpoint for 'standard'")
+        raise ValueError(
+            f"input_format: this tokenizer writes {own!r}; load the checkpoint's own tokenizer for 'standard'"
+        )
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     normalizer = getattr(backend, "normalizer", None)
     named = (tokenizer.cls_token, tokenizer.sep_token) == ("[CLS]", "[SEP]")

@@ -50,8 +50,8 @@ def warn_about_duplicates(splits: Mapping[str, Rows | None]) -> None:
             shared = count_shared(hashes[later], hashes[earlier])
             if shared:
                 warnings.warn(
-                    f"{later}: {shared:,} of its {len(hashes[later]):,} rows are in {earlier} too, so what is measured "
-                    f"on {later} looks better than it is; drop them from one of the two",
+                    f"{later}: {shared:,} of its {len(hashes[later]):,} rows are in {earlier} too, so results on "
+                    f"{later} look better than they are; drop them from one of the two",
                     DuplicateRowsWarning,
                     stacklevel=3,
                 )

@@ -33,7 +33,7 @@ def _check_size(root: Any) -> None:
     def size(node: Any) -> int:
         known = sizes.get(id(node), 0)
         if known is None:
-            raise ValueError("not usable: an alias stands for a value that holds it; write the value out")
+            raise ValueError("not usable: an alias refers to a value that contains it; write the value out")
         if known:
             return known
         sizes[id(node)] = None
@@ -41,7 +41,7 @@ def _check_size(root: Any) -> None:
         parts = [] if isinstance(value, str) else [part for item in value for part in _nodes(item)]
         total = 1 + sum(size(part) for part in parts)
         if total > _MOST_VALUES:
-            raise ValueError(f"not usable: its aliases stand for more than {_MOST_VALUES:,} values; write fewer")
+            raise ValueError(f"not usable: its aliases expand to more than {_MOST_VALUES:,} values; write fewer")
         sizes[id(node)] = total
         return total
 

@@ -80,16 +80,16 @@ def check_is_encoder(config: PreTrainedConfig) -> None:
     kind = config.model_type
     if type(config) not in MODEL_MAPPING:
         raise ValueError(
-            f"backbone: transformers has no encoder of family {kind!r}; use one that AutoModel loads without code of "
-            "the checkpoint's own"
+            f"backbone: transformers has no encoder of family {kind!r}; use one that AutoModel loads without the "
+            "checkpoint's own code"
         )
     if config.is_encoder_decoder:
         raise ValueError(
-            f"backbone: {kind!r} is an encoder with a decoder, expected an encoder alone; use one such as bert, "
-            "modernbert or deberta-v2"
+            f"backbone: {kind!r} is an encoder-decoder, expected an encoder only; use one such as bert, modernbert or "
+            "deberta-v2"
         )
     if config.get_text_config() is not config:
-        raise ValueError(f"backbone: {kind!r} reads more than text; use the encoder of text inside it, or another one")
+        raise ValueError(f"backbone: {kind!r} reads more than text; use its text encoder, or another encoder")
     for name in ("num_hidden_layers", "hidden_size"):
         if not isinstance(getattr(config, name, None), int):
-            raise ValueError(f"backbone: the configuration of {kind!r} says no {name}; use another encoder")
+            raise ValueError(f"backbone: the configuration of {kind!r} has no {name}; use another encoder")

@@ -37,6 +37,6 @@ def check_family(model_type: str) -> None:
     """Raise ValueError for a family that is not in `FAMILIES`."""
     if model_type not in FAMILIES:
         raise ValueError(
-            f"engine: got an encoder of family {model_type!r}, but packed tokens and, of some, graphs run "
-            f"{', '.join(sorted(FAMILIES))}; use engine='batch', or model.stream(rows)"
+            f"engine: got an encoder of family {model_type!r}, but packed tokens (and, for some families, graphs) run "
+            f"only {', '.join(sorted(FAMILIES))}; use engine='batch', or model.stream(rows)"
         )

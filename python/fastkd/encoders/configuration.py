@@ -159,7 +159,7 @@ class EarlyExitConfig(PreTrainedConfig):
         if not self.has_fast_paths or self.is_replayed:
             raise ValueError(
                 f"model: it cannot be quantised, because its encoder of family {self.backbone.model_type!r} is "
-                "replayed; int8 is for encoders whose layers run from their parts, and bfloat16 for all"
+                "replayed; int8 needs layers that run from their parts, bfloat16 works with every encoder"
             )
 
     @property

@@ -161,13 +161,12 @@ class Int8Linear(nn.Module):
             )
         if values.device.type != "cpu" or values.dtype != torch.float32:
             raise ValueError(
-                f"model: it is quantised to int8, which runs on a CPU with everything else in float32, but got "
-                f"{values.dtype} on {values.device}; load the model that was not quantised"
+                "model: it is quantised to int8, which runs on a CPU with everything else in float32, but got "
+                f"{values.dtype} on {values.device}; load the unquantised model"
             )
         if torch.is_grad_enabled() and values.requires_grad:
             raise ValueError(
-                "model: it is quantised to int8, through which no gradient goes; train the model that was not "
-                "quantised, and quantise it then"
+                "model: it is quantised to int8, which has no gradients; train the unquantised model, then quantise it"
             )
         with torch.no_grad():
             return self._current_product()(rows).view(*values.shape[:-1], self.out_features)
@@ -229,9 +228,9 @@ def why_not(layers: Iterable[nn.Module], device: torch.device) -> str | None:
     linears = [module for module in modules if isinstance(module, nn.Linear)]
     are_quantised = any(type(module).__module__.startswith("torch.ao.") for module in modules)
     if are_quantised or not all(map(has_plain_weight, linears)):
-        return "its layers hold weights that something else quantised; load the model that was not"
+        return "something else has already quantised its layers; load the unquantised model"
     if not all(map(is_untouched, linears)):
-        return "something is hooked to its linear layers; remove it first"
+        return "its linear layers have hooks; remove them first"
     if not all(bool(module.weight.isfinite().all()) for module in linears):
         return "some of its weights are not finite"
     return None

@@ -136,8 +136,8 @@ def same_rows(layer: nn.Module, taken: Tensor, given: Any) -> Tensor:
     if not isinstance(given, Tensor) or given.shape[:2] != taken.shape[:2]:
         shape = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
         raise ValueError(
-            f"backbone: a layer {type(layer).__name__} took hidden states {tuple(taken.shape)} and gave {shape}; "
-            "rows leave between layers, so each has to keep the batch and its tokens: put back the layer that was here"
+            f"backbone: a layer {type(layer).__name__} took hidden states {tuple(taken.shape)} and gave {shape}; rows "
+            "leave between layers, so every layer must keep the batch and its tokens: put the original layer back"
         )
     return given
 

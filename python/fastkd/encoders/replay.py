@@ -64,9 +64,9 @@ class Replay:
         self.num_layers = num_layers
         self._kind = type(encoder).__name__
         self._parameters = tuple(inspect.signature(type(encoder).forward).parameters)
-        for name, why in (("input_ids", "it is no encoder of text"), ("attention_mask", "padding would be read")):
+        for name, why in (("input_ids", "it is not a text encoder"), ("attention_mask", "padding would be read")):
             if name not in self._parameters:
-                raise ValueError(f"backbone: {self._kind} takes no {name}, so {why}; use another encoder")
+                raise ValueError(f"backbone: {self._kind} does not take {name}, so {why}; use another encoder")
         self._findings: _Findings | None = None
 
     def start(self, encoder: PreTrainedModel, inputs: EncoderInputs) -> tuple[Tensor, TokenLayout]:
@@ -79,8 +79,8 @@ class Replay:
         recording = record(encoder, self.path, findings.sizes, inputs, self._arguments(inputs))
         if len(recording.calls) != self.num_layers:
             raise RuntimeError(
-                f"{self._kind} called {len(recording.calls)} of its {self.num_layers} layers; switch off what leaves "
-                "layers out at random in training (layerdrop=0 in its configuration)"
+                f"{self._kind} called {len(recording.calls)} of its {self.num_layers} layers; turn off random "
+                "skipping of layers in training (layerdrop=0 in its configuration)"
             )
         return recording.hidden_states, TokenLayout(inputs.attention_mask, recording)
 
@@ -187,21 +187,21 @@ class Replay:
         some = None if dims is None else recording.selected(rows, dims)
         kept = hidden_states[rows]
         for number, expected in enumerate(seen.given, start=1):
-            with self._explained(f"takes more in layer {number} from the layers before it than hidden states"):
+            with self._explained(f"needs more than hidden states from the layers before layer {number}"):
                 hidden_states = recording.run(layers, number, hidden_states)
             if not _is_close(hidden_states, expected):
                 raise ValueError(
-                    f"backbone: layer {number} of {self._kind} does not give again what it gave inside the encoder (it "
-                    "takes more from the layers before it than hidden states, or it draws random numbers); use another "
-                    "encoder"
+                    f"backbone: layer {number} of {self._kind} does not repeat the result it gave inside the encoder "
+                    "(it needs more than hidden states from the layers before it, or it draws random numbers); use "
+                    "another encoder"
                 )
             if some is None:
                 continue
             kept = some.run(layers, number, kept)
             if not _is_close(kept, expected[rows], roundings=2**12):
                 raise ValueError(
-                    f"backbone: layer {number} of {self._kind} gives other answers to a row where other rows left its "
-                    "batch; use another encoder"
+                    f"backbone: layer {number} of {self._kind} gives a row a different result once other rows have "
+                    "left its batch; use another encoder"
                 )
         return findings
 
@@ -248,8 +248,8 @@ class Replay:
             before = next((heard for heard in reversed(seen.heard) if heard.given is states), None)
             if before is None or not isinstance(before.taken, Tensor):
                 raise ValueError(
-                    f"backbone: what {self._kind} does after its last layer is not a chain of modules, so it cannot be "
-                    "done before every head; use another encoder"
+                    f"backbone: {self._kind} does more after its last layer than call modules in a chain, so fastkd "
+                    "cannot repeat it before every head; use another encoder"
                 )
             tail.insert(0, before.path)
             states = before.taken
@@ -270,8 +270,8 @@ class Replay:
         first = hidden_states_at_start(encoder(**self._arguments(EncoderInputs(ids))))
         if torch.equal(first[0], first[1]):
             raise ValueError(
-                f"backbone: in {self._kind} a token does not see those after it (causal attention), but the heads read "
-                "the first token; use an encoder that sees the whole text"
+                f"backbone: {self._kind} has causal attention, so its first token, which the heads read, sees no "
+                "other token; use an encoder that sees the whole text"
             )
 
     # Which rows the arguments of the layers belong to

@@ -109,7 +109,7 @@ def obstacle(model: ExitModel) -> str | None:
     for module in model.modules():
         name = type(module).__name__
         if not is_untouched(module):
-            return f"something is hooked to a {name} or wraps it, and would not run where a graph is replayed"
+            return f"a {name} has a hook or a wrapper, which would not run when a graph is replayed"
         if _is_compiled(module):
             return f"a {name} is compiled, and may have graphs of its own"
     return None

@@ -23,8 +23,8 @@ from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.engines.packed_encoder import PackedTokens, cumulative_lengths
 
 _BROKEN_OFF = (
-    "rows: the input ended when it was interrupted, as a Python generator does, and what it had not given is missing; "
-    "to go on after an interrupt pass an iterator with a __next__ of its own"
+    "rows: an interrupt ended the input, as it ends any Python generator, so the rest of its rows are missing; to "
+    "continue after an interrupt, pass an iterator with its own __next__"
 )
 
 

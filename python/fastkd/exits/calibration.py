@@ -217,7 +217,7 @@ def part_that_saw(trace: ExitTrace, allowed: bool) -> str | None:
     parts = ", ".join(f"{count:,} were {part} rows" for part, count in seen.items())
     told = f"trace: {total:,} of these {len(trace):,} rows were in the training of this model ({parts})"
     if total <= _SEEN_SHARE * len(trace):
-        warnings.warn(f"{told}; that few are let pass", CalibrationWarning, stacklevel=3)
+        warnings.warn(f"{told}; so few are allowed", CalibrationWarning, stacklevel=3)
         return None
     told += ", so it does better on them than on new ones and the guarantee does not hold"
     if not allowed:
@@ -238,13 +238,13 @@ def _why_none(slowest: _Tried, n: int, max_drop: float, confidence: float, metho
     rate = failures / n
     if rate >= max_drop:
         return (
-            f"trace: already at speed {speed:g} {failures} of {n:,} rows fail, more than {percent(max_drop)}; allow a "
+            f"trace: even at speed {speed:g} {failures} of {n:,} rows fail, more than {percent(max_drop)}; allow a "
             "larger max_drop, distil longer, or try slower speeds"
         )
     needed = smallest_sample(max_drop, confidence, method, rate)
     return (
         f"trace: {failures} of {n:,} rows fail at speed {speed:g}, too many for {aim(max_drop, confidence, method)} "
-        f"with so few rows; at that rate about {needed:,} rows would do; or allow a larger max_drop"
+        f"with so few rows; at that rate about {needed:,} rows would be enough; or allow a larger max_drop"
     )
 
 

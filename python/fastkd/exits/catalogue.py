@@ -19,9 +19,9 @@ CRITERIA: dict[str, Criterion] = {
     "max_prob": Criterion("how far the largest probability is from 1"),
     "margin": Criterion("how close the two largest probabilities are"),
     "top_n": Criterion("entropy of the n largest probabilities"),
-    "patience": Criterion("how often in a row the heads agreed on the label (PABEE)"),
-    "learned": Criterion("what a trained exit reads off [CLS] and the margin (BERxiT)", is_fused=False),
-    "agreement": Criterion("how far the answer moved since the head before, for regression", is_fused=False),
+    "patience": Criterion("how many heads in a row agreed on the label (PABEE)"),
+    "learned": Criterion("what a trained exit predicts from [CLS] and the margin (BERxiT)", is_fused=False),
+    "agreement": Criterion("how far the answer moved since the previous head, for regression", is_fused=False),
 }
 """By the name that users write."""
 

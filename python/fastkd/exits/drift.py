@@ -82,7 +82,7 @@ class DriftReport:
             return f"{text}; nothing is promised: {'; '.join(self.mismatches) or 'the model has no certificate'}"
         promise = f"the certificate promises {100 * self.promised:.2f}%"
         if self.has_drifted:
-            return f"{text}; {promise}, and these rows do not keep it: calibrate again on rows like these"
+            return f"{text}; {promise}, but these rows fall short: calibrate again on rows like these"
         return f"{text}; {promise}"
 
 

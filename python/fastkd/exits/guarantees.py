@@ -44,8 +44,8 @@ def check_guarantee(trace: ExitTrace, guarantee: str, tolerance: float | None) -
         raise ValueError("guarantee: got 'accuracy', but a regression has no right answers; use 'consistency'")
     if is_regression != (tolerance is not None):
         raise ValueError(
-            f"tolerance: got {tolerance}; a regression needs the difference up to which two answers are the same, in "
-            "units of the label, and classes take none"
+            f"tolerance: got {tolerance}; a regression needs the largest difference between two answers that count as "
+            "the same, in units of the label; classes need none"
         )
     if guarantee == "accuracy" and trace.labels is None:
         raise ValueError("guarantee: got 'accuracy', but the trace has no labels; trace labelled rows, or use "

@@ -126,8 +126,8 @@ class RankCertificate(KeptCertificate):
         widths, layers = value["half_widths"], value["exit_layers"]
         if not is_known or len(widths) != len(layers) - 1 or not all(0 <= w < math.inf for w in widths):
             raise ValueError(
-                f"certificate: got {value['method']}, confidence {value['confidence']}, half-widths {widths}, which is "
-                "no guarantee; calibrate again"
+                f"certificate: got {value['method']}, confidence {value['confidence']}, "
+                f"half-widths {widths}, which is not a guarantee; calibrate again"
             )
 
 
@@ -181,7 +181,7 @@ def calibrate_ranking(
     check_trace(trace, "calibrate_ranking")
     check_choices(max_drop, confidence, method)
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-        raise ValueError(f"top_k: got {top_k!r}, expected a whole number from 1 on")
+        raise ValueError(f"top_k: got {top_k!r}, expected a whole number, at least 1")
     if not 0 < recall <= 1:
         raise ValueError(f"recall: got {recall!r}, expected a share above 0 and up to 1")
     score = score_of(trace.logits.shape[-1], label)
@@ -196,7 +196,7 @@ def calibrate_ranking(
         learned_from = queries_of(reliability, score)
     needed = smallest_sample(max_drop, confidence, method)
     if len(held) < needed or not len(learned_from):
-        halves = "" if reliability is not None else ", beside as many from which half-widths are learned"
+        halves = "" if reliability is not None else ", plus as many again to learn half-widths from"
         raise CalibrationError(
             f"trace: got {len(held)} queries, but {aim(max_drop, confidence, method)} takes at least {needed}{halves}, "
             "even if none of them fails; calibrate on more queries, or allow a larger max_drop"
@@ -253,7 +253,8 @@ def queries_of(trace: ExitTrace, score: Score) -> Tensor:
     """
     if trace.queries is None:
         raise ValueError(
-            "trace: it does not say which rows are of one query; trace pairs (query, document) again with this version"
+            "trace: it does not say which rows belong to the same query; trace pairs (query, document) again with "
+            "this version"
         )
     heads = torch.stack([score(trace.logits[:, head]) for head in range(trace.logits.shape[1])], dim=1)
     order = trace.queries.argsort(stable=True)

@@ -19,7 +19,7 @@ def score_of(num_labels: int, label: int | None) -> Score:
     """
     if num_labels == 1:
         if label is not None:
-            raise ValueError(f"label: got {label!r}, but this model is a regression, whose one number ranks")
+            raise ValueError(f"label: got {label!r}, but this model is a regression and ranks by its only number")
         return lambda logits: logits[:, 0].float()
     if label is None or isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < num_labels:
         raise ValueError(

@@ -92,8 +92,8 @@ def writer_of(destination: str, form: str | None) -> Callable[[IO[str], Predicti
     if form not in ("tsv", "jsonl"):
         got = f"format {form!r}" if form else f"the suffix {suffix!r}"
         raise ValueError(
-            f"output: {destination} has {got}, predictions are written as .tsv or .jsonl; name the output so, or pass "
-            "--output-format tsv|jsonl"
+            f"output: {destination} has {got}, but predictions are written as .tsv or .jsonl; use one of these "
+            "suffixes, or pass --output-format tsv|jsonl"
         )
     return _write_tsv if form == "tsv" else _write_json
 

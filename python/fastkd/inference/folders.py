@@ -272,8 +272,8 @@ def _begin(answering: Answering, files: Sequence[Path], block_rows: int, weights
         changed = changed_settings(run_file, settings)
         if changed:
             raise ValueError(
-                f"output: {folder} was begun with another {', '.join(changed)}; run the command as it was, or choose "
-                "another --output"
+                f"output: {folder} was started with another {', '.join(changed)}; run the command "
+                "as it was, or choose another --output"
             )
         return
     if folder.exists() and not folder.is_dir():

@@ -40,7 +40,7 @@ def common_order(
         _check_numbers(of_teacher, order, {"train": train, "dev": dev})
     elif teacher is not None and train.label_names not in (None, order):
         raise DataError(
-            f"teacher: its classes have no names, and {train.source} numbers them otherwise than the student; name "
+            f"teacher: its classes have no names, and {train.source} numbers them differently from the student; name "
             "them (id2label and label2id in its config.json)"
         )
     train, dev = _ordered(train, order), None if dev is None else _ordered(dev, order)

@@ -208,7 +208,7 @@ class LayerProbe:
             logits = self.model(**{**self._whole, **batch}).logits
             missing = sorted(set(range(self.num_layers)) - set(self._pooled))
             if missing:
-                raise RuntimeError(f"layers {missing} (0-based) did not run, so that they have no hidden states")
+                raise RuntimeError(f"layers {missing} (0-based) did not run, so they have no hidden states")
             hidden_states = torch.stack([self._pooled[index] for index in range(self.num_layers)])
             return ProbeOutput(logits, hidden_states, self._sequence)
         finally:

@@ -178,8 +178,8 @@ class UniversalKDLoss(nn.Module):
         layers = student_layer_logits.shape[0]
         if self.student_layers == "inner" and layers < 2:
             raise ValueError(
-                f'student_layers: "inner" leaves no layer of a student of {layers}; take "last" or "all", or a student '
-                "of more layers"
+                f'student_layers: "inner" leaves no layer in a student of depth {layers}; use '
+                '"last" or "all", or a deeper student'
             )
         student = _layers(student_layer_logits, self.student_layers, "student_layers")
         teacher = _layers(teacher_layer_logits, self.teacher_layers, "teacher_layers")

@@ -100,8 +100,8 @@ def check_adapter(adapted: Any, argument: str = "model", *, takes_any: bool = Fa
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(
-            f"{argument}: the base of its adapter has no folder or name from which it could be loaded again; save it, "
-            "load it with from_pretrained, and call get_peft_model on that"
+            f"{argument}: the base of its adapter has no folder or name to reload it from; save it, load it with "
+            "from_pretrained, and call get_peft_model on that"
         )
     saved = saved_config(base, {})
     if leaves_early and not isinstance(saved, EarlyExitConfig):

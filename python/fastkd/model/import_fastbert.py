@@ -189,9 +189,7 @@ def _state_of_model(loaded: Any, path: Path) -> Any:
         return loaded
     states = [name for name in _STATES if isinstance(loaded.get(name), Mapping)]
     if len(states) > 1:
-        raise ValueError(
-            f"checkpoint: {path} holds several models, {_listed(states)}; save the one that is meant alone"
-        )
+        raise ValueError(f"checkpoint: {path} holds several models, {_listed(states)}; save only the one to convert")
     return loaded[states[0]] if states else loaded
 
 
@@ -235,7 +233,8 @@ def convert(
     )
     if classes < 2:
         raise ValueError(
-            "checkpoint: its classifiers have one class, and nothing to decide; train on two labels or more"
+            "checkpoint: its classifiers have only one class, so there is nothing to decide; train on two labels or "
+            "more"
         )
     hidden_size = state["embedding.word_embedding.weight"].shape[-1]
     backbone = BertConfig(
@@ -279,7 +278,7 @@ def _of_model(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         plain = ".".join(parts)
         if plain in named:
-            raise ValueError(f"checkpoint: {plain} is there twice, once as {name}; save the model that is meant alone")
+            raise ValueError(f"checkpoint: {plain} is there twice, once as {name}; save only the model to convert")
         named[plain] = value
     return named
 
@@ -331,8 +330,8 @@ def _attention_heads(chosen: int | None, hidden_size: int) -> int:
     heads = chosen or hidden_size // _USUAL_HEAD_SIZE
     if heads < 1 or hidden_size % heads:
         raise ValueError(
-            f"num_attention_heads: got {chosen}, which the hidden size {hidden_size} of the checkpoint is no multiple "
-            "of; pass heads_num of the configuration that it was trained with"
+            f"num_attention_heads: got {chosen}, expected a divisor of the checkpoint's hidden size, {hidden_size}; "
+            "pass heads_num of the configuration it was trained with"
         )
     return heads
 
@@ -355,8 +354,8 @@ def _check_pooling(pooling: str | None) -> None:
         raise ValueError(f"pooling: got {pooling!r}, expected one of {', '.join(POOLINGS)}")
     raise ValueError(
         f"pooling: with {pooling!r} the official heads read {_OTHER_POOLINGS[pooling]}; those here read [CLS] and "
-        "never see padding, so they cannot give its answers. Train it with 'first', or convert it as 'first' for the "
-        "sake of its encoder and train its heads anew with finetune and distill"
+        "never see padding, so they cannot give its answers. Train it with 'first', or convert it as 'first' to keep "
+        "its encoder, and retrain its heads with finetune and distill"
     )
 
 

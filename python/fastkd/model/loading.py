@@ -116,7 +116,7 @@ def in_dtype(model: EarlyExitForSequenceClassification, dtype: str) -> EarlyExit
     """
     if model.config.quantized is not None:
         if dtype not in (INT8, "fp32"):
-            raise ValueError(f"dtype: got {dtype!r}, but the model is quantised to {INT8}; load the one that was not")
+            raise ValueError(f"dtype: got {dtype!r}, but the model is quantised to {INT8}; load the unquantised one")
         return model
     if dtype == INT8:
         return model.quantize()

@@ -845,7 +845,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
             return None
         if engine == "graphs" and self.config.is_replayed:
             raise ValueError(
-                f"engine: got 'graphs', whose padded layers {self.config.backbone.model_type!r} does not have; use "
+                f"engine: got 'graphs', but {self.config.backbone.model_type!r} has no padded layers for it; use "
                 "engine='packed', or model.stream_batches(batches)"
             )
         # asked first, because a compiler cannot trace the question for oneDNN
@@ -858,8 +858,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         can_pack = can_pack and (mask is None or packed.is_right_padded(mask))
         if not can_pack and engine == "packed":
             raise ValueError(
-                "engine: got 'packed', which needs input_ids padded on the right, no position_ids, and that no "
-                "gradient is wanted (torch.no_grad() at speed 0)"
+                "engine: got 'packed', which needs input_ids padded on the right, no position_ids and no gradient "
+                "(torch.no_grad() at speed 0)"
             )
         encoder = packed_encoder.encoder_of(self) if can_pack else None
         if encoder is not None and engine == "packed":

@@ -38,8 +38,8 @@ def saved_config(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Pre
     """The configuration beside the weights, of an encoder or of an early-exit model."""
     if kwargs.get("trust_remote_code"):
         raise ValueError(
-            "trust_remote_code: got True, but fastkd runs no code of a checkpoint; use an encoder that transformers "
-            "has itself"
+            "trust_remote_code: got True, but fastkd does not run a checkpoint's own code; use an encoder that comes "
+            "with transformers"
         )
     check_has_config(Path(path) / kwargs.get("subfolder", ""), "pretrained_model_name_or_path")
     with config_explained(path):
@@ -109,8 +109,7 @@ def config_explained(path: str | os.PathLike[str] | None) -> Iterator[None]:
         )
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"{place} asks for code of its own, which fastkd does not run; use an encoder that transformers has "
-                "itself"
+                f"{place} asks for its own code, which fastkd does not run; use an encoder that comes with transformers"
             ) from error
         # torch appends the stack of its C++
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -160,8 +159,8 @@ def check_loaded_dtype(config: EarlyExitConfig, path: str | os.PathLike[str] | N
     wanted = kwargs.get("dtype", kwargs.get("torch_dtype"))
     if config.quantized is not None and wanted not in (None, "auto", "float32", torch.float32):
         raise ValueError(
-            f"dtype: got {wanted}, but the model in {path} is quantised to {config.quantized}, with everything else in "
-            "float32; leave dtype out, or load the model that was not quantised"
+            f"dtype: got {wanted}, but the model in {path} is quantised to {config.quantized}, with everything else "
+            "in float32; leave dtype out, or load the unquantised model"
         )
 
 

@@ -74,7 +74,7 @@ def rank(
         raise ValueError("model: is in training mode, where no document leaves early; call model.eval() first")
     documents = _listed(documents)
     if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 1):
-        raise ValueError(f"top_k: got {top_k!r}, expected a whole number from 1 on, or None for all documents")
+        raise ValueError(f"top_k: got {top_k!r}, expected a whole number, at least 1, or None for all documents")
     if tokens_per_run < 1:
         raise ValueError(f"tokens_per_run: got {tokens_per_run}, expected at least 1")
     number = label_number(model.config, label)
@@ -125,7 +125,7 @@ def label_number(config: EarlyExitConfig, label: str | int | None) -> int | None
             "number"
         )
     if config.num_classes == 1 and label is not None:
-        raise ValueError(f"label: got {label!r}, but this model is a regression, whose one number ranks")
+        raise ValueError(f"label: got {label!r}, but this model is a regression and ranks by its only number")
     return cast("int | None", number)
 
 
@@ -150,7 +150,7 @@ def rank_rule(model: RankedModel, wanted: int, speed: float | None, label: int |
         mismatches.append(f"it is for other weights: {changed}; calibrate again")
     if mismatches:
         warnings.warn(
-            f"certificate: {'; '.join(mismatches)}; so the full model ranks", CalibrationWarning, stacklevel=4
+            f"certificate: {'; '.join(mismatches)}, so the full model ranks", CalibrationWarning, stacklevel=4
         )
     if mismatches or wanted > certificate.top_k:
         return RankRule.at_speed(0.0, wanted, model.exit_layers)

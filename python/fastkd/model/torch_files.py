@@ -29,7 +29,7 @@ def load_torch_file(path: Path, argument: str) -> Any:
         beginning = file.read(16)
     if not beginning.startswith((b"PK", b"\x80")):
         begins = f"begins with {beginning!r}" if beginning else "is empty"
-        raise ValueError(f"{argument}: {path} is no PyTorch file, it {begins}; download or copy the .bin file again")
+        raise ValueError(f"{argument}: {path} is not a PyTorch file, it {begins}; download or copy the .bin file again")
     try:
         if beginning.startswith(b"PK"):
             _check_archive(path)

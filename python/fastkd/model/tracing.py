@@ -101,7 +101,7 @@ def record_trace(
     if not recorder.logits:
         raise ValueError("batches: got none, expected at least one; is the data set empty?")
     if recorder.labels and len(recorder.labels) != len(recorder.logits):
-        raise ValueError("batches: some have labels and some have not; give labels to all of them or to none")
+        raise ValueError("batches: some have labels and some do not; give labels to all of them or to none")
     return ExitTrace(
         logits=torch.cat(recorder.logits),
         labels=torch.cat(recorder.labels) if recorder.labels else None,
@@ -188,7 +188,7 @@ def _counted(batches: LengthSortedBatches, on_batch: OnBatch) -> Iterator[Mappin
 def _record_batch(model: TracedModel, batch: Mapping[str, Tensor], recorder: _Recorder) -> None:
     if not isinstance(batch, Mapping):
         raise TypeError(
-            f"batches: got a {type(batch).__name__} in the place of a batch; expected dictionaries of tensors, or rows "
+            f"batches: got a {type(batch).__name__} instead of a batch; expected dictionaries of tensors, or rows "
             "together with tokenizer="
         )
     inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}

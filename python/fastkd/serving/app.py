@@ -45,7 +45,7 @@ _KINDS = {400: "Malformed", 404: "Validation", 413: "TooLarge", 405: "Validation
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": ErrorBody, "description": "No JSON"},
     413: {"model": ErrorBody, "description": "The body is too large"},
-    415: {"model": ErrorBody, "description": "The body is not said to be JSON"},
+    415: {"model": ErrorBody, "description": "The Content-Type is not JSON"},
     422: {"model": ErrorBody, "description": "Input that cannot be used"},
     424: {"model": ErrorBody, "description": "The model failed, or cannot do this"},
     429: {"model": ErrorBody, "description": "The queue is full: try again after Retry-After"},
@@ -182,7 +182,7 @@ def _add_own_paths(app: FastAPI, service: Service) -> None:
     async def reload() -> dict[str, Any]:
         """Load the model folder anew; only for a server with a token."""
         if service.options.token is None:
-            raise HTTPException(403, "reload: only a server that was given a token can be told to; or send it SIGHUP")
+            raise HTTPException(403, "reload: needs a server that was started with a token; or send the server SIGHUP")
         # what loads goes on where the client leaves, and is used
         return await asyncio.shield(service.reload())
 

@@ -48,4 +48,4 @@ class Refusal(Exception):
 
 def no_answer(seconds: float, retry_after: int) -> Refusal:
     """What a request is refused with that waited so long."""
-    return Refusal("Unhealthy", f"no answer within {seconds:g} seconds; ask again", retry_after)
+    return Refusal("Unhealthy", f"no answer within {seconds:g} seconds; try again", retry_after)

@@ -22,12 +22,12 @@ AFTER_REPLICAS = 1.0
 _OWN_PATHS = ("/-/healthz", "/-/routes")
 _HINTS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
 """Headers by which the proxy would let a client change how long it waits."""
-_DIED = "the replica that had this request has died; ask again"
+_DIED = "the replica that had this request has died; try again"
 _REASONS = {
-    404: "the server is starting or shutting down; ask again",
-    408: "no replica was ready in time; ask again",
-    429: "too many requests wait for a replica; ask again",
-    503: "no replica can be started now; ask again",
+    404: "the server is starting or shutting down; try again",
+    408: "no replica was ready in time; try again",
+    429: "too many requests are waiting for a replica; try again",
+    503: "no replica can be started now; try again",
 }
 """By the code that the proxy gives."""
 

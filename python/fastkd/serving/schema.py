@@ -25,7 +25,7 @@ class PredictRequest(_Body):
     )
     truncate: bool | None = Field(None, description="Cut what is too long; default: as the server was started.")
     truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"
-    raw_scores: bool = Field(False, description="Logits in the place of probabilities.")
+    raw_scores: bool = Field(False, description="Logits instead of probabilities.")
     parameters: dict[str, Any] | None = Field(
         None, description="Sent by huggingface_hub, which wants the answer to one input inside a list of one."
     )
@@ -86,7 +86,7 @@ class RerankRequest(_Body):
     texts: list[str] = Field(min_length=1)
     truncate: bool | None = None
     truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"
-    raw_scores: bool = Field(False, description="The number of a regression, or log-odds, in the place of its sigmoid.")
+    raw_scores: bool = Field(False, description="The number of a regression, or log-odds, instead of its sigmoid.")
     return_text: bool = False
     top_k: int | None = Field(
         None, ge=1, description="How many to give; others leave early where the model's certificate, or speed, says so."

@@ -216,17 +216,17 @@ class Service:
         """Load the model folder anew beside the old weights, and answer new requests by it; old ones end as they began.
 
         Raises:
-            Refusal: another reload is under way, or the folder cannot be loaded; the old model goes on.
+            Refusal: another reload is in progress, or the folder cannot be loaded; the old model goes on.
         """
         if self._reloading.locked():
-            raise Refusal("Overloaded", "reload: another one is under way", retry_after=5)
+            raise Refusal("Overloaded", "reload: another reload is in progress", retry_after=5)
         async with self._reloading:
             try:
                 worker = await self._loaded()
             except Exception as error:
                 self.metrics.reloads.labels("failed").inc()
                 log("reload", outcome="failed", reason=str(error))
-                raise Refusal("Backend", f"reload: {error}; the model before goes on answering") from error
+                raise Refusal("Backend", f"reload: {error}; the previous model keeps answering") from error
             if self.is_draining:
                 worker.stop()
                 raise Refusal("Unhealthy", "reload: the server is shutting down")
@@ -346,13 +346,13 @@ class Service:
 
     def _check_open(self, rows: int) -> None:
         if self.is_draining:
-            raise Refusal("Unhealthy", "the server is shutting down; ask another one", retry_after=1)
+            raise Refusal("Unhealthy", "the server is shutting down; try another server", retry_after=1)
         if not self.worker.is_alive:
             raise Refusal("Unhealthy", "the model's thread has died; restart the server")
         most = self.options.max_concurrent_requests
         if self._load.rows + rows > most:
             raise Refusal(
-                "Overloaded", f"{self._load.rows} inputs wait, and at most {most} may",
+                "Overloaded", f"{self._load.rows} inputs are waiting, and the limit is {most}",
                 retry_after=self._load.seconds_of(self._load.tokens),
             )  # fmt: skip
 
@@ -363,7 +363,7 @@ class Service:
         excess = self._load.tokens + tokens - most
         if excess > 0:
             raise Refusal(
-                "Overloaded", f"{self._load.tokens} tokens wait, and at most {most} may",
+                "Overloaded", f"{self._load.tokens} tokens are waiting, and the limit is {most}",
                 retry_after=self._load.seconds_of(excess),
             )  # fmt: skip
 
@@ -489,7 +489,7 @@ class Service:
         for request in list(self._everybody):
             future = request.caller.future
             if future is not None:
-                _fail([future], Refusal("Unhealthy", "the server is shutting down; ask another one", retry_after=1))
+                _fail([future], Refusal("Unhealthy", "the server is shutting down; try another server", retry_after=1))
                 _retrieve([future])
 
     async def close(self) -> None:

@@ -499,7 +499,7 @@ def _cast(model: EarlyExitForSequenceClassification, dtype: str) -> EarlyExitFor
 
 def _known(accuracy: float | None) -> float:
     if accuracy is None:
-        raise ValueError("data: the test rows have no labels, so that there is no accuracy; name labelled rows")
+        raise ValueError("data: the test rows have no labels, so there is no accuracy; name labelled rows")
     return accuracy
 
 

@@ -158,13 +158,13 @@ def parameters_to_train(trained: Sequence[nn.Module], adapter: Any, remedy: str)
     """
     if any(isinstance(part, Int8Linear) for module in trained for part in module.modules()):
         raise ValueError(
-            "model: its layers are quantised to int8, through which no gradient goes; train the model that was not "
-            "quantised, and quantise it then"
+            "model: its layers are quantised to int8, which has no gradients; train the unquantised model, then "
+            "quantise it"
         )
     everything = dict.fromkeys(parameter for module in trained for parameter in module.parameters())
     chosen = [parameter for parameter in everything if adapter is None or parameter.requires_grad]
     if not chosen:
-        raise ValueError(f"model: its adapter trains nothing of what is trained here; {remedy}")
+        raise ValueError(f"model: its adapter trains none of the weights that are trained here; {remedy}")
     check_dtypes(chosen)
     return chosen
 
@@ -219,8 +219,8 @@ def _check_checkpoints(checkpoints: Path) -> None:
     found = next((path.name for path in checkpoints.iterdir()), None)
     if found is not None:
         raise FileExistsError(
-            f"output_dir: {checkpoints} is needed for the checkpoints, but holds {found}, which no training left; move "
-            "it away, or choose another output_dir"
+            f"output_dir: {checkpoints} is needed for the checkpoints, but holds {found}, which training did not "
+            "write; move it away, or choose another output_dir"
         )
 
 

@@ -73,7 +73,7 @@ _FASTBERT: Mapping[str, Any] = {
 # what `transformers.Trainer` would do behind the back of an objective, and what to do instead
 _REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "label_smoothing_factor": ((0, 0.0, None), "the loss is the objective's own, which has no label smoothing"),
-    "remove_unused_columns": ((False,), "rows have no column that could go"),
+    "remove_unused_columns": ((False,), "rows have no unused columns"),
     "output_dir": ((), "checkpoints lie beside the finished model; pass output_dir to the training itself"),
     "label_names": ((["labels"], ("labels",)), "the labels of the rows are called 'labels'"),
 }

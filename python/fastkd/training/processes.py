@@ -83,6 +83,6 @@ def refuse_sharding(arguments: TrainingArguments) -> None:
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
     if arguments.fsdp or launched:
         raise ValueError(
-            "fsdp: heads and engines read whole weights, which accelerate's FSDP does not leave; start the processes "
+            "fsdp: heads and engines read whole weights, which accelerate's FSDP does not keep; start the processes "
             "with torchrun --nproc-per-node=N, or accelerate launch --multi_gpu, and pass fsdp=True"
         )

@@ -169,7 +169,7 @@ def tune(
     """
     check_trainable(model)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("model: it is tuned by one process, which looks at its clock; start it without torchrun")
+        raise ValueError("model: tuning runs in one process, which watches its own clock; start it without torchrun")
     rows, dev_rows = rows_for(model, train, dev, require_labels=False)
     assert dev_rows is not None
     if model.config.num_classes == 1 and not dev_rows.is_labelled:
