@@ -159,8 +159,6 @@ def test_files_that_the_build_names_are_there() -> None:
 
 def test_every_file_of_vector_code_is_compiled_for_aarch64() -> None:
     """All but the files that need the headers of that machine's Python."""
-    if shutil.which("make") is None:
-        pytest.skip("make is not installed")
     planned = subprocess.run(
         ["make", "--dry-run", "--always-make", "simd", f"PYTHON={sys.executable}"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -171,9 +169,10 @@ def test_every_file_of_vector_code_is_compiled_for_aarch64() -> None:
     assert compiled == {f"csrc/{path.name}" for path in set((ROOT / "csrc").glob("*.cpp")) - bound}
 
 
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+
+
 def planned_by_make(target: str, tree: Path = ROOT) -> str:
-    if shutil.which("make") is None:
-        pytest.skip("make is not installed")
     clean = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
     planned = subprocess.run(
         ["make", "--dry-run", "--always-make", target, f"SYSTEM_PYTHON={sys.executable}"],
@@ -182,6 +181,7 @@ def planned_by_make(target: str, tree: Path = ROOT) -> str:
     return planned.stdout
 
 
+@needs_make
 def test_packing_installs_no_developers_tools() -> None:
     for target in ("sdist", "wheel"):
         assert ".[dev]" not in planned_by_make(target), target
@@ -189,6 +189,7 @@ def test_packing_installs_no_developers_tools() -> None:
     assert ".[dev]" in planned_by_make("setup")
 
 
+@needs_make
 @pytest.mark.parametrize("leg", ["lowest", "newest"])
 def test_a_leg_without_a_wheel_builds_one_before_it_fetches_packages(leg: str, tmp_path: Path) -> None:
     shutil.copy(ROOT / "Makefile", tmp_path)
@@ -202,9 +203,8 @@ def test_a_leg_without_a_wheel_builds_one_before_it_fetches_packages(leg: str, t
     assert "auditwheel repair" not in planned_by_make(leg, tmp_path)
 
 
+@needs_make
 def test_release_wheels_without_a_container_say_so_in_a_sentence(tmp_path: Path) -> None:
-    if shutil.which("make") is None:
-        pytest.skip("make is not installed")
     docker = tmp_path / "docker"
     docker.write_text("#!/bin/sh\necho 'no daemon is running' >&2\necho 'a second line' >&2\nexit 1\n")
     docker.chmod(0o755)

@@ -108,7 +108,7 @@ class Plan:
         run = self._run(rule)
         if run is None:
             return self._answer_by_stages(model, tokens, rule)
-        answers = run(self.rows_for(rule.stages[0], None, tokens), tokens.cu_seqlens)
+        answers = run(self.rows_for(None, tokens), tokens.cu_seqlens)
         # asked afterwards, when it is known how far the rows went; a plan runs on copies of its own, whatever changed
         deepest = max(answers.exit_layer.tolist())
         if not self._are_current(range(1, deepest + 1), *(layer for layer in rule.layers if layer <= deepest)):
@@ -154,10 +154,8 @@ class Plan:
             self._stages[layers] = fk.PreparedStage(whole, head, embedding) if head is not None and is_whole else None
         return self._stages[layers]
 
-    def rows_for(
-        self, layers: range, hidden_states: Tensor | None, tokens: fk.PackedInput
-    ) -> Tensor | Sequence[Tensor]:
-        """What the stage of these layers takes: hidden states, or what the embedding is asked for."""
+    def rows_for(self, hidden_states: Tensor | None, tokens: fk.PackedInput) -> Tensor | Sequence[Tensor]:
+        """What a stage takes: hidden states, or what the embedding is asked for."""
         if hidden_states is not None:
             return hidden_states
         return self.embed(tokens) if self._embedding is None else self._embedded(tokens)
@@ -251,7 +249,7 @@ class _PlannedStages:
         assert layout.cu_seqlens is not None
         layer = stage[-1]
         speed = rule.threshold(layer) if thresholds is None else thresholds
-        rows = self._plan.rows_for(stage, hidden_states, self._tokens)
+        rows = self._plan.rows_for(hidden_states, self._tokens)
         left = prepared(rows, layout.cu_seqlens, speed, rule.criterion, row_ids, rule.top_n, record=record, layer=layer)
         if layer == rule.last_layer:
             record.write(row_ids, left.logits, left.uncertainty, layer)
