@@ -87,7 +87,7 @@ def test_it_says_what_the_trainings_and_the_calibration_found(tmp_path: Path) ->
     assert "Not measured." in tuned
     assert "not distilled" in tuned
     assert "speed=0.5" not in tuned
-    distilling = fastkd.DistillOptions(**OPTIONS, head_temperatures=False)
+    distilling = fastkd.DistillOptions(**OPTIONS, head_temperatures="none")
     fastkd.distill(model, TRAIN, DEV, tmp_path / "model", distilling, tokenizer)
     text = read(tmp_path / "model")
     assert re.search(r"\| distill dev \| 2 \|", text)

@@ -13,7 +13,13 @@ import torch
 from tiny_models import early_exit_model, one_thread, random_batch, tokenizer_of  # noqa: F401  # a fixture
 from training_worker import load, options_of, rows, save_plain, train
 
-from fastkd.training.head_temperatures import agreement_temperatures, divide_logits, probability_temperatures
+from fastkd import DistillOptions
+from fastkd.training.head_temperatures import (
+    HEAD_TEMPERATURES,
+    agreement_temperatures,
+    divide_logits,
+    probability_temperatures,
+)
 from fastkd.training.self_distillation import distill
 
 
@@ -76,17 +82,23 @@ def _distilled(folder: Path, output: Path, dev: Any, **changes: Any) -> tuple[An
 
 
 @pytest.mark.slow
-def test_distill_gives_temperatures_that_every_engine_and_the_saved_model_have(finetuned: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["answers", "probabilities"])
+def test_distill_gives_temperatures_that_every_engine_and_the_saved_model_have(
+    finetuned: Path, tmp_path: Path, kind: str
+) -> None:
     dev = rows(40, seed=1)
-    model, metrics = _distilled(finetuned, tmp_path / "with", dev)
-    plain, plain_metrics = _distilled(finetuned, tmp_path / "without", dev, head_temperatures=False)
+    changes = {} if kind == DistillOptions().head_temperatures else {"head_temperatures": kind}
+    model, metrics = _distilled(finetuned, tmp_path / "with", dev, **changes)
+    plain, plain_metrics = _distilled(finetuned, tmp_path / "without", dev, head_temperatures="none")
     found = [metrics[f"temperature_layer_{layer}"] for layer in (1, 2, 3)]
     with torch.no_grad():
         before = plain.trace(dev, tokenizer=tokenizer_of("bert"), max_length=16).logits
         after = load(tmp_path / "with").trace(dev, tokenizer=tokenizer_of("bert"), max_length=16).logits
         torch.testing.assert_close(after * torch.tensor([*found, 1])[:, None], before, rtol=1e-4, atol=1e-5)
         # nothing is left to gain on these rows
-        assert probability_temperatures(after[:, :-1], after[:, -1]) == pytest.approx([1, 1, 1], rel=1e-2)
+        fitted = HEAD_TEMPERATURES[kind]
+        assert fitted is not None
+        assert fitted(after[:, :-1], after[:, -1]) == pytest.approx([1, 1, 1], rel=1e-2)
         packed, padded = (model(**random_batch(), speed=0.3, engine=engine) for engine in ("packed", "batch"))
     assert torch.equal(packed.exit_layer, padded.exit_layer)
     # no head answers otherwise; what its uncertainty lets leave does change

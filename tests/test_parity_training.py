@@ -77,7 +77,7 @@ def test_the_preset_names_every_quirk_and_nothing_is_on_by_default() -> None:
     assert (tuned.redraw_heads, tuned.keep_last) == (True, False)
     assert (distilled.epochs, distilled.learning_rate, distilled.direction) == (5, 2e-4, "forward")
     assert (distilled.frozen_dropout, distilled.keep_last, distilled.temperature) == (True, True, 1.0)
-    assert not distilled.head_temperatures
+    assert distilled.head_temperatures == "none"
     for plain_options in (FinetuneOptions(), DistillOptions()):
         assert (plain_options.schedule_epochs, plain_options.bias_correction) == (None, True)
         assert (plain_options.shuffle_once, plain_options.keep_last) == (False, False)

@@ -66,12 +66,12 @@ def distill(
         bool, typer.Option("--learned-exit", help="Also learn when to leave, for the criterion learned.")
     ] = False,
     head_temperatures: Annotated[
-        bool,
+        str,
         typer.Option(
-            "--head-temperatures/--no-head-temperatures",
-            help="Make each head as certain as the last head is on the dev rows.",
+            help="Match each head's certainty on the dev rows to the last head's 'answers' or 'probabilities'; 'none': "
+            "leave it."
         ),
-    ] = True,
+    ] = "answers",
     states_gib: Annotated[
         float,
         typer.Option(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from scipy.optimize import minimize_scalar
@@ -43,6 +44,12 @@ def probability_temperatures(early_logits: Tensor, last_logits: Tensor) -> list[
     Arguments and result are those of `agreement_temperatures`.
     """
     return _temperatures(early_logits, last_logits.double().softmax(-1))
+
+
+HEAD_TEMPERATURES: Mapping[str, Callable[[Tensor, Tensor], list[float]] | None] = MappingProxyType(
+    {"answers": agreement_temperatures, "probabilities": probability_temperatures, "none": None}
+)
+"""What a head's temperature may be fitted to: the last head's answers, or its probabilities."""
 
 
 def _temperatures(early_logits: Tensor, target: Tensor) -> list[float]:

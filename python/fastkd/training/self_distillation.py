@@ -37,11 +37,12 @@ from fastkd.exits.trace import ExitTrace
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.training.checks import opened, parameters_to_train, require, rows_for
 from fastkd.training.harness import Objective, TrainingStage, TrainOptions, TrainResult
-from fastkd.training.head_temperatures import divide_logits, probability_temperatures
+from fastkd.training.head_temperatures import HEAD_TEMPERATURES, divide_logits
 from fastkd.training.hidden_states import HiddenStates
 from fastkd.training.log import RECORDED_SPEED
 from fastkd.training.metrics import head_scores
 from fastkd.training.model_parts import PartTraining, check_part, train_part
+from fastkd_kernels.checks import check_choice
 
 _KEEP_HEADS = "keep the heads by modules_to_save=['heads'] in its configuration"
 _TRAIN, _DEV = "train_rows", "dev_rows"
@@ -63,10 +64,12 @@ class DistillOptions(TrainOptions):
         frozen_dropout: dropout also acts in the frozen backbone and last head while the other heads learn, so that they
             learn from noisy answers to noisy hidden states, as in FastBERT's code.
         learned_exit: also train a learned exit (criterion "learned"); a model that has one always trains it on.
-        head_temperatures: afterwards give every early head the temperature at which it predicts the last head's
-            probabilities on the dev rows best (`probability_temperatures` of `fastkd.training.head_temperatures`);
-            without dev rows, for a regression and beside a learned exit nothing is done. It is part of the saved
-            weights, and changes no head's answer.
+        head_temperatures: afterwards divide the logits of every early head by the temperature at which it predicts the
+            last head best on the dev rows: its "answers", or its "probabilities"; "none" leaves the heads as they are.
+            A head's probability then says how likely the full model gives the same answer, or the same probability
+            (`agreement_temperatures`, `probability_temperatures` of `fastkd.training.head_temperatures`). Without dev
+            rows, for a regression and beside a learned exit nothing is done. It is part of the saved weights, and
+            changes no head's answer.
         states_gib: memory for the frozen hidden states that the heads read, of training and dev rows each. Where they
             fit, the backbone runs once a row and not once an epoch, with the same results but for rounding; 0: never.
             They are computed anew with `frozen_dropout`, in several processes, and for an encoder whose answers depend
@@ -81,12 +84,12 @@ class DistillOptions(TrainOptions):
     t2_scale: bool = True
     frozen_dropout: bool = False
     learned_exit: bool = False
-    head_temperatures: bool = True
+    head_temperatures: Literal["answers", "probabilities", "none"] = "answers"
     states_gib: float = 4.0
 
     _fastbert: ClassVar[Mapping[str, Any]] = {
         "epochs": 5,
-        "head_temperatures": False,
+        "head_temperatures": "none",
         "learning_rate": 2e-4,
         "frozen_dropout": True,
         "keep_last": True,
@@ -101,6 +104,7 @@ class DistillOptions(TrainOptions):
         require("min_steps", self.min_steps, self.min_steps >= 0, "0 or more")
         require("states_gib", self.states_gib, self.states_gib >= 0, "0 or more")
         require("direction", self.direction, self.direction in ("forward", "reverse"), "'forward' or 'reverse'")
+        check_choice("head_temperatures", self.head_temperatures, HEAD_TEMPERATURES)
 
 
 def distill(
@@ -280,13 +284,14 @@ class _SelfDistillation(Objective):
     def with_temperatures(self, stage: TrainingStage, arguments: TrainingArguments, result: TrainResult) -> TrainResult:
         """Give the heads their temperatures; the result with them, and with what early exit now does on dev rows."""
         heads = self.model.early_heads
-        if stage.dev is None or not self.options.head_temperatures:
+        fitted = HEAD_TEMPERATURES[self.options.head_temperatures]
+        if stage.dev is None or fitted is None:
             return result
         is_classifier = self.model.config.num_classes > 1 and self.model.learned_exit is None
         if not (is_classifier and all(is_plain_linear(head.out_proj) for head in heads)):
             return result
         logits, labels = self._answers(stage, stage.dev, arguments)
-        found = probability_temperatures(logits[:, :-1], logits[:, -1])
+        found = fitted(logits[:, :-1], logits[:, -1])
         divide_logits(heads, found)
         logits[:, :-1] /= logits.new_tensor(found)[:, None]
         layers = self.model.exit_layers

@@ -368,7 +368,7 @@ class _Search:
             max_steps=steps,
             eval_steps=max(1, -(-steps // _EVALUATIONS)),
             # it judges the model without and with them
-            head_temperatures=False,
+            head_temperatures="none",
             # a training that was interrupted goes on from its checkpoints, one that was not judged is made again
             resume=True,
             overwrite=True,
