@@ -202,3 +202,12 @@ def test_the_extension_is_in_place_before_the_package_is_imported(
     assert gpu_report.main([]) == 2
     assert order == ["taken", "asked"]
     assert "no torch" in capsys.readouterr().err
+
+
+def test_no_other_folder_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").touch()
+    bundle.check_folder(tmp_path)
+    (tmp_path / "photo.jpg").touch()
+    with pytest.raises(RuntimeError, match=r"holds photo\.jpg, which would be lost"):
+        bundle.assemble(tmp_path, [], tmp_path, [], 0.0)
+    assert (tmp_path / "photo.jpg").exists()

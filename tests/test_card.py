@@ -18,6 +18,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from tiny_models import early_exit_model, one_thread, random_batch, tokenizer_of
 
 import fastkd
+from fastkd.data.own_files import CARD_MARK
 from fastkd.model import card
 
 __all__ = ["one_thread"]
@@ -131,7 +132,7 @@ def test_a_regression_has_its_own_words(tmp_path: Path) -> None:
 def test_a_card_that_somebody_wrote_is_kept(tmp_path: Path) -> None:
     model = early_exit_model()
     model.save_pretrained(tmp_path)
-    own = read(tmp_path).replace(card._MARK, "").replace("leaves early", "is mine")
+    own = read(tmp_path).replace(CARD_MARK, "").replace("leaves early", "is mine")
     (tmp_path / "README.md").write_text(own, encoding="utf-8")
     model.save_pretrained(tmp_path)
     assert read(tmp_path) == own
@@ -188,7 +189,7 @@ def test_a_push_takes_the_card_along(hub: Path) -> None:
     batch = random_batch()
     with torch.no_grad():
         assert torch.equal(again(**batch, speed=0.5).logits, model(**batch, speed=0.5).logits)
-    own = text.replace(card._MARK, "") + "\nMine.\n"
+    own = text.replace(CARD_MARK, "") + "\nMine.\n"
     (pushed / "README.md").write_text(own, encoding="utf-8")
     model.push_to_hub("me/classifier")
     assert read(pushed).endswith("\nMine.\n")

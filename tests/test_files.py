@@ -24,7 +24,7 @@ from fastkd.data import files
 def model_folder(path: Path, content: str = "old") -> Path:
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps({"model_type": files.MODEL_TYPE}))
-    (path / "weights").write_text(content)
+    (path / "model.safetensors").write_text(content)
     return path
 
 
@@ -112,13 +112,19 @@ def test_only_folders_that_fastkd_wrote_are_replaced(tmp_path: Path, monkeypatch
     monkeypatch.chdir(work / "here")
     holding = model_folder(tmp_path / "holding")
     (holding / "train.tsv").write_text("rows")
+    annotated = model_folder(tmp_path / "annotated")
+    (annotated / "notes.txt").write_text("mine")
+    carded = model_folder(tmp_path / "carded")
+    (carded / "README.md").write_text("my own card")
     plain = tmp_path / "plain"
     plain.mkdir()
     (plain / "config.json").write_text(json.dumps({"model_type": "bert"}))
     expected = {
         photos: "was not written by fastkd",
         plain: "was not written by fastkd",
-        nested: "holds the folder notes",
+        nested: "holds the folder notes, which is yours",
+        annotated: "holds notes.txt, which is yours and would be lost; move it away",
+        carded: "holds README.md, which is yours",
         work: "the folder you are in",
         tmp_path / "home": "(the folder you are in|your home folder)",
         holding: "is an input",
@@ -131,9 +137,10 @@ def test_only_folders_that_fastkd_wrote_are_replaced(tmp_path: Path, monkeypatch
             with pytest.raises((FileExistsError, ValueError), match=words), files.atomic_folder(folder):
                 pass
             assert sorted(path for path in folder.rglob("*")) == content
-    with files.atomic_folder(holding) as fresh:
-        (fresh / "weights").write_text("new")
-    assert [path.name for path in holding.iterdir()] == ["weights"]
+    (annotated / "notes.txt").unlink()
+    with files.atomic_folder(annotated) as fresh:
+        (fresh / "model.safetensors").write_text("new")
+    assert [path.name for path in annotated.iterdir()] == ["model.safetensors"]
 
 
 def test_the_log_of_a_training_is_a_mark_too(tmp_path: Path) -> None:
@@ -149,9 +156,9 @@ def test_a_link_to_a_folder_stays(tmp_path: Path) -> None:
     folder, link = model_folder(tmp_path / "disk" / "model"), tmp_path / "model"
     link.symlink_to(folder)
     with files.atomic_folder(link) as fresh:
-        (fresh / "weights").write_text("new")
+        (fresh / "model.safetensors").write_text("new")
     assert link.is_symlink()
-    assert (folder / "weights").read_text() == "new"
+    assert (folder / "model.safetensors").read_text() == "new"
 
 
 KILLED_WHILE_REPLACING = """
@@ -177,7 +184,7 @@ KILLED_WHILE_REPLACING = """
         files._exchange = killed_at(files._exchange)
     with files.atomic_folder(target) as fresh:
         (fresh / "config.json").write_text('{"model_type": "fastkd_early_exit"}')
-        (fresh / "weights").write_text("new")
+        (fresh / "model.safetensors").write_text("new")
 """
 
 
@@ -191,10 +198,10 @@ def test_a_kill_at_any_step_of_the_replacement_leaves_a_model(tmp_path: Path, ca
     if can_exchange:
         assert target.is_dir()
     files.restore(target)
-    assert (target / "weights").read_text() in ("old", "new")
+    assert (target / "model.safetensors").read_text() in ("old", "new")
     with files.atomic_folder(target) as fresh:
-        (fresh / "weights").write_text("newest")
-    assert (target / "weights").read_text() == "newest"
+        (fresh / "model.safetensors").write_text("newest")
+    assert (target / "model.safetensors").read_text() == "newest"
     assert {path.name for path in tmp_path.iterdir()} <= {"model", "a", "b"}
 
 
@@ -249,7 +256,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path, error: Exc
         with pytest.raises(OSError, match=r"the disk is full, so .* was not written; make room"), writer():  # type: ignore[attr-defined]
             raise error
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert (target / "weights").read_text() == "old"
+    assert (target / "model.safetensors").read_text() == "old"
     with pytest.raises(_Foreign, match="something else"), files.atomic_path(tmp_path / "x"):
         raise _Foreign("something else")
 

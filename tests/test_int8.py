@@ -6,12 +6,13 @@ import copy
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import QUANTISABLE, early_exit_model, random_batch, row_of
+from tiny_models import QUANTISABLE, early_exit_model, random_batch, row_of, tokenizer_of
 from torch import Tensor, nn
 
 import fastkd
@@ -265,3 +266,15 @@ def test_auto_keeps_what_a_certificate_promises() -> None:
     model.config.certificate = _certificate("bfloat16")
     assert choose_dtype(model) == ("bf16", "its certificate is for it")
     assert choose_dtype(quantised()) == ("int8", "its weights are saved in it")
+
+
+def test_heads_are_distilled_anew_on_an_int8_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastkd.training.harness.bf16_is_fast", lambda: True)
+    texts, tokenizer = ["good", "bad", "so so"] * 4, tokenizer_of("bert")
+    model = quantised()
+    before = model.early_heads[0].narrow.weight.clone()
+    options = fastkd.DistillOptions(max_length=16, max_steps=3, progress=False)
+    fastkd.distill(model, texts, None, tmp_path / "out", options, tokenizer)
+    assert not torch.equal(model.early_heads[0].narrow.weight, before)
+    with pytest.raises(ValueError, match=r"bf16: got True, but the model is quantised to int8"):
+        fastkd.distill(model, texts, None, tmp_path / "other", replace(options, bf16=True), tokenizer)

@@ -340,6 +340,12 @@ def test_two_processes_train_a_student_with_early_heads(tmp_path: Path) -> None:
 # Refused before any work
 
 
+def test_a_teacher_is_not_a_model(teacher: Path) -> None:
+    model: Any = Teacher.load(teacher).model
+    with pytest.raises(TypeError, match=r"teacher: got \w+, expected a fastkd.Teacher, a folder or None"):
+        KDTrainer(model, "layers:2", "kd")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

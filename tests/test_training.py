@@ -546,9 +546,30 @@ def test_a_finished_folder_is_replaced_only_when_told(finetuned: Path, tmp_path:
     with pytest.raises(FileExistsError, match=r"out already exists; choose another, or pass overwrite=True"):
         train("distill", load(finetuned), tmp_path / "out", max_steps=1)
     assert (tmp_path / "out" / "notes.txt").exists()
+    with pytest.raises(FileExistsError, match=r"out holds notes\.txt, which is yours and would be lost"):
+        train("distill", load(finetuned), tmp_path / "out", max_steps=1, overwrite=True)
+    before = (tmp_path / "out" / LOG_FILE).read_text()
+    (tmp_path / "out" / "notes.txt").unlink()
     train("distill", load(finetuned), tmp_path / "out", max_steps=1, overwrite=True)
-    assert not (tmp_path / "out" / "notes.txt").exists()
+    assert (tmp_path / "out" / LOG_FILE).read_text() != before
     assert _leftovers(tmp_path) == ["out"]
+
+
+def test_a_file_of_the_user_among_the_checkpoints_stays(finetuned: Path, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "out.checkpoints"
+
+    class Notes(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            (Path(args.output_dir) / "notes.txt").write_text("mine")
+
+    options = DistillOptions(max_steps=1, max_length=16, progress=False)
+    texts = [row["text_a"] for row in rows(20).dataset]
+    distill(load(finetuned), texts, None, tmp_path / "out", options, tokenizer_of("bert"), callbacks=[Notes()])
+    assert [path.name for path in checkpoints.iterdir()] == ["notes.txt"]
+    (checkpoints / "run.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"needed for the checkpoints, but holds notes\.txt"):
+        train("distill", load(finetuned), tmp_path / "out", max_steps=1, overwrite=True)
+    assert (checkpoints / "notes.txt").read_text() == "mine"
 
 
 # Two processes

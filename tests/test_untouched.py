@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +14,16 @@ from tiny_models import (
     early_exit_model,
     one_thread,  # noqa: F401  # a fixture
     random_batch,
+    tokenizer_of,
 )
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 import fastkd
 from fastkd.encoders.untouched import is_plain_linear, is_untouched
+from fastkd.kd.options import KDOptions
+
+ROWS = {"text": ["good", "bad", "so so", "good film"] * 4, "label": ["a", "b", "c", "b"] * 4}
 
 Model = fastkd.EarlyExitForSequenceClassification
 
@@ -107,6 +112,74 @@ def test_a_quantised_model_answers_about_the_same(speed: float, engine: str | No
     expected, got = answers(model, speed), answers(quantised, speed, engine)
     assert (expected.logits.argmax(1) == got.logits.argmax(1)).float().mean() > 0.7
     assert not torch.equal(expected.logits, got.logits)
+
+
+def quantise_with_pytorch(model: nn.Module) -> None:
+    torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8, inplace=True)
+
+
+def quantise_with_torchao(model: nn.Module) -> None:
+    quantization: Any = pytest.importorskip(
+        "torchao.quantization", reason="torchao is not installed: pip install torchao"
+    )
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+
+
+quantised_by = pytest.mark.parametrize("quantise", [quantise_with_pytorch, quantise_with_torchao])
+QUANTISED = r"PyTorch or torchao quantised its \S+attention\.self\.query; "
+
+
+@quantised_by
+@pytest.mark.parametrize("part", ["model", "backbone"])
+def test_a_quantised_model_is_traced(quantise: Callable[[nn.Module], None], part: str) -> None:
+    model = early_exit_model()
+    model.confirm_weights()
+    before = model.trace(ROWS, tokenizer=tokenizer_of("bert"), max_length=16)
+    quantise(model if part == "model" else model.backbone)
+    answers(model, 0.0)
+    assert model.changed_weights() is not None
+    model.confirm_weights()
+    assert model.changed_weights() is None
+    traces = [model.trace(ROWS, tokenizer=tokenizer_of("bert"), max_length=16) for _ in range(2)]
+    assert traces[0].source.model == traces[1].source.model != before.source.model
+
+
+@quantised_by
+@pytest.mark.parametrize("part", ["model", "backbone"])
+def test_a_quantised_model_is_neither_saved_nor_trained(
+    quantise: Callable[[nn.Module], None], part: str, tmp_path: Path
+) -> None:
+    model, tokenizer = early_exit_model(), tokenizer_of("bert")
+    quantise(model if part == "model" else model.backbone)
+    teacher, quantised_teacher = fastkd.Teacher(early_exit_model(), tokenizer), fastkd.Teacher(model, tokenizer)
+    texts, out = ROWS["text"], tmp_path / "out"
+    short, train = KDOptions(max_length=16), "train the unquantised model, then quantise it"
+    refused: list[tuple[str, Callable[[], Any]]] = [
+        ("save the unquantised model", lambda: model.save_pretrained(out)),
+        ("take the first layers of the unquantised model", lambda: model.first_layers(2)),
+        (train, lambda: fastkd.distill(model, texts, None, out, fastkd.DistillOptions(), tokenizer)),
+        (train, lambda: fastkd.finetune(model, ROWS, None, out, fastkd.FinetuneOptions(), tokenizer)),
+        (train, lambda: fastkd.tune(model, ROWS, ROWS, out, fastkd.TuneOptions(), tokenizer)),
+        (train, lambda: fastkd.KDTrainer(teacher, model, "kd")),
+        (
+            "make it from the unquantised teacher",
+            lambda: fastkd.KDTrainer(quantised_teacher, "layers:2", "kd", short).train(ROWS, None, out),
+        ),
+    ]
+    for remedy, call in refused:
+        with pytest.raises(ValueError, match=f"{QUANTISED}.*{remedy}"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("quantise", [quantise_with_pytorch, quantise_with_torchao, Model.quantize])
+def test_a_quantised_model_teaches(quantise: Callable[[Model], Any], tmp_path: Path) -> None:
+    model, tokenizer = early_exit_model(), tokenizer_of("bert")
+    quantise(model)
+    options = KDOptions(max_length=16, max_steps=1, bf16=True, progress=False)
+    trainer = fastkd.KDTrainer(fastkd.Teacher(model, tokenizer), early_exit_model(), "kd", options)
+    trainer.train(ROWS, None, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").is_file()
 
 
 @pytest.mark.parametrize("place", ["head", "narrow", "out_proj"])

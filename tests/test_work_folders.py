@@ -53,14 +53,23 @@ def test_what_a_killed_process_left_is_nobodys(tmp_path: Path) -> None:
 
 
 def test_no_input_is_removed_to_start_over(tmp_path: Path) -> None:
-    for name in ("model", "corpus"):
+    for name, file in (("model", "model.safetensors"), ("corpus", "train.tsv")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "train.tsv").touch()
+        (tmp_path / name / file).touch()
     with (
         reading(tmp_path / "corpus"),
         pytest.raises(ValueError, match=r"corpus would be removed, but .*corpus is an input"),
     ):
         forget_folders([tmp_path / "model", tmp_path / "corpus"])
-    assert (tmp_path / "model" / "train.tsv").exists()
+    assert (tmp_path / "model" / "model.safetensors").exists()
     forget_folders([tmp_path / "model", tmp_path / "corpus", tmp_path / "absent"])
     assert not list(tmp_path.iterdir())
+
+
+def test_no_file_of_the_user_is_removed_to_start_over(tmp_path: Path) -> None:
+    for path in ("model/config.json", "model.checkpoints/checkpoint-7/notes.txt"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).touch()
+    with pytest.raises(FileExistsError, match=r"checkpoint-7/notes\.txt is yours; move it away"):
+        forget_folders([tmp_path / "model", tmp_path / "model.checkpoints"])
+    assert (tmp_path / "model" / "config.json").exists()

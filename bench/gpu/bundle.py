@@ -102,6 +102,7 @@ def make(folder: Path, steps: Sequence[str], tests: Sequence[str], cache: Path |
     Raises:
         RuntimeError: something could not be built, or the bundle exceeds MOST_BYTES.
     """
+    check_folder(folder)
     began = os.times()
     with tempfile.TemporaryDirectory(prefix="gpu-bundle-") as temporary:
         work = Path(temporary)
@@ -119,8 +120,9 @@ def assemble(
     """The bundle of what was made; returns its manifest.
 
     Raises:
-        RuntimeError: it exceeds MOST_BYTES.
+        RuntimeError: it exceeds MOST_BYTES, or see `check_folder`.
     """
+    check_folder(folder)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for library in libraries:
@@ -138,6 +140,21 @@ def assemble(
     if size > MOST_BYTES:
         raise RuntimeError(f"the bundle has {size / 2**20:.1f} MiB, at most {MOST_BYTES >> 20} may travel")
     return manifest
+
+
+def check_folder(folder: Path) -> None:
+    """Raise RuntimeError where a folder holds anything that is not part of a bundle."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise RuntimeError(f"--output: {folder} is a file; give a folder")
+    foreign = next((path.name for path in sorted(folder.iterdir()) if not _is_part(path)), None)
+    if foreign is not None:
+        raise RuntimeError(f"--output: {folder} holds {foreign}, which would be lost; give another folder")
+
+
+def _is_part(path: Path) -> bool:
+    return path.is_file() and (path.name in (_MANIFEST, _ARCHIVE) or path.match("_C*.so"))
 
 
 def size_of(folder: Path) -> int:

@@ -1,7 +1,8 @@
 """Output files and folders that are either whole or absent, and never take the place of what they must not.
 
 A regular file is written under a temporary name and renamed; links are followed; pipes and devices are written to. A
-folder is replaced only where fastkd wrote it. What a killed run left behind is removed, or put back, by the next one.
+folder is replaced only where fastkd wrote all of it. The next run removes what a killed one left, or puts it
+back.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import reprlib
 import shutil
 import socket
@@ -23,6 +23,8 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
+
+from fastkd.data.own_files import foreign_in_model, temporary
 
 _CHECKSUM = "crc32"
 MODEL_TYPE = "fastkd_early_exit"
@@ -244,7 +246,7 @@ def check_output_folder(folder: str | os.PathLike[str], *, overwrite: bool) -> N
     """Find out before any work whether a folder may be made, or take the place of the one that is there.
 
     Raises:
-        FileExistsError: something is there, and `overwrite` is False or fastkd did not write it.
+        FileExistsError: something is there, and `overwrite` is False or fastkd did not write all of it.
         NotADirectoryError: what it would lie in is a file.
         ValueError: an input of the command, the working folder or the home folder would be lost.
     """
@@ -278,11 +280,12 @@ def _check_replaceable(target: Path) -> None:
     read = holds_input(target)
     if read is not None:
         raise ValueError(f"output_dir: {target} would be replaced, but {read} is an input; choose another output")
-    folders = [path for path in target.iterdir() if path.is_dir()]
-    if folders:
+    foreign = foreign_in_model(target)
+    if foreign is not None:
+        what = f"the folder {foreign.name}" if foreign.is_dir() else foreign.name
         raise FileExistsError(
-            f"output_dir: {target} holds the folder {folders[0].name}, which fastkd did not write; move it away, or "
-            "choose another output"
+            f"output_dir: {target} holds {what}, which is yours and would be lost; move it away, or choose another "
+            "output"
         )
 
 
@@ -377,20 +380,14 @@ def _temporary_prefix(name: str) -> str:
     return f".{name}-fastkd-{_here()}-{os.getpid()}-"
 
 
-_TEMPORARY = re.compile(r"\.(?P<name>.+)-fastkd-(?P<here>[0-9a-f]{8})-(?P<process>\d+)-[^-]*")
 _cleared: set[tuple[int, Path]] = set()
-
-
-def is_temporary(path: Path) -> bool:
-    """Whether a file or folder is one that `atomic_path` or `atomic_folder` has, or a killed run left."""
-    return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def _left_in(folder: Path) -> Iterator[tuple[str, Path]]:
     """The temporaries in a folder whose process on this machine is gone, each with the name that it was for."""
     here = _here()
     for entry in list(folder.iterdir()):
-        match = _TEMPORARY.fullmatch(entry.name)
+        match = temporary(entry)
         if match and match["here"] == here and not _runs(int(match["process"])):
             yield match["name"], entry
 

@@ -1,13 +1,15 @@
-"""Files of tensors that notice when they were damaged: safetensors with a checksum of all that it holds."""
+"""Files of tensors that notice when they were damaged: safetensors with a checksum of all that it holds. And the plain
+tensors inside a state dictionary, whoever quantised it.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -37,6 +39,38 @@ def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found[name] = tensor.clone() if memory in taken else tensor
         taken.add(memory)
     return found
+
+
+def plain_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What a state dictionary holds, each with its name; quantised tensors as the plain ones they consist of.
+
+    PyTorch puts tuples, dtypes and quantised tensors into it, torchao tensors of its own classes. Anything that is no
+    tensor comes as it is.
+    """
+    for name, value in state.items():
+        yield from _parts(name, value)
+
+
+def _parts(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, (tuple, list)):
+        inner = {str(place): part for place, part in enumerate(value)}
+    elif isinstance(value, Tensor) and type(value).__module__.startswith("torchao."):
+        inner = {part: getattr(value, part) for part in cast(Any, value).__tensor_flatten__()[0]}
+    elif isinstance(value, Tensor) and value.is_quantized:
+        inner = _parts_of_quantised(value)
+    else:
+        yield name, value
+        return
+    for part, found in inner.items():
+        yield from _parts(f"{name}.{part}", found)
+
+
+def _parts_of_quantised(value: Tensor) -> dict[str, Tensor]:
+    if value.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        scale, zero = torch.tensor(value.q_scale()), torch.tensor(value.q_zero_point())
+    else:
+        scale, zero = value.q_per_channel_scales(), value.q_per_channel_zero_points()
+    return {"codes": value.int_repr(), "scale": scale, "zero_point": zero}
 
 
 def load_tensors(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from fastkd.data.files import holds_input, is_temporary, write_json
+from fastkd.data.files import holds_input, write_json
+from fastkd.data.own_files import foreign_in_work, remove_own, temporary
 
 MARK = "fastkd.json"
 """Says whose folder it is."""
@@ -30,7 +30,7 @@ def check_work_folder(folder: Path, command: str, kept_from: Sequence[str] = ())
         raise FileExistsError(f"output: {folder} is not a folder; choose another --output")
     if not folder.exists() or owner_of(folder) in (command, *kept_from):
         return
-    found = [path for path in folder.iterdir() if not is_temporary(path)]
+    found = [path for path in folder.iterdir() if temporary(path) is None]
     foreign = next((path.name for path in found if owner_of(path) not in kept_from), None)
     if foreign is not None:
         raise FileExistsError(
@@ -56,11 +56,17 @@ def forget_folders(folders: Sequence[Path]) -> None:
     """Remove these of a claimed folder, to start over.
 
     Raises:
+        FileExistsError: one of them holds a file that fastkd did not write; then none is removed.
         ValueError: one of them holds an input of the command; then none is removed.
     """
     for folder in folders:
         read = holds_input(folder)
         if read is not None:
             raise ValueError(f"output: {folder} would be removed, but {read} is an input; choose another --output")
+        foreign = foreign_in_work(folder)
+        if foreign is not None:
+            raise FileExistsError(
+                f"output: {folder} would be removed, but {foreign} is yours; move it away, or choose another --output"
+            )
     for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_own(folder)

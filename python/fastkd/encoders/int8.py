@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import fastkd_kernels as fk
-from fastkd.encoders.untouched import has_plain_weight, is_untouched
+from fastkd.encoders.untouched import has_plain_weight, is_untouched, quantised_elsewhere
 from fastkd.exits.merged_state import is_adapter
 
 INT8 = "int8"
@@ -226,7 +226,7 @@ def why_not(layers: Iterable[nn.Module], device: torch.device) -> str | None:
     if any(map(is_adapter, modules)):
         return "an adapter of peft is in its layers; merge it first (merge_and_unload)"
     linears = [module for module in modules if isinstance(module, nn.Linear)]
-    are_quantised = any(type(module).__module__.startswith("torch.ao.") for module in modules)
+    are_quantised = any(quantised_elsewhere(module) is not None for module in modules)
     if are_quantised or not all(map(has_plain_weight, linears)):
         return "something else has already quantised its layers; load the unquantised model"
     if not all(map(is_untouched, linears)):

@@ -29,6 +29,26 @@ def are_untouched(module: nn.Module) -> bool:
     return all(is_untouched(inner) and type(inner).__module__.startswith(_KNOWN) for inner in module.modules())
 
 
+def quantised_elsewhere(module: nn.Module) -> str | None:
+    """The name of the first module inside that PyTorch or torchao quantised; None where there is none."""
+    for name, inner in module.named_modules():
+        tensors = (*inner._parameters.values(), *inner._buffers.values())
+        if type(inner).__module__.startswith("torch.ao.nn.") or any(map(_is_quantised, tensors)):
+            return name
+    return None
+
+
+def check_not_quantised_elsewhere(module: nn.Module, argument: str, remedy: str) -> None:
+    """Raise ValueError where PyTorch or torchao quantised part of a model; `remedy` says what to do."""
+    name = quantised_elsewhere(module)
+    if name is not None:
+        raise ValueError(f"{argument}: PyTorch or torchao quantised its {name}; {remedy}")
+
+
+def _is_quantised(tensor: Tensor | None) -> bool:
+    return tensor is not None and (tensor.is_quantized or type(tensor).__module__.startswith("torchao."))
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether it is torch's own linear layer with a bias: no adapter, quantised weight, hook or patch."""
     return has_plain_weight(module) and module.bias is not None and is_untouched(module)

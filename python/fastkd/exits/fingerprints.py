@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastkd.data.tensors import plain_tensors
 from fastkd.exits.merged_state import merged_state
 
 _BLOCKS, _BLOCK = 4, 16  # of a tensor, so many values lying together at so many places
@@ -44,9 +45,9 @@ class HasWeights(Protocol):
 def model_fingerprint(model: HasWeights) -> str:
     """A SHA-256 of all weights, adapters merged, whatever device they are on: another dtype is another model."""
     sha = hashlib.sha256()
-    for name, parameter in merged_state(model).items():
+    for name, value in plain_tensors(merged_state(model)):
         sha.update(name.encode())
-        sha.update(tensor_bytes(parameter))
+        sha.update(tensor_bytes(value) if isinstance(value, Tensor) else str(value).encode())
     return sha.hexdigest()
 
 
@@ -60,7 +61,7 @@ class WeightsSketch:
     """A few values of every tensor of a model, on the host.
 
     Attributes:
-        shapes: of every tensor by its name; None for what is no tensor, as in quantised modules.
+        shapes: of every tensor by its name; None for what is no tensor, as in modules that PyTorch quantised.
         samples: of those whose memory can be read; offloaded tensors have none.
     """
 
@@ -71,6 +72,7 @@ class WeightsSketch:
     @torch.no_grad()
     def of(cls, state: Mapping[str, Any]) -> WeightsSketch:
         """The sketch of a state dictionary."""
+        state = dict(plain_tensors(state))
         return cls(
             {name: tuple(value.shape) if isinstance(value, Tensor) else None for name, value in state.items()},
             {name: _sample(value) for name, value in state.items() if _is_readable(value)},
@@ -100,7 +102,7 @@ class WeightsSketch:
 
 
 def _is_readable(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.device.type != "meta" and not value.is_quantized
+    return isinstance(value, Tensor) and value.device.type != "meta"
 
 
 def _sample(tensor: Tensor) -> Tensor:

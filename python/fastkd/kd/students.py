@@ -22,6 +22,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from fastkd.encoders.anatomy import keep_layers
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.encoders.layer_list import layer_path
+from fastkd.encoders.untouched import check_not_quantised_elsewhere
 from fastkd.kd.probe import POOLS, encoder_layers, layer_count
 from fastkd.losses.labels import label_loss
 
@@ -347,6 +348,9 @@ def _explicit_layers(spec: str, layers: Sequence[int], teacher_layers: int) -> t
 def _with_layers(
     teacher: PreTrainedModel, layers: Sequence[int], copy_classifier: bool, path: str | None
 ) -> PreTrainedModel:
+    check_not_quantised_elsewhere(
+        teacher, "teacher", "a student of its layers copies their weights; make it from the unquantised teacher"
+    )
     config = copy.deepcopy(teacher.config)
     has_exits = isinstance(config, EarlyExitConfig)
     heads: dict[int, int] = {}

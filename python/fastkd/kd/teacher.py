@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,7 +21,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.data.labels import names_of_classes
+from fastkd.data.tensors import plain_tensors
+from fastkd.encoders.int8 import Int8Linear
 from fastkd.encoders.label_scale import LabelScale
+from fastkd.encoders.untouched import quantised_elsewhere
 from fastkd.kd.probe import LayerProbe, PseudoClassifiers, check_pool, default_pool, whole_model
 from fastkd.losses import label_loss
 from fastkd.model.pretrained import damage_explained, saved_config
@@ -110,6 +114,8 @@ class Teacher:
         self.layers = layers
         self._found: LayerProbe | None = None
         self.fingerprint = {"teacher": weights_fingerprint(model), "tokenizer": tokenizer_fingerprint(tokenizer)}
+        quantised = quantised_elsewhere(model) is not None or any(isinstance(m, Int8Linear) for m in model.modules())
+        self._is_quantised = quantised
         self._order: list[int] | None = None  # of the model's classes; None: its own
 
     @classmethod
@@ -187,6 +193,11 @@ class Teacher:
             RuntimeError: layer logits without pre-trained pseudo-classifiers.
             ValueError: padding on the left; layers that are not found.
         """
+        # quantised layers take float32 only, whatever the student computes in
+        with torch.autocast(self.device.type, enabled=False) if self._is_quantised else nullcontext():
+            return self._signals(batch, kinds)
+
+    def _signals(self, batch: Mapping[str, Tensor], kinds: Collection[str]) -> Signals:
         if not reads_layers(kinds):
             logits = self.model(**{**whole_model(self.model), **batch}).logits
             return Signals(self._in_order(logits.float()))
@@ -282,9 +293,13 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     """Equal for models that compute the same: a digest of configuration and weights."""
     config = {name: value for name, value in model.config.to_dict().items() if name not in _VOLATILE_CONFIG}
     sha = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(plain_tensors(model.state_dict())):
+        if not isinstance(value, Tensor):
+            sha.update(f"{name} {value}".encode())
+            continue
         sha.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        memory: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        sha.update(memory)
     return sha.hexdigest()
 
 

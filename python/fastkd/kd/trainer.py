@@ -78,6 +78,7 @@ class KDTrainer:
         model: the student, in evaluation mode, once it is trained; of a `PeftModel` that one.
 
     Raises:
+        TypeError: a teacher of another type, such as a model without its tokenizer.
         ValueError: an unknown method, an argument that it does not take, or a combination that cannot work.
     """
 
@@ -91,6 +92,11 @@ class KDTrainer:
         cache: bool | str | os.PathLike[str] = True,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        if not isinstance(teacher, Teacher | str | os.PathLike | None):
+            raise TypeError(
+                f"teacher: got {type(teacher).__name__}, expected a fastkd.Teacher, a folder or None; pass "
+                "fastkd.Teacher(model, tokenizer) first and the student second"
+            )
         self.method_name = method
         self.method = method_of(method)
         self.options = options or KDOptions()

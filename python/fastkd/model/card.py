@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastkd.data.own_files import CARD, CARD_MARK, is_own_card
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.exits.certificate import Certificate, percent
 from fastkd.exits.rank_calibration import RankCertificate
@@ -14,16 +15,6 @@ from fastkd.exits.rank_calibration import RankCertificate
 TAGS = ("fastkd-kernels", "early-exit")
 PLACE = "path/to/this/folder"
 """What a card calls the model where it does not know under which name it will be found."""
-
-_FILE = "README.md"
-_MARK = (
-    "<!-- fastkd-kernels writes this card whenever the model is saved; without this line it leaves the card alone. -->"
-)
-# how the cards begin that transformers and peft write where there is none
-_TEMPLATES = (
-    "This is the model card of a 🤗 transformers model",
-    "<!-- Provide a quick summary of what the model is/does",
-)
 
 
 def write_card(
@@ -46,11 +37,9 @@ def write_card(
         is_adapter: whether the folder holds an adapter of peft alone.
         changed: how the weights differ from those that the configuration describes; None where they do not.
     """
-    path = Path(folder) / _FILE
-    if path.is_file():
-        before = path.read_text(encoding="utf-8", errors="replace")
-        if _MARK not in before and not any(template in before for template in _TEMPLATES):
-            return
+    path = Path(folder) / CARD
+    if path.is_file() and not is_own_card(path):
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_card(config, seen, prefix, name, is_adapter, changed), encoding="utf-8")
 
@@ -61,7 +50,7 @@ def _card(
     kind = config.backbone.model_type
     tags = "".join(f"- {tag}\n" for tag in (*TAGS, kind, *(["peft"] if is_adapter else [])))
     parts = [
-        f"---\nlibrary_name: fastkd-kernels\npipeline_tag: text-classification\ntags:\n{tags}---\n{_MARK}",
+        f"---\nlibrary_name: fastkd-kernels\npipeline_tag: text-classification\ntags:\n{tags}---\n{CARD_MARK}",
         f"# {kind} that leaves early",
         _what(config, is_adapter),
         *([f"**What follows was found with other weights: {changed}.**"] if changed else []),

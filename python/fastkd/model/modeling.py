@@ -24,6 +24,7 @@ from fastkd.encoders.driver import driver_of
 from fastkd.encoders.heads import ExitHead, ExitHeads, LearnedExit
 from fastkd.encoders.layout import TokenLayout
 from fastkd.encoders.recording import EncoderInputs
+from fastkd.encoders.untouched import check_not_quantised_elsewhere
 from fastkd.engines import batch, graphs, packed, packed_encoder, plan, stream, stream_batches
 from fastkd.engines.output import EarlyExitOutput, fields_of
 from fastkd.engines.stream_reader import longest_row
@@ -277,10 +278,13 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         and measurements stay behind.
 
         Raises:
-            ValueError: no head after `layer`.
+            ValueError: no head after `layer`; layers that PyTorch or torchao quantised.
         """
         if layer not in self.exit_layers:
             raise ValueError(f"layer: got {layer!r}, but this model has heads after the layers {self.exit_layers}")
+        check_not_quantised_elsewhere(
+            self, "model", "take the first layers of the unquantised model, then quantise those"
+        )
         config = copy.deepcopy(self.config)
         anatomy.keep_layers(config.backbone, range(layer))
         config.exit_layers = [number for number in self.exit_layers if number <= layer]
@@ -352,7 +356,16 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         """As `PreTrainedModel.save_pretrained`, with a model card, and the fingerprint of the weights in config.json.
 
         Adapters of peft are merged into what is saved; `PeftModel.save_pretrained` saves them alone.
+
+        Raises:
+            ValueError: PyTorch or torchao quantised layers of the model.
         """
+        check_not_quantised_elsewhere(
+            self,
+            "model",
+            "save the unquantised model and quantise it after loading, or use model.quantize(), whose int8 weights are "
+            "saved",
+        )
         weights = merged_state(self) if state_dict is None else state_dict
         self.describe_weights(weights)
         if is_main_process:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import NoneType
@@ -17,8 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fastkd.data.errors import DataError
 from fastkd.data.files import check_fields, check_output_folder, read_json, write_json
 from fastkd.data.labels import label_rule, names_of_classes
+from fastkd.data.own_files import foreign_in_work, remove_own
 from fastkd.data.rows import Rows, RowSource, load_splits
 from fastkd.encoders.int8 import Int8Linear
+from fastkd.encoders.untouched import check_not_quantised_elsewhere
 from fastkd.exits.merged_state import is_adapter
 from fastkd.model.adapters import adapter_base, check_adapter, is_peft_model
 from fastkd.model.modeling import EarlyExitForSequenceClassification
@@ -104,12 +105,15 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) 
 
 
 def check_trainable(model: object, argument: str = "model") -> None:
-    """Raise TypeError or ValueError for a model with adapters, whose frozen weights would train."""
+    """Raise TypeError or ValueError for a model with adapters, whose frozen weights would train, or with layers that
+    PyTorch or torchao quantised.
+    """
     remedy = "merge the adapter first (model.merge_and_unload()), or train it with fastkd.finetune or fastkd.KDTrainer"
     if is_adapter(model):
         raise TypeError(f"{argument}: got a {type(model).__name__} of peft, whose frozen weights would train; {remedy}")
     if not isinstance(model, nn.Module):
         return
+    check_not_quantised_elsewhere(model, argument, "train the unquantised model, then quantise it")
     for name, module in model.named_modules():
         if is_adapter(module):
             raise ValueError(
@@ -193,7 +197,7 @@ def check_outputs(
         )
     if started is None:
         _check_checkpoints(checkpoints)
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        remove_own(checkpoints)
         write_json(checkpoints / _RUN_FILE, record)
         return
     differences = _differences(started, record)
@@ -209,18 +213,19 @@ def clear_failed_start(checkpoints: Path) -> None:
     kept = (_RUN_FILE, "teacher")
     trained = [path for path in checkpoints.glob("*") if path.name not in kept]
     if not any(path.is_file() or any(part.is_file() for part in path.rglob("*")) for path in trained):
-        shutil.rmtree(checkpoints, ignore_errors=True)
+        remove_own(checkpoints)
 
 
 def _check_checkpoints(checkpoints: Path) -> None:
     """Raise FileExistsError where a folder of this name holds what no training left."""
-    if not checkpoints.is_dir() or (checkpoints / _RUN_FILE).exists() or any(checkpoints.glob("checkpoint-*")):
+    if not checkpoints.is_dir():
         return
-    found = next((path.name for path in checkpoints.iterdir()), None)
+    is_of_run = (checkpoints / _RUN_FILE).exists() or any(checkpoints.glob("checkpoint-*"))
+    found = foreign_in_work(checkpoints) if is_of_run else next(checkpoints.iterdir(), None)
     if found is not None:
         raise FileExistsError(
-            f"output_dir: {checkpoints} is needed for the checkpoints, but holds {found}, which training did not "
-            "write; move it away, or choose another output_dir"
+            f"output_dir: {checkpoints} is needed for the checkpoints, but holds {found.relative_to(checkpoints)}, "
+            "which training did not write; move it away, or choose another output_dir"
         )
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -44,6 +43,7 @@ from transformers import (
 
 from fastkd.data.batches import LengthGroupedSampler, ShuffledOnceSampler
 from fastkd.data.files import atomic_folder, read_json, write_json
+from fastkd.data.own_files import remove_own
 from fastkd.data.rows import Rows
 from fastkd.data.tensors import apart
 from fastkd.model.adapters import save_adapter
@@ -397,7 +397,7 @@ class Run:
 
         def save() -> None:
             self._save(model, tokenizer, result, adapter)
-            shutil.rmtree(self.checkpoints)
+            remove_own(self.checkpoints)
 
         by_first(save)
         if adapter is None:

@@ -122,7 +122,7 @@ def distill(
     needs labels; with labels in `dev` the accuracy after each layer is reported. Arguments and errors as in `finetune`.
 
     Raises:
-        ValueError: also for a model whose only head is the last one.
+        ValueError: also for a model whose only head is the last one, and for `bf16` with an int8 encoder.
     """
     model, adapter = opened(model)
     if not model.early_heads:
@@ -132,7 +132,7 @@ def distill(
         )
     train, dev = rows_for(model, train, dev, require_labels=False)
     check_part(model, dev, options, tokenizer)
-    options = _long_enough(options, len(train))
+    options = _in_its_dtype(_long_enough(options, len(train)), model)
     parameters_to_train(model.early_heads, adapter, _KEEP_HEADS)
     if adapter is not None and (options.learned_exit or model.learned_exit is not None):
         raise ValueError(f"learned_exit: an adapter does not keep it; {_MERGE}")
@@ -158,6 +158,18 @@ def distill(
         finished=objective.with_temperatures,
     )
     return train_part(training, train, dev, Path(output_dir), options, tokenizer, callbacks)
+
+
+def _in_its_dtype(options: DistillOptions, model: EarlyExitForSequenceClassification) -> DistillOptions:
+    """The options without bfloat16 for an encoder in int8, which takes float32 only."""
+    if model.config.quantized is None:
+        return options
+    if options.bf16:
+        raise ValueError(
+            f"bf16: got True, but the model is quantised to {model.config.quantized}, with everything else in float32; "
+            "leave bf16 out, or train the unquantised model"
+        )
+    return replace(options, bf16=False)
 
 
 def _long_enough(options: DistillOptions, rows: int) -> DistillOptions:

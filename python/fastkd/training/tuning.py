@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from fastkd.data.files import atomic_folder, changed_settings, check_output_folder, read_json, write_json
+from fastkd.data.own_files import remove_own
 from fastkd.data.rows import Rows, RowSource
 from fastkd.data.work_folders import claim_folder, forget_folders
 from fastkd.exits.calibration import SPEEDS
@@ -248,7 +249,7 @@ class _Search:
                 self._try(planned)
         result = TuneResult(self.output_dir, self.trials, reason)
         write_json(self.output_dir / TUNING_FILE, self._record() | {"reason": reason})
-        shutil.rmtree(self.work)
+        remove_own(self.work)
         return result
 
     def _exits(self) -> dict[str, dict[str, Tensor]]:
@@ -281,6 +282,7 @@ class _Search:
         settings = self._settings()
         started = (self.work / _SETTINGS).is_file()
         if started and self.options.resume:
+            check_output_folder(self.output_dir, overwrite=True)
             self._take_up(settings)
             return
         check_output_folder(self.output_dir, overwrite=self.options.overwrite)
@@ -359,7 +361,7 @@ class _Search:
         write_json(self.work / _TRIALS, self._record())
         if trial.kept is not None:
             write_json(self.output_dir / TUNING_FILE, self._record() | {"reason": "unfinished"})
-        shutil.rmtree(folder)
+        remove_own(folder)
         self.on_trial(trial)
 
     def _trained(self, steps: int, folder: Path, callbacks: list[TrainerCallback]) -> TrainResult:
