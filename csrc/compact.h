@@ -42,7 +42,7 @@ inline void check(
     const Tensor& survivors,
     const std::optional<Tensor>& count,
     const std::vector<Tensor>& out) {
-  STD_TORCH_CHECK(!tensors.empty(), "tensors: got none");
+  STD_TORCH_CHECK(!tensors.empty(), "tensors: got none, expected at least one");
   STD_TORCH_CHECK(out.size() == tensors.size(), "out: got ", out.size(), " tensors for ", tensors.size());
   const auto index_type = survivors.scalar_type();
   STD_TORCH_CHECK(
@@ -55,19 +55,22 @@ inline void check(
   for (size_t t = 0; t < tensors.size(); ++t) {
     const Tensor& source = tensors[t];
     const Tensor& target = out[t];
-    STD_TORCH_CHECK(source.dim() > 0 && source.size(0) == tensors[0].size(0), "tensors: first dimensions differ");
-    STD_TORCH_CHECK(source.device() == device && target.device() == device, "tensors, out: devices differ");
+    STD_TORCH_CHECK(
+        source.dim() > 0 && source.size(0) == tensors[0].size(0),
+        "tensors: expected the same first dimension in all of them");
+    STD_TORCH_CHECK(
+        source.device() == device && target.device() == device, "tensors, out: expected all of them on one device");
     STD_TORCH_CHECK(
         target.scalar_type() == source.scalar_type() && target.dim() == source.dim() && target.is_contiguous() &&
             target.size(0) >= capacity,
         "out: expected a contiguous tensor of the same dtype with room for every survivor");
     for (int64_t d = 1; d < source.dim(); ++d) {
-      STD_TORCH_CHECK(target.size(d) == source.size(d), "out: trailing shapes differ");
+      STD_TORCH_CHECK(target.size(d) == source.size(d), "out: expected the trailing shapes of tensors");
     }
   }
   check_no_overlap(tensors, out);
   for (const Tensor& target : out) {
-    STD_TORCH_CHECK(!overlap(target, survivors) && !(count && overlap(target, *count)), "out: overlaps an input");
+    STD_TORCH_CHECK(!overlap(target, survivors) && !(count && overlap(target, *count)), "out: it overlaps an input");
   }
 }
 

@@ -14,7 +14,7 @@ namespace {
 
 template <typename Index>
 void start(const Launch& launch, int64_t tiles, int threads, bool bulk, cudaStream_t stream) {
-  STD_TORCH_CHECK(tiles <= INT32_MAX, "tensors: too large for one launch, ", tiles, " tiles");
+  STD_TORCH_CHECK(tiles <= INT32_MAX, "tensors: ", tiles, " tiles are too many for one launch; compact them in parts");
   const auto kernel = bulk ? compact_bulk<Index> : compact_vector<Index>;
   kernel<<<static_cast<unsigned>(tiles), threads, 0, stream>>>(launch);
   STD_CUDA_KERNEL_LAUNCH_CHECK();

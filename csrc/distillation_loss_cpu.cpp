@@ -30,7 +30,7 @@ void check_labels(const Tensor& labels, int64_t batch, int64_t classes) {
   STD_TORCH_CHECK(
       labels.is_cpu() && labels.dim() == 1 && labels.size(0) == batch && labels.scalar_type() == ScalarType::Long &&
           labels.is_contiguous(),
-      "labels: expected a contiguous [B] int64");
+      "labels: expected contiguous int64 [B]");
   const auto* values = static_cast<const int64_t*>(labels.const_data_ptr());
   for (int64_t sample = 0; sample < batch; ++sample)
     STD_TORCH_CHECK(
@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> distillation_loss_forward(
   for (const Tensor* logits : {&student, &teacher})
     STD_TORCH_CHECK(
         logits->dim() == 2 && logits->size(0) == batch && logits->size(1) == classes,
-        "student, teacher: expected [B, C] of the layers' B and C");
+        "student, teacher: expected [B, C], with the B and C of the layers");
   check_floating(student, "student");
   check_floating(teacher, "teacher");
   const bool regression = divergence == kSquared;

@@ -158,12 +158,13 @@ Layer read_layer(const TensorView& packed) {
   STD_TORCH_CHECK(
       packed.is_cpu() && packed.dim() == 1 && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous() &&
           packed.numel() >= kHeaderWords * 8,
-      "layers: expected what pack_encoder_layer makes");
+      "layers: expected the output of pack_encoder_layer");
   const auto* bytes = static_cast<const char*>(packed.const_data_ptr());
   int64_t words[kHeaderWords];
   std::memcpy(words, bytes, sizeof words);
   STD_TORCH_CHECK(
-      words[0] == kMagic && words[1] == packed.numel(), "layers: expected what this version's pack_encoder_layer makes");
+      words[0] == kMagic && words[1] == packed.numel(),
+      "layers: expected the output of this version's pack_encoder_layer");
   Layer layer{};
   layer.number = static_cast<Number>(words[2]);
   layer.hidden_number = static_cast<Number>(words[3]);
@@ -177,7 +178,7 @@ Layer read_layer(const TensorView& packed) {
   layer.window = words[11];
   STD_TORCH_CHECK(
       layer.number >= 0 && layer.number < kNumbers && chosen.kernels->multiplies[layer.number],
-      "layers: packed for other instructions than this process has; pack them again");
+      "layers: packed for an instruction set that this process does not use; pack them again");
   layer.scale_log2 = static_cast<float>(as_double(words[15]) * 1.4426950408889634);
   const int64_t* places = words + 16;
   const auto product = [&](int64_t columns, int64_t terms) {
@@ -192,7 +193,7 @@ Layer read_layer(const TensorView& packed) {
         panel_count,
         lines};
     STD_TORCH_CHECK(
-        places[0] + panel_count * lines * kLine <= packed.numel(), "layers: expected what pack_encoder_layer makes");
+        places[0] + panel_count * lines * kLine <= packed.numel(), "layers: expected the output of pack_encoder_layer");
     places += 4;
     return weight;
   };
@@ -602,7 +603,7 @@ void encoder_layers(
     const std::vector<TensorView>& rotary, const TensorView& out) {
   STD_TORCH_CHECK(!packed.empty(), "layers: expected at least one");
   STD_TORCH_CHECK(
-      rotary.empty() || rotary.size() == packed.size(), "rotary: expected none, or tables for every layer");
+      rotary.empty() || rotary.size() == packed.size(), "rotary: expected no tables, or one for every layer");
   STD_TORCH_CHECK(
       cu_seqlens.is_cpu() && cu_seqlens.dim() == 1 && cu_seqlens.scalar_type() == ScalarType::Int &&
           cu_seqlens.is_contiguous() && cu_seqlens.numel() >= 1,
@@ -614,15 +615,17 @@ void encoder_layers(
     STD_TORCH_CHECK(
         tensor->is_cpu() && tensor->dim() == 2 && tensor->is_contiguous() && tensor->scalar_type() == dtype &&
             tensor->size(0) == hidden_states.size(0) && tensor->size(1) == hidden_states.size(1),
-        "hidden_states, out: expected contiguous [R, H] of one dtype");
+        "hidden_states, out: expected contiguous [R, H], both of one dtype");
   }
   check_no_overlap<TensorView>({hidden_states, cu_seqlens}, {out});
   const int64_t rows = hidden_states.size(0), hidden = hidden_states.size(1), sequences = cu_seqlens.numel() - 1;
   const auto* bounds = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
-  STD_TORCH_CHECK(bounds[0] == 0 && bounds[sequences] <= rows, "cu_seqlens: expected 0 first and at most R last");
+  STD_TORCH_CHECK(
+      bounds[0] == 0 && bounds[sequences] <= rows,
+      "cu_seqlens: expected the first value to be 0 and the last at most R");
   int64_t longest = 0;
   for (int64_t b = 0; b < sequences; ++b) {
-    STD_TORCH_CHECK(bounds[b] <= bounds[b + 1], "cu_seqlens: expected ascending values");
+    STD_TORCH_CHECK(bounds[b] <= bounds[b + 1], "cu_seqlens: expected values that never decrease");
     longest = std::max<int64_t>(longest, bounds[b + 1] - bounds[b]);
   }
   std::vector<Layer> layers;
@@ -631,13 +634,14 @@ void encoder_layers(
     Layer layer = read_layer(packed[n]);
     STD_TORCH_CHECK(
         layer.hidden == hidden && layer.hidden_number == (dtype == ScalarType::Float ? kFloat32 : kBFloat16),
-        "layers[", n, "]: expected the width and the dtype of hidden_states");
+        "layers[", n, "]: packed for another width or dtype than hidden_states has; pack it again");
     if (!rotary.empty()) {
       const TensorView& table = rotary[n];
       STD_TORCH_CHECK(
           table.is_cpu() && table.dim() == 3 && table.size(0) == 2 && table.scalar_type() == ScalarType::Float &&
               table.is_contiguous() && 2 * table.size(2) == layer.head_size() && table.size(1) >= longest,
-          "rotary[", n, "]: expected contiguous float32 [2, places, head size / 2] for ", longest, " places");
+          "rotary[", n,
+          "]: expected contiguous float32 [2, positions, head size / 2] with at least ", longest, " positions");
       layer.cosines = static_cast<const float*>(table.const_data_ptr());
       layer.sines = layer.cosines + table.size(1) * table.size(2);
     }

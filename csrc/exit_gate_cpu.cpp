@@ -258,9 +258,14 @@ T* checked_data(const TensorView& tensor, ScalarType dtype, int64_t size, const 
   STD_TORCH_CHECK(
       tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.is_contiguous() && tensor.numel() == size,
       name,
-      ": expected a contiguous CPU tensor of ",
+      ": expected ",
       size,
-      " elements and another dtype");
+      " contiguous elements of ",
+      fastkd::dtype_name(dtype),
+      " on the CPU, got ",
+      tensor.numel(),
+      " of ",
+      fastkd::dtype_name(tensor.scalar_type()));
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
@@ -281,7 +286,7 @@ fastkd::ExitGate fastkd::checked_gate(
   gate.top_n = top_n;
   gate.speed = static_cast<float>(speed);
   STD_TORCH_CHECK(gate.columns >= 2, "logits: expected at least 2 classes");
-  STD_TORCH_CHECK(gate.rows <= std::numeric_limits<int32_t>::max(), "logits: row numbers must fit int32");
+  STD_TORCH_CHECK(gate.rows <= std::numeric_limits<int32_t>::max(), "logits: expected at most 2**31 - 1 rows");
   STD_TORCH_CHECK(criterion >= 0 && criterion < fastkd::kCriteria, "criterion: unknown");
   STD_TORCH_CHECK(fastkd::is_valid(criterion, top_n, gate.columns), "top_n: expected 2 to C");
   STD_TORCH_CHECK(speed >= 0 && speed <= 1, "speed: expected 0 to 1");
@@ -307,7 +312,7 @@ fastkd::ExitRecord fastkd::checked_record(const ExitGate& gate, const RecordView
         *views.row_ids, record.wide_ids ? ScalarType::Long : ScalarType::Int, gate.rows, "row_ids");
   }
   for (int64_t row = 0; row < gate.rows; ++row) {
-    STD_TORCH_CHECK(record.id(row) >= 0 && record.id(row) < capacity, "row_ids: expected rows of the record");
+    STD_TORCH_CHECK(record.id(row) >= 0 && record.id(row) < capacity, "row_ids: expected row numbers of the record");
   }
   return record;
 }
@@ -343,7 +348,7 @@ Decision run(const fastkd::ExitGate& gate) {
 
 Decision exit_gate_op(
     const Tensor& logits, double speed, int64_t criterion, int64_t top_n, const std::optional<Tensor>& speeds) {
-  STD_TORCH_CHECK(criterion != kPatience, "criterion: patience needs a record");
+  STD_TORCH_CHECK(criterion != kPatience, "criterion: 'patience' needs a record");
   return run(fastkd::checked_gate(TensorView::of(logits), speed, criterion, top_n, view_or_none(speeds)));
 }
 

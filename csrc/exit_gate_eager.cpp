@@ -65,7 +65,9 @@ PyObject* decide(const fastkd::ExitGate& gate) {
 // of the dispatcher and of its errors.
 PyObject* exit_gate(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (count != 4 || fastkd::tensor_exchange == nullptr) {
-    PyErr_SetString(PyExc_TypeError, "exit_gate: logits, speed, criterion, top_n, after enable_eager_tensors");
+    PyErr_SetString(
+        PyExc_TypeError,
+        "exit_gate: expected logits, speed, criterion and top_n, after a call of enable_eager_tensors");
     return nullptr;
   }
   const double speed = PyFloat_AsDouble(given[1]);

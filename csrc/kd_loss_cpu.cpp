@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor, Tensor> kd_loss_forward(
   STD_TORCH_CHECK(
       student.dim() == 2 && teacher.dim() == 2 && student.size(0) == teacher.size(0) &&
           student.size(1) == teacher.size(1),
-      "student, teacher: expected two [B, C] of one shape");
+      "student, teacher: expected the same shape [B, C]");
   const int64_t batch = student.size(0), classes = student.size(1);
   const Tensor student_result = gradient_like(student, student_gradient);
   const Tensor teacher_result = gradient_like(teacher, teacher_gradient);

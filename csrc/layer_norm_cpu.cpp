@@ -52,14 +52,14 @@ void check_rows(const TensorView& tensor, const TensorView& out, const char* nam
   STD_TORCH_CHECK(
       tensor.is_cpu() && tensor.dim() == 2 && tensor.scalar_type() == out.scalar_type() &&
           tensor.size(1) == out.size(1) && (tensor.stride(1) == 1 || tensor.numel() == 0),
-      name, ": expected dense rows of the width and dtype of out");
+      name, ": expected dense rows as wide as out, in its dtype");
 }
 
 void check_vector(const TensorView& tensor, const TensorView& out, const char* name) {
   STD_TORCH_CHECK(
       tensor.is_cpu() && tensor.dim() == 1 && tensor.size(0) == out.size(1) && tensor.is_contiguous() &&
           tensor.scalar_type() == out.scalar_type(),
-      name, ": expected one value a column, of the dtype of out");
+      name, ": expected one value for each column of out, in its dtype");
 }
 
 // Rows that are written.
@@ -143,14 +143,14 @@ void add_layer_norm_cpu(
 void embed_layer_norm(
     const std::vector<TensorView>& tables, const std::vector<TensorView>& indices, const TensorView& weight,
     const std::optional<TensorView>& bias, double epsilon, const TensorView& out) {
-  STD_TORCH_CHECK(!tables.empty() && tables.size() == indices.size(), "indices: expected one tensor a table");
+  STD_TORCH_CHECK(!tables.empty() && tables.size() == indices.size(), "indices: expected one tensor for each table");
   std::vector<Addend> addends;
   for (size_t t = 0; t < tables.size(); ++t) {
     check_rows(tables[t], out, "tables");
     STD_TORCH_CHECK(
         indices[t].is_cpu() && indices[t].dim() == 1 && indices[t].size(0) == out.size(0) &&
             indices[t].scalar_type() == ScalarType::Long && indices[t].is_contiguous(),
-        "indices: expected contiguous int64, one a row of out");
+        "indices: expected contiguous int64, one for each row of out");
     const auto* index = static_cast<const int64_t*>(indices[t].const_data_ptr());
     const int64_t rows = tables[t].size(0);
     for (int64_t n = 0; n < out.size(0); ++n) {

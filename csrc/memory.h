@@ -32,7 +32,7 @@ bool overlap(const Tensor& one, const Tensor& other) {
 template <typename Tensor = torch::stable::Tensor>
 void check_no_overlap(const std::vector<Tensor>& inputs, const std::vector<Tensor>& out) {
   for (size_t t = 0; t < out.size(); ++t) {
-    for (const Tensor& input : inputs) STD_TORCH_CHECK(!overlap(out[t], input), "out: overlaps an input");
+    for (const Tensor& input : inputs) STD_TORCH_CHECK(!overlap(out[t], input), "out: it overlaps an input");
     for (size_t u = 0; u < t; ++u) STD_TORCH_CHECK(!overlap(out[t], out[u]), "out: two of its tensors overlap");
   }
 }
@@ -49,7 +49,8 @@ class Arena {
       if (memory_ == nullptr) {
         const int64_t wanted = size_;
         size_ = 0;
-        STD_TORCH_CHECK(false, "hidden_states: no memory for ", wanted, " bytes between products");
+        STD_TORCH_CHECK(
+            false, "hidden_states: out of memory, could not allocate ", wanted, " bytes for intermediate values");
       }
     }
     return memory_;

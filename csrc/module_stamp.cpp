@@ -214,7 +214,9 @@ PyObject* with_errors(const Body& body) {
 
 PyObject* module_stamp(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (count != 3 || !PyList_Check(given[0]) || !PyList_Check(given[1])) {
-    PyErr_SetString(PyExc_TypeError, "module_stamp: lists of modules and tensors, and a tuple of types that are not kept");
+    PyErr_SetString(
+        PyExc_TypeError,
+        "module_stamp: expected a list of modules, a list of tensors and a tuple of types to leave out");
     return nullptr;
   }
   return with_errors([&] {

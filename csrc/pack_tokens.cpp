@@ -93,7 +93,8 @@ PyObject* pack_tokens(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (count != 4 || fastkd::tensor_exchange == nullptr) {
     PyErr_SetString(
         PyExc_TypeError,
-        "pack_tokens: input_ids, attention_mask, token_type_ids, first_position, after enable_eager_tensors");
+        "pack_tokens: expected input_ids, attention_mask, token_type_ids and first_position, after a call of "
+        "enable_eager_tensors");
     return nullptr;
   }
   const int64_t first_position = PyLong_AsLongLong(given[3]);

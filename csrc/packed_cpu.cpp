@@ -31,11 +31,13 @@ const int32_t* read_bounds(const Tensor& cu_seqlens, int64_t rows) {
   const int32_t* bounds = read_vector(cu_seqlens, "cu_seqlens");
   const int64_t sequences = cu_seqlens.numel() - 1;
   STD_TORCH_CHECK(sequences >= 0, "cu_seqlens: got no values, expected [B + 1]");
-  STD_TORCH_CHECK(bounds[0] == 0, "cu_seqlens: expected 0 first");
+  STD_TORCH_CHECK(bounds[0] == 0, "cu_seqlens: expected the first value to be 0");
   for (int64_t b = 0; b < sequences; ++b) {
-    STD_TORCH_CHECK(bounds[b] <= bounds[b + 1], "cu_seqlens[", b + 1, "]: got less than the value before it");
+    STD_TORCH_CHECK(bounds[b] <= bounds[b + 1], "cu_seqlens[", b + 1, "]: it is less than the value before it");
   }
-  STD_TORCH_CHECK(bounds[sequences] <= rows, "cu_seqlens: got ", bounds[sequences], " last, for ", rows, " rows");
+  STD_TORCH_CHECK(
+      bounds[sequences] <= rows,
+      "cu_seqlens: the last value is ", bounds[sequences], ", but there are ", rows, " rows");
   return bounds;
 }
 
@@ -60,23 +62,23 @@ void move_all(
     STD_TORCH_CHECK(
         source.is_cpu() && target.is_cpu() && source.is_contiguous() && target.is_contiguous() &&
             source.scalar_type() == target.scalar_type() && source.dim() >= source_dims && target.dim() >= target_dims,
-        "tensors, out: expected contiguous tensors of one dtype");
+        "tensors, out: expected contiguous tensors, each pair of one dtype");
     const auto item = static_cast<int64_t>(source.element_size());
     int64_t row_bytes = item;
     for (int64_t d = source_dims; d < source.dim(); ++d) row_bytes *= source.size(d);
     int64_t target_bytes = item;
     for (int64_t d = target_dims; d < target.dim(); ++d) target_bytes *= target.size(d);
-    STD_TORCH_CHECK(row_bytes == target_bytes, "out: trailing shapes differ");
+    STD_TORCH_CHECK(row_bytes == target_bytes, "out: expected the trailing shapes of tensors");
     // sequences lie the same number of rows apart in every tensor
     STD_TORCH_CHECK(
         (source_dims < 2 || source.size(1) == tensors[0].size(1)) && (target_dims < 2 || target.size(1) == out[0].size(1)),
-        "tensors, out: expected one T");
+        "tensors, out: expected the same T in all of them");
     const int64_t source_rows = row_count(source, source_dims), target_rows = row_count(target, target_dims);
     for (const Move& move : moves) {
       STD_TORCH_CHECK(
           move.source >= 0 && move.rows >= 0 && move.source + move.rows <= source_rows &&
               move.target + move.rows + move.zeros <= target_rows,
-          "out: the sequences have more rows than fit its ", target_rows);
+          "out: it has ", target_rows, " rows, too few for the sequences");
     }
     // a tensor without elements may have no memory, which memcpy must not be given
     if (moved_rows * row_bytes == 0) continue;

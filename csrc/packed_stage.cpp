@@ -94,7 +94,8 @@ struct Embedding {
         weight(read(PyTuple_GetItem(given, 2))),
         bias(read_or_none(PyTuple_GetItem(given, 3))),
         epsilon(number(PyTuple_GetItem(given, 4))) {
-    STD_TORCH_CHECK(!indices.empty() && indices[0].dim() == 1 && weight.dim() == 1, "indices: expected [N] for each table");
+    STD_TORCH_CHECK(
+        !indices.empty() && indices[0].dim() == 1 && weight.dim() == 1, "indices: expected one [N] for each table");
   }
 };
 
@@ -229,7 +230,7 @@ PyObject* run_stage(PyObject* const* given) {
   auto* const values = static_cast<float*>(logits_memory);
   fastkd::ExitGate gate =
       fastkd::checked_gate(float_logits(values, logits_sizes), speed, integer(given[4]), integer(given[5]), speeds);
-  STD_TORCH_CHECK(gate.criterion != fastkd::kPatience || record_views, "criterion: patience needs a record");
+  STD_TORCH_CHECK(gate.criterion != fastkd::kPatience || record_views, "criterion: 'patience' needs a record");
   fastkd::ExitRecord record{};
   if (record_views) {
     record = fastkd::checked_record(gate, *record_views);
@@ -368,7 +369,8 @@ PyObject* run_stages(PyObject* const* given) {
         {Stage(PyTuple_GetItem(given[1], s)), is_last ? 0.0 : number(PyTuple_GetItem(given[3], s)),
          integer(PyTuple_GetItem(given[4], s))});
     STD_TORCH_CHECK(
-        steps[s].stage.classes() == steps[0].stage.classes(), "stages: expected heads of as many classes each");
+        steps[s].stage.classes() == steps[0].stage.classes(),
+        "stages: expected the same number of classes in every head");
   }
   Answers answers(waiting.count(), steps[0].stage.classes());
   bool has_nan;
@@ -401,8 +403,8 @@ PyObject* packed_stage(PyObject*, PyObject* const* given, Py_ssize_t count) {
       Stage::is_one(given[1]) && (given[6] == Py_None || is_tuple(given[6], 6));
   return called(
       is_called_well,
-      "packed_stage: rows or an embedding of five, a stage of layers, rotary and a head of nine, cu_seqlens, speed, "
-      "criterion, top_n, None or a record of six, after enable_eager_tensors",
+      "packed_stage: expected rows (or an embedding of 5 parts), a stage (layers, rotary and a head of 9 parts), "
+      "cu_seqlens, speed, criterion, top_n, and a record of 6 parts or None, after a call of enable_eager_tensors",
       [&] { return run_stage(given); });
 }
 
@@ -416,8 +418,8 @@ PyObject* packed_run(PyObject*, PyObject* const* given, Py_ssize_t count) {
       is_tuple(given[4], PyTuple_Size(given[1]));
   return called(
       is_called_well,
-      "packed_run: rows or an embedding of five, stages as of packed_stage, cu_seqlens, a threshold for each stage but "
-      "the last, a layer for each, criterion, top_n, after enable_eager_tensors",
+      "packed_run: expected rows (or an embedding of 5 parts), stages as in packed_stage, cu_seqlens, a threshold for "
+      "each stage but the last, a layer for each stage, criterion and top_n, after a call of enable_eager_tensors",
       [&] { return run_stages(given); });
 }
 

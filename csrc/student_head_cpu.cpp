@@ -89,16 +89,17 @@ template <typename Tensor>
 void check_values(const Tensor& tensor, ScalarType type, const char* name) {
   STD_TORCH_CHECK(
       tensor.is_cpu() && tensor.is_contiguous() && tensor.scalar_type() == type, name,
-      ": expected a contiguous CPU tensor of another dtype");
+      ": expected contiguous ", dtype_name(type), " on the CPU, got ", dtype_name(tensor.scalar_type()));
 }
 
 void check_bounds(const TensorView& cu_seqlens, int64_t batch, int64_t total) {
   check_values(cu_seqlens, ScalarType::Int, "cu_seqlens");
   STD_TORCH_CHECK(cu_seqlens.numel() == batch + 1, "cu_seqlens: expected [B + 1]");
   const auto* values = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
-  STD_TORCH_CHECK(values[0] == 0 && values[batch] <= total, "cu_seqlens: expected 0 first and at most N last");
+  STD_TORCH_CHECK(
+      values[0] == 0 && values[batch] <= total, "cu_seqlens: expected the first value to be 0 and the last at most N");
   for (int64_t b = 0; b < batch; ++b) {
-    STD_TORCH_CHECK(values[b] < values[b + 1], "cu_seqlens: expected rising values");
+    STD_TORCH_CHECK(values[b] < values[b + 1], "cu_seqlens: expected values that increase");
   }
 }
 
@@ -107,8 +108,8 @@ void check_sequences(
     const std::optional<Tensor>& mask, const std::optional<Tensor>& cu_seqlens) {
   STD_TORCH_CHECK(batch >= 0 && padded >= 0, "batch, padded: expected at least 0");
   if (!cu_seqlens) {
-    STD_TORCH_CHECK(batch == 0 || padded > 0, "T: got 0, expected a first token in every sequence");
-    STD_TORCH_CHECK(batch == 0 || total / padded >= batch, "rows: fewer than B * T tokens");
+    STD_TORCH_CHECK(batch == 0 || padded > 0, "T: got 0, expected at least one token in every sequence");
+    STD_TORCH_CHECK(batch == 0 || total / padded >= batch, "rows: expected at least B * T tokens");
   }
   if (mask) {
     check_values(*mask, ScalarType::Bool, "mask");
@@ -249,7 +250,7 @@ class NarrowProduct {
         "narrow: expected panels and bias of [D, H]");
     STD_TORCH_CHECK(
         encoder_layer::chosen_kernels().multiplies[number_],
-        "narrow: packed for other instructions than this process has; pack it again");
+        "narrow: packed for an instruction set that this process does not use; pack it again");
   }
 
   int64_t row_stride() const {
@@ -335,7 +336,8 @@ void student_head_packed(
   STD_TORCH_CHECK(hidden_states.dim() == 2, "hidden_states: expected [R, H]");
   check_values(hidden_states, type, "hidden_states");
   const ScalarType packed = narrow.scalar_type();
-  STD_TORCH_CHECK(packed == ScalarType::Float || packed == type, "narrow: expected float32, or that of hidden_states");
+  STD_TORCH_CHECK(
+      packed == ScalarType::Float || packed == type, "narrow: expected float32 or the dtype of hidden_states");
   STD_TORCH_CHECK(narrow.dim() == 4, "narrow: expected panels");
   check_values(narrow, packed, "narrow");
   check_values(narrow_bias, ScalarType::Float, "narrow_bias");

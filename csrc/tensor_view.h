@@ -9,6 +9,21 @@ namespace fastkd {
 
 using torch::headeronly::ScalarType;
 
+// As PyTorch calls it in Python, for messages.
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
 // Its methods are called as those of torch::stable::Tensor are. Sizes and strides are the tensor's own.
 class TensorView {
  public:

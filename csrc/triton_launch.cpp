@@ -154,8 +154,8 @@ Binaries* binaries_of(PyObject* capsule) {
 // launch_triton(binaries, device_type, device_index, stream, (grid_x, grid_y), arguments, constants) -> bool
 PyObject* launch_triton(PyObject*, PyObject* const* given, Py_ssize_t count) {
   if (count != 7 || !PyTuple_Check(given[4]) || !PyTuple_Check(given[5]) || !PyDict_Check(given[6])) {
-    PyErr_SetString(PyExc_TypeError, "launch_triton: binaries, device type, device index, stream, grid, arguments, "
-                                     "constants");
+    PyErr_SetString(PyExc_TypeError, "launch_triton: expected binaries, device type, device index, stream, "
+                                     "grid, arguments and constants");
     return nullptr;
   }
   Binaries* binaries = binaries_of(given[0]);

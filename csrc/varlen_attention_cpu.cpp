@@ -49,7 +49,7 @@ int64_t scratch_size(int64_t tokens, int64_t head_size) {
 }
 
 const char* check_rows(const Tensor& tensor, const Tensor& query) {
-  if (tensor.dim() != 3 || tensor.scalar_type() != query.scalar_type() || !tensor.is_cpu()) return "another form";
+  if (tensor.dim() != 3 || tensor.scalar_type() != query.scalar_type() || !tensor.is_cpu()) return "another dtype, rank or device";
   for (int64_t d = 0; d < 3; ++d) {
     if (tensor.size(d) != query.size(d)) return "another shape";
   }
@@ -62,7 +62,7 @@ const float* rotary_table(const std::optional<Tensor>& table, int64_t positions,
   STD_TORCH_CHECK(
       table->is_cpu() && table->dim() == 2 && table->scalar_type() == ScalarType::Float && table->is_contiguous() &&
           table->size(0) >= positions && 2 * table->size(1) == head_size,
-      "rotary: expected contiguous float32 tables of a row for each position and half the head size");
+      "rotary: expected contiguous float32 tables [positions, head size / 2]");
   return static_cast<const float*>(table->const_data_ptr());
 }
 
@@ -87,14 +87,16 @@ void varlen_attention_cpu(
   const auto* bounds = static_cast<const int32_t*>(cu_seqlens.const_data_ptr());
   const int64_t sequences = cu_seqlens.numel() - 1, rows = query.size(0), heads = query.size(1);
   STD_TORCH_CHECK(!given_window || *given_window >= 0, "window: expected at least 0");
-  STD_TORCH_CHECK(cosines.has_value() == sines.has_value(), "rotary: expected cosines and sines");
+  STD_TORCH_CHECK(cosines.has_value() == sines.has_value(), "rotary: expected both cosines and sines");
   const int64_t window = given_window ? std::min(*given_window, rows) : rows;
   int64_t longest = 0;
   std::vector<int64_t> costs(sequences + 1);  // of one head of all sequences before each
-  STD_TORCH_CHECK(bounds[0] == 0 && bounds[sequences] <= rows, "cu_seqlens: expected 0 first and at most N last");
+  STD_TORCH_CHECK(
+      bounds[0] == 0 && bounds[sequences] <= rows,
+      "cu_seqlens: expected the first value to be 0 and the last at most N");
   for (int64_t b = 0; b < sequences; ++b) {
     const int64_t tokens = bounds[b + 1] - bounds[b];
-    STD_TORCH_CHECK(tokens >= 0, "cu_seqlens: expected ascending values");
+    STD_TORCH_CHECK(tokens >= 0, "cu_seqlens: expected values that never decrease");
     longest = std::max(longest, tokens);
     costs[b + 1] = costs[b] + tokens * (std::min(tokens, 2 * window + kQueries) + kTokenCost);
   }

@@ -184,7 +184,7 @@ def saved(tmp_path: Path) -> Path:
 def test_calibrate_writes_what_info_prints(saved: Path, rows: Path) -> None:
     assert "certificate     none" in succeeded("info", saved).stdout
     result = succeeded("calibrate", saved, "--data", rows, "--max-drop", "60%", "--confidence", 0.9)
-    assert "with 90% confidence at most 60% of rows get another answer" in result.stdout
+    assert "with 90% confidence at most 60% of rows get a different answer" in result.stdout
     info = succeeded("info", saved).stdout
     for line in result.stdout.splitlines()[:4]:
         assert line in info
@@ -200,9 +200,9 @@ def test_info_tells_where_the_default_is_not_what_was_certified(saved: Path, row
     options = ("--max-drop", "60%", "--set-default", "--dtype", "bf16")
     found = json.loads(succeeded("calibrate", saved, "--data", rows, *options, "--json").stdout)
     assert found["dtype"] == "bfloat16"
-    assert "not the default: it is for dtype bfloat16, in use is float32" in succeeded("info", saved).stdout
+    assert "not the default: it is for dtype bfloat16, but float32 is in use" in succeeded("info", saved).stdout
     sentences = json.loads(succeeded("info", saved, "--json").stdout)["mismatches"]
-    assert sentences == ["it is for dtype bfloat16, in use is float32"]
+    assert sentences == ["it is for dtype bfloat16, but float32 is in use"]
 
 
 def test_a_trace_in_another_dtype_certifies_its_folder(saved: Path, rows: Path, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_its_code_runs(tmp_path: Path, family: str, capsys: pytest.CaptureFixtur
     assert {*card.TAGS, family} == set(meta["tags"])
     assert "pip install fastkd-kernels" in text
     assert "2 classes (bad, good)" in text
-    assert "after the layers 1, 2, 3, 4" in text
+    assert "after layers 1, 2, 3, 4" in text
     assert str(tmp_path) not in text
 
 
@@ -75,8 +75,11 @@ def test_an_encoder_in_int8_is_not_said_to_run_elsewhere(tmp_path: Path) -> None
     model.save_pretrained(tmp_path)
     text = read(tmp_path)
     assert "without fastkd" not in text
-    assert "The products of its layers are in int8" in text
-    assert "Ranking by `model.rank`, top 3, int8 weights: with 95% confidence at most 5% of queries get another" in text
+    assert "Its layers compute in int8" in text
+    assert (
+        "Ranking by `model.rank`, top 3, int8 weights: with 95% confidence at most 5% of queries get a different"
+        in text
+    )
     assert "1.50x fewer operations. Calibrated 2026-01-02 on 1,200 queries." in text
 
 
@@ -86,7 +89,7 @@ def test_it_says_what_the_trainings_and_the_calibration_found(tmp_path: Path) ->
     tuned = read(tmp_path / "tuned")
     assert re.search(r"\| finetune train \| 4 \| \w{12} \|", tuned)
     assert "Not measured." in tuned
-    assert "not distilled" in tuned
+    assert "Only the last head is trained" in tuned
     assert "speed=0.5" not in tuned
     distilling = fastkd.DistillOptions(**OPTIONS, head_temperatures="none")
     fastkd.distill(model, TRAIN, DEV, tmp_path / "model", distilling, tokenizer)
@@ -146,7 +149,7 @@ def test_an_adapter_has_a_card_too(tmp_path: Path) -> None:
     model = peft.get_peft_model(base, config)
     fastkd.distill(model, TRAIN, DEV, tmp_path / "model", fastkd.DistillOptions(**OPTIONS), tokenizer)
     text = read(tmp_path / "model")
-    assert "holds an adapter of peft" in text
+    assert "holds a PEFT adapter" in text
     assert "without fastkd" not in text
     assert run_blocks(text, tmp_path / "model")["classify"]("a film")[0]["exit_layer"] >= 1
 

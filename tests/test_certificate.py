@@ -78,12 +78,12 @@ def test_what_is_not_as_certified_is_told() -> None:
 
     speed = certificate.speed
     assert told() == told(exit_layers=model.exit_layers) == []
-    assert told(torch.bfloat16) == ["it is for dtype float32, in use is bfloat16"]
-    assert told(criterion="entropy") == ["it is for criterion margin, in use is entropy"]
-    assert told(speed=0.125) == [f"it is for speed {speed}, in use is 0.125"]
-    assert told(exit_layers=[2]) == ["it is for exit layers 1, 2, 3, 4, in use is 2, 4"]
-    assert told(speed=[speed] * 3) == [f"it is for speed {speed}, in use is {', '.join(3 * [str(speed)])}"]
-    assert told(criterion="top_n", top_n=2)[1] == "it is for top_n None, in use is 2"
+    assert told(torch.bfloat16) == ["it is for dtype float32, but bfloat16 is in use"]
+    assert told(criterion="entropy") == ["it is for criterion margin, but entropy is in use"]
+    assert told(speed=0.125) == [f"it is for speed {speed}, but 0.125 is in use"]
+    assert told(exit_layers=[2]) == ["it is for exit layers 1, 2, 3, 4, but 2, 4 is in use"]
+    assert told(speed=[speed] * 3) == [f"it is for speed {speed}, but {', '.join(3 * [str(speed)])} is in use"]
+    assert told(criterion="top_n", top_n=2)[1] == "it is for top_n None, but 2 is in use"
     assert told(torch.bfloat16, speed=0.0) == [], "the full model gives the full model's answers"
     assert certificate.mismatches(model.config, "float32") == [], "the default is still the full model"
     certificate.apply(model, set_default=True)
@@ -91,7 +91,7 @@ def test_what_is_not_as_certified_is_told() -> None:
     assert certificate.mismatches(model.config, "float32", 0.125), "what is given wins over the default"
     unknown = fastkd.calibrate(replace(trace, source=replace(trace.source, dtype="")), 0.6)
     assert unknown.mismatches(model.config, "float32", unknown.speed, "entropy") == [
-        "it is for dtype unknown, in use is float32"
+        "it is for dtype unknown, but float32 is in use"
     ]
 
 
@@ -101,9 +101,11 @@ def test_uncertified_calls_warn() -> None:
     certificate = fastkd.calibrate(trace, 0.6)
     certificate.apply(model)
     assert warn_if_uncertified(model, speed=certificate.speed) == []
-    with pytest.warns(CalibrationWarning, match=r"certificate: it is for speed 0\.\d+, in use is 0.125; nothing is"):
+    with pytest.warns(
+        CalibrationWarning, match=r"certificate: it is for speed 0\.\d+, but 0.125 is in use; nothing is"
+    ):
         assert len(warn_if_uncertified(model, speed=0.125)) == 1
-    with pytest.warns(CalibrationWarning, match="it is for dtype float32, in use is bfloat16"):
+    with pytest.warns(CalibrationWarning, match="it is for dtype float32, but bfloat16 is in use"):
         warn_if_uncertified(model.bfloat16(), speed=certificate.speed)
 
 

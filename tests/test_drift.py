@@ -128,13 +128,13 @@ def test_without_a_certificate_for_this_nothing_is_promised() -> None:
     monitors = {"the model has no certificate": DriftMonitor(early_exit_model(), 1.0, speed=0.5)}
     for exits, told in (
         ({"speed": 0.123}, "it is for speed 0."),
-        ({"criterion": "margin"}, "it is for criterion entropy, in use is margin"),
-        ({"exit_layers": [2]}, "it is for exit layers 1, 2, 3, 4, in use is 2, 4"),
+        ({"criterion": "margin"}, "it is for criterion entropy, but margin is in use"),
+        ({"exit_layers": [2]}, "it is for exit layers 1, 2, 3, 4, but 2, 4 is in use"),
     ):
         with pytest.warns(CalibrationWarning, match=told):
             monitors[told] = DriftMonitor(certified_model(), 1.0, **exits)
-    with pytest.warns(CalibrationWarning, match="it is for dtype float32, in use is bfloat16"):
-        monitors["in use is bfloat16"] = DriftMonitor(certified_model().bfloat16(), 1.0)
+    with pytest.warns(CalibrationWarning, match="it is for dtype float32, but bfloat16 is in use"):
+        monitors["bfloat16 is in use"] = DriftMonitor(certified_model().bfloat16(), 1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for told, monitor in monitors.items():
@@ -151,7 +151,7 @@ def test_without_a_certificate_for_this_nothing_is_promised() -> None:
 def test_predict_says_when_its_answers_are_not_what_was_certified() -> None:
     model, tokenizer = certified_model(), tokenizer_of("bert")
     rows = list(read_rows(io.BytesIO(b"good\nbad\n"), "text"))
-    with pytest.warns(CalibrationWarning, match="it is for exit layers 1, 2, 3, 4, in use is 2, 4"):
+    with pytest.warns(CalibrationWarning, match="it is for exit layers 1, 2, 3, 4, but 2, 4 is in use"):
         list(predict_rows(model, tokenizer, rows, exit_layers=[2]))
     with warnings.catch_warnings():
         warnings.simplefilter("error", CalibrationWarning)

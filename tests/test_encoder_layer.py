@@ -340,7 +340,7 @@ def test_bad_input_raises_before_any_work() -> None:
         with pytest.raises(ValueError, match="cu_seqlens"):
             fk.encoder_layer(rows, torch.tensor(values).int(), layer)
     assert layer.packed is not None
-    with pytest.raises(ValueError, match="layers: expected what this version's pack_encoder_layer makes"):
+    with pytest.raises(ValueError, match="layers: expected the output of this version's pack_encoder_layer"):
         fk.encoder_layer(rows, packed, replace(layer, packed=torch.zeros_like(layer.packed)))
 
 

@@ -189,7 +189,7 @@ def test_traces_and_certificates_know_it() -> None:
     assert trace.source.dtype == "int8"
     certificate = Certificate.from_dict(_certificate("float32"))
     (sentence,) = certificate.mismatches(model.config, model.weights_dtype, speed=0.5, criterion="entropy")
-    assert sentence == "it is for dtype float32, in use is int8"
+    assert sentence == "it is for dtype float32, but int8 is in use"
 
 
 def _certificate(dtype: str) -> dict[str, Any]:

@@ -129,13 +129,13 @@ def test_values_out_of_range_raise_on_cpu() -> None:
     padded, bounds, packed = torch.zeros(2, 3, 4), ints([0, 2, 5]), torch.zeros(5, 4)
     with pytest.raises(ValueError, match=r"lengths\[1\]: got 4, expected 0 to T = 3"):
         fk.pack([padded], ints([1, 4]))
-    with pytest.raises(ValueError, match="more rows than fit its 4"):
+    with pytest.raises(ValueError, match="it has 4 rows, too few for the sequences"):
         fk.pack([padded], ints([3, 3]), total=4)
     with pytest.raises(ValueError, match="sequence 1 has 3 tokens, more than 2"):
         fk.unpack([packed], bounds, 2)
     with pytest.raises(IndexError, match=r"survivors\[1\]: got row 2, expected 0 to 1"):
         fk.compact_packed([packed], bounds, ints([0, 2]))
-    with pytest.raises(ValueError, match="cu_seqlens: got 5 last, for 4 rows"):
+    with pytest.raises(ValueError, match="cu_seqlens: the last value is 5, but there are 4 rows"):
         fk.compact_packed([packed[:4]], bounds, ints([0]))
 
 

@@ -147,12 +147,20 @@ def test_heads_of_another_dtype_are_asked_by_themselves() -> None:
 BAD: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     "another width": ((torch.randn(4, 32), bounds([4]), 0.5), ValueError, "width"),
     "another dtype": ((torch.randn(4, HIDDEN).double(), bounds([4]), 0.5), ValueError, "float32 or bfloat16"),
-    "bfloat16 rows": ((torch.randn(4, HIDDEN).bfloat16(), bounds([4]), 0.5), ValueError, "dtype of hidden_states"),
+    "bfloat16 rows": (
+        (torch.randn(4, HIDDEN).bfloat16(), bounds([4]), 0.5),
+        ValueError,
+        "another width or dtype than hidden_states",
+    ),
     "a vector": ((torch.randn(HIDDEN), bounds([4]), 0.5), ValueError, "hidden_states"),
     "strided rows": ((torch.randn(HIDDEN, 4).t(), bounds([4]), 0.5), ValueError, "contiguous"),
     "bounds beyond the rows": ((torch.randn(4, HIDDEN), bounds([5]), 0.5), ValueError, "cu_seqlens"),
-    "bounds that fall": ((torch.randn(4, HIDDEN), torch.tensor([0, 3, 2]).int(), 0.5), ValueError, "ascending"),
-    "an empty sequence": ((torch.randn(4, HIDDEN), torch.tensor([0, 2, 2]).int(), 0.5), ValueError, "rising"),
+    "bounds that fall": ((torch.randn(4, HIDDEN), torch.tensor([0, 3, 2]).int(), 0.5), ValueError, "never decrease"),
+    "an empty sequence": (
+        (torch.randn(4, HIDDEN), torch.tensor([0, 2, 2]).int(), 0.5),
+        ValueError,
+        "values that increase",
+    ),
     "long bounds": ((torch.randn(4, HIDDEN), bounds([4]).long(), 0.5), ValueError, "cu_seqlens"),
     "no bounds": ((torch.randn(4, HIDDEN), torch.empty(0).int(), 0.5), ValueError, "cu_seqlens"),
     "a speed above 1": ((torch.randn(4, HIDDEN), bounds([4]), 1.5), ValueError, "speed"),
@@ -176,7 +184,7 @@ def test_bad_indices_raise() -> None:
     stage = fk.PreparedStage(layers("float32"), head(torch.float32), embedding(torch.float32))
     with pytest.raises(IndexError, match=r"indices\[0\]\[1\]: got 50, expected 0 to 49"):
         stage([torch.tensor([3, 50]), torch.tensor([0, 1])], bounds([2]), 0.5)
-    with pytest.raises(ValueError, match="one tensor a table"):
+    with pytest.raises(ValueError, match="one tensor for each table"):
         stage([torch.tensor([3, 5])], bounds([2]), 0.5)
     with pytest.raises(TypeError, match="expected one tensor of indices for each"):
         stage(torch.randn(2, HIDDEN), bounds([2]), 0.5)
@@ -327,7 +335,7 @@ def test_a_run_of_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^criterion: got 'doubt'"):
         fk.PreparedRun([stage], [2], [], "doubt")
     other = fk.PreparedStage(layers("float32"), head(torch.float32, CLASSES + 1))
-    with pytest.raises(ValueError, match="heads of as many classes"):
+    with pytest.raises(ValueError, match="the same number of classes"):
         fk.PreparedRun([stage, other], [2, 4], [0.5])(torch.randn(4, HIDDEN), bounds([4]))
     with pytest.raises(ValueError, match="speed: expected 0 to 1"):
         fk.PreparedRun([stage, stage], [2, 4], [1.5])(torch.randn(4, HIDDEN), bounds([4]))
@@ -340,8 +348,8 @@ def test_another_number_of_arguments_is_an_error() -> None:
     assert extension is not None
     cu_seqlens, record = bounds([1]), None
     for given in [(), (None,) * 7, (torch.zeros(1), ([], [], ()), cu_seqlens, 0.5, 0, 0, record)]:
-        with pytest.raises(TypeError, match=r"^packed_stage: rows or an embedding"):
+        with pytest.raises(TypeError, match=r"^packed_stage: expected rows"):
             extension.packed_stage(*given)
     for given in [(), (None,) * 7, (torch.zeros(1), (([], [], ()),), cu_seqlens, (), (1,), 0, 0)]:
-        with pytest.raises(TypeError, match=r"^packed_run: rows or an embedding"):
+        with pytest.raises(TypeError, match=r"^packed_run: expected rows"):
             extension.packed_run(*given)

@@ -75,11 +75,13 @@ def test_a_certificate_says_what_it_counted() -> None:
     order = torch.randperm(400, generator=torch.Generator().manual_seed(0))[200:]
     held = trace.select(torch.cat([(trace.queries == query).nonzero()[:, 0] for query in order]))
     assert failures(held, certificate) == certificate.failures
-    assert str(certificate).startswith("with 95% confidence at most 5% of queries get another top 5 than from the full")
+    assert str(certificate).startswith(
+        "with 95% confidence at most 5% of queries get a different top 5 from the full model's"
+    )
     assert RankCertificate.from_dict(json.loads(json.dumps(certificate.to_dict()))) == certificate
     loose = fastkd.calibrate_ranking(trace, K, recall=0.8)
     assert loose.speedup > certificate.speedup
-    assert "less than 80% of the top 5 of the full model" in str(loose)
+    assert "less than 80% of the full model's top 5" in str(loose)
 
 
 def test_other_queries_may_teach_the_half_widths() -> None:
@@ -198,7 +200,9 @@ def test_rows_are_calibrated_on_and_the_model_keeps_the_certificate(tmp_path: Pa
     # it does not reach further
     assert set(kept.rank(QUERY, texts, 4).exit_layers) == {4}
     assert set(kept.rank(QUERY, texts).exit_layers) == {4}
-    with pytest.warns(CalibrationWarning, match="it is for dtype float32, in use is bfloat16, so the full model ranks"):
+    with pytest.warns(
+        CalibrationWarning, match="it is for dtype float32, but bfloat16 is in use, so the full model ranks"
+    ):
         found = kept.to(torch.bfloat16).rank(QUERY, texts, 3)
     assert set(found.exit_layers) == {4}
     kept.config.last_head_was_trained()

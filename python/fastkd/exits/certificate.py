@@ -248,15 +248,15 @@ class Certificate(KeptCertificate):
             "exit layers": (self.exit_layers, layers),
         }
         return [
-            f"it is for {name} {', '.join(map(str, certified))}, in use is {', '.join(map(str, used))}"
+            f"it is for {name} {', '.join(map(str, certified))}, but {', '.join(map(str, used))} is in use"
             for name, (certified, used) in compared.items()
             if certified != used
         ]
 
     def __str__(self) -> str:
         what = {
-            "consistency": "get another answer than from the full model",
-            "accuracy": "lose a right answer of the full model",
+            "consistency": "get a different answer from the full model's",
+            "accuracy": "lose a correct answer of the full model",
         }[self.guarantee]
         share = f"at most {percent(self.max_drop)} of rows {what}"
         counted = f"{self.failures} of {self.n:,} did"

@@ -98,17 +98,17 @@ class RankCertificate(KeptCertificate):
             "exit layers": (self.exit_layers, list(config.exit_layers)),
         }
         return [
-            f"it is for {name} {certified}, in use is {used}"
+            f"it is for {name} {certified}, but {used} is in use"
             for name, (certified, used) in compared.items()
             if certified != used
         ]
 
     def __str__(self) -> str:
         top = f"top {self.top_k}"
-        what = f"another {top}" if self.recall == 1 else f"less than {percent(self.recall)} of the {top}"
-        share = f"at most {percent(self.max_drop)} of queries get {what} than from the full model"
-        if self.recall < 1:
-            share = share.removesuffix(" than from the full model") + " of the full model"
+        what = f"less than {percent(self.recall)} of the full model's {top}"
+        if self.recall == 1:
+            what = f"a different {top} from the full model's"
+        share = f"at most {percent(self.max_drop)} of queries get {what}"
         counted = f"{self.failures} of {self.n:,} did"
         if self.method == "fixed-sequence":
             assert self.confidence is not None

@@ -53,7 +53,7 @@ def _card(
         f"---\nlibrary_name: fastkd-kernels\npipeline_tag: text-classification\ntags:\n{tags}---\n{CARD_MARK}",
         f"# {kind} that leaves early",
         _what(config, is_adapter),
-        *([f"**What follows was found with other weights: {changed}.**"] if changed else []),
+        *([f"**The facts below were found with other weights: {changed}.**"] if changed else []),
         "## Use\n\n" + _use(config, name, is_adapter),
         "## Data\n\n" + _data(config, seen),
         "## Speeds\n\n" + _speeds(config),
@@ -71,16 +71,16 @@ def _what(config: EarlyExitConfig, is_adapter: bool) -> str:
         shown = list(config.id2label.values())
         answer += f" ({', '.join(map(str, shown[:20]))}{', ...' if len(shown) > 20 else ''})"
     lines = [
-        f"A classifier of texts that answers {answer}: an encoder of {config.num_hidden_layers} layers, "
-        f"{config.hidden_size} wide, with {config.head} heads after the layers {layers}. A text leaves at the first "
+        f"A text classifier that answers {answer}. Its encoder has {config.num_hidden_layers} layers, "
+        f"{config.hidden_size} wide, with {config.head} heads after layers {layers}. A text leaves at the first "
         "head that is certain enough (FastBERT, ACL 2020).",
-        "transformers does not bring the class of this model: `pip install fastkd-kernels`.",
+        "transformers does not contain the class of this model: `pip install fastkd-kernels`.",
     ]
     if config.quantized is not None:
-        lines.append(f"The products of its layers are in {config.quantized}, which fastkd alone runs, on a CPU.")
+        lines.append(f"Its layers compute in {config.quantized}. Only fastkd runs them, on a CPU.")
     if is_adapter:
         lines.append(
-            "This folder holds an adapter of peft; `adapter_config.json` names its base, upon which it is loaded."
+            "This folder holds a PEFT adapter; `adapter_config.json` names the base model that it is loaded onto."
         )
     return "\n\n".join(lines)
 
@@ -95,17 +95,17 @@ def _use(config: EarlyExitConfig, name: str, is_adapter: bool) -> str:
         )
         makes = f'classify = pipeline("text-classification", model=model, tokenizer=tokenizer{speed})'
     code = f'{imports}\n\n{makes}\nprint(classify(["one text", "another text"]))'
-    default = f"Without `speed` it runs at {_listed(config.speed)} by criterion {config.criterion}."
-    note = f"Speed 0 is the full model, 1 lets every text leave at the first head. {default}"
+    default = f"Without `speed` it runs at {_listed(config.speed)}, with criterion {config.criterion}."
+    note = f"Speed 0 is the full model; at 1 every text leaves at the first head. {default}"
     if not config.exits_trained:
-        note = "The heads below the last are not distilled, so the full model answers; `fastkd.distill` trains them."
+        note = "Only the last head is trained, so the full model answers; `fastkd.distill` trains the other heads."
     return f"```python\n{code}\n```\n\n{note}"
 
 
 def _data(config: EarlyExitConfig, seen: Mapping[str, int]) -> str:
     parts = sorted({*config.training_data, *seen})
     if not parts:
-        return "It is not known which rows the weights have seen."
+        return "Unknown: no record of the training rows."
     rows = [
         f"| {part} | {f'{seen[part]:,}' if part in seen else 'unknown'} | {config.training_data.get(part, '')[:12]} |"
         for part in parts
@@ -115,22 +115,22 @@ def _data(config: EarlyExitConfig, seen: Mapping[str, int]) -> str:
 
 def _speeds(config: EarlyExitConfig) -> str:
     if not config.speed_table:
-        return "Not measured. `fastkd sweep` measures them on rows of yours."
+        return "Not measured. `fastkd sweep` measures them on your rows."
     first = config.speed_table[0]
-    head = f"| speed | {first['measure']} | layers on average | operations saved |"
+    head = f"| speed | {first['measure']} | average layers | speed-up in operations |"
     rows = [
         f"| {row['speed']:g} | {row['quality']:.4f} | {row['average_layers']:.2f} of {config.num_hidden_layers} | "
         f"{row['speedup']:.2f}x |"
         for row in config.speed_table
     ]
-    text = f"On the {first['rows']:,} dev rows of the distillation, by criterion {first['criterion']}:"
+    text = f"On the {first['rows']:,} dev rows of the distillation, with criterion {first['criterion']}:"
     return "\n".join([text, "", head, "|---|---|---|---|", *rows])
 
 
 def _certificate(config: EarlyExitConfig) -> str:
     found = [text for text in (_of_answers(config), _of_rankings(config)) if text is not None]
     if not found:
-        return "None. `fastkd calibrate` finds a speed with a guarantee on rows that training has not seen."
+        return "None. `fastkd calibrate` finds a speed with a guarantee, on rows that the model was not trained on."
     return "\n\n".join(found)
 
 
@@ -162,7 +162,7 @@ from transformers import AutoConfig, AutoModel
 with open("{name}/config.json") as file:
     config = AutoConfig.for_model(**json.load(file)["backbone"])
 encoder = AutoModel.from_pretrained("{name}", config=config)"""
-    return f"Its weights have their usual names below `{prefix}.`:\n\n```python\n{code}\n```"
+    return f"Its weights have their usual names under `{prefix}.`:\n\n```python\n{code}\n```"
 
 
 def _listed(speed: float | Sequence[float]) -> str:

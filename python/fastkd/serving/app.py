@@ -43,10 +43,10 @@ _NO_NETWORK = {
 _GONE = 499  # nobody reads it, but for the log
 _KINDS = {400: "Malformed", 404: "Validation", 413: "TooLarge", 405: "Validation", 503: "Unhealthy"}
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": ErrorBody, "description": "No JSON"},
+    400: {"model": ErrorBody, "description": "Not JSON"},
     413: {"model": ErrorBody, "description": "The body is too large"},
     415: {"model": ErrorBody, "description": "The Content-Type is not JSON"},
-    422: {"model": ErrorBody, "description": "Input that cannot be used"},
+    422: {"model": ErrorBody, "description": "Unusable input"},
     424: {"model": ErrorBody, "description": "The model failed, or cannot do this"},
     429: {"model": ErrorBody, "description": "The queue is full: try again after Retry-After"},
     503: {"model": ErrorBody, "description": "Starting, shutting down, or too slow: try again"},

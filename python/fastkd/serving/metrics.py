@@ -26,35 +26,42 @@ class Metrics:
             "fastkd_requests", "Requests by path and status.", ["path", "status"], registry=registry
         )
         self.seconds = Histogram(
-            "fastkd_request_seconds", "From the first byte to the answer, by path.", ["path"], buckets=_SECONDS,
+            "fastkd_request_seconds", "Seconds from the first byte to the answer, by path.", ["path"], buckets=_SECONDS,
             registry=registry,
         )  # fmt: skip
         self.row_seconds = Histogram(
-            "fastkd_row_seconds", "From a row's acceptance to its answer.", buckets=_SECONDS, registry=registry
+            "fastkd_row_seconds", "Seconds from accepting a row to answering it.", buckets=_SECONDS, registry=registry
         )
         self.accepted = Counter("fastkd_rows_accepted", "Rows accepted.", registry=registry)
         self.ended = Counter(
-            "fastkd_rows_ended", "What became of accepted rows: answered, failed, cancelled, expired.", ["how"],
+            "fastkd_rows_ended", "Accepted rows by outcome: answered, failed, cancelled, expired.", ["how"],
             registry=registry,
         )  # fmt: skip
         self.queue_tokens = Gauge("fastkd_queue_tokens", "Tokens accepted and not yet answered.", registry=registry)
         self.queue_rows = Gauge("fastkd_queue_rows", "Rows accepted and not yet answered.", registry=registry)
         self.fill = Histogram(
-            "fastkd_run_fill", "Tokens of a run as a share of a full one, by the last layer of the run.", ["layer"],
+            "fastkd_run_fill", "Tokens in a run as a share of a full run, by the last layer of the run.", ["layer"],
             buckets=_FILL, registry=registry,
         )  # fmt: skip
-        self.runs = Counter("fastkd_runs", "Runs by their last layer.", ["layer"], registry=registry)
-        self.run_seconds = Counter("fastkd_run_seconds", "Seconds in runs, by layer.", ["layer"], registry=registry)
-        self.exits = Counter("fastkd_exits", "Rows answered by layer.", ["layer"], registry=registry)
-        self.speed = Gauge("fastkd_speed", "Of requests that name none, now.", registry=registry)
-        self.under_pressure = Gauge("fastkd_under_pressure", "1 while the speed is raised.", registry=registry)
-        self.raised = Counter("fastkd_rows_at_pressure_speed", "Rows whose speed was raised.", registry=registry)
-        self.watched = Gauge("fastkd_agreement_watched_rows", "Rows that ran to full depth too.", registry=registry)
-        self.agreement = Gauge(
-            "fastkd_agreement", "With the full model, and its interval.", ["bound"], registry=registry
+        self.runs = Counter("fastkd_runs", "Runs by last layer.", ["layer"], registry=registry)
+        self.run_seconds = Counter(
+            "fastkd_run_seconds", "Seconds spent in runs, by last layer.", ["layer"], registry=registry
         )
-        self.promised = Gauge("fastkd_agreement_promised", "By the certificate; NaN without one.", registry=registry)
-        self.alarm = Gauge("fastkd_agreement_alarm", "1: the certificate is no longer kept.", registry=registry)
+        self.exits = Counter("fastkd_exits", "Rows answered, by exit layer.", ["layer"], registry=registry)
+        self.speed = Gauge("fastkd_speed", "Current speed of requests that name none.", registry=registry)
+        self.under_pressure = Gauge("fastkd_under_pressure", "1 while pressure raises the speed.", registry=registry)
+        self.raised = Counter("fastkd_rows_at_pressure_speed", "Rows answered at the raised speed.", registry=registry)
+        self.watched = Gauge("fastkd_agreement_watched_rows", "Rows that also ran to full depth.", registry=registry)
+        self.agreement = Gauge(
+            "fastkd_agreement",
+            "Share of watched rows with the full model's answer, and its interval.",
+            ["bound"],
+            registry=registry,
+        )
+        self.promised = Gauge(
+            "fastkd_agreement_promised", "Agreement that the certificate promises; NaN without one.", registry=registry
+        )
+        self.alarm = Gauge("fastkd_agreement_alarm", "1 if the certificate no longer holds.", registry=registry)
         self.reloads = Counter("fastkd_reloads", "Reloads by outcome.", ["outcome"], registry=registry)
         self.promised.set(float("nan"))
         self._layers: dict[int, tuple[Counter, Counter, Histogram]] = {}
@@ -62,13 +69,17 @@ class Metrics:
             self.exits.labels(layer)
             self.runs.labels(layer)
         # gauges, because a counter of this client would be called ..._total
-        self._tei_count = Gauge("te_request_count", "Requests, as TEI counts.", ["method"], registry=registry)
+        self._tei_count = Gauge(
+            "te_request_count", "Requests, counted as TEI counts them.", ["method"], registry=registry
+        )
         self._tei_success = Gauge("te_request_success", "Answered requests.", ["method"], registry=registry)
         self._tei_failure = Gauge("te_request_failure", "Refused requests.", ["err"], registry=registry)
         self._tei_queue = Gauge("te_queue_size", "Rows in the queue.", registry=registry)
-        self._tei_duration = Histogram("te_request_duration", "Seconds.", buckets=_TEI_SECONDS, registry=registry)
-        self._tei_size = Histogram("te_batch_next_size", "Rows of a run.", buckets=_POWERS, registry=registry)
-        self._tei_tokens = Histogram("te_batch_next_tokens", "Tokens of a run.", buckets=_POWERS, registry=registry)
+        self._tei_duration = Histogram(
+            "te_request_duration", "Seconds per request.", buckets=_TEI_SECONDS, registry=registry
+        )
+        self._tei_size = Histogram("te_batch_next_size", "Rows per run.", buckets=_POWERS, registry=registry)
+        self._tei_tokens = Histogram("te_batch_next_tokens", "Tokens per run.", buckets=_POWERS, registry=registry)
 
     def text(self) -> bytes:
         return generate_latest(self._registry)

@@ -23,11 +23,11 @@ class PredictRequest(_Body):
         description='A text; ["a"] is a text, ["a", "b"] one pair; [["a"], ["a", "b"], ...] a batch.',
         examples=["What a film!", ["A premise.", "A hypothesis."], [["One text."], ["A pair,", "of two."]]],
     )
-    truncate: bool | None = Field(None, description="Cut what is too long; default: as the server was started.")
+    truncate: bool | None = Field(None, description="Cut texts that are too long; default: the server's setting.")
     truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"
-    raw_scores: bool = Field(False, description="Logits instead of probabilities.")
+    raw_scores: bool = Field(False, description="Return logits instead of probabilities.")
     parameters: dict[str, Any] | None = Field(
-        None, description="Sent by huggingface_hub, which wants the answer to one input inside a list of one."
+        None, description="Sent by huggingface_hub, which expects the answer to one input inside a list."
     )
 
 
@@ -42,21 +42,21 @@ class ClassifyRequest(_Body):
     """What only early exits have."""
 
     inputs: str | list[str | Annotated[list[str], Field(min_length=2, max_length=2)]] = Field(
-        description="A text, or a list whose members are texts and pairs [a, b].",
+        description="A text, or a list of texts and pairs [a, b].",
         examples=["What a film!", ["One text.", ["A premise.", "A hypothesis."]]],
     )
     speed: float | None = Field(
         None, ge=0, le=1, description="0 (the full model) to 1 (leave at once); default: the server's.", strict=False
     )
     criterion: str | None = Field(None, description="How certainty is measured; default: the server's.")
-    top_n: int | None = Field(None, description="Classes that the criterion top_n looks at.")
+    top_n: int | None = Field(None, description="How many classes the criterion top_n reads.")
     deadline_ms: float | None = Field(
         None, gt=0, le=3_600_000, strict=False,
-        description="Rows that can only just be answered in time run first; one that has not begun by then never does.",
+        description="Rows that can only just make the deadline run first; a row that has not started by then gets 504.",
     )  # fmt: skip
-    truncate: bool | None = Field(None, description="Cut what is too long; default: as the server was started.")
-    scores: bool = Field(False, description="Give the probabilities of all labels too.")
-    stream: bool = Field(False, description="One line of JSON for each answer, the moment that its row leaves.")
+    truncate: bool | None = Field(None, description="Cut texts that are too long; default: the server's setting.")
+    scores: bool = Field(False, description="Also return the probabilities of all labels.")
+    stream: bool = Field(False, description="Send one line of JSON per answer, as soon as its row leaves.")
 
 
 class Classification(BaseModel):
@@ -86,17 +86,21 @@ class RerankRequest(_Body):
     texts: list[str] = Field(min_length=1)
     truncate: bool | None = None
     truncation_direction: Literal["Left", "Right", "left", "right"] = "Right"
-    raw_scores: bool = Field(False, description="The number of a regression, or log-odds, instead of its sigmoid.")
+    raw_scores: bool = Field(
+        False, description="Return the number of a regression, or the log-odds, instead of its sigmoid."
+    )
     return_text: bool = False
     top_k: int | None = Field(
-        None, ge=1, description="How many to give; others leave early where the model's certificate, or speed, says so."
+        None,
+        ge=1,
+        description="How many texts to return; the others leave early as the certificate or the speed allows.",
     )
     speed: float | None = Field(
         None, ge=0, le=1, strict=False,
-        description="Default: the certificate of the model's ranking, as far as it reaches, else 0, the full model.",
+        description="Default: the certificate for ranking, if it covers top_k; else 0, the full model.",
     )  # fmt: skip
     label: str | None = Field(
-        None, description="The class whose probability ranks; default: that of the certificate. Not for a regression."
+        None, description="The class whose probability ranks; default: the certificate's. Not for a regression."
     )
 
 
