@@ -137,7 +137,7 @@ def test_the_longest_input_is_the_longest_that_runs(family: str) -> None:
         if has_table:  # rotary tables are made for any length
             with pytest.raises((IndexError, RuntimeError)):  # out of positions, or of the buffer of their numbers
                 model.backbone(torch.full((1, longest + 1), 7))
-    with pytest.raises(ValueError, match=f"got {longest + 1} tokens a row"):
+    with pytest.raises(ValueError, match=f"got {longest + 1} tokens per row"):
         model(torch.full((1, longest + 1), 7))
 
 

@@ -350,7 +350,7 @@ def test_the_cost_of_assistants_counts(work: Path, tmp_path: Path) -> None:
     [
         (
             {"blocks": [{"student": "layers:2", "methods": ["kd"], "trials": [{"arguments": {"dih": {}}}]}]},
-            r"blocks\[0\].trials\[0\].arguments: dih is none of the block's methods",
+            r"blocks\[0\].trials\[0\].arguments: dih is not a method of this block",
         ),
         (
             {"blocks": [{"student": "layers:2", "methods": ["kd"], "trials": [{"train": {"lr": 1}}]}]},
@@ -375,7 +375,7 @@ def test_the_cost_of_assistants_counts(work: Path, tmp_path: Path) -> None:
         ({"blocks": [{"student": "x", "methods": "kd"}]}, r"blocks\[0\].methods: got 'kd', expected a list"),
         (
             {"blocks": [{"student": "layers:2", "methods": ["kd"], "arguments": {"dih": {}}}]},
-            "dih is none of the block's methods",
+            "dih is not a method of this block",
         ),
         (
             {"blocks": [{"student": "layers:2", "methods": ["kd"], "arguments": {"kd": {"tau": 1}}}]},

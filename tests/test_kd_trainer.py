@@ -410,7 +410,7 @@ def test_takd_without_room_for_an_assistant_is_refused(teacher: Path) -> None:
     for assistants, culprit in ((("layers:2", "layers:3"), "layers:3"), (("layers:4",), "layers:4")):
         with pytest.raises(ValueError, match=f"assistants: '{culprit}' has . layers and .* before it"):
             KDTrainer(Teacher.load(teacher), "layers:1", "takd", replace(OPTIONS, assistants=assistants))
-    with pytest.raises(ValueError, match=r"assistants: a student 'bilstm' has no obvious one; name them"):
+    with pytest.raises(ValueError, match=r"assistants: there is no obvious one for a student 'bilstm'; name them"):
         KDTrainer(teacher, "bilstm", "takd", OPTIONS)
 
 

@@ -567,7 +567,10 @@ def test_untrained_exits_refuse_a_speed() -> None:
         ({"input_ids": None}, "input_ids: pass exactly one"),
         ({"input_ids": torch.ones(11, dtype=torch.long)}, r"input_ids: got shape \(11,\) of torch.int64, expected"),
         ({"input_ids": torch.ones(13, 11)}, r"input_ids: got shape \(13, 11\) of torch.float32"),
-        ({"input_ids": torch.ones(1, 67, dtype=torch.long)}, "input_ids: got 67 tokens a row, .* at most 66; truncate"),
+        (
+            {"input_ids": torch.ones(1, 67, dtype=torch.long)},
+            "input_ids: got 67 tokens per row, .* at most 66; truncate",
+        ),
         ({"inputs_embeds": torch.zeros(13, 11, 32)}, "input_ids: pass exactly one"),
         ({"attention_mask": torch.ones(13, 10)}, r"attention_mask: got shape \(13, 10\), expected \(13, 11\)"),
         ({"attention_mask": torch.ones(13, 1, 11, 11)}, "attention_mask: got shape"),

@@ -503,7 +503,7 @@ def test_changed_weights_warn_once(tmp_path: Any) -> None:
     [
         ({"input_ids": torch.ones(1, 3)}, "input_ids: got shape"),
         ({"input_ids": torch.ones(1, 99, dtype=torch.int64)}, "at most 66"),
-        ({"input_ids": torch.ones(1, 3, dtype=torch.int64), "attention_mask": torch.ones(1, 2)}, "one value a token"),
+        ({"input_ids": torch.ones(1, 3, dtype=torch.int64), "attention_mask": torch.ones(1, 2)}, "one value per token"),
         (
             {"input_ids": torch.ones(1, 3, dtype=torch.int64), "attention_mask": torch.tensor([[0, 1, 1]])},
             "the first token of a row is masked",

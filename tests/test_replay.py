@@ -252,7 +252,7 @@ def test_a_copy_and_embedded_inputs_run_alike() -> None:
     segmented = model_of("rembert")
     segments = torch.ones_like(inputs["input_ids"])
     assert not torch.equal(segmented(**inputs, token_type_ids=segments).logits, segmented(**inputs).logits)
-    with pytest.raises(ValueError, match="input_ids: got 67 tokens a row, but this encoder takes at most 66"):
+    with pytest.raises(ValueError, match="input_ids: got 67 tokens per row, but this encoder takes at most 66"):
         segmented(torch.full((1, 67), 7))
 
 

@@ -304,7 +304,7 @@ def test_figures_of_an_unlabelled_trace(rows: Any, tmp_path: Path) -> None:
 def test_command_refuses_what_it_cannot_use(rows: Any, tmp_path: Path) -> None:
     folder = report_folder(tmp_path / "run", rows)
     assert "no file" in refused("report", tmp_path / "missing.safetensors")
-    assert "belong to one" in refused("report", folder, folder, "--bench", folder / "bench.json")
+    assert "are for one" in refused("report", folder, folder, "--bench", folder / "bench.json")
     assert "speed: got 7" in refused("report", folder, "--speed", "7", "-o", tmp_path / "a.html")
     (tmp_path / "bench.json").write_text('{"rows": [{"speed": 0.5}]}')
     assert "bench.json has no dtype" in refused("report", folder, "--bench", tmp_path / "bench.json")

@@ -268,7 +268,7 @@ def test_no_batches() -> None:
     [
         ("first token of a row is masked", {"input_ids": [[1, 2]], "attention_mask": [[0, 1]]}, {}),
         ("on the right only", {"input_ids": [[1, 2, 3]], "attention_mask": [[1, 0, 1]]}, {}),
-        ("input_ids: got 99 tokens a row", {"input_ids": [[1] * 99]}, {}),
+        ("input_ids: got 99 tokens per row", {"input_ids": [[1] * 99]}, {}),
         ("got one of 2 rows, expected at most max_rows_waiting, 1", {"input_ids": [[1], [2]]}, {"max_rows_waiting": 1}),
         ("tokens_per_run: got 0", {}, {"tokens_per_run": 0}),
         ("max_rows_waiting: got 0", {}, {"max_rows_waiting": 0}),

@@ -324,7 +324,8 @@ def embed_layer_norm(
     """
     if not 1 <= len(tables) <= _MAX_TABLES or len(indices) != len(tables):
         raise ValueError(
-            f"tables: got {len(tables)} and {len(indices)} indices, expected 1 to {_MAX_TABLES} and as many indices"
+            f"tables: got {len(tables)} and {len(indices)} indices, expected 1 to {_MAX_TABLES} tables and one tensor "
+            "of indices for each"
         )
     read: dict[str, Tensor | None] = {"weight": weight, "bias": bias}
     for number, (table, index) in enumerate(zip(tables, indices, strict=True)):

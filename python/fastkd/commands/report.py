@@ -89,8 +89,8 @@ def report(
         )  # fmt: skip
         if extras and len(sources) > 1:
             raise ValueError(
-                f"sources: got {len(sources)}, but --bench, --log, --examples and --certificate belong to one; name "
-                "folders that hold these files beside their trace"
+                f"sources: got {len(sources)}, but --bench, --log, --examples and --certificate are for one; pass "
+                "folders that contain these files next to their trace"
             )
         found = {
             name: read_source(path, name, extras)

@@ -267,7 +267,7 @@ def _check_place(target: Path) -> None:
     place = target.resolve()
     for name, other in (("the folder you are in", Path.cwd()), ("your home folder", Path.home())):
         if other.resolve().is_relative_to(place):
-            raise ValueError(f"output_dir: {target} is or holds {name}; choose a folder of its own for the output")
+            raise ValueError(f"output_dir: {target} is or holds {name}; choose a separate folder for the output")
 
 
 def _check_replaceable(target: Path) -> None:

@@ -122,7 +122,7 @@ class ExitTrace:
                 raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected [{self.logits.shape[0]}]")
         if self.certainty is not None and self.certainty.shape != self.logits.shape[:2]:
             shapes = f"got shape {tuple(self.certainty.shape)}, expected {list(self.logits.shape[:2])}"
-            raise ValueError(f"certainty: {shapes}, one a head")
+            raise ValueError(f"certainty: {shapes}, one per head")
 
     def __len__(self) -> int:
         return self.logits.shape[0]

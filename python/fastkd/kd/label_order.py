@@ -96,7 +96,7 @@ def _check_numbers(of_teacher: Names, order: Names, given: dict[str, Rows | None
     raise DataError(
         f"{unnamed[0]}: its labels are numbers, but class 0 is {of_teacher[0]} for the teacher and {order[0]} for the "
         f"student; load the rows with label_names={_quoted(of_teacher)} or label_names={_quoted(order)}, whichever "
-        "order their numbers have"
+        "matches their numbers"
     )
 
 

@@ -292,7 +292,7 @@ class KDTrainer:
         name, _, kept = str(self.student).partition(":")
         if name != "layers" or not kept.isdigit():
             raise ValueError(
-                f"assistants: a student {str(self.student)!r} has no obvious one; name them, as in "
+                f"assistants: there is no obvious one for a student {str(self.student)!r}; name them, as in "
                 "assistants=('layers:4',)"
             )
         between = (layers + int(kept)) // 2

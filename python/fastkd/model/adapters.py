@@ -89,8 +89,8 @@ def check_adapter(adapted: Any, argument: str = "model", *, takes_any: bool = Fa
     config = adapted.peft_config.get(getattr(adapted, "active_adapter", None))
     if config is None or len(adapted.peft_config) > 1:
         raise ValueError(
-            f"{argument}: it has the adapters {', '.join(adapted.peft_config)}; expected one, which is active; train "
-            "each around a base of its own"
+            f"{argument}: it has the adapters {', '.join(adapted.peft_config)}; expected one, and active; train "
+            "each one on its own base"
         )
     if config.is_prompt_learning:
         raise ValueError(

@@ -340,7 +340,7 @@ def _labels(names: Sequence[str] | None, classes: int) -> dict[str, Any]:
     if names is None:
         return {"num_labels": classes}
     if len(names) != classes or len(set(names)) < classes:
-        raise ValueError(f"label_names: got {list(names)}, expected {classes} different names, one a class")
+        raise ValueError(f"label_names: got {list(names)}, expected {classes} different names, one per class")
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 

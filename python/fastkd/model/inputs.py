@@ -12,10 +12,12 @@ def check_tokens(tokens: Tensor, embedded: bool, longest: int) -> None:
     if tokens.dim() != 2 + embedded or tokens.is_floating_point() != embedded:
         raise ValueError(f"{name}: got shape {tuple(tokens.shape)} of {tokens.dtype}, expected {form}")
     if tokens.shape[0] and not tokens.shape[1]:
-        raise ValueError(f"{name}: got shape {tuple(tokens.shape)}, rows without tokens; expected at least one a row")
+        raise ValueError(
+            f"{name}: got shape {tuple(tokens.shape)}, which has no tokens; expected at least one token per row"
+        )
     if tokens.shape[1] > longest:
         raise ValueError(
-            f"{name}: got {tokens.shape[1]} tokens a row, but this encoder takes at most {longest}; truncate the "
+            f"{name}: got {tokens.shape[1]} tokens per row, but this encoder takes at most {longest}; truncate the "
             f"texts (tokenizer(..., truncation=True, max_length={longest}))"
         )
 
@@ -30,8 +32,8 @@ def checked_mask(attention_mask: Tensor | None, tokens: Tensor) -> Tensor | None
         return None
     if attention_mask.shape != tokens.shape[:2]:
         raise ValueError(
-            f"attention_mask: got shape {tuple(attention_mask.shape)}, expected {tuple(tokens.shape[:2])}, one value a "
-            "token"
+            f"attention_mask: got shape {tuple(attention_mask.shape)}, expected {tuple(tokens.shape[:2])}, one value "
+            "per token"
         )
     mask = attention_mask.bool()
     if torch.compiler.is_compiling():

@@ -215,7 +215,7 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
         mask = self.check_input(input_ids, attention_mask, inputs_embeds)
         rows = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]  # type: ignore[union-attr]
         if labels is not None and labels.numel() != rows:
-            raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected [{rows}], one a row")
+            raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected [{rows}], one per row")
         states: list[Tensor] | None = None
         if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
             engine, states = self._engine_with_states(engine, rule), []
@@ -818,8 +818,8 @@ class EarlyExitForSequenceClassification(PreTrainedModel):
                 )
             if rule.criterion not in fk.CRITERIA:
                 raise ValueError(
-                    f"engine: got 'graphs', which has no criterion {rule.criterion!r}; use engine='batch', or one of "
-                    f"{', '.join(fk.CRITERIA)}"
+                    f"engine: got 'graphs', which does not support criterion {rule.criterion!r}; use engine='batch' or "
+                    f"one of {', '.join(fk.CRITERIA)}"
                 )
             return fields_of(graphs.engine_of(self).run(input_ids, mask, rule, token_type_ids=token_type_ids))
         if encoder is not None:

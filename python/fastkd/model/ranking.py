@@ -189,7 +189,7 @@ def tokenizer_of(model: RankedModel) -> PreTrainedTokenizerBase:
     folder = model.name_or_path
     if not folder or not os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
         raise ValueError(
-            "tokenizer: got None, and there is none beside the weights of this model; pass tokenizer=, as "
-            "fastkd.load_model gives it"
+            "tokenizer: got None, and the folder of this model has no tokenizer; pass tokenizer=, such as the one from "
+            "fastkd.load_model"
         )
     return with_input_format(load_tokenizer(folder), model.config.input_format)

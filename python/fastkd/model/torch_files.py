@@ -44,8 +44,8 @@ def load_torch_file(path: Path, argument: str) -> Any:
                 f"{argument}: {path} is cut short or damaged ({type(error).__name__}); copy or download it again"
             ) from error
         raise ValueError(
-            f"{argument}: {path} holds an object of {foreign[1]} besides tensors, which is not read because it could "
-            "run code; save the tensors alone where it was trained: torch.save(model.state_dict(), FILE)"
+            f"{argument}: {path} holds an object of {foreign[1]} besides tensors. It could run code, so it is not "
+            "read; save only the tensors where the model was trained: torch.save(model.state_dict(), FILE)"
         ) from error
 
 

@@ -185,7 +185,7 @@ class Worker:
         if config.num_classes > 1 and label is None and certified is None:
             raise Refusal(
                 "Backend",
-                "rerank: needs a model with one label, a score; this one is a classifier, for which send label, one of "
+                "rerank: this model is a classifier; send label, the class whose probability ranks the texts, one of "
                 f"{', '.join(self.names)}",
             )
         try:

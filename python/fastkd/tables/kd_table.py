@@ -470,7 +470,9 @@ class _Runner:
             folder = _load_task(task, Path(self.grid.data) / plan.data, plan)
             rows = folder.test if self.grid.eval_split == "test" else folder.dev
             if rows is None:
-                raise GridError(f"tasks.{task}: {plan.data} has no {self.grid.eval_split} rows, which eval_split wants")
+                raise GridError(
+                    f"tasks.{task}: {plan.data} has no {self.grid.eval_split} rows, which eval_split asks for"
+                )
             metrics.check_names(plan.metric, cast(int, folder.num_labels))
             evaluated = rows if self.grid.eval_rows is None else self._sampled(rows, self.grid.eval_rows)
             self._data[task] = folder, evaluated
@@ -656,7 +658,7 @@ def _block(raw: Any, where: str) -> Block:
             raise GridError(f"{where}.methods: {error}") from error
     unknown = set(given.get("arguments") or {}) - set(given["methods"])
     if unknown:
-        raise GridError(f"{where}.arguments: {', '.join(sorted(unknown))} is none of the block's methods")
+        raise GridError(f"{where}.arguments: {', '.join(sorted(unknown))} is not a method of this block")
     trials = _list(given.get("trials") or [], f"{where}.trials")
     given["trials"] = tuple(_trial(value, given["methods"], f"{where}.trials[{at}]") for at, value in enumerate(trials))
     given.setdefault("title", given["student"])
@@ -667,7 +669,7 @@ def _trial(raw: Any, methods: Sequence[str], where: str) -> Trial:
     made = _made(Trial, _mapping(raw, where), where)
     unknown = set(_mapping(made.arguments, f"{where}.arguments")) - set(methods)
     if unknown:
-        raise GridError(f"{where}.arguments: {', '.join(sorted(unknown))} is none of the block's methods")
+        raise GridError(f"{where}.arguments: {', '.join(sorted(unknown))} is not a method of this block")
     return cast(Trial, made)
 
 
