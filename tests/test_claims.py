@@ -103,7 +103,7 @@ def test_changed_weights_void_what_was_said_of_them(
     tokenizer_of("bert").save_pretrained(tmp_path / "changed")
     assert_warned(load(tmp_path / "changed"))
     told = CliRunner().invoke(app.app, ["info", str(tmp_path / "changed")])
-    assert "void: the weights were changed since" in " ".join(told.output.split())
+    assert "void: the weights have changed since" in " ".join(told.output.split())
     # whoever answers for the new weights says so
     model.confirm_weights()
     assert warn_if_uncertified(model) == []

@@ -19,11 +19,11 @@ def test_lines_tell_rate_and_time_left() -> None:
     lines.update(40, "", 1240)
     now += 20
     lines.update(80)
-    assert lines.line() == "tracing: 80 of 1240, 2 a second, 9 min 40 s left"
+    assert lines.line() == "tracing: 80 of 1240, 2 per second, 9 min 40 s left"
     lines.update(2, "other work", 10)
     now += 2
     lines.update(4)
-    assert lines.line() == "other work: 4 of 10, 1 a second, 6 s left"
+    assert lines.line() == "other work: 4 of 10, 1 per second, 6 s left"
 
 
 def test_a_line_comes_every_few_seconds_also_while_one_step_is_long(

@@ -56,7 +56,7 @@ def bench(
             min=1, help="Rows per pass, drawn at random; default: 512, or 1000 with --latency.", show_default=False
         ),
     ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Interleaved passes; their median counts.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Number of interleaved passes; the median counts.")] = 5,
     max_length: MaxLength = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; default: torch's choice.")] = None,
     latency: Annotated[

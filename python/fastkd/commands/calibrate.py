@@ -68,7 +68,9 @@ def calibrate(
     split: Split = "test",
     max_drop: Annotated[
         str | None,
-        typer.Option(help="Share of rows (--top-k: queries) that may get another answer; default: 1%; --top-k: 5%."),
+        typer.Option(
+            help="Share of rows (--top-k: queries) that may get a different answer; default: 1%; --top-k: 5%."
+        ),
     ] = None,
     confidence: Annotated[str, typer.Option(help="Confidence that this holds for new rows.")] = "95%",
     guarantee: Annotated[
@@ -245,7 +247,7 @@ def _print_ranking(screen: Screen, certificate: RankCertificate, layers: int) ->
     screen.out.print(
         f"{strong(f'top {certificate.top_k}')}: [bold]{certificate.speedup:.2f}x[/] fewer operations at "
         f"{certificate.seq_len} tokens, {certificate.average_layers:.2f} of {layers} layers on average, "
-        f"{certificate.documents:.4g} documents a query",
+        f"{certificate.documents:.4g} documents per query",
         soft_wrap=True,
     )
     screen.out.print(f"{certificate}", soft_wrap=True)

@@ -50,7 +50,9 @@ def demo(
     ] = None,
     bench_speeds: Annotated[str | None, typer.Option(help="Speeds to measure in seconds, as in 0.1,0.5.")] = None,
     bench_rows: Annotated[int | None, typer.Option(min=1, help="Rows per measured pass.")] = None,
-    bench_repeats: Annotated[int | None, typer.Option(min=1, help="Interleaved passes; their median counts.")] = None,
+    bench_repeats: Annotated[
+        int | None, typer.Option(min=1, help="Number of interleaved passes; the median counts.")
+    ] = None,
     batch_sizes: Annotated[str | None, typer.Option(help="Batch sizes to measure, as in 1,8,32.")] = None,
     dtypes: Annotated[str | None, typer.Option(help="Dtypes to measure: some of fp32, bf16, fp16, int8.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the corpus, the rows and the weights.")] = None,

@@ -60,8 +60,8 @@ def info(
             is_described = fingerprint == config.weights_fingerprint
         if is_described is False:
             screen.out.print(
-                "[bold yellow]void:[/] the weights were changed since: all that is said here about training, speed and "
-                "certificate is for others; distil and calibrate again: "
+                "[bold yellow]void:[/] the weights have changed since: training, speed and certificate above are "
+                "for other weights; distil and calibrate again: "
                 f"fastkd distill {escape(quoted(checkpoint))} --data DATA",
                 soft_wrap=True,
             )

@@ -114,7 +114,7 @@ def load_or_make_trace(screen: Screen, source: str, data: Path | None, options: 
     if not Path(source).is_dir():
         return ExitTrace.load(source)
     if data is None:
-        raise ValueError(f"--data: {source} is a model folder, so say on which rows: --data FILE, or name a trace file")
+        raise ValueError(f"--data: {source} is a model folder; add rows with --data FILE, or name a trace file")
     return make_trace(screen, source, data, options)
 
 

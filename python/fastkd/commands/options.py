@@ -48,7 +48,7 @@ DtypeOption = Annotated[
     Dtype,
     typer.Option(
         "--dtype",
-        help="Precision of the weights. int8 quantises the products of the layers (CPU only; a model saved in int8 "
+        help="Precision of the weights. int8 quantises the layers' matrix products (CPU only; a model saved in int8 "
         "stays int8); auto takes the precision of the certificate, else measures fp32 and bf16 at the start, takes the "
         "faster one and says so.",
     ),
@@ -122,7 +122,10 @@ Fsdp = Annotated[
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a killed run of the same command.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output of an earlier run.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Replace the output of an earlier run, unless its folder holds your own files."),
+]
 
 
 @dataclass(frozen=True)

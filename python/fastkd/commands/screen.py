@@ -186,7 +186,7 @@ class ProgressLines:
         left = ""
         if self._total is not None and rate > 0:
             left = f", {_duration((self._total - self._done) / rate)} left"
-        return f"{self._what}: {self._done}{of_all}, {rate:.3g} a second{left}"
+        return f"{self._what}: {self._done}{of_all}, {rate:.3g} per second{left}"
 
 
 def _duration(seconds: float) -> str:
@@ -387,7 +387,7 @@ def benchmark_table(measured: Benchmark, is_narrow: bool = False) -> Table:
     """The measurements for people; a narrow one leaves out what the CSV file also has."""
     facts = measured.machine
     table = Table(
-        title=f"Measured on {_machine(facts)}; {measured.rows[0].rows} rows a pass",
+        title=f"Measured on {_machine(facts)}; {measured.rows[0].rows} rows per pass",
         caption="stream: rows in their order, as fastkd predict runs them; batches: sorted by length. Speed-up against "
         "the full model at its best, same rows, dtype and device. " + _gpu_note(facts),
         title_justify="left",
@@ -434,8 +434,8 @@ def latency_table(measured: Latency, is_narrow: bool = False) -> Table:
     facts, first = measured.machine, measured.rows[0]
     table = Table(
         title=f"One sentence at a time on {_machine(facts)}; {first.sentences} sentences of {first.lengths} lengths",
-        caption="Milliseconds of a call, tokenised before. host: of a mean call what lies outside of operators, as "
-        "torch's profiler sees it, with its own cost in it. " + _gpu_note(facts),
+        caption="Milliseconds per call, without tokenisation. host: the part of a mean call outside operators, as "
+        "torch's profiler sees it, including the profiler's own cost. " + _gpu_note(facts),
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD if is_narrow else box.HEAVY_HEAD,

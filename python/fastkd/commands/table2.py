@@ -51,7 +51,7 @@ def table2(
     max_length: Annotated[int, typer.Option(min=8, help="Cut texts after this many tokens.")] = 64,
     test_rows: Annotated[int | None, typer.Option(min=1, help="Measure on at most this many test rows.")] = None,
     bench_rows: Annotated[int, typer.Option(min=1, help="Rows per timed pass.")] = 256,
-    bench_repeats: Annotated[int, typer.Option(min=1, help="Interleaved passes; their median counts.")] = 3,
+    bench_repeats: Annotated[int, typer.Option(min=1, help="Number of interleaved passes; the median counts.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per timed batch.")] = 32,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the timed models.")] = Dtype.fp32,
     seed: Seed = 7,

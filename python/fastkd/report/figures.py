@@ -200,7 +200,7 @@ def wall_clock(rows: Sequence[BenchmarkRow], path: PathLike, about: str = "") ->
         _legend(axes, len(curves))
         _mark_speeds(axes, marked)
 
-    _save(path, draw, _lines(f"{rows[0].rows:,} rows a pass" + (f" of {about}" if about else ""), _SPEEDS))
+    _save(path, draw, _lines(f"{rows[0].rows:,} rows per pass" + (f" of {about}" if about else ""), _SPEEDS))
 
 
 def latency(rows: Sequence[LatencyRow], path: PathLike) -> None:
