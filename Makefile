@@ -54,7 +54,7 @@ GPU_ARGS ?=
 # what the lent GPU machine has; on Linux this torch is the one for CUDA 13.0, and brings the Triton that it was built with
 GPU_PYTHON ?= python3.12
 GPU_PACKAGES := torch==2.11.0 'setuptools>=77,<82' wheel ninja 'transformers>=5.17,<6' 'scipy>=1.12' \
-	'datasets>=3' 'accelerate>=1.1' pytest pytest-benchmark hypothesis
+	'datasets>=3' 'accelerate>=1.3' pytest pytest-benchmark hypothesis
 BUNDLE_ARGS ?=
 
 # tests of the ops and of what the packages around them change most often

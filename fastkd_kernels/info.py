@@ -72,12 +72,10 @@ def _op_report(name: str, op: OpBackends) -> Report:
     uses = {device: device if reason is None else "reference" for device, reason in missing.items()}
     if not torch.cuda.is_available():
         uses["cuda"] = "no device"
-    chosen = getattr(_extension.extension, "instruction_sets", {})
-    level = fastkd_kernels.encoder_layer_instructions() if name == "encoder_layer" else chosen.get(name)
     return {
         "uses": uses,
         "missing": {backend: reason for backend, reason in missing.items() if reason is not None},
-        "instruction_set": level,
+        "instruction_set": getattr(_extension.extension, "instruction_sets", {}).get(name),
     }
 
 

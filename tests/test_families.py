@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny_models import (
     CONFIGS,
     LAYERS,
@@ -32,7 +33,8 @@ FAMILIES = sorted(CONFIGS)
 
 
 def test_the_tests_cover_every_supported_family() -> None:
-    assert set(CONFIGS) == set(families.FAMILIES)
+    too_new = set() if hasattr(transformers, "GteConfig") else {"gte"}
+    assert set(CONFIGS) == set(families.FAMILIES) - too_new
 
 
 def test_the_catalogue_names_every_supported_family() -> None:

@@ -38,6 +38,7 @@ from fastkd.kd.stage_run import stage_length
 from fastkd.kd.students import student_from_teacher
 from fastkd.kd.teacher import Teacher
 from fastkd.kd.trainer import KDTrainer, evaluate
+from fastkd.training.harness import recomputes_activations
 from fastkd.training.log import LOG_FILE
 
 WORKER = Path(kd_worker.__file__)
@@ -604,7 +605,7 @@ def test_options_of_the_trainer_reach_the_student(
     trainer = KDTrainer(teacher, "layers:2", method, options)
     assert all(loss > 0 for loss in losses_of(trainer.train(rows(16), None, tmp_path / "out")))
     assert trainer.model is not None
-    assert not trainer.model.is_activation_checkpointing
+    assert not recomputes_activations(trainer.model)
 
 
 def test_a_student_of_peft_is_refused(teacher: Path) -> None:

@@ -486,6 +486,8 @@ def test_a_layer_that_changes_the_batch_later_on_is_refused(family: str, speed: 
 @torch.no_grad()
 def test_frequencies_that_depend_on_the_length_see_the_batch_as_it_was_padded() -> None:
     """Rows that leave make it narrower, and the layers above then took other frequencies."""
+    if not hasattr(transformers, "GteConfig"):
+        pytest.skip(f"transformers {transformers.__version__} has no gte")
     config = tiny_config("gte")
     half = config.hidden_size // config.num_attention_heads // 2
     factors = {"short_factor": [1.0] * half, "long_factor": [4.0] * half, "factor": 2.0}

@@ -33,7 +33,7 @@ from fastkd.data.errors import DataError
 from fastkd.data.rows import Rows
 from fastkd.encoders.label_scale import LabelScale
 from fastkd.training.finetune import FinetuneOptions, finetune
-from fastkd.training.harness import bf16_is_fast, last_checkpoint
+from fastkd.training.harness import bf16_is_fast, last_checkpoint, recomputes_activations
 from fastkd.training.log import LOG_FILE
 from fastkd.training.self_distillation import (
     DistillOptions,
@@ -797,14 +797,14 @@ def test_options_of_the_trainer_reach_the_model(
     model = load(finetuned)
     seen = set()
     model.get_input_embeddings().register_forward_hook(
-        lambda module, *_: seen.add((model.is_activation_checkpointing, hasattr(module, "neftune_noise_alpha")))
+        lambda module, *_: seen.add((recomputes_activations(model), hasattr(module, "neftune_noise_alpha")))
     )
     train(stage, model, tmp_path / "out", max_steps=2, trainer_arguments=arguments)
     if stage == "distill":
         seen.discard((False, False))  # the table of speeds, which is measured afterwards
     assert seen == {("gradient_checkpointing" in arguments, "neftune_noise_alpha" in arguments)}
     # the model is given back as it was
-    assert not model.is_activation_checkpointing
+    assert not recomputes_activations(model)
     assert not hasattr(model.get_input_embeddings(), "neftune_noise_alpha")
 
 

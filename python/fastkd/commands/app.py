@@ -92,7 +92,8 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback(
-    epilog="[bold]Start here:[/] [cyan]fastkd demo[/] trains, distils and measures a small model in three minutes."
+    epilog="[bold]Start here:[/] [cyan]fastkd demo[/] trains, distils and measures a small model, in about three "
+    "minutes of processor time."
 )
 def options(
     context: typer.Context,

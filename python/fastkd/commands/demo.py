@@ -63,7 +63,7 @@ def demo(
     """See it all: train, distil, sweep, measure, and get a model to use.
 
     Without --data it uses a generated corpus of easy to hard rows and takes
-    about three minutes on two processor cores. With --data it uses your own
+    about three minutes of processor time. With --data it uses your own
     files, at most 12,000 training rows of 64 tokens. To continue an interrupted
     demo, run it again.
 

@@ -1,6 +1,6 @@
 """The whole story in one command: fine-tune, self-distil, trace, sweep, measure, draw, and leave a model to use.
 
-Without data it generates its own corpus (`fastkd.data.corpus`) and takes under three minutes on two CPU cores; with
+Without data it generates its own corpus (`fastkd.data.corpus`) and takes about three minutes of processor time; with
 `--data DIR` it runs on real files. Finished stages are kept in the output folder: an interrupted demo, started again
 with the same settings, goes on where it stopped.
 """

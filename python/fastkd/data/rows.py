@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
 from fastkd.data.columns import Columns, label_column, text_columns
 from fastkd.data.errors import BadRows, DataError
@@ -94,8 +95,9 @@ class Rows:
         if self.label_names == tuple(label_names):
             return self
         numbers = [list(label_names).index(name) for name in self.label_names]
-        labels = [numbers[label] for label in self.dataset["label"][:]]
-        dataset = self.dataset.remove_columns("label").add_column("label", labels, feature=datasets.Value("int64"))
+        # an array names its type, also without rows, where datasets 3.0 takes no feature
+        labels = np.array([numbers[label] for label in self.dataset["label"][:]], dtype=np.int64)
+        dataset = self.dataset.remove_columns("label").add_column("label", labels)
         return replace(self, dataset=dataset, label_names=tuple(label_names))
 
     def digest(self) -> str:

@@ -459,8 +459,8 @@ def _band(axes: Axes, number: int, points: Sequence[tuple[float, tuple[float, fl
 
 def _mark_speeds(axes: Axes, curves: Sequence[Sequence[tuple[float, float, float]]]) -> None:
     """The speed beside points (x, y, speed), as many as stand apart from each other; round speeds first."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
+    figure = axes.figure.figure  # the one around all panels; matplotlib 3.8 has no get_figure(root=True)
+    assert isinstance(figure, Figure)
     figure.draw_without_rendering()  # only then it is known where a point lies
     taken: list[Bbox] = []
     candidates = [(number, *point) for number, points in enumerate(curves) for point in points]

@@ -234,6 +234,10 @@ class Objective(nn.Module, ABC):
     def activation_checkpointing_enable(self, **options: Any) -> None:
         self.core.activation_checkpointing_enable(**options)
 
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """The same, as the Trainer of transformers 5.17 calls it; later ones prefer the name above."""
+        self.core.gradient_checkpointing_enable(**options)
+
 
 @dataclass(frozen=True)
 class TrainingStage:
@@ -306,12 +310,19 @@ def train_stage(
 @contextmanager
 def _checkpointing_as_before(model: PreTrainedModel) -> Iterator[None]:
     """The user's model recomputes no activations afterwards unless it did before."""
-    before = model.is_activation_checkpointing
+    before = recomputes_activations(model)
     try:
         yield
     finally:
-        if model.is_activation_checkpointing and not before:
-            model.activation_checkpointing_disable()
+        if recomputes_activations(model) and not before:
+            # transformers 5.17 has the other name only, of which later ones warn
+            disable = getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable
+            disable()
+
+
+def recomputes_activations(model: nn.Module) -> bool:
+    """Whether activations are computed again in the backward pass; transformers' own question has two names."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 @dataclass(frozen=True)
