@@ -122,7 +122,7 @@ REFUSED: list[tuple[str, Any, int, str, str]] = [
     ("/v1/classify", {"inputs": "a", "criterion": "learned"}, 422, "Validation", "learned"),
     ("/v1/classify", {"inputs": "a", "deadline_ms": 0}, 422, "Validation", "deadline_ms"),
     ("/v1/classify", {"inputs": [["a"]]}, 422, "Validation", "inputs"),
-    ("/rerank", {"query": "a", "texts": ["b"]}, 424, "Backend", "one label"),
+    ("/rerank", {"query": "a", "texts": ["b"]}, 424, "Backend", "this model is a classifier"),
     ("/rerank", {"query": "a", "texts": []}, 422, "Validation", "texts"),
     ("/rerank", {"query": "a", "texts": ["b"], "top_k": 0}, 422, "Validation", "top_k"),
     ("/rerank", {"query": "a", "texts": ["b"], "label": "none"}, 422, "Validation", "LABEL_0, LABEL_1"),
