@@ -530,9 +530,12 @@ def finetuned(task: Task, rows: dict[str, Rows], folder: Path, seed: int) -> tup
     return load_model(str(folder), "cpu")
 
 
+_Cells = dict[tuple[str, int], dict[str, Any]]
+
+
 def markdown(cells: Sequence[dict[str, Any]]) -> str:
     """Means over tasks and seeds of every recipe and kind of temperature, and what each task says."""
-    by_recipe: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
+    by_recipe: dict[str, _Cells] = {}
     for line in cells:
         by_recipe.setdefault(line["recipe"], {})[line["task"], line["seed"]] = line["scores"]
     tasks = list(dict.fromkeys(line["task"] for line in cells))
@@ -550,10 +553,7 @@ def markdown(cells: Sequence[dict[str, Any]]) -> str:
                 if not scores:
                     continue
                 means = [f"{100 * sum(of[column] for of in scores) / len(scores):.1f}" for column in columns]
-                pairs = [
-                    (of[f"{kept}, {kind}"], base[cell]["best, none"]) for cell, of in found.items() if cell in base
-                ]
-                more, gain = _compared(pairs) if pairs else ["", ""]
+                more, gain = _compared(found, base, f"{kept}, {kind}")
                 certified = sum(of["certified"] for of in scores) / len(scores)
                 fast = [f"{sum(of[name] for of in scores) / len(scores):.2f}x" for name in speeds]
                 rows.append((recipe, kind, str(len(scores)), *means, more, *fast, f"{certified:.2f}x", gain))
@@ -563,12 +563,7 @@ def markdown(cells: Sequence[dict[str, Any]]) -> str:
         for kind in ("none", "hard"):
             line = [recipe, kind]
             for task in tasks:
-                pairs = [
-                    (of[f"best, {kind}"], base[cell]["best, none"])
-                    for cell, of in found.items()
-                    if cell[0] == task and cell in base
-                ]
-                line += _compared(pairs) if pairs else ["", ""]
+                line += _compared({cell: of for cell, of in found.items() if cell[0] == task}, base, f"best, {kind}")
             rows.append(tuple(line))
     parts.append(f"## Each task beside the defaults, weights of the best evaluation\n\n{_table(rows)}")
     rows = [("task", "seed", "full model", "accuracy at 4x", "certified")]
@@ -580,11 +575,14 @@ def markdown(cells: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _compared(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[str]:
-    """Points of accuracy at 4x and gain in certified speed-up of the first over the second, means over the pairs."""
+def _compared(found: _Cells, base: _Cells, key: str) -> tuple[str, str]:
+    """Points of accuracy at 4x and gain in certified speed-up over the defaults, means over the cells of both."""
+    pairs = [(of[key], base[cell]["best, none"]) for cell, of in found.items() if cell in base]
+    if not pairs:
+        return "", ""
     points = [100 * (ours["accuracy at 4x"] - theirs["accuracy at 4x"]) for ours, theirs in pairs]
     gains = [math.log(ours["certified"] / theirs["certified"]) for ours, theirs in pairs]
-    return [f"{sum(points) / len(points):+.1f}", f"{math.exp(sum(gains) / len(gains)):.2f}x"]
+    return f"{sum(points) / len(points):+.1f}", f"{math.exp(sum(gains) / len(gains)):.2f}x"
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:

@@ -73,6 +73,11 @@ def _parts_of_quantised(value: Tensor) -> dict[str, Tensor]:
     return {"codes": value.int_repr(), "scale": scale, "zero_point": zero}
 
 
+def tensor_bytes(tensor: Tensor) -> Any:
+    """The memory of a tensor of any dtype, without a copy where it lies on the host in one piece."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
 def load_tensors(
     path: str | os.PathLike[str], argument: str, remedy: str
 ) -> tuple[dict[str, Tensor], dict[str, str], bool]:

@@ -220,13 +220,14 @@ def why_not(layers: Iterable[nn.Module], device: torch.device) -> str | None:
     """Why these layers of an encoder cannot be quantised; None where they can."""
     if device.type != "cpu":
         return f"it is on {device}, and int8 runs on a CPU; move it there first (model.to('cpu'))"
+    layers = list(layers)
     modules = [module for layer in layers for module in layer.modules()]
     if any(isinstance(module, Int8Linear) for module in modules):
         return "it is quantised already"
     if any(map(is_adapter, modules)):
         return "an adapter of peft is in its layers; merge it first (merge_and_unload)"
     linears = [module for module in modules if isinstance(module, nn.Linear)]
-    are_quantised = any(quantised_elsewhere(module) is not None for module in modules)
+    are_quantised = any(quantised_elsewhere(layer) is not None for layer in layers)
     if are_quantised or not all(map(has_plain_weight, linears)):
         return "something else has already quantised its layers; load the unquantised model"
     if not all(map(is_untouched, linears)):

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastkd.data.tensors import plain_tensors
+from fastkd.data.tensors import plain_tensors, tensor_bytes
 from fastkd.exits.merged_state import merged_state
 
 _BLOCKS, _BLOCK = 4, 16  # of a tensor, so many values lying together at so many places
@@ -49,11 +49,6 @@ def model_fingerprint(model: HasWeights) -> str:
         sha.update(name.encode())
         sha.update(tensor_bytes(value) if isinstance(value, Tensor) else str(value).encode())
     return sha.hexdigest()
-
-
-def tensor_bytes(tensor: Tensor) -> Any:
-    """The memory of a tensor of any dtype, without a copy where it lies on the host in one piece."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 @dataclass(frozen=True)

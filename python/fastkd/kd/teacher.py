@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from fastkd.data.labels import names_of_classes
-from fastkd.data.tensors import plain_tensors
+from fastkd.data.tensors import plain_tensors, tensor_bytes
 from fastkd.encoders.int8 import Int8Linear
 from fastkd.encoders.label_scale import LabelScale
 from fastkd.encoders.untouched import quantised_elsewhere
@@ -298,8 +298,7 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
             sha.update(f"{name} {value}".encode())
             continue
         sha.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        memory: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        sha.update(memory)
+        sha.update(tensor_bytes(value))
     return sha.hexdigest()
 
 

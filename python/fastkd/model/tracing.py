@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fastkd.data.labels import label_rule, names_of_classes
 from fastkd.data.row_hashes import Hashes, row_hashes
+from fastkd.data.tensors import tensor_bytes
 from fastkd.encoders.configuration import EarlyExitConfig
 from fastkd.exits.certificate import CalibrationWarning
-from fastkd.exits.fingerprints import HasWeights, model_fingerprint, tensor_bytes
+from fastkd.exits.fingerprints import HasWeights, model_fingerprint
 from fastkd.exits.flops import FlopsShape
 from fastkd.exits.trace import ExitTrace, TraceSource
 from fastkd.model.seen_rows import count_seen

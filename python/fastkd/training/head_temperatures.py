@@ -47,7 +47,7 @@ def probability_temperatures(early_logits: Tensor, last_logits: Tensor) -> list[
 
 
 HEAD_TEMPERATURES: Mapping[str, Callable[[Tensor, Tensor], list[float]] | None] = MappingProxyType(
-    {"answers": agreement_temperatures, "probabilities": probability_temperatures, "none": None}
+    {"none": None, "probabilities": probability_temperatures, "answers": agreement_temperatures}
 )
 """What a head's temperature may be fitted to: the last head's answers, or its probabilities."""
 

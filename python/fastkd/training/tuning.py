@@ -29,7 +29,7 @@ from fastkd.exits.trace import ExitTrace
 from fastkd.model.modeling import EarlyExitForSequenceClassification
 from fastkd.training.checks import check_trainable, require, rows_for
 from fastkd.training.harness import TrainResult
-from fastkd.training.head_temperatures import agreement_temperatures, divide_logits, probability_temperatures
+from fastkd.training.head_temperatures import HEAD_TEMPERATURES, divide_logits
 from fastkd.training.log import LOG_FILE
 from fastkd.training.model_parts import speed_table_of
 from fastkd.training.progress import Progress, Silent, training_progress
@@ -387,7 +387,7 @@ class _Search:
         traces = [trace]
         choices = [choose(trace, config.criterion, config.top_n, self.options)]
         if not trace.is_regression and config.criterion not in ("patience", "learned"):
-            for fitted in (probability_temperatures, agreement_temperatures):
+            for fitted in filter(None, HEAD_TEMPERATURES.values()):
                 temperatures = [round(value, 4) for value in fitted(trace.logits[:, :-1], trace.logits[:, -1])]
                 divided = replace(trace, logits=trace.logits / torch.tensor([*temperatures, 1.0])[:, None])
                 traces.append(divided)
