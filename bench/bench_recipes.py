@@ -3,9 +3,10 @@
     python bench/bench_recipes.py DATA --work WORK --output bench/results/recipes
 
 DATA holds a folder for each task (`TASKS`); the corpus of the demo is generated. Every task is fine-tuned once a seed.
-The backbone is frozen in self-distillation, so its hidden states are computed once a task and seed, and every recipe
-trains the early heads on them. A cell is one recipe on one task with one seed: one row of OUTPUT.jsonl, written when it
-is done, so that an interrupted study goes on where it stopped. OUTPUT.md is the table of means.
+Where the backbone is frozen in self-distillation, its hidden states are computed once a task and seed, and every such
+recipe trains the early heads on them; the others are trainings of `fastkd.distill`. A cell is one recipe on one task
+with one seed: one row of OUTPUT.jsonl, written when it is done, so that an interrupted study goes on where it stopped.
+OUTPUT.md is the table of means.
 
 What needs no training of its own is scored in every cell: which weights are kept (of the best evaluation, each head's
 own best, the last), temperatures per head fitted on dev, thresholds per head, and a finer grid of certified speeds.
@@ -87,6 +88,7 @@ class Recipe:
         labels: the same share of cross-entropy with the labels.
         traffic: rows weigh as much as the heads before let them through at four times fewer operations.
         unlabelled: how many times as many rows are distilled as were labelled.
+        backbone: learning rate of backbone and last head, which learn along what the last head said before; 0: frozen.
         ema: decay of a moving average of the weights, which is what is kept; 0: none.
     """
 
@@ -103,6 +105,7 @@ class Recipe:
     labels: float = 0.0
     traffic: bool = False
     unlabelled: int = 1
+    backbone: float = 0.0
     ema: float = 0.0
     dropout: float = 0.1
 
@@ -144,6 +147,8 @@ RECIPES = {
     "linear head, mean": replace(LONG, head="linear", pool="mean"),
     "head reads the mean": replace(LONG, pool="mean"),
     "10x unlabelled rows": replace(LONG, unlabelled=10),
+    "trained backbone": replace(LONG, backbone=5e-5),
+    "trained backbone, 1.5e-4": replace(LONG, backbone=1.5e-4),
 }
 
 
@@ -456,6 +461,24 @@ def cells_of(
         )
 
 
+def cells_with_backbone(
+    folder: Path, task: Task, recipes: Sequence[Recipe], rows: dict[str, Rows], work: Path, seed: int
+) -> Iterator[tuple[float, dict[str, dict[str, fastkd.ExitTrace]]]]:
+    """The same of recipes that train the backbone, each from the fine-tuned model in `folder`, by `fastkd.distill`."""
+    for recipe in recipes:
+        model, tokenizer = load_model(str(folder), "cpu")
+        options = fastkd.DistillOptions(
+            max_steps=recipe.steps, learning_rate=recipe.learning_rate, batch_size=BATCH, max_length=task.max_length,
+            train_backbone=True, backbone_learning_rate=recipe.backbone, head_temperatures="none", seed=seed,
+            progress=False, overwrite=True,
+        )  # fmt: skip
+        started = time.process_time()
+        fastkd.distill(model, rows["train"], rows["dev"], work / "trained", options, tokenizer)
+        seconds = time.process_time() - started
+        settings = {"tokenizer": tokenizer, "max_length": task.max_length, "batch_size": 64}
+        yield seconds, {"best": {part: model.trace(rows[part], **settings) for part in ("dev", "test")}}
+
+
 def scores_by_temperature(dev: fastkd.ExitTrace, test: fastkd.ExitTrace) -> dict[str, dict[str, Any]]:
     """Of the heads as they are, and with temperatures fitted on `dev`."""
     early, last = dev.logits[:, :-1], dev.logits[:, -1]
@@ -601,7 +624,7 @@ def _groups(recipes: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _kind(recipe: Recipe) -> tuple[object, ...]:
-    return recipe.head, recipe.pool, recipe.unlabelled, (recipe.steps or 0) > 600
+    return recipe.head, recipe.pool, recipe.unlabelled, (recipe.steps or 0) > 600, recipe.backbone > 0
 
 
 def main(
@@ -644,12 +667,17 @@ def main(
                     write_corpus(folder, seed=seed)
             times = max(RECIPES[recipe].unlabelled for recipe in missing)
             rows = rows_of(replace(task, folder=folder.name), folder.parent, seed, times)
-            model, tokenizer = finetuned(task, rows, work / f"{task.folder}-{seed}-tuned", seed)
+            tuned = work / f"{task.folder}-{seed}-tuned"
+            model, tokenizer = finetuned(task, rows, tuned, seed)
             wanted = ["train", "dev", "test", *(["unlabelled"] if times > 1 else [])]
             states = {part: states_of(model, rows[part], tokenizer, task.max_length) for part in wanted}
             for group in _groups(missing):
                 alike = [RECIPES[recipe] for recipe in group]
-                for recipe, (seconds, traces) in zip(group, cells_of(model, task, alike, states, seed), strict=True):
+                if alike[0].backbone:
+                    found = cells_with_backbone(tuned, task, alike, rows, work, seed)
+                else:
+                    found = cells_of(model, task, alike, states, seed)
+                for recipe, (seconds, traces) in zip(group, found, strict=True):
                     line = {"task": name, "seed": seed, "recipe": recipe, "seconds": round(seconds, 1), "scores": {}}
                     for kept, parts in traces.items():
                         for part, trace in parts.items():

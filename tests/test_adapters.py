@@ -128,6 +128,15 @@ def test_finetune_and_distill_train_what_peft_trains(tmp_path: Path) -> None:
     assert base.config.exits_trained
     assert base.changed_weights() is None
 
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    along = fastkd.DistillOptions(**options(), train_backbone=True)
+    fastkd.distill(model, TRAIN, DEV, tmp_path / "along", along, tokenizer)
+    assert changed() <= trainable.keys()
+    assert any("lora_A" in name for name in changed())
+    assert {f"modules_to_save.default.{number}" for number in range(4)} <= {
+        ".".join(part[:3]) for name in changed() if (part := name.split(".heads.")[-1].split(".")) and "heads" in name
+    }
+
 
 @pytest.mark.parametrize("start", ["saved", "plain"])
 def test_a_trained_adapter_is_saved_as_one_and_loads_to_the_same_answers(tmp_path: Path, start: str) -> None:

@@ -340,6 +340,66 @@ def test_distill_trains_the_students_alone_and_needs_no_labels(finetuned: Path, 
     assert set(without_labels.metrics) == {"loss", *(f"temperature_layer_{layer}" for layer in (1, 2, 3))}
 
 
+def _logits(model: fastkd.EarlyExitForSequenceClassification, dev: Rows) -> torch.Tensor:
+    """[n, K, C] of all heads."""
+    return model.trace(dev, tokenizer=tokenizer_of("bert"), max_length=16).logits
+
+
+def test_with_the_backbone_all_heads_learn_what_the_model_said_before(finetuned: Path, tmp_path: Path) -> None:
+    model, dev = load(finetuned), rows(40, seed=1)
+    before, said = _state(model), _logits(model, dev)[:, -1]
+    observer = _Observer()
+    options = options_of("distill", train_backbone=True, backbone_learning_rate=3e-4, head_temperatures="none")
+    result = distill(
+        model, rows(80, labelled=False), dev, tmp_path / "out", options, tokenizer_of("bert"), [observer]
+    )  # fmt: skip
+    changed = _changed(model, before)
+    assert {"bert.encoder.layer.0.output.dense.weight", "heads.3.out_proj.weight"} <= changed
+    now = _logits(model, dev)
+    assert result.metrics["loss"] == pytest.approx(self_distillation_loss(now, said).item(), rel=1e-4)
+    assert result.metrics["answers_kept"] == (now[:, -1].argmax(-1) == said.argmax(-1)).double().mean().item()
+    assert result.metrics["answers_kept"] > 0.9
+    rates = {id(parameter): group["initial_lr"] for group in observer.groups for parameter in group["params"]}
+    assert set(rates) == {id(parameter) for parameter in model.parameters()}
+    for name, parameter in model.named_parameters():
+        is_early = name.startswith("heads.") and not name.startswith("heads.3.")
+        assert rates[id(parameter)] == pytest.approx(2e-3 if is_early else 3e-4), name
+
+
+def test_a_stopped_training_of_the_backbone_continues_with_the_same_teacher(finetuned: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"train_backbone": True, "eval_steps": 4}
+    with pytest.raises(Stopped):
+        train("distill", load(finetuned), tmp_path / "out", stop_at=13, **changes)
+    resumed, whole = load(finetuned), load(finetuned)
+    again = train("distill", resumed, tmp_path / "out", resume=True, **changes)
+    assert again.metrics == train("distill", whole, tmp_path / "whole", **changes).metrics
+    assert _changed(resumed, _state(whole)) == set()
+
+
+def test_a_regression_trains_its_backbone_in_its_own_unit(plain: Path, tmp_path: Path) -> None:
+    train_rows, tokenizer = _scores(80, 3.0, 500.0), tokenizer_of("bert")
+    model = load(plain, num_labels=1)
+    finetune(model, train_rows, None, tmp_path / "tuned", options_of("finetune", epochs=1), tokenizer)
+    said = _logits(model, train_rows)[:, -1]
+    result = distill(
+        model, train_rows, train_rows, tmp_path / "out", options_of("distill", train_backbone=True), tokenizer
+    )  # fmt: skip
+    assert "answers_kept" not in result.metrics
+    _, deviation = model.config.label_scale
+    now = _logits(load(tmp_path / "out"), train_rows)
+    assert result.metrics["loss"] == pytest.approx(
+        (((now - said[:, None]) / deviation) ** 2).mean(0).sum().item(), 1e-3
+    )
+    assert (now[:, -1] - said).abs().mean() < 0.3 * deviation
+
+
+def test_what_does_not_go_with_a_trained_backbone() -> None:
+    with pytest.raises(ValueError, match=r"frozen_dropout: with train_backbone no layer is frozen"):
+        DistillOptions(train_backbone=True, frozen_dropout=True)
+    with pytest.raises(ValueError, match=r"backbone_learning_rate: got 0, expected a number above 0"):
+        DistillOptions(backbone_learning_rate=0)
+
+
 @pytest.mark.parametrize(
     ("changes", "steps", "evaluations"),
     [

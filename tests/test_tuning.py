@@ -142,9 +142,11 @@ def test_the_best_by_dev_is_left_with_speed_and_temperatures(finetuned: Path, tm
 
 
 @pytest.mark.slow
-def test_every_training_starts_from_the_same_weights(finetuned: Path, tmp_path: Path) -> None:
-    done = tuned(finetuned, tmp_path / "out", options(most_epochs=3))
-    alone = tuned(finetuned, tmp_path / "alone", options(first_steps=30, most_epochs=3))
+@pytest.mark.parametrize("train_backbone", [False, True])
+def test_every_training_starts_from_the_same_weights(finetuned: Path, tmp_path: Path, train_backbone: bool) -> None:
+    training = options_of("distill", train_backbone=train_backbone, backbone_learning_rate=1e-3)
+    done = tuned(finetuned, tmp_path / "out", options(most_epochs=3, training=training))
+    alone = tuned(finetuned, tmp_path / "alone", options(first_steps=30, most_epochs=3, training=training))
     assert [trial.steps for trial in done.trials] == [10, 30]
     assert done.trials[1].choices == alone.trials[0].choices
 

@@ -62,6 +62,17 @@ def distill(
     direction: Annotated[
         str, typer.Option(help="forward: KL(last head || exit head); reverse: KL(exit head || last head).")
     ] = "forward",
+    train_backbone: Annotated[
+        bool,
+        typer.Option(
+            "--train-backbone",
+            help="Train the encoder too: early heads get better, a few answers of the full model change, and it takes "
+            "several times as long.",
+        ),
+    ] = False,
+    backbone_learning_rate: Annotated[
+        float, typer.Option(help="Peak learning rate of the encoder with --train-backbone.")
+    ] = 5e-5,
     learned_exit: Annotated[
         bool, typer.Option("--learned-exit", help="Also learn when to leave, for the criterion learned.")
     ] = False,
@@ -92,7 +103,8 @@ def distill(
     """Step 2: the other heads learn to answer like the last one; the rest is frozen.
 
     It needs no labels, so any text of the same kind helps. Afterwards rows can
-    leave the model early.
+    leave the model early. With --train-backbone the encoder learns along to give
+    the same answers from lower layers.
 
     To train on several processes (a GPU each, or on the CPU), run torchrun
     --nproc-per-node 2 -m fastkd distill ... with the batch size per process.
@@ -122,9 +134,9 @@ def distill(
         chosen = {
             "epochs": epochs, "min_steps": min_steps, "max_steps": max_steps, "batch_size": batch_size,
             "learning_rate": learning_rate, "temperature": temperature, "direction": direction,
-            "learned_exit": learned_exit,
-            "head_temperatures": head_temperatures, "states_gib": states_gib, "bf16": bf16, "seed": seed, "fsdp": fsdp,
-            "resume": resume, "overwrite": overwrite,
+            "train_backbone": train_backbone, "backbone_learning_rate": backbone_learning_rate,
+            "learned_exit": learned_exit, "head_temperatures": head_temperatures, "states_gib": states_gib,
+            "bf16": bf16, "seed": seed, "fsdp": fsdp, "resume": resume, "overwrite": overwrite,
         }  # fmt: skip
         options = training_options(self_distillation.DistillOptions, parity, context, chosen, limit)
         rows = folder.train if train_rows is None else folder.train.sample(train_rows, seed)

@@ -66,6 +66,9 @@ def tune(
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak learning rate of the heads; default: as fastkd distill.")
     ] = None,
+    train_backbone: Annotated[
+        bool, typer.Option("--train-backbone", help="Train the encoder too, as fastkd distill does with this option.")
+    ] = False,
     max_length: MaxLength = None,
     bf16: Bf16 = None,
     seed: Seed = 42,
@@ -107,8 +110,9 @@ def tune(
         tell_duplicates(screen, folder)
         given: dict[str, Any] = {} if learning_rate is None else {"learning_rate": learning_rate}
         training = DistillOptions(
-            batch_size=batch_size, max_length=set_length(model, tokenizer, max_length), bf16=bf16, seed=seed, **given
-        )
+            batch_size=batch_size, max_length=set_length(model, tokenizer, max_length), bf16=bf16, seed=seed,
+            train_backbone=train_backbone, **given,
+        )  # fmt: skip
         options = tuning.TuneOptions(
             minutes=minutes, max_drop=drop, speedup=speedup, training=training, resume=resume, overwrite=overwrite
         )

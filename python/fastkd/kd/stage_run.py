@@ -221,8 +221,9 @@ class StageRun:
             collator=AnswerCollator(padding_collator(self.tokenizer), self.cache, example_ids(train), self.stage),
             metrics=_Score(options.metric or default_metric(self.student)),
             best_metric=BEST_METRIC,
-            head_names=_head_names(objective),
-            head_learning_rate=options.learning_rate * options.head_learning_rate_factor,
+            learning_rates=dict.fromkeys(
+                _head_names(objective), options.learning_rate * options.head_learning_rate_factor
+            ),
             # a student made of an early-exit model has its early heads, which no method asks
             leaves_unused=isinstance(self.student, EarlyExitForSequenceClassification),
         )

@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
 
@@ -77,7 +78,7 @@ def bound_socket(config: uvicorn.Config) -> socket.socket:
     return found
 
 
-async def _answer(service: Service, app: object, options: ServeOptions, on_start: Callable[[str], None]) -> None:
+async def _answer(service: Service, app: Any, options: ServeOptions, on_start: Callable[[str], None]) -> None:
     config = uvicorn.Config(
         app, host=options.host, port=options.port, log_config=None, access_log=False, server_header=False,
         timeout_graceful_shutdown=int(options.shutdown_seconds + _BEFORE_END) + 1, timeout_keep_alive=30,

@@ -98,7 +98,7 @@ def finetune(
         trained=trained,
         scale=scale,
         scaled=[model.last_head],
-        head_learning_rate=options.learning_rate * options.head_learning_rate_factor,
+        learning_rates={"model.heads.": options.learning_rate * options.head_learning_rate_factor},
         metrics=_last_head_scores,
         best_metric="pearson" if config.num_labels == 1 else "accuracy",
         reads_labels=True,

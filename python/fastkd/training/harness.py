@@ -249,8 +249,7 @@ class TrainingStage:
         collator: makes a batch of rows.
         metrics: of the predictions on `dev`.
         best_metric: decides which weights are kept; "loss" is better when lower, all others when higher.
-        head_names: prefixes of the parameters that learn at `head_learning_rate`, in place of `learning_rate`.
-        head_learning_rate: its peak.
+        learning_rates: peaks by the prefix of parameters that learn at another rate than `learning_rate`.
     """
 
     objective: Objective
@@ -259,8 +258,7 @@ class TrainingStage:
     collator: Callable[[list[dict[str, Any]]], Any]
     metrics: Callable[[EvalPrediction], dict[str, float]]
     best_metric: str
-    head_names: tuple[str, ...]
-    head_learning_rate: float
+    learning_rates: Mapping[str, float]
     leaves_unused: bool = False
     """Whether parameters that learn may have no part in the loss, which several processes have to be told."""
 
@@ -283,8 +281,7 @@ def train_stage(
         data_collator=stage.collator,
         compute_metrics=stage.metrics,
         callbacks=added,
-        head_learning_rate=stage.head_learning_rate,
-        head_names=stage.head_names,
+        learning_rates=stage.learning_rates,
         sampler=_sampler(stage.train["length"][:], arguments, options),
         options=options,
     )
@@ -574,20 +571,18 @@ def only_trainable(model: nn.Module, trained: Sequence[nn.Parameter]) -> Abstrac
 
 
 class ObjectiveTrainer(Trainer):
-    """A Trainer over an objective: two learning rates, its own order of rows, evaluation that needs no labels."""
+    """A Trainer over an objective: a learning rate for each part, its own order of rows, evaluation without labels."""
 
     def __init__(
         self,
         *,
-        head_learning_rate: float,
-        head_names: tuple[str, ...],
+        learning_rates: Mapping[str, float],
         sampler: LengthGroupedSampler | ShuffledOnceSampler,
         options: TrainOptions,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.head_learning_rate = head_learning_rate
-        self.head_names = head_names
+        self.learning_rates = learning_rates
         self.options = options
         self.sampler = sampler
         self.sharded: ShardedObjective | None = None
@@ -629,10 +624,11 @@ class ObjectiveTrainer(Trainer):
             self.sharded = ShardedObjective(cast(nn.Module, self.model), self.accelerator.autocast)
         objective: Any = self.model if model is None else model
         decaying = set(self.get_decay_parameter_names(objective))
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[float | None, bool], list[nn.Parameter]] = {}
         for name, parameter in objective.named_parameters():
             if parameter.requires_grad:
-                groups.setdefault((name.startswith(self.head_names), name in decaying), []).append(parameter)
+                own = next((rate for part, rate in self.learning_rates.items() if name.startswith(part)), None)
+                groups.setdefault((own, name in decaying), []).append(parameter)
         optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, objective)
         if not self.options.bias_correction:
             optimizer_class = BiasedAdamW
@@ -641,10 +637,10 @@ class ObjectiveTrainer(Trainer):
             [
                 {
                     "params": parameters,
-                    "lr": self.head_learning_rate if in_head else self.args.learning_rate,
+                    "lr": self.args.learning_rate if own is None else own,
                     "weight_decay": self.args.weight_decay if decays else 0.0,
                 }
-                for (in_head, decays), parameters in groups.items()
+                for (own, decays), parameters in groups.items()
             ],
             **arguments,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class PartTraining:
         trained: the parameters that learn; all others are frozen.
         scale: of the labels of a regression.
         scaled: the heads that learn in standardised units.
-        head_learning_rate: of all heads that learn.
+        learning_rates: peaks by the prefix of parameters that learn at another rate than the options'.
         metrics: of the predictions on the dev rows.
         best_metric: decides which weights are kept, see `TrainingStage`.
         reads_labels: whether the objective takes the labels of training rows.
@@ -59,7 +59,7 @@ class PartTraining:
     trained: Sequence[nn.Parameter]
     scale: LabelScale
     scaled: Sequence[nn.Module]
-    head_learning_rate: float
+    learning_rates: Mapping[str, float]
     metrics: Callable[[EvalPrediction], dict[str, float]]
     best_metric: str
     reads_labels: bool
@@ -104,8 +104,7 @@ def train_part(
         collator=padding_collator(tokenizer),
         metrics=training.metrics,
         best_metric=training.best_metric,
-        head_names=("model.heads.",),
-        head_learning_rate=training.head_learning_rate,
+        learning_rates=training.learning_rates,
     )
     warn_about_duplicates({"train": train, "dev": dev})
     run = Run.begin(training.name, train, dev, output_dir, options, best_metric=training.best_metric)

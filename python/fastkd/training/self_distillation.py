@@ -1,4 +1,6 @@
-"""Self-distillation: every exit head below the last learns the last head's probabilities; all else is frozen.
+"""Self-distillation: every exit head below the last learns the last head's probabilities.
+
+All else is frozen, or learns along to give the answers that it gave before.
 
 Departures from the code of FastBERT (Liu et al., ACL 2020): the frozen part has no dropout, weight decay acts (on
 trained weight matrices only), and the learning rate schedule is as long as the distillation. `FinetuneOptions.preset`
@@ -46,6 +48,8 @@ from fastkd_kernels.checks import check_choice
 
 _KEEP_HEADS = "keep the heads by modules_to_save=['heads'] in its configuration"
 _TRAIN, _DEV = "train_rows", "dev_rows"
+_OWN = "own_answers"
+"""Column: the logits [C] of the full model before the training."""
 _EPOCHS = 3.0
 _MERGE = "merge the adapter first (model.merge_and_unload())"
 
@@ -63,6 +67,10 @@ class DistillOptions(TrainOptions):
         t2_scale: multiply the loss by the square of the temperature, so that gradients keep their size.
         frozen_dropout: dropout also acts in the frozen backbone and last head while the other heads learn, so that they
             learn from noisy answers to noisy hidden states, as in FastBERT's code.
+        train_backbone: the backbone and the last head learn too. All heads then learn the answers that the model gave
+            before, so that its lower layers turn to the task. Early heads get better; a few answers of the full model
+            change (`answers_kept` is the share of dev rows whose answer stays), and a step takes several times as long.
+        backbone_learning_rate: its peak for the backbone and the last head.
         learned_exit: also train a learned exit (criterion "learned"); a model that has one always trains it on.
         head_temperatures: afterwards divide the logits of every early head by the temperature at which it predicts the
             last head best on the dev rows: its "answers", or its "probabilities"; "none" leaves the heads as they are.
@@ -72,8 +80,8 @@ class DistillOptions(TrainOptions):
             changes no head's answer.
         states_gib: memory for the frozen hidden states that the heads read, of training and dev rows each. Where they
             fit, the backbone runs once a row and not once an epoch, with the same results but for rounding; 0: never.
-            They are computed anew with `frozen_dropout`, in several processes, and for an encoder whose answers depend
-            on padding.
+            They are computed anew with `frozen_dropout` or `train_backbone`, in several processes, and for an encoder
+            whose answers depend on padding.
     """
 
     epochs: float | None = None  # type: ignore[assignment]  # `distill` fills it in
@@ -83,6 +91,8 @@ class DistillOptions(TrainOptions):
     direction: Literal["forward", "reverse"] = "forward"
     t2_scale: bool = True
     frozen_dropout: bool = False
+    train_backbone: bool = False
+    backbone_learning_rate: float = 5e-5
     learned_exit: bool = False
     head_temperatures: Literal["answers", "probabilities", "none"] = "answers"
     states_gib: float = 4.0
@@ -105,6 +115,12 @@ class DistillOptions(TrainOptions):
         require("states_gib", self.states_gib, self.states_gib >= 0, "0 or more")
         require("direction", self.direction, self.direction in ("forward", "reverse"), "'forward' or 'reverse'")
         check_choice("head_temperatures", self.head_temperatures, HEAD_TEMPERATURES)
+        rate = self.backbone_learning_rate
+        require("backbone_learning_rate", rate, rate > 0, "a number above 0; without train_backbone nothing reads it")
+        if self.train_backbone and self.frozen_dropout:
+            raise ValueError(
+                "frozen_dropout: with train_backbone no layer is frozen and dropout acts in all; leave it out"
+            )
 
 
 def distill(
@@ -139,6 +155,7 @@ def distill(
     if options.learned_exit:
         model.add_learned_exit()
     learned = [] if model.learned_exit is None else [model.learned_exit]
+    along = [model.backbone, model.last_head] if options.train_backbone else []
     scale = LabelScale(*model.config.label_scale or ())
     objective = _SelfDistillation(model, options, scale)
     training = PartTraining(
@@ -146,16 +163,20 @@ def distill(
         model=model,
         objective=objective,
         adapter=adapter,
-        trained=parameters_to_train([*model.early_heads, *learned], adapter, _KEEP_HEADS),
+        trained=parameters_to_train([*model.early_heads, *learned, *along], adapter, _KEEP_HEADS),
         scale=scale,
         scaled=model.early_heads,
-        head_learning_rate=options.learning_rate,
+        learning_rates={
+            f"model.{name}.": options.backbone_learning_rate
+            for name, module in model.named_modules()
+            if any(module is part for part in along)
+        },
         metrics=_ExitMetrics(model.exit_layers, FlopsShape.of(model.config), options.max_length),
         best_metric="loss",
         reads_labels=False,
         trains_exits=True,
-        prepared=objective.with_states,
-        finished=objective.with_temperatures,
+        prepared=objective.with_own_answers if options.train_backbone else objective.with_states,
+        finished=objective.finished,
     )
     return train_part(training, train, dev, Path(output_dir), options, tokenizer, callbacks)
 
@@ -244,8 +265,9 @@ def learned_exit_loss(log_odds: Tensor, early_logits: Tensor, last_logits: Tenso
 class _SelfDistillation(Objective):
     """`self_distillation_loss` of all early heads, and `learned_exit_loss` where there is a learned exit.
 
-    In training mode dropout acts in the early heads, and nowhere else unless `frozen_dropout`. Early heads of a
-    regression answer in standardised units; the logits given here are in those of the labels.
+    With `train_backbone` all heads learn what the last one said before the training. In training mode dropout acts in
+    the early heads, and elsewhere with `train_backbone` or `frozen_dropout` only. Early heads of a regression answer in
+    standardised units; the logits given here are in those of the labels.
     """
 
     def __init__(self, model: EarlyExitForSequenceClassification, options: DistillOptions, scale: LabelScale) -> None:
@@ -260,7 +282,7 @@ class _SelfDistillation(Objective):
         return self.model
 
     def train(self, mode: bool = True) -> _SelfDistillation:
-        super().train(mode and self.options.frozen_dropout)
+        super().train(mode and (self.options.train_backbone or self.options.frozen_dropout))
         self.training = mode
         for head in self.model.early_heads:
             head.train(mode)
@@ -292,17 +314,29 @@ class _SelfDistillation(Objective):
         size = self.options.eval_batch_size
         self.states[name] = HiddenStates.of(self.model, tokens, collator, size, _autocast(arguments))
 
+    def with_own_answers(self, stage: TrainingStage, arguments: TrainingArguments) -> TrainingStage:
+        """The stage with what the model says now beside its rows: a continuation begins with the same model."""
+        self.states = {}
+        cast(nn.Module, self.model).to(arguments.device)
+
+        def beside(tokens: datasets.Dataset) -> datasets.Dataset:
+            answers = self._answers(stage, tokens, arguments)[0][:, -1]
+            return tokens.add_column(_OWN, answers.tolist())  # type: ignore[call-arg]
+
+        return replace(stage, train=beside(stage.train), dev=None if stage.dev is None else beside(stage.dev))
+
     @torch.no_grad()
-    def with_temperatures(self, stage: TrainingStage, arguments: TrainingArguments, result: TrainResult) -> TrainResult:
-        """Give the heads their temperatures; the result with them, and with what early exit now does on dev rows."""
+    def finished(self, stage: TrainingStage, arguments: TrainingArguments, result: TrainResult) -> TrainResult:
+        """Give the heads their temperatures; the result with them, and with what the model now does on dev rows."""
+        fitted = HEAD_TEMPERATURES[self.options.head_temperatures] if self._takes_temperatures() else None
+        is_compared = self.options.train_backbone and self.model.config.num_classes > 1
+        if stage.dev is None or not (fitted or is_compared):
+            return result
         heads = self.model.early_heads
-        fitted = HEAD_TEMPERATURES[self.options.head_temperatures]
-        if stage.dev is None or fitted is None:
-            return result
-        is_classifier = self.model.config.num_classes > 1 and self.model.learned_exit is None
-        if not (is_classifier and all(is_plain_linear(head.out_proj) for head in heads)):
-            return result
         logits, labels = self._answers(stage, stage.dev, arguments)
+        kept = {"answers_kept": _agreement(logits[:, -1], torch.tensor(stage.dev[_OWN][:]))} if is_compared else {}
+        if fitted is None:
+            return replace(result, metrics={**result.metrics, **kept})
         found = fitted(logits[:, :-1], logits[:, -1])
         divide_logits(heads, found)
         logits[:, :-1] /= logits.new_tensor(found)[:, None]
@@ -310,24 +344,30 @@ class _SelfDistillation(Objective):
         metrics = {f"temperature_layer_{layer}": value for layer, value in zip(layers, found, strict=False)}
         if labels is not None:
             metrics |= stage.metrics(EvalPrediction(logits.numpy(), labels.numpy()))
-        return replace(result, metrics={**result.metrics, **metrics})
+        return replace(result, metrics={**result.metrics, **metrics, **kept})
 
+    def _takes_temperatures(self) -> bool:
+        is_classifier = self.model.config.num_classes > 1 and self.model.learned_exit is None
+        return is_classifier and all(is_plain_linear(head.out_proj) for head in self.model.early_heads)
+
+    @torch.no_grad()
     def _answers(
         self, stage: TrainingStage, rows: datasets.Dataset, arguments: TrainingArguments
     ) -> tuple[Tensor, Tensor | None]:
         """Logits [n, K, C] of all heads on the CPU, and labels, if there are any."""
         self.eval()
         logits, labels = [], []
-        rows = rows.remove_columns("length")
-        for start in range(0, len(rows), self.options.eval_batch_size):
-            chosen = range(start, min(start + self.options.eval_batch_size, len(rows)))
-            batch = stage.collator([rows[row] for row in chosen])
+        order = torch.tensor(rows["length"][:]).argsort(descending=True, stable=True)
+        rows = rows.select_columns([name for name in rows.column_names if name not in ("length", _OWN)])
+        for chosen in order.split(self.options.eval_batch_size):
+            batch = stage.collator([rows[row] for row in chosen.tolist()])
             if "labels" in batch:
                 labels.append(batch.pop("labels"))
             with _autocast(arguments):
                 found, _ = self._exits({name: value.to(arguments.device) for name, value in batch.items()})
             logits.append(found.float().cpu())
-        return torch.cat(logits), torch.cat(labels) if labels else None
+        back = order.argsort()
+        return torch.cat(logits)[back], torch.cat(labels)[back] if labels else None
 
     def _exits(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         for name, states in self.states.items():
@@ -335,18 +375,29 @@ class _SelfDistillation(Objective):
                 return states.exits(self.model, batch[name])
         return self.model.all_exits(**batch)
 
-    def forward(self, labels: Tensor | None = None, **batch: Tensor) -> dict[str, Tensor]:
-        # the frozen parameters ask for no gradient, so nothing below the early heads is recorded
+    def forward(
+        self, labels: Tensor | None = None, own_answers: Tensor | None = None, **batch: Tensor
+    ) -> dict[str, Tensor]:
+        # parameters that are frozen ask for no gradient, so nothing below the early heads is recorded then
         logits, log_odds = self._exits(batch)
         early, last = logits[:, :-1], logits[:, -1]
         if logits.shape[-1] == 1:
             logits = torch.cat([self.scale.restored(early), last.unsqueeze(1)], dim=1)
             last = self.scale.standardised(last)
+            own_answers = None if own_answers is None else self.scale.standardised(own_answers)
+        taught, target = early, last
+        if own_answers is not None:
+            taught, target = torch.cat([early, last.unsqueeze(1)], dim=1), own_answers
         options = self.options
-        loss = self_distillation_loss(early, last, options.temperature, options.direction, options.t2_scale)
+        loss = self_distillation_loss(taught, target, options.temperature, options.direction, options.t2_scale)
         if log_odds is not None:
             loss = loss + learned_exit_loss(log_odds[:, :-1], early, last)
         return {"loss": loss, "logits": logits}
+
+
+def _agreement(logits: Tensor, others: Tensor) -> float:
+    """Share of rows to which both [n, C] give the same answer."""
+    return (logits.argmax(-1) == others.argmax(-1)).double().mean().item()
 
 
 def _autocast(arguments: TrainingArguments) -> torch.autocast:

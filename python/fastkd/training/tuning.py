@@ -16,7 +16,7 @@ from time import monotonic
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from fastkd.data.files import atomic_folder, changed_settings, check_output_folder, read_json, write_json
@@ -254,7 +254,9 @@ class _Search:
 
     def _exits(self) -> dict[str, dict[str, Tensor]]:
         """Copies of the weights that a training changes."""
-        parts = {"heads": self.model.heads, "learned_exit": self.model.learned_exit}
+        parts: dict[str, nn.Module | None] = {"heads": self.model.heads, "learned_exit": self.model.learned_exit}
+        if self.options.training.train_backbone:
+            parts["backbone"] = self.model.backbone
         return {
             part: {name: value.clone() for name, value in module.state_dict().items()}
             for part, module in parts.items()
@@ -262,7 +264,8 @@ class _Search:
         }
 
     def _reset(self, start: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.model.heads.load_state_dict(start["heads"])
+        for part in {"heads", "backbone"} & start.keys():
+            getattr(self.model, part).load_state_dict(start[part])
         if self.model.learned_exit is not None and "learned_exit" in start:
             self.model.learned_exit.load_state_dict(start["learned_exit"])
         elif self.model.learned_exit is not None:
