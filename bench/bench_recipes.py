@@ -462,7 +462,7 @@ def cells_of(
 
 
 def cells_with_backbone(
-    folder: Path, task: Task, recipes: Sequence[Recipe], rows: dict[str, Rows], work: Path, seed: int
+    folder: Path, task: Task, recipes: Sequence[Recipe], rows: dict[str, Rows], seed: int
 ) -> Iterator[tuple[float, dict[str, dict[str, fastkd.ExitTrace]]]]:
     """The same of recipes that train the backbone, each from the fine-tuned model in `folder`, by `fastkd.distill`."""
     for recipe in recipes:
@@ -473,7 +473,9 @@ def cells_with_backbone(
             progress=False, overwrite=True,
         )  # fmt: skip
         started = time.process_time()
-        fastkd.distill(model, rows["train"], rows["dev"], work / "trained", options, tokenizer)
+        fastkd.distill(
+            model, rows["train"], rows["dev"], folder.with_name(f"{folder.name}-trained"), options, tokenizer
+        )
         seconds = time.process_time() - started
         settings = {"tokenizer": tokenizer, "max_length": task.max_length, "batch_size": 64}
         yield seconds, {"best": {part: model.trace(rows[part], **settings) for part in ("dev", "test")}}
@@ -674,7 +676,7 @@ def main(
             for group in _groups(missing):
                 alike = [RECIPES[recipe] for recipe in group]
                 if alike[0].backbone:
-                    found = cells_with_backbone(tuned, task, alike, rows, work, seed)
+                    found = cells_with_backbone(tuned, task, alike, rows, seed)
                 else:
                     found = cells_of(model, task, alike, states, seed)
                 for recipe, (seconds, traces) in zip(group, found, strict=True):
