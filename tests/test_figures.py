@@ -154,6 +154,30 @@ def test_speeds_leave_each_other_room() -> None:
     assert not any(first.overlaps(second) for first, second in combinations(boxes, 2))
 
 
+def test_speeds_of_perfect_answers_stay_below_the_title() -> None:
+    axes = Figure().subplots()
+    rows = [dataclasses.replace(row, accuracy=1.0, interval=(0.9, 1.0)) for row in sweep(1.5)]
+    figures._draw_speedup_accuracy(axes, {"entropy": Sweep(rows, "entropy", None, 64)}, "fastbert")
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) > 3
+    assert all(box.y1 <= axes.bbox.y1 for box in boxes)
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    names = ["_dev", "$usd_1$", r"$\frac$"]
+    shown = {name: dataclasses.replace(sweep(), about=f"{name}/test.tsv, 9 rows") for name in names}
+    for draw in (figures.figure3, figures.comparison):
+        draw(shown, tmp_path / "a.svg")
+        told = (tmp_path / "a.svg").read_text(encoding="utf-8")
+        assert all(f"{name}: {name}/test.tsv, 9 rows" in told for name in names)
+    axes = Figure().subplots()
+    figures._draw_speed_accuracy(axes, shown)
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text().strip().replace("\\$", "$") for text in legend.get_texts()] == names
+    figures.exits_by_group({"$a$": [1], r"$\b$": [2]}, 2, tmp_path / "b.svg", "title")
+
+
 def test_a_band_reaches_to_the_bounds() -> None:
     axes = Figure().subplots()
     figures._draw_speed_accuracy(axes, {"entropy": sweep()})

@@ -113,7 +113,7 @@ def comparison(sweeps: Mapping[str, Sweep], path: PathLike, convention: str = "f
         _band(panel, number, [(row.speedup[convention], row.interval) for row in _by_speedup(sweep, convention)], 1)
         _trade_curve(panel, number, name, sweep, convention)
         _trade_axes(panel, sweeps, convention, bands=True)
-        panel.set(title=name, xlabel="", ylabel="")
+        panel.set(title=_plain(name), xlabel="", ylabel="")
         panel.tick_params(labelbottom=True)
     for panel in panels[len(sweeps) :]:
         panel.set_axis_off()
@@ -159,7 +159,7 @@ def exits_by_group(
     shares = [[list(exits).count(layer + 1) / len(exits) for layer in range(layers)] for exits in groups.values()]
 
     def draw(axes: Axes) -> None:
-        _draw_shares(axes, [name.replace("_", " ") for name in groups], shares, layers)
+        _draw_shares(axes, [_plain(name.replace("_", " ")) for name in groups], shares, layers)
         for position, exits in enumerate(groups.values()):
             mean = sum(exits) / len(exits)
             axes.text(position, 1.015, f"mean {mean:.2f}", ha="center", va="bottom", fontsize=9, color=_GREY)
@@ -467,12 +467,16 @@ def _mark_speeds(axes: Axes, curves: Sequence[Sequence[tuple[float, float, float
     for number, x, y, speed in sorted(candidates, key=lambda point: (_roundness(point[3]), point[0], point[3])):
         left, bottom = axes.transData.transform((x, y))
         text, scale = f"{speed:.2g}", figure.dpi / 72
-        box = Bbox.from_bounds(left - 2.7 * len(text) * scale, bottom + 3 * scale, 5.4 * len(text) * scale, 9.5 * scale)
+        # above the highest points stands the title
+        is_below = bottom + 12.5 * scale > axes.bbox.y1
+        low = bottom - 12.5 * scale if is_below else bottom + 3 * scale
+        box = Bbox.from_bounds(left - 2.7 * len(text) * scale, low, 5.4 * len(text) * scale, 9.5 * scale)
         if any(box.overlaps(other) for other in taken):
             continue
         taken.append(box)
         axes.annotate(
-            text, (x, y), xytext=(0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=7.5, zorder=4,
+            text, (x, y), xytext=(0, -4 if is_below else 4), textcoords="offset points", ha="center",
+            va="top" if is_below else "bottom", fontsize=7.5, zorder=4,
             color=CURVES[number % len(CURVES)], path_effects=[withStroke(linewidth=2, foreground="white")],
         )  # fmt: skip
 
@@ -510,7 +514,7 @@ def _draw_shares(axes: Axes, names: Sequence[str], shares: Sequence[Sequence[flo
 def _curve(axes: Axes, number: int, name: str, x: Sequence[float], y: Sequence[float | None]) -> None:
     axes.plot(
         x, y,  # type: ignore[arg-type]  # _required has made sure that no value is None
-        label=name, color=CURVES[number % len(CURVES)], linestyle=_LINES[number // len(CURVES) % len(_LINES)],
+        label=_plain(name), color=CURVES[number % len(CURVES)], linestyle=_LINES[number // len(CURVES) % len(_LINES)],
         marker=_MARKERS[number % len(_MARKERS)],
         markersize=4.5, linewidth=1.8, markeredgecolor="white", markeredgewidth=0.6, zorder=3, clip_on=False,
     )  # fmt: skip
@@ -563,6 +567,11 @@ def _lines(*texts: str) -> str:
     return "\n".join(text for text in texts if text)
 
 
+def _plain(name: str) -> str:
+    """A name as matplotlib shows it unchanged: it takes dollars for formulas and hides what begins with "_"."""
+    return (f" {name}" if name.startswith("_") else name).replace("$", r"\$")
+
+
 def _legend(axes: Axes, curves: int) -> None:
     if curves > 1:
         axes.legend(frameon=False, fontsize=9)
@@ -607,6 +616,6 @@ def _style(axes: Axes) -> None:
 
 def _write(figure: Figure, path: PathLike, about: str, below: SubFigure | None = None) -> None:
     if about:
-        (below or figure).supxlabel(about, x=0.01, ha="left", fontsize=8.5, color=_GREY)
+        (below or figure).supxlabel(_plain(about), x=0.01, ha="left", fontsize=8.5, color=_GREY)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=_DPI)
