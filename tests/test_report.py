@@ -22,6 +22,7 @@ from fastkd.exits.trace import ExitTrace, TraceSource
 from fastkd.inference.measurements import Benchmark
 from fastkd.report import Source, read_source, write_page, write_pictures
 from fastkd.report.content import EXAMPLES, SPEEDS, page_content
+from fastkd.report.results import file_suffixes, write_sweeps
 from fastkd.report.sources import Extras
 from fastkd.training.log import read_log, training_curve
 
@@ -292,6 +293,21 @@ def test_command_writes_page_and_figures(rows: Any, tmp_path: Path) -> None:
         assert text.startswith("<?xml")
         assert text.rstrip().endswith("</svg>")
     assert [curve["name"] for curve in embedded(tmp_path / "page.html")["curves"]] == ["entropy", "margin"]
+
+
+def test_files_of_every_curve_lie_in_one_folder(rows: Any, tmp_path: Path) -> None:
+    names = ["a, entropy", "a/b", "/a/b", "../a.b", "sweep", "..", "b c"]
+    assert list(file_suffixes(names).values()) == ["-a-entropy", "-a-b", "-a-b-2", "-a.b", "-sweep", "-", "-b-c"]
+    assert file_suffixes(["only/one"]) == {"only/one": ""}
+    trace = made_up_trace(rows)
+    sweeps = {name: trace.sweep([0.0, 0.5]) for name in ("/a/b", "../sweep")}
+    files = write_sweeps(sweeps, tmp_path / "out")
+    assert {file.name for file in files} >= {
+        "sweep-a-b.csv", "exits_per_layer-a-b.png", "sweep-sweep.csv", "exits_per_layer-sweep.png",
+    }  # fmt: skip
+    curves = {name: (Source(name, trace), "entropy") for name in sweeps}
+    files += write_pictures(curves, tmp_path / "out", "svg")
+    assert sorted(files) == sorted((tmp_path / "out").iterdir())
 
 
 def test_figures_of_an_unlabelled_trace(rows: Any, tmp_path: Path) -> None:
