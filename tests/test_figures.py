@@ -204,6 +204,28 @@ def test_distributions_of_few_rows_are_hatched() -> None:
         assert bool(drawn.get_hatch()) == is_hatched
 
 
+def test_all_layers_of_a_deep_model_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [dataclasses.replace(row, exits_per_layer=[1] * 24) for row in sweep()]
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "_write", lambda figure, *_: drawn.append(figure))
+    figures.exits_per_layer(Sweep(rows, "entropy", None, 64), tmp_path / "a.png")
+    figure = drawn[0]
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    legend = axes.get_legend()
+    assert legend is not None
+    assert len(legend.get_texts()) == 24
+    box = legend.get_window_extent()
+    assert box.y0 >= 0
+    assert box.x1 <= figure.bbox.x1
+    assert axes.bbox.width > figure.bbox.width / 2
+    figures.uncertainty_per_layer({0.0: [UncertaintyAtLayer(layer, 9, [3, 6]) for layer in range(1, 25)]}, "b.png")
+    drawn[1].draw_without_rendering()
+    boxes = [text.get_window_extent() for text in drawn[1].axes[0].texts]
+    assert len(boxes) == 8
+    assert not any(first.overlaps(second) for first, second in combinations(boxes, 2))
+
+
 def test_a_slower_speed_is_shaded() -> None:
     for steepness, is_slower in ((5.0, False), (-1.0, True)):
         axes = Figure().subplots()

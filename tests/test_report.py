@@ -173,11 +173,12 @@ def test_regression_has_a_page_and_figures(tmp_path: Path) -> None:
         "--figures", tmp_path / "figures",
     )  # fmt: skip
     (curve,) = embedded(tmp_path / "page.html")["curves"]
-    assert (curve["criterion"], curve["accuracy"], curve["examples"]["labels"]) == ("agreement", None, None)
+    assert (curve["criterion"], curve["accuracy"]) == ("agreement", None)
     assert curve["correlation"] == [row.pearson for row in trace.sweep(SPEEDS)]
     row, layer, _, answer = curve["examples"]["first"][0][0]
     assert layer == 4, "at speed 0"
     assert answer == pytest.approx(trace.logits[row, -1, 0].item(), abs=1e-3)
+    assert curve["examples"]["labels"][str(row)] == pytest.approx(trace.labels[row].item(), abs=1e-3)  # type: ignore[index]
     assert curve["bounds"] == [row.interval and list(row.interval) for row in trace.sweep(SPEEDS)]
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {f"figure{number}.png" for number in (3, 4, 6)}
 
@@ -192,6 +193,18 @@ def test_a_regression_has_all_four_figures(tmp_path: Path) -> None:
     (curve,) = page_content({"scores": (source, "agreement")}, "t", 0.5)["curves"]
     assert any(error is not None for head in curve["reliability"] for error in head["errors"])
     assert curve["training"][0]["accuracy"] == 0.8
+
+
+def test_a_regression_and_classes_share_no_chart(rows: Any, tmp_path: Path) -> None:
+    scores = early_exit_model(num_labels=1).trace([{**random_batch(rows=30), "labels": torch.rand(30)}])
+    scores.save(tmp_path / "scores.safetensors")
+    made_up_trace(rows).save(tmp_path / "topics.safetensors")
+    for command in (["report", "--figures", tmp_path / "out"], ["sweep"]):
+        told = refused(
+            *command, "-o", tmp_path / "out", tmp_path / "scores.safetensors", tmp_path / "topics.safetensors"
+        )
+        assert "got a regression, scores, beside classes, topics; correlations and accuracies share no axis" in told
+        assert not (tmp_path / "out").exists()
 
 
 def test_nothing_to_show_is_refused(tmp_path: Path) -> None:

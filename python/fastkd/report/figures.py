@@ -36,6 +36,8 @@ PathLike = str | os.PathLike[str]
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LINES = ("-", "--", ":")  # for the eighth curve on
 _DPI = 160
+_MOST_IN_LEGEND_COLUMN = 12
+_MOST_NUMBERS = 8  # above layers side by side
 _GREY = "#666666"
 _BANDS = "Bands: where new rows like these lie with 95% confidence"
 _SPEEDS = "numbers at points: speeds"
@@ -136,7 +138,7 @@ def exits_per_layer(sweep: Sweep, path: PathLike) -> None:
         _draw_shares(axes, [f"{row.speed:g}" for row in rows], shares, layers)
         axes.set(xlabel="speed (uncertainty up to which a row may leave)", ylabel="rows", title="Where rows leave")
 
-    _save(path, draw, _about({sweep.criterion: sweep}))
+    _save(path, draw, _about({sweep.criterion: sweep}), layers)
 
 
 def exits_by_group(
@@ -166,7 +168,7 @@ def exits_by_group(
         axes.set_ylim(0, 1.08)
         axes.set(ylabel="rows", title=title)
 
-    _save(path, draw, about)
+    _save(path, draw, about, layers)
 
 
 def wall_clock(rows: Sequence[BenchmarkRow], path: PathLike, about: str = "") -> None:
@@ -303,12 +305,14 @@ def uncertainty_per_layer(
         raise ValueError("reached: got no speeds, expected at least one")
     figure, panels = _panels(len(reached))
     for axes, (speed, heads) in zip(panels, reached.items(), strict=True):
+        numbered = range(0, len(heads), -(-len(heads) // _MOST_NUMBERS))
         for position, head in enumerate(heads):
             _draw_violin(axes, position, head.counts)
-            share = head.rows / max(heads[0].rows, 1)
-            axes.text(position, 1.02, f"{100 * share:.0f}%", ha="center", va="bottom", fontsize=8, color=_GREY)
+            if position in numbered:
+                share = head.rows / max(heads[0].rows, 1)
+                axes.text(position, 1.02, f"{100 * share:.0f}%", ha="center", va="bottom", fontsize=8, color=_GREY)
         axes.axhline(speed, color=CURVES[1], linestyle="--", linewidth=1.2)
-        axes.set_xticks(range(len(heads)), [str(head.layer) for head in heads])
+        axes.set_xticks(numbered, [str(heads[position].layer) for position in numbered])
         axes.set(xlabel="layer", ylabel="uncertainty", ylim=(0, 1.1), title=f"Speed {speed:g}")
     _write(
         figure,
@@ -508,7 +512,11 @@ def _draw_shares(axes: Axes, names: Sequence[str], shares: Sequence[Sequence[flo
     axes.yaxis.set_major_formatter(_PERCENT)
     axes.grid(False)
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
+    # more than a dozen in one column would not fit beside the bars
+    axes.legend(
+        handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9,
+        ncols=-(-layers // _MOST_IN_LEGEND_COLUMN),
+    )  # fmt: skip
 
 
 def _curve(axes: Axes, number: int, name: str, x: Sequence[float], y: Sequence[float | None]) -> None:
@@ -577,6 +585,17 @@ def _legend(axes: Axes, curves: int) -> None:
         axes.legend(frameon=False, fontsize=9)
 
 
+def check_one_measure(is_regression: Mapping[str, bool]) -> None:
+    """Raise ValueError where some of the curves are of a regression and others of classes: they share no axis."""
+    regressions = [name for name, found in is_regression.items() if found]
+    if 0 < len(regressions) < len(is_regression):
+        classes = [name for name, found in is_regression.items() if not found]
+        raise ValueError(
+            f"sources: got a regression, {', '.join(regressions)}, beside classes, {', '.join(classes)}; correlations "
+            "and accuracies share no axis, so show them apart"
+        )
+
+
 def _required(sweeps: Mapping[str, Sweep], labels: bool = False) -> Mapping[str, Sweep]:
     if not sweeps:
         raise ValueError("sweeps: got none; pass at least one named sweep")
@@ -600,8 +619,9 @@ def _shown_speeds(rows: list[SweepRow], most: int = 11) -> list[SweepRow]:
     return [rows[round(index * (len(rows) - 1) / (most - 1))] for index in range(most)]
 
 
-def _save(path: PathLike, draw: Callable[[Axes], None], about: str = "") -> None:
-    figure = Figure(figsize=(6.8, 4.6), layout="constrained")
+def _save(path: PathLike, draw: Callable[[Axes], None], about: str = "", legend_entries: int = 0) -> None:
+    further_columns = max(-(-legend_entries // _MOST_IN_LEGEND_COLUMN) - 1, 0)
+    figure = Figure(figsize=(6.8 + further_columns, 4.6), layout="constrained")
     axes = figure.subplots()
     _style(axes)
     draw(axes)

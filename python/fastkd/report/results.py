@@ -31,7 +31,13 @@ def file_suffixes(names: Iterable[str]) -> dict[str, str]:
 
 
 def write_sweeps(sweeps: Mapping[str, Sweep], folder: Path) -> list[Path]:
-    """CSV and pictures of the sweeps, by the name that their curves get; the paths written."""
+    """CSV and pictures of the sweeps, by the name that their curves get; the paths written.
+
+    Raises:
+        ValueError: some with a correlation and others with an accuracy.
+    """
+    labelled = {name: table for name, table in sweeps.items() if all(row.quality is not None for row in table)}
+    figures.check_one_measure({name: table[0].pearson is not None for name, table in labelled.items()})
     files = []
     for name, suffix in file_suffixes(sweeps).items():
         files.append(folder / f"sweep{suffix}.csv")
@@ -40,7 +46,7 @@ def write_sweeps(sweeps: Mapping[str, Sweep], folder: Path) -> list[Path]:
         figures.exits_per_layer(sweeps[name], files[-1])
     files.append(folder / "speed_speedup.png")
     figures.speed_speedup(sweeps, files[-1])
-    if all(row.quality is not None for table in sweeps.values() for row in table):
+    if len(labelled) == len(sweeps):
         for draw in (figures.speed_accuracy, figures.speedup_accuracy, figures.figure3):
             files.append(folder / f"{draw.__name__}.png")
             draw(sweeps, files[-1])
