@@ -316,6 +316,12 @@ def test_sweep_compares_criteria_and_traces(work: Path, model: Path, tmp_path: P
     assert (tmp_path / "out" / "sweep-test-top_n.csv").exists()
 
 
+def test_tune_says_where_a_wanted_speed_up_was_not_reached(work: Path, tuned: Path, tmp_path: Path) -> None:
+    data = ("--train", work / "data" / "train.tsv", "--dev", work / "data" / "dev.tsv")
+    done = succeeded("tune", tuned, *data, "-o", tmp_path / "out", "--minutes", 0.005, "--speedup", 90, "--no-bf16")
+    assert "no speed of any training reached 90x; kept is the fastest" in " ".join(done.stdout.split())
+
+
 def test_sources_are_called_as_shortly_as_tells_them_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert source_names(["runs/dev.safetensors", "test.safetensors"]) == ["dev", "test"]
