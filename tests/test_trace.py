@@ -27,6 +27,7 @@ import fastkd
 import fastkd_kernels as fk
 from fastkd.exits.flops import CONVENTIONS, FlopsShape
 from fastkd.exits.trace import TraceSource
+from fastkd.model.tracing import data_name
 
 
 def batches_with_labels(family: str = "bert", num_labels: int = 3) -> list[dict[str, Tensor]]:
@@ -336,3 +337,15 @@ def test_a_head_that_is_not_asked_costs_nothing() -> None:
         trace.answers([0.5, 0.5, 1.5])
     with pytest.raises(ValueError, match="speed: got 2 numbers"):
         fastkd.EarlyExitConfig(CONFIGS["bert"], speed=[0.1, 0.2])
+
+
+def test_a_trace_calls_model_and_rows_by_their_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    early_exit_model().save_pretrained(tmp_path / "tuned")
+    monkeypatch.chdir(tmp_path / "tuned")
+    for place in (".", "../tuned/", tmp_path / "tuned"):
+        model = fastkd.EarlyExitForSequenceClassification.from_pretrained(place)
+        assert model.trace([random_batch()]).source.model_name == "tuned"
+    assert early_exit_model().trace([random_batch()]).source.model_name == ""
+    for source in ("../test.tsv", "/test.tsv", "test.tsv"):
+        assert data_name(source) == "test.tsv"
+    assert data_name("/data/news/test.tsv") == data_name("../../news/test.tsv") == "news/test.tsv"
