@@ -35,6 +35,7 @@ from fastkd.commands import app, demo_story
 from fastkd.commands.calibrate import Guarantee, Method
 from fastkd.commands.flags import as_flags, options_of_command
 from fastkd.commands.import_fastbert import Pooling
+from fastkd.commands.kd import specs_of_students
 from fastkd.commands.options import Criterion, Dtype, LabelsAre, parse_speeds, quoted, source_names
 from fastkd.commands.predict import predict as predict_command
 from fastkd.commands.report import PictureFormat
@@ -314,6 +315,11 @@ def test_sweep_compares_criteria_and_traces(work: Path, model: Path, tmp_path: P
     )  # fmt: skip
     assert list(json.loads(result.stdout)["sweeps"]) == ["dev, entropy", "dev, top_n", "test, entropy", "test, top_n"]
     assert (tmp_path / "out" / "sweep-test-top_n.csv").exists()
+
+
+def test_assistants_may_list_their_layers() -> None:
+    assert specs_of_students("layers:5, layers:0,2,4,layers:2") == ("layers:5", "layers:0,2,4", "layers:2")
+    assert specs_of_students("bilstm,") == ("bilstm",)
 
 
 def test_tune_says_where_a_wanted_speed_up_was_not_reached(work: Path, tuned: Path, tmp_path: Path) -> None:
