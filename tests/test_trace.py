@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -349,3 +350,11 @@ def test_a_trace_calls_model_and_rows_by_their_own_names(tmp_path: Path, monkeyp
     for source in ("../test.tsv", "/test.tsv", "test.tsv"):
         assert data_name(source) == "test.tsv"
     assert data_name("/data/news/test.tsv") == data_name("../../news/test.tsv") == "news/test.tsv"
+
+
+def test_a_single_row_has_no_correlation_and_no_warning() -> None:
+    trace = early_exit_model(num_labels=1).trace([{**random_batch(rows=1), "labels": torch.tensor([2.5])}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [row.pearson for row in trace.sweep([0.0, 1.0])] == [0.0, 0.0]
+    assert trace.about == "1 row; model of 4 layers"
