@@ -35,7 +35,8 @@ from fastkd.commands import app, demo_story
 from fastkd.commands.calibrate import Guarantee, Method
 from fastkd.commands.flags import as_flags, options_of_command
 from fastkd.commands.import_fastbert import Pooling
-from fastkd.commands.options import Criterion, Dtype, LabelsAre, parse_speeds, quoted
+from fastkd.commands.kd import specs_of_students
+from fastkd.commands.options import Criterion, Dtype, LabelsAre, parse_speeds, quoted, source_names
 from fastkd.commands.predict import predict as predict_command
 from fastkd.commands.report import PictureFormat
 from fastkd.commands.screen import benchmark_table
@@ -314,6 +315,27 @@ def test_sweep_compares_criteria_and_traces(work: Path, model: Path, tmp_path: P
     )  # fmt: skip
     assert list(json.loads(result.stdout)["sweeps"]) == ["dev, entropy", "dev, top_n", "test, entropy", "test, top_n"]
     assert (tmp_path / "out" / "sweep-test-top_n.csv").exists()
+
+
+def test_assistants_may_list_their_layers() -> None:
+    assert specs_of_students("layers:5, layers:0,2,4,layers:2") == ("layers:5", "layers:0,2,4", "layers:2")
+    assert specs_of_students("bilstm,") == ("bilstm",)
+
+
+def test_tune_says_where_a_wanted_speed_up_was_not_reached(work: Path, tuned: Path, tmp_path: Path) -> None:
+    data = ("--train", work / "data" / "train.tsv", "--dev", work / "data" / "dev.tsv")
+    done = succeeded("tune", tuned, *data, "-o", tmp_path / "out", "--minutes", 0.005, "--speedup", 90, "--no-bf16")
+    assert "no speed of any training reached 90x; kept is the fastest" in " ".join(done.stdout.split())
+
+
+def test_sources_are_called_as_shortly_as_tells_them_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert source_names(["runs/dev.safetensors", "test.safetensors"]) == ["dev", "test"]
+    assert source_names(["ag/trace.safetensors", "/data/sst/trace.safetensors"]) == ["ag/trace", "sst/trace"]
+    assert source_names(["ag/trace.safetensors", "trace.safetensors"]) == ["ag/trace", f"{tmp_path.name}/trace"]
+    assert source_names(["out-1.1", "out-1.2"]) == ["out-1.1", "out-1.2"]
+    assert source_names(["."]) == [tmp_path.name]
+    assert source_names(["twice", "./twice"]) == ["twice", "twice"]
 
 
 def test_predict_file_to_file(work: Path, model: Path, tmp_path: Path) -> None:

@@ -154,6 +154,30 @@ def test_speeds_leave_each_other_room() -> None:
     assert not any(first.overlaps(second) for first, second in combinations(boxes, 2))
 
 
+def test_speeds_of_perfect_answers_stay_below_the_title() -> None:
+    axes = Figure().subplots()
+    rows = [dataclasses.replace(row, accuracy=1.0, interval=(0.9, 1.0)) for row in sweep(1.5)]
+    figures._draw_speedup_accuracy(axes, {"entropy": Sweep(rows, "entropy", None, 64)}, "fastbert")
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) > 3
+    assert all(box.y1 <= axes.bbox.y1 for box in boxes)
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    names = ["_dev", "$usd_1$", r"$\frac$"]
+    shown = {name: dataclasses.replace(sweep(), about=f"{name}/test.tsv, 9 rows") for name in names}
+    for draw in (figures.figure3, figures.comparison):
+        draw(shown, tmp_path / "a.svg")
+        told = (tmp_path / "a.svg").read_text(encoding="utf-8")
+        assert all(f"{name}: {name}/test.tsv, 9 rows" in told for name in names)
+    axes = Figure().subplots()
+    figures._draw_speed_accuracy(axes, shown)
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text().strip().replace("\\$", "$") for text in legend.get_texts()] == names
+    figures.exits_by_group({"$a$": [1], r"$\b$": [2]}, 2, tmp_path / "b.svg", "title")
+
+
 def test_a_band_reaches_to_the_bounds() -> None:
     axes = Figure().subplots()
     figures._draw_speed_accuracy(axes, {"entropy": sweep()})
@@ -178,6 +202,28 @@ def test_distributions_of_few_rows_are_hatched() -> None:
         figures._draw_violin(axes, 0, counts)
         (drawn,) = axes.collections
         assert bool(drawn.get_hatch()) == is_hatched
+
+
+def test_all_layers_of_a_deep_model_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [dataclasses.replace(row, exits_per_layer=[1] * 24) for row in sweep()]
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "_write", lambda figure, *_: drawn.append(figure))
+    figures.exits_per_layer(Sweep(rows, "entropy", None, 64), tmp_path / "a.png")
+    figure = drawn[0]
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    legend = axes.get_legend()
+    assert legend is not None
+    assert len(legend.get_texts()) == 24
+    box = legend.get_window_extent()
+    assert box.y0 >= 0
+    assert box.x1 <= figure.bbox.x1
+    assert axes.bbox.width > figure.bbox.width / 2
+    figures.uncertainty_per_layer({0.0: [UncertaintyAtLayer(layer, 9, [3, 6]) for layer in range(1, 25)]}, "b.png")
+    drawn[1].draw_without_rendering()
+    boxes = [text.get_window_extent() for text in drawn[1].axes[0].texts]
+    assert len(boxes) == 8
+    assert not any(first.overlaps(second) for first, second in combinations(boxes, 2))
 
 
 def test_a_slower_speed_is_shaded() -> None:

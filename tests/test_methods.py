@@ -227,3 +227,18 @@ def test_unknown_arguments_are_refused(name: str, arguments: dict[str, Any], mes
 def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(ValueError, match=r"method: got 'pkd', expected one of none, kd, "):
         method_of("pkd")
+
+
+def test_values_that_a_loss_refuses_are_refused_before_any_work() -> None:
+    before = torch.random.get_rng_state()
+    for name, arguments, told in (
+        ("universal-il", {"attn_space": "centered"}, "attn_space: got 'centered', expected one of logits, centred, "),
+        ("universal-cg-two-stage", {"student_layers": "first"}, "student_layers: got 'first'"),
+        ("rail-kd", {"variant": "PO"}, "variant: got 'PO', expected one of layerwise, concatenated"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            method_of(name).check(arguments)
+    for name in METHODS:
+        method_of(name).check({})
+    method_of("universal-il").check({"attn_space": "centred"})
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -22,6 +22,7 @@ from fastkd.exits.trace import ExitTrace, TraceSource
 from fastkd.inference.measurements import Benchmark
 from fastkd.report import Source, read_source, write_page, write_pictures
 from fastkd.report.content import EXAMPLES, SPEEDS, page_content
+from fastkd.report.results import file_suffixes, write_sweeps
 from fastkd.report.sources import Extras
 from fastkd.training.log import read_log, training_curve
 
@@ -172,11 +173,12 @@ def test_regression_has_a_page_and_figures(tmp_path: Path) -> None:
         "--figures", tmp_path / "figures",
     )  # fmt: skip
     (curve,) = embedded(tmp_path / "page.html")["curves"]
-    assert (curve["criterion"], curve["accuracy"], curve["examples"]["labels"]) == ("agreement", None, None)
+    assert (curve["criterion"], curve["accuracy"]) == ("agreement", None)
     assert curve["correlation"] == [row.pearson for row in trace.sweep(SPEEDS)]
     row, layer, _, answer = curve["examples"]["first"][0][0]
     assert layer == 4, "at speed 0"
     assert answer == pytest.approx(trace.logits[row, -1, 0].item(), abs=1e-3)
+    assert curve["examples"]["labels"][str(row)] == pytest.approx(trace.labels[row].item(), abs=1e-3)  # type: ignore[index]
     assert curve["bounds"] == [row.interval and list(row.interval) for row in trace.sweep(SPEEDS)]
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {f"figure{number}.png" for number in (3, 4, 6)}
 
@@ -191,6 +193,18 @@ def test_a_regression_has_all_four_figures(tmp_path: Path) -> None:
     (curve,) = page_content({"scores": (source, "agreement")}, "t", 0.5)["curves"]
     assert any(error is not None for head in curve["reliability"] for error in head["errors"])
     assert curve["training"][0]["accuracy"] == 0.8
+
+
+def test_a_regression_and_classes_share_no_chart(rows: Any, tmp_path: Path) -> None:
+    scores = early_exit_model(num_labels=1).trace([{**random_batch(rows=30), "labels": torch.rand(30)}])
+    scores.save(tmp_path / "scores.safetensors")
+    made_up_trace(rows).save(tmp_path / "topics.safetensors")
+    for command in (["report", "--figures", tmp_path / "out"], ["sweep"]):
+        told = refused(
+            *command, "-o", tmp_path / "out", tmp_path / "scores.safetensors", tmp_path / "topics.safetensors"
+        )
+        assert "got a regression, scores, beside classes, topics; correlations and accuracies share no axis" in told
+        assert not (tmp_path / "out").exists()
 
 
 def test_nothing_to_show_is_refused(tmp_path: Path) -> None:
@@ -292,6 +306,21 @@ def test_command_writes_page_and_figures(rows: Any, tmp_path: Path) -> None:
         assert text.startswith("<?xml")
         assert text.rstrip().endswith("</svg>")
     assert [curve["name"] for curve in embedded(tmp_path / "page.html")["curves"]] == ["entropy", "margin"]
+
+
+def test_files_of_every_curve_lie_in_one_folder(rows: Any, tmp_path: Path) -> None:
+    names = ["a, entropy", "a/b", "/a/b", "../a.b", "sweep", "..", "b c"]
+    assert list(file_suffixes(names).values()) == ["-a-entropy", "-a-b", "-a-b-2", "-a.b", "-sweep", "-", "-b-c"]
+    assert file_suffixes(["only/one"]) == {"only/one": ""}
+    trace = made_up_trace(rows)
+    sweeps = {name: trace.sweep([0.0, 0.5]) for name in ("/a/b", "../sweep")}
+    files = write_sweeps(sweeps, tmp_path / "out")
+    assert {file.name for file in files} >= {
+        "sweep-a-b.csv", "exits_per_layer-a-b.png", "sweep-sweep.csv", "exits_per_layer-sweep.png",
+    }  # fmt: skip
+    curves = {name: (Source(name, trace), "entropy") for name in sweeps}
+    files += write_pictures(curves, tmp_path / "out", "svg")
+    assert sorted(files) == sorted((tmp_path / "out").iterdir())
 
 
 def test_figures_of_an_unlabelled_trace(rows: Any, tmp_path: Path) -> None:

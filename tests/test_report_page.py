@@ -19,6 +19,7 @@ pytest.importorskip("datasets", reason="datasets is not installed: pip install d
 from report_sources import LOGS, benchmark, certificate, corpus_rows, made_up_trace
 from tiny_models import early_exit_model, random_batch
 
+from fastkd.data.rows import load_rows
 from fastkd.exits.trace import ExitTrace
 from fastkd.report import Source, write_page
 from fastkd.report.content import SPEEDS
@@ -356,8 +357,16 @@ def test_page_without_labels_hides_what_needs_them(opened: Callable[..., Any], t
 
 def test_page_of_a_regression_shows_its_correlation(opened: Callable[..., Any], tmp_path: Path) -> None:
     labelled = {**random_batch(rows=60), "labels": torch.randn(60)}
-    trace = early_exit_model(num_labels=1).trace([labelled])
-    write_page({"scores": (Source("scores", trace), "agreement")}, tmp_path / "scores.html")
+    trace = replace(early_exit_model(num_labels=1).trace([labelled]), rows=torch.arange(60))
+    rows = [f"{label}\ttext {row}" for row, label in enumerate(labelled["labels"].tolist())]
+    (tmp_path / "rows.tsv").write_text("\n".join(["label\ttext_a", *rows]) + "\n", encoding="utf-8")
+    measured = benchmark()
+    scored = [replace(row, accuracy=None, pearson=0.75) for row in measured.rows]
+    source = Source(
+        "scores", trace, {**replace(measured, rows=scored).to_dict(), "criterion": "agreement"},
+        examples=load_rows(tmp_path / "rows.tsv", num_labels=1),
+    )  # fmt: skip
+    write_page({"scores": (source, "agreement")}, tmp_path / "scores.html")
     browser = opened(tmp_path / "scores.html")
     assert browser.find_element(By.ID, "accuracy-heading").text == "Correlation"
     assert browser.find_element(By.ID, "accuracy").text == f"{trace.sweep([0.5])[0].pearson:.4f}"
@@ -369,6 +378,10 @@ def test_page_of_a_regression_shows_its_correlation(opened: Callable[..., Any], 
     assert {"Correlation by speed", "Correlation by FLOPs speed-up"} <= set(captions)
     assert "Mean absolute error by uncertainty, head by head" in captions
     assert operating_point(browser, "speed-accuracy")[1] == trace.sweep([0.5])[0].pearson
+    assert "label: " in browser.find_element(By.CSS_SELECTOR, "#first li").text
+    table = browser.find_element(By.ID, "bench-table").get_attribute("textContent")
+    assert "correlation" in table
+    assert "0.7500" in table
     assert browser.get_log("browser") == []
 
 

@@ -1,4 +1,4 @@
-"""What a command shows where standard error is a file: lines that tell how far it is."""
+"""What a command shows: lines where standard error is a file, and tables."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from fastkd.commands import screen
 from fastkd.data.text_counts import TextWarning
+from fastkd.exits.sweep import Sweep, SweepRow
 
 
 def test_lines_tell_rate_and_time_left() -> None:
@@ -46,3 +47,13 @@ def test_what_does_not_fit_between_texts_and_tokenizer_is_told_once(capfd: pytes
         for _ in range(3):
             warnings.warn("rows: [3] cannot be read", TextWarning, stacklevel=1)
     assert capfd.readouterr().err == "warning: rows: [3] cannot be read\n"
+
+
+def test_a_deep_model_leaves_room_for_every_number() -> None:
+    for layers, is_shown in ((12, True), (24, False)):
+        costs = {"fastbert": 1e9}, {"fastbert": 2.0}
+        row = SweepRow(0.5, 0.9, 1.0, [1000] * layers, *costs)
+        table = screen.sweep_table(Sweep([row], "entropy", None, 64), "name")
+        headings = [str(column.header) for column in table.columns]
+        assert (f"left after layer 1..{layers}" in headings) == is_shown
+        assert len(headings) == 5 + is_shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import fastkd
 import fastkd_kernels as fk
 from fastkd.exits.flops import CONVENTIONS, FlopsShape
 from fastkd.exits.trace import TraceSource
+from fastkd.model.tracing import data_name
 
 
 def batches_with_labels(family: str = "bert", num_labels: int = 3) -> list[dict[str, Tensor]]:
@@ -336,3 +338,23 @@ def test_a_head_that_is_not_asked_costs_nothing() -> None:
         trace.answers([0.5, 0.5, 1.5])
     with pytest.raises(ValueError, match="speed: got 2 numbers"):
         fastkd.EarlyExitConfig(CONFIGS["bert"], speed=[0.1, 0.2])
+
+
+def test_a_trace_calls_model_and_rows_by_their_own_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    early_exit_model().save_pretrained(tmp_path / "tuned")
+    monkeypatch.chdir(tmp_path / "tuned")
+    for place in (".", "../tuned/", tmp_path / "tuned"):
+        model = fastkd.EarlyExitForSequenceClassification.from_pretrained(place)
+        assert model.trace([random_batch()]).source.model_name == "tuned"
+    assert early_exit_model().trace([random_batch()]).source.model_name == ""
+    for source in ("../test.tsv", "/test.tsv", "test.tsv"):
+        assert data_name(source) == "test.tsv"
+    assert data_name("/data/news/test.tsv") == data_name("../../news/test.tsv") == "news/test.tsv"
+
+
+def test_a_single_row_has_no_correlation_and_no_warning() -> None:
+    trace = early_exit_model(num_labels=1).trace([{**random_batch(rows=1), "labels": torch.tensor([2.5])}])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [row.pearson for row in trace.sweep([0.0, 1.0])] == [0.0, 0.0]
+    assert trace.about == "1 row; model of 4 layers"

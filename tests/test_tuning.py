@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
 
 import torch
+from kd_worker import regression_rows
 from tiny_models import early_exit_model, one_thread, tokenizer_of  # noqa: F401  # a fixture
 from training_worker import load, options_of, rows, save_plain, train
 
@@ -99,6 +100,10 @@ def test_wrong_options_are_refused(finetuned: Path, tmp_path: Path) -> None:
     unlabelled = rows(20, labelled=False)
     with pytest.raises(ValueError, match="dev: a regression is tuned by its correlation"):
         tune(regression, unlabelled, unlabelled, tmp_path / "out", options(), tokenizer_of("bert"))
+    scores = regression_rows(20)
+    alike = replace(scores, dataset=scores.dataset.remove_columns("label").add_column("label", [2.5] * 20))
+    with pytest.raises(ValueError, match="these are all the same; take rows whose labels differ"):
+        tune(regression, scores, alike, tmp_path / "out", options(), tokenizer_of("bert"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(FileExistsError, match="output_dir"):

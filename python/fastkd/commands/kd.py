@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -171,7 +172,7 @@ def kd(
             "fsdp": fsdp, "resume": resume, "overwrite": overwrite, "arguments": arguments,
             "freeze_embeddings": freeze_embeddings, "student_layers": student_layers,
             "metric": () if metric is None else tuple(words(metric)),
-            "assistants": () if assistants is None else tuple(words(assistants)),
+            "assistants": () if assistants is None else specs_of_students(assistants),
         }  # fmt: skip
         trainer = KDTrainer(
             loaded, name, method, KDOptions(**options), cache=cache if cache is not None else not no_cache
@@ -197,6 +198,11 @@ def kd(
             {"student": str(done.output_dir), "method": method, "steps": done.steps, "metrics": done.metrics}
             | {"seconds": round(done.seconds, 2), "train_loss": done.train_loss}
         )
+
+
+def specs_of_students(text: str) -> tuple[str, ...]:
+    """The specs between the commas of a text; a comma before a digit is in a list of layers, as in layers:0,2,4."""
+    return tuple(spec.strip() for spec in re.split(r",(?!\s*\d)", text) if spec.strip())
 
 
 def parsed_arguments(texts: list[str]) -> dict[str, Any]:

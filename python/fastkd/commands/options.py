@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -249,9 +250,14 @@ def words(text: str) -> list[str]:
 
 
 def source_names(sources: Sequence[str]) -> list[str]:
-    """A short name for each source: its stem, or as much of the path as tells them apart."""
-    stems = [Path(source).stem for source in sources]
-    return stems if len(set(stems)) == len(stems) else [str(Path(source).with_suffix("")) for source in sources]
+    """A short name for each source: that of its file or folder, with as many folders before it as tell them apart."""
+    paths = [Path(os.path.abspath(source)).parts for source in sources]
+    names: list[str] = []
+    for shown in range(1, max(map(len, paths), default=0) + 1):
+        names = ["/".join(path[-shown:]).lstrip("/").removesuffix(".safetensors") for path in paths]
+        if len(set(names)) == len(set(paths)):
+            break
+    return names
 
 
 def curve_name(source: str, criterion: str, sources: int, criteria: int) -> str:

@@ -344,9 +344,13 @@ def quality(accuracy: float | None, pearson: float | None) -> str:
 
 
 def sweep_table(sweep: Sweep, name: str, is_narrow: bool = False) -> Table:
-    """The sweep for people; a narrow one shows FLOPs in the fastbert convention only, as a speed-up."""
+    """The sweep for people; a narrow one shows FLOPs in the fastbert convention only, as a speed-up.
+
+    Rows per layer of a deep model are left to the CSV file: they would take the room of everything else.
+    """
     rows = list(sweep)
     layers = len(rows[0].exits_per_layer)
+    is_deep = layers > 12
     conventions = ["fastbert"] if is_narrow else list(rows[0].flops)
     table = Table(
         title=f"{escape(name)}: {sum(rows[0].exits_per_layer)} rows, FLOPs at {sweep.seq_len} tokens",
@@ -354,7 +358,7 @@ def sweep_table(sweep: Sweep, name: str, is_narrow: bool = False) -> Table:
         box=box.SIMPLE_HEAD if is_narrow else box.HEAVY_HEAD,
     )
     kind = "accuracy" if rows[0].pearson is None else "correlation"
-    for heading in ("speed", kind, "layers", f"left after layer 1..{layers}"):
+    for heading in ("speed", kind, "layers", *([] if is_deep else [f"left after layer 1..{layers}"])):
         table.add_column(heading, justify="right", no_wrap=True)
     for convention in conventions:
         if not is_narrow:
@@ -368,7 +372,8 @@ def sweep_table(sweep: Sweep, name: str, is_narrow: bool = False) -> Table:
             times = f"{row.speedup[convention]:.2f}x"
             costs.append(f"[red]{times}[/]" if row.speedup[convention] < 1 else times)
         exits = " ".join(f"{count or '·':>{width}}" for count in row.exits_per_layer)
-        table.add_row(f"{row.speed:g}", quality(row.accuracy, row.pearson), f"{row.average_layers:.2f}", exits, *costs)
+        cells = [f"{row.speed:g}", quality(row.accuracy, row.pearson), f"{row.average_layers:.2f}"]
+        table.add_row(*cells, *([] if is_deep else [exits]), *costs)
     return table
 
 

@@ -132,6 +132,11 @@ def tune(
         measure = "correlation" if model.config.num_labels == 1 else "accuracy"
         of_full = "" if best.quality is None else f", {measure} {_quality(model, best)} of {_full(model, trial)}"
         screen.out.print(f"{done.reason}; kept {trial.steps} steps, speed {best.speed:g}: {best.speedup:.2f}x{of_full}")
+        if speedup is not None and best.speedup < speedup:
+            screen.out.print(
+                f"[bold yellow]slower than wanted:[/] no speed of any training reached {speedup:g}x; kept is the "
+                "fastest"
+            )
         screen.out.print(f"model: {strong(done.output_dir)}, which runs at speed {best.speed:g} by default")
         # the test rows of a folder are unseen
         unseen = "UNSEEN" if data is None or folder.test is None else quoted(data)

@@ -149,7 +149,7 @@ class ExitTrace:
         """Data, rows and model in words: "ag_news/test.tsv, 7,600 rows; model ag, 6 layers"."""
         data = f"{self.source.data_name}, " if self.source.data_name else ""
         name = f"model {self.source.model_name}, " if self.source.model_name else "model of "
-        return f"{data}{len(self):,} rows; {name}{self.num_layers} layers"
+        return f"{data}{len(self):,} row{'' if len(self) == 1 else 's'}; {name}{self.num_layers} layers"
 
     def select(self, rows: Tensor) -> ExitTrace:
         """The trace of these rows [m] only."""
@@ -415,6 +415,8 @@ def predictions(logits: Tensor) -> Tensor:
 
 
 def correlation(answers: Tensor, labels: Tensor) -> float:
-    """Pearson's; 0 where one side is constant."""
+    """Pearson's; 0 where one side is constant, as a single row is."""
+    if len(answers) < 2:
+        return 0.0
     value = torch.corrcoef(torch.stack([answers.double(), labels.double()]))[0, 1].item()
     return 0.0 if math.isnan(value) else value

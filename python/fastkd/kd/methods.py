@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from fastkd import losses
@@ -39,6 +40,10 @@ class Shapes:
     teacher_layers: int
     student_width: int
     teacher_width: int
+
+
+_ANY_SHAPES = Shapes(student_layers=3, teacher_layers=6, student_width=8, teacher_width=8)
+"""Of losses that are built only to see whether they take their arguments."""
 
 
 class StageLoss(nn.Module):
@@ -112,12 +117,16 @@ class Method:
         return frozenset().union(*(stage.teacher for stage in self.stages))
 
     def check(self, arguments: Mapping[str, Any]) -> None:
-        """Raise ValueError for an argument that no stage takes."""
+        """Raise ValueError for an argument that no stage takes, or a value that its loss refuses."""
         known = set().union(*(stage.argument_names for stage in self.stages))
         unknown = set(arguments) - known
         if unknown:
             takes = f"takes {', '.join(sorted(known))}" if known else "takes no arguments"
             raise ValueError(f"arguments: got {', '.join(sorted(unknown))}, but {self.title} {takes}")
+        # projections draw weights, which must not move the draws of the training
+        with torch.random.fork_rng(devices=[]):
+            for stage in self.stages:
+                stage.loss(_ANY_SHAPES, arguments)
 
 
 def method_of(name: str) -> Method:

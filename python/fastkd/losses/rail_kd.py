@@ -23,8 +23,9 @@ class RAILKDLoss(nn.Module):
 
     W_T is drawn once and stays, which departs from the paper. A W_T that is trained may throw away what the networks
     differ in: the distance of a student that never moves then falls to 0, even against the hidden states of other
-    sentences, and the term teaches nothing. A projection with orthonormal rows keeps the angles between sentences, so
-    that only the student can close the distance.
+    sentences, and the term teaches nothing. A projection with orthonormal rows keeps the angles between sentences
+    (nearly, where it is narrower than the teacher), so that the distance closes from the student's side alone, by its
+    layers and by W_S.
 
     Which layers are drawn is a function of `seed` and the number given to `resample` alone, so that resumed runs and
     all processes of a distributed one draw the same.

@@ -12,8 +12,10 @@ import fastkd_kernels as fk
 from fastkd.losses import _hidden
 from fastkd.losses.labels import label_loss, task_of
 from fastkd.losses.layer_maps import rows_of
+from fastkd_kernels.checks import check_choice
 
 STUDENT_LAYERS = ("inner", "last", "all")
+ATTENTION_SPACES = ("logits", "centred", "log_probs", "probs")
 
 
 class UniversalKDLoss(nn.Module):
@@ -77,6 +79,7 @@ class UniversalKDLoss(nn.Module):
         teacher_head_ce: float = 0.0,
     ) -> None:
         super().__init__()
+        check_choice("attn_space", attn_space, ATTENTION_SPACES)
         if isinstance(student_layers, str) and student_layers not in STUDENT_LAYERS:
             raise ValueError(
                 f"student_layers: got {student_layers!r}, expected one of {', '.join(STUDENT_LAYERS)}, or layer numbers"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -117,7 +118,8 @@ def record_trace(
             dtype=model.weights_dtype,
             seen=seen,
             seen_anywhere=seen_anywhere,
-            model_name=Path(model.config.name_or_path or "").name,
+            # a model in "." is called as its folder is
+            model_name=Path(os.path.abspath(name)).name if (name := model.config.name_or_path) else "",
             data_name="" if rows is None else data_name(rows.source),
             label_names=list(names_of_classes(model.config.id2label) or ()),
         ),
@@ -127,7 +129,7 @@ def record_trace(
 
 def data_name(source: str) -> str:
     """The folder and the name of a file: where it lies on this machine is private."""
-    return "/".join(Path(source).parts[-2:]).lstrip("/")
+    return "/".join([part for part in Path(source).parts if part != ".."][-2:]).lstrip("/")
 
 
 @dataclass

@@ -13,6 +13,7 @@ from fastkd.exits.flops import flops
 from fastkd.exits.reliability import FEWEST_ROWS, accuracy_by_uncertainty, uncertainty_per_layer
 from fastkd.exits.trace import ExitAnswers, ExitTrace
 from fastkd.report.colours import layer_colours
+from fastkd.report.figures import check_one_measure
 from fastkd.report.sources import Source, measured_with
 from fastkd.training.log import RECORDED_SPEED, training_curve
 
@@ -39,10 +40,11 @@ def page_content(
         top_n: classes that the "top_n" criterion looks at.
 
     Raises:
-        ValueError: no curves, or as `fastkd_kernels.exit_gate`.
+        ValueError: no curves, a regression beside classes, or as `fastkd_kernels.exit_gate`.
     """
     if not curves:
         raise ValueError("curves: got none, expected at least one trace")
+    check_one_measure({name: source.trace.is_regression for name, (source, _) in curves.items()})
     return {
         "title": title,
         "date": date.today().isoformat(),
@@ -103,7 +105,7 @@ def _examples(source: Source, answers: Sequence[ExitAnswers]) -> dict[str, Any] 
         "texts": {row: _text(source, row) for row in shown},
         "first": [_entries(answer, first) for answer, (first, _) in zip(answers, chosen, strict=True)],
         "last": [_entries(answer, last) for answer, (_, last) in zip(answers, chosen, strict=True)],
-        "labels": _labels(source.trace, source, shown),
+        "labels": _labels(source.trace, shown),
         "labelNames": _label_names(source),
     }
 
@@ -141,10 +143,8 @@ def _text(source: Source, row: int) -> str:
     return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT].rsplit(" ", 1)[0] + " …"
 
 
-def _labels(trace: ExitTrace, source: Source, rows: Sequence[int]) -> dict[int, int] | None:
-    if trace.labels is None or trace.is_regression:
-        return None
-    return {row: int(trace.labels[row]) for row in rows}
+def _labels(trace: ExitTrace, rows: Sequence[int]) -> dict[int, float] | None:
+    return None if trace.labels is None else {row: _answer(trace.labels[row]) for row in rows}
 
 
 def _label_names(source: Source) -> list[str]:

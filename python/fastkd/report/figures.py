@@ -36,6 +36,8 @@ PathLike = str | os.PathLike[str]
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LINES = ("-", "--", ":")  # for the eighth curve on
 _DPI = 160
+_MOST_IN_LEGEND_COLUMN = 12
+_MOST_NUMBERS = 8  # above layers side by side
 _GREY = "#666666"
 _BANDS = "Bands: where new rows like these lie with 95% confidence"
 _SPEEDS = "numbers at points: speeds"
@@ -113,7 +115,7 @@ def comparison(sweeps: Mapping[str, Sweep], path: PathLike, convention: str = "f
         _band(panel, number, [(row.speedup[convention], row.interval) for row in _by_speedup(sweep, convention)], 1)
         _trade_curve(panel, number, name, sweep, convention)
         _trade_axes(panel, sweeps, convention, bands=True)
-        panel.set(title=name, xlabel="", ylabel="")
+        panel.set(title=_plain(name), xlabel="", ylabel="")
         panel.tick_params(labelbottom=True)
     for panel in panels[len(sweeps) :]:
         panel.set_axis_off()
@@ -136,7 +138,7 @@ def exits_per_layer(sweep: Sweep, path: PathLike) -> None:
         _draw_shares(axes, [f"{row.speed:g}" for row in rows], shares, layers)
         axes.set(xlabel="speed (uncertainty up to which a row may leave)", ylabel="rows", title="Where rows leave")
 
-    _save(path, draw, _about({sweep.criterion: sweep}))
+    _save(path, draw, _about({sweep.criterion: sweep}), layers)
 
 
 def exits_by_group(
@@ -159,14 +161,14 @@ def exits_by_group(
     shares = [[list(exits).count(layer + 1) / len(exits) for layer in range(layers)] for exits in groups.values()]
 
     def draw(axes: Axes) -> None:
-        _draw_shares(axes, [name.replace("_", " ") for name in groups], shares, layers)
+        _draw_shares(axes, [_plain(name.replace("_", " ")) for name in groups], shares, layers)
         for position, exits in enumerate(groups.values()):
             mean = sum(exits) / len(exits)
             axes.text(position, 1.015, f"mean {mean:.2f}", ha="center", va="bottom", fontsize=9, color=_GREY)
         axes.set_ylim(0, 1.08)
         axes.set(ylabel="rows", title=title)
 
-    _save(path, draw, about)
+    _save(path, draw, about, layers)
 
 
 def wall_clock(rows: Sequence[BenchmarkRow], path: PathLike, about: str = "") -> None:
@@ -303,12 +305,14 @@ def uncertainty_per_layer(
         raise ValueError("reached: got no speeds, expected at least one")
     figure, panels = _panels(len(reached))
     for axes, (speed, heads) in zip(panels, reached.items(), strict=True):
+        numbered = range(0, len(heads), -(-len(heads) // _MOST_NUMBERS))
         for position, head in enumerate(heads):
             _draw_violin(axes, position, head.counts)
-            share = head.rows / max(heads[0].rows, 1)
-            axes.text(position, 1.02, f"{100 * share:.0f}%", ha="center", va="bottom", fontsize=8, color=_GREY)
+            if position in numbered:
+                share = head.rows / max(heads[0].rows, 1)
+                axes.text(position, 1.02, f"{100 * share:.0f}%", ha="center", va="bottom", fontsize=8, color=_GREY)
         axes.axhline(speed, color=CURVES[1], linestyle="--", linewidth=1.2)
-        axes.set_xticks(range(len(heads)), [str(head.layer) for head in heads])
+        axes.set_xticks(numbered, [str(heads[position].layer) for position in numbered])
         axes.set(xlabel="layer", ylabel="uncertainty", ylim=(0, 1.1), title=f"Speed {speed:g}")
     _write(
         figure,
@@ -467,12 +471,16 @@ def _mark_speeds(axes: Axes, curves: Sequence[Sequence[tuple[float, float, float
     for number, x, y, speed in sorted(candidates, key=lambda point: (_roundness(point[3]), point[0], point[3])):
         left, bottom = axes.transData.transform((x, y))
         text, scale = f"{speed:.2g}", figure.dpi / 72
-        box = Bbox.from_bounds(left - 2.7 * len(text) * scale, bottom + 3 * scale, 5.4 * len(text) * scale, 9.5 * scale)
+        # above the highest points stands the title
+        is_below = bottom + 12.5 * scale > axes.bbox.y1
+        low = bottom - 12.5 * scale if is_below else bottom + 3 * scale
+        box = Bbox.from_bounds(left - 2.7 * len(text) * scale, low, 5.4 * len(text) * scale, 9.5 * scale)
         if any(box.overlaps(other) for other in taken):
             continue
         taken.append(box)
         axes.annotate(
-            text, (x, y), xytext=(0, 4), textcoords="offset points", ha="center", va="bottom", fontsize=7.5, zorder=4,
+            text, (x, y), xytext=(0, -4 if is_below else 4), textcoords="offset points", ha="center",
+            va="top" if is_below else "bottom", fontsize=7.5, zorder=4,
             color=CURVES[number % len(CURVES)], path_effects=[withStroke(linewidth=2, foreground="white")],
         )  # fmt: skip
 
@@ -504,13 +512,17 @@ def _draw_shares(axes: Axes, names: Sequence[str], shares: Sequence[Sequence[flo
     axes.yaxis.set_major_formatter(_PERCENT)
     axes.grid(False)
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
+    # more than a dozen in one column would not fit beside the bars
+    axes.legend(
+        handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9,
+        ncols=-(-layers // _MOST_IN_LEGEND_COLUMN),
+    )  # fmt: skip
 
 
 def _curve(axes: Axes, number: int, name: str, x: Sequence[float], y: Sequence[float | None]) -> None:
     axes.plot(
         x, y,  # type: ignore[arg-type]  # _required has made sure that no value is None
-        label=name, color=CURVES[number % len(CURVES)], linestyle=_LINES[number // len(CURVES) % len(_LINES)],
+        label=_plain(name), color=CURVES[number % len(CURVES)], linestyle=_LINES[number // len(CURVES) % len(_LINES)],
         marker=_MARKERS[number % len(_MARKERS)],
         markersize=4.5, linewidth=1.8, markeredgecolor="white", markeredgewidth=0.6, zorder=3, clip_on=False,
     )  # fmt: skip
@@ -563,9 +575,25 @@ def _lines(*texts: str) -> str:
     return "\n".join(text for text in texts if text)
 
 
+def _plain(name: str) -> str:
+    """A name as matplotlib shows it unchanged: it takes dollars for formulas and hides what begins with "_"."""
+    return (f" {name}" if name.startswith("_") else name).replace("$", r"\$")
+
+
 def _legend(axes: Axes, curves: int) -> None:
     if curves > 1:
         axes.legend(frameon=False, fontsize=9)
+
+
+def check_one_measure(is_regression: Mapping[str, bool]) -> None:
+    """Raise ValueError where some of the curves are of a regression and others of classes: they share no axis."""
+    regressions = [name for name, found in is_regression.items() if found]
+    if 0 < len(regressions) < len(is_regression):
+        classes = [name for name, found in is_regression.items() if not found]
+        raise ValueError(
+            f"sources: got a regression, {', '.join(regressions)}, beside classes, {', '.join(classes)}; correlations "
+            "and accuracies share no axis, so show them apart"
+        )
 
 
 def _required(sweeps: Mapping[str, Sweep], labels: bool = False) -> Mapping[str, Sweep]:
@@ -591,8 +619,9 @@ def _shown_speeds(rows: list[SweepRow], most: int = 11) -> list[SweepRow]:
     return [rows[round(index * (len(rows) - 1) / (most - 1))] for index in range(most)]
 
 
-def _save(path: PathLike, draw: Callable[[Axes], None], about: str = "") -> None:
-    figure = Figure(figsize=(6.8, 4.6), layout="constrained")
+def _save(path: PathLike, draw: Callable[[Axes], None], about: str = "", legend_entries: int = 0) -> None:
+    further_columns = max(-(-legend_entries // _MOST_IN_LEGEND_COLUMN) - 1, 0)
+    figure = Figure(figsize=(6.8 + further_columns, 4.6), layout="constrained")
     axes = figure.subplots()
     _style(axes)
     draw(axes)
@@ -607,6 +636,6 @@ def _style(axes: Axes) -> None:
 
 def _write(figure: Figure, path: PathLike, about: str, below: SubFigure | None = None) -> None:
     if about:
-        (below or figure).supxlabel(about, x=0.01, ha="left", fontsize=8.5, color=_GREY)
+        (below or figure).supxlabel(_plain(about), x=0.01, ha="left", fontsize=8.5, color=_GREY)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=_DPI)

@@ -277,7 +277,8 @@
     shown.arrivals[state.step].forEach(([rows, ...counts], index) => {
       const isLast = shown.heads[index] === shown.layers;
       const threshold = isLast ? 1 : speed();
-      notes.push({
+      // numbers of more than a dozen layers would lie on each other
+      if (index % Math.ceil(shown.heads.length / 12) === 0) notes.push({
         x: index, y: 1.02, yanchor: "bottom", showarrow: false, text: rows ? percent(rows / shown.rows, 0).replace("\u00a0", "") : "–",
         font: { size: 11, color: colour("--muted") },
       });
@@ -431,10 +432,12 @@
     const gpu = machine.gpu_columns === "not yet measured" ? " On a GPU: not yet measured." : "";
     $("bench-lead").textContent =
       `Measured on ${place}, torch ${machine.torch ?? "?"}, ${count(measured.rows[0].rows, "row")} a pass; shown at speed ${at}, the measured one nearest to the slider.${streams} Below 1× early exit costs time.${gpu}`;
-    const headings = ["dtype", "batch", "speed", "accuracy", "FLOPs", "measured", "seconds", "full model", "rows/s", "best full model"];
+    const measure = curve().classes === 1 ? "correlation" : "accuracy";
+    const measuredQuality = (row) => (row.pearson == null ? percent(row.accuracy ?? null) : row.pearson.toFixed(4));
+    const headings = ["dtype", "batch", "speed", measure, "FLOPs", "measured", "seconds", "full model", "rows/s", "best full model"];
     table($("bench-table"), headings, measured.rows.map((row) => ({
       chosen: Math.abs(row.speed - speed()) < 1e-9,
-      cells: [row.dtype, row.batch_size === null ? "stream" : String(row.batch_size), String(row.speed), percent(row.accuracy), times(row.flops_speedup),
+      cells: [row.dtype, row.batch_size === null ? "stream" : String(row.batch_size), String(row.speed), measuredQuality(row), times(row.flops_speedup),
         { text: times(row.speedup), attributes: row.speedup < 1 ? { class: "loses" } : {} },
         row.seconds.toPrecision(3), row.full_seconds.toPrecision(3), whole(Math.round(row.rows / row.seconds)), fullForm(row)],
     })));
@@ -466,7 +469,9 @@
       element("span", {}, uncertainty === null ? "uncertainty not a number" : `uncertainty ${uncertainty.toFixed(3)}`),
       element("span", {}, `answer: ${examples.labelNames[predicted] ?? predicted}`),
     ];
-    if (truth !== undefined && truth !== predicted) chips.push(element("span", { class: "wrong" }, `wrong, it is ${examples.labelNames[truth] ?? truth}`));
+    if (curve().classes === 1) {
+      if (truth !== undefined) chips.push(element("span", {}, `label: ${truth}`));
+    } else if (truth !== undefined && truth !== predicted) chips.push(element("span", { class: "wrong" }, `wrong, it is ${examples.labelNames[truth] ?? truth}`));
     return element("li", {}, element("p", {}, examples.texts[row]), element("div", { class: "chips" }, ...chips));
   }
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from fastkd.exits.reliability import accuracy_by_uncertainty, uncertainty_per_layer
 from fastkd.inference.measurements import Benchmark
 from fastkd.report import figures
+from fastkd.report.results import file_suffixes
 from fastkd.report.sources import Source, measured_with
 from fastkd.training.log import training_curve
 
@@ -51,8 +52,9 @@ def write_pictures(
         figures.figure3(sweeps, path("figure3"))
     else:
         figures.speed_speedup(sweeps, path("speed_speedup"))
+    suffixes = file_suffixes(curves)
     for name, (source, criterion) in curves.items():
-        suffix = "" if len(curves) == 1 else "-" + "".join(sign if sign.isalnum() else "-" for sign in name)
+        suffix = suffixes[name]
         trace, chosen_top_n = source.trace, top_n if criterion == "top_n" else None
         uncertainties = trace.uncertainties(criterion, chosen_top_n)
         heads = accuracy_by_uncertainty(trace, uncertainties)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fastkd.data.files import atomic_path
@@ -13,18 +14,39 @@ from fastkd.inference.measurements import Benchmark
 from fastkd.report import figures
 
 
+def file_suffixes(names: Iterable[str]) -> dict[str, str]:
+    """What tells the files of curves apart, by the curves' names: nothing for a single one, else a hyphen and the name.
+
+    No two are the same, and none has a slash, so that all files lie in one folder.
+    """
+    suffixes: dict[str, str] = {}
+    for name in names:
+        suffix = plain = "-" + re.sub(r"[^\w.]+", "-", name).strip("-.")
+        number = 1
+        while suffix in suffixes.values():
+            number += 1
+            suffix = f"{plain}-{number}"
+        suffixes[name] = suffix
+    return suffixes if len(suffixes) > 1 else dict.fromkeys(suffixes, "")
+
+
 def write_sweeps(sweeps: Mapping[str, Sweep], folder: Path) -> list[Path]:
-    """CSV and pictures of the sweeps, by the name that their curves get; the paths written."""
+    """CSV and pictures of the sweeps, by the name that their curves get; the paths written.
+
+    Raises:
+        ValueError: some with a correlation and others with an accuracy.
+    """
+    labelled = {name: table for name, table in sweeps.items() if all(row.quality is not None for row in table)}
+    figures.check_one_measure({name: table[0].pearson is not None for name, table in labelled.items()})
     files = []
-    for name, table in sweeps.items():
-        stem = "sweep" if len(sweeps) == 1 else f"sweep-{name.replace(', ', '-').replace(' ', '-')}"
-        files.append(folder / f"{stem}.csv")
-        table.to_csv(files[-1])
-        files.append(folder / f"{stem.replace('sweep', 'exits_per_layer')}.png")
-        figures.exits_per_layer(table, files[-1])
+    for name, suffix in file_suffixes(sweeps).items():
+        files.append(folder / f"sweep{suffix}.csv")
+        sweeps[name].to_csv(files[-1])
+        files.append(folder / f"exits_per_layer{suffix}.png")
+        figures.exits_per_layer(sweeps[name], files[-1])
     files.append(folder / "speed_speedup.png")
     figures.speed_speedup(sweeps, files[-1])
-    if all(row.quality is not None for table in sweeps.values() for row in table):
+    if len(labelled) == len(sweeps):
         for draw in (figures.speed_accuracy, figures.speedup_accuracy, figures.figure3):
             files.append(folder / f"{draw.__name__}.png")
             draw(sweeps, files[-1])

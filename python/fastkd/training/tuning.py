@@ -173,8 +173,14 @@ def tune(
         raise ValueError("model: tuning runs in one process, which watches its own clock; start it without torchrun")
     rows, dev_rows = rows_for(model, train, dev, require_labels=False)
     assert dev_rows is not None
-    if model.config.num_classes == 1 and not dev_rows.is_labelled:
-        raise ValueError("dev: a regression is tuned by its correlation with the labels, and these rows have none")
+    if model.config.num_classes == 1:
+        if not dev_rows.is_labelled:
+            raise ValueError("dev: a regression is tuned by its correlation with the labels, and these rows have none")
+        if len(set(dev_rows.dataset["label"][:])) < 2:
+            raise ValueError(
+                "dev: a regression is tuned by its correlation with the labels, and these are all the same; take rows "
+                "whose labels differ"
+            )
     search = _Search(model, rows, dev_rows, Path(output_dir), options, tokenizer, shown or Silent(), on_trial)
     return search.run()
 
