@@ -21,6 +21,7 @@ from torch import Tensor
 import fastkd
 import fastkd_kernels as fk
 from fastkd.exits import criteria
+from fastkd.exits.flops import FlopsShape
 from fastkd.exits.rule import ExitRule
 
 AGREEMENT = ExitRule("agreement", None, (1, 2, 3), (1.0, 1.0))
@@ -157,6 +158,11 @@ def test_defaults_and_refusals() -> None:
     regression, (batch, _) = model_with("agreement"), batches()
     with pytest.raises(ValueError, match="'entropy' needs class probabilities, but this model is a regression"):
         regression(**batch, speed=0.5, criterion="entropy")
+    trace = fastkd.ExitTrace(
+        torch.zeros(4, 3, 1), None, torch.full((4,), 5), [1, 2, 3], 8, FlopsShape.of(early_exit_model().config)
+    )
+    with pytest.raises(ValueError, match="'margin' needs class probabilities, but a regression answers with one"):
+        trace.sweep([0.5], criterion="margin")
     with torch.no_grad():
         assert regression(**batch, speed=0.5).exit_layer.tolist() != [LAYERS] * 17
         assert regression(**batch, speed=0.0, criterion="entropy").logits.shape == (17, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -232,6 +233,14 @@ def test_an_unknown_method_is_refused() -> None:
 def test_values_that_a_loss_refuses_are_refused_before_any_work() -> None:
     before = torch.random.get_rng_state()
     for name, arguments, told in (
+        ("universal-cg", {"mix": "average"}, "mix: got 'average', expected one of logits, probs, loss"),
+        ("universal-ca", {"direction": "both"}, "direction: got 'both', expected one of forward, reverse, jsd"),
+        ("universal-il", {"attn": "cosine"}, "attn: got 'cosine', expected one of "),
+        ("universal-il", {"kd_temperature": 0}, "kd_temperature: got 0, expected a finite number above 0"),
+        ("alp-kd", {"temperature": math.nan}, "temperature: got nan, expected a finite number above 0"),
+        ("dih", {"temperature": [5.0, -1.0]}, "temperature: got -1.0, expected a finite number above 0"),
+        ("annealing", {"max_temperature": math.inf}, "max_temperature: got inf, expected a finite number above 0"),
+        ("kd", {"kd_weight": "much"}, "kd_weight: got 'much', expected a finite number"),
         ("universal-il", {"attn_space": "centered"}, "attn_space: got 'centered', expected one of logits, centred, "),
         ("universal-cg-two-stage", {"student_layers": "first"}, "student_layers: got 'first'"),
         ("rail-kd", {"variant": "PO"}, "variant: got 'PO', expected one of layerwise, concatenated"),

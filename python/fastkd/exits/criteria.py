@@ -45,10 +45,15 @@ def decide(
 
     Raises:
         ValueError: as `fastkd_kernels.exit_gate`; "learned" without a certainty; "agreement" with more than one number
-            a row.
+            a row, others with only one.
     """
     speed = rule.threshold(layer) if thresholds is None else thresholds
     if rule.criterion in fk.CRITERIA:
+        if logits.shape[1] == 1:
+            raise ValueError(
+                f"criterion: {rule.criterion!r} needs class probabilities, but a regression answers with one number; "
+                "use 'agreement'"
+            )
         decided = fk.exit_gate(logits, speed, rule.criterion, row_ids, rule.top_n, record=record, layer=layer)
         return decided._replace(logits=logits)
     uncertainty = _uncertainty(logits, rule.criterion, record, row_ids, certainty)

@@ -17,7 +17,8 @@ no dev rows choose.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -123,10 +124,24 @@ class Method:
         if unknown:
             takes = f"takes {', '.join(sorted(known))}" if known else "takes no arguments"
             raise ValueError(f"arguments: got {', '.join(sorted(unknown))}, but {self.title} {takes}")
+        for name, value in arguments.items():
+            _check_numbers(name, value)
         # projections draw weights, which must not move the draws of the training
         with torch.random.fork_rng(devices=[]):
             for stage in self.stages:
                 stage.loss(_ANY_SHAPES, arguments)
+
+
+def _check_numbers(name: str, value: Any) -> None:
+    """Raise ValueError for a temperature or weight that the loss would refuse, or pass on, in the first step only."""
+    is_temperature = name.endswith("temperature")
+    if not (is_temperature or name.endswith("weight")):
+        return
+    for number in value if isinstance(value, Sequence) and not isinstance(value, str) else [value]:
+        is_number = isinstance(number, int | float) and math.isfinite(number)
+        if not is_number or (is_temperature and number <= 0):
+            wanted = "a finite number above 0" if is_temperature else "a finite number"
+            raise ValueError(f"{name}: got {number!r}, expected {wanted}")
 
 
 def method_of(name: str) -> Method:

@@ -105,6 +105,7 @@ class UniversalKDLoss(nn.Module):
         self.teacher_layers = teacher_layers
         self.student_head_ce = student_head_ce
         self.teacher_head_ce = teacher_head_ce
+        self._check_options()
 
     @classmethod
     def intermediate_layer(cls, **options: Any) -> UniversalKDLoss:
@@ -160,6 +161,11 @@ class UniversalKDLoss(nn.Module):
         1: then attn_scale or attn_temperature decides whether this is more than distillation from one layer.
         """
         return torch.special.entr(self.attention(student_layer_logits, teacher_layer_logits)).sum(-1).exp().mean()
+
+    def _check_options(self) -> None:
+        """Raise what `universal_kd_loss` would raise in the first step, before a teacher answered."""
+        one = torch.zeros(1, 1, 2, device="cpu")
+        fk.universal_kd_loss(one, one, temperature=self.temperature, **self.options())
 
     def options(self) -> dict[str, Any]:
         """The options that `universal_kd_loss` and `distillation_loss` have in common."""
