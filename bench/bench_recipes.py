@@ -149,6 +149,7 @@ RECIPES = {
     "10x unlabelled rows": replace(LONG, unlabelled=10),
     "trained backbone": replace(LONG, backbone=5e-5),
     "trained backbone, 1.5e-4": replace(LONG, backbone=1.5e-4),
+    "trained backbone, 10x unlabelled rows": replace(LONG, backbone=5e-5, unlabelled=10),
 }
 
 
@@ -472,10 +473,9 @@ def cells_with_backbone(
             train_backbone=True, backbone_learning_rate=recipe.backbone, head_temperatures="none", seed=seed,
             progress=False, overwrite=True,
         )  # fmt: skip
+        train = rows["unlabelled" if recipe.unlabelled > 1 else "train"]
         started = time.process_time()
-        fastkd.distill(
-            model, rows["train"], rows["dev"], folder.with_name(f"{folder.name}-trained"), options, tokenizer
-        )
+        fastkd.distill(model, train, rows["dev"], folder.with_name(f"{folder.name}-trained"), options, tokenizer)
         seconds = time.process_time() - started
         settings = {"tokenizer": tokenizer, "max_length": task.max_length, "batch_size": 64}
         yield seconds, {"best": {part: model.trace(rows[part], **settings) for part in ("dev", "test")}}
