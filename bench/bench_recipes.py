@@ -116,8 +116,8 @@ INTRODUCTION = """# Recipes of self-distillation
 
 MiniLM, six layers; {tasks}; {seeds} seed(s). The early heads learn from 2,000 rows (RTE: 1,540) of a frozen
 model that was fine-tuned on them, of AG News and SST-2 on up to 22,000 rows, of the corpus as `fastkd demo`
-does. 500 dev rows choose the weights and fit temperatures, up to 1,500 test rows are scored. Temperatures:
-none; "soft" predict the last head's probabilities; "hard" its answers, as `fastkd distill` does. "Certified"
+does. With a "trained backbone" all layers learn along, from what the last head said before. 500 dev rows choose
+the weights and fit temperatures, up to 1,500 test rows are scored. Temperatures: none; "soft" predict the last head's probabilities; "hard" its answers, as `fastkd distill` does. "Certified"
 is the speed-up of `fastkd calibrate` for at most 1 % of changed answers with 95 % confidence on the test rows,
 1x where there is none, "its gain" the geometric mean over the defaults (three epochs, no temperatures) in the same
 cells, "points" the mean difference of accuracy from them. Cells are tasks and seeds; recipes with other numbers of
@@ -671,7 +671,9 @@ def main(
             rows = rows_of(replace(task, folder=folder.name), folder.parent, seed, times)
             tuned = work / f"{task.folder}-{seed}-tuned"
             model, tokenizer = finetuned(task, rows, tuned, seed)
-            wanted = ["train", "dev", "test", *(["unlabelled"] if times > 1 else [])]
+            wanted = ["train", "dev", "test"]
+            if any(RECIPES[recipe].unlabelled > 1 and not RECIPES[recipe].backbone for recipe in missing):
+                wanted.append("unlabelled")
             states = {part: states_of(model, rows[part], tokenizer, task.max_length) for part in wanted}
             for group in _groups(missing):
                 alike = [RECIPES[recipe] for recipe in group]
