@@ -114,16 +114,16 @@ INTRODUCTION = """# Recipes of self-distillation
 
     python bench/bench_recipes.py DATA --work WORK --output bench/results/recipes
 
-MiniLM, six layers; {tasks}; {seeds} seed(s). The early heads learn from 2,000 rows (RTE: 1,540) of a frozen
-model that was fine-tuned on them, of AG News and SST-2 on up to 22,000 rows, of the corpus as `fastkd demo`
-does. With a "trained backbone" all layers learn along, from what the last head said before. 500 dev rows choose
-the weights and fit temperatures, up to 1,500 test rows are scored. Temperatures: none; "soft" predict the last head's probabilities; "hard" its answers, as `fastkd distill` does. "Certified"
-is the speed-up of `fastkd calibrate` for at most 1 % of changed answers with 95 % confidence on the test rows,
-1x where there is none, "its gain" the geometric mean over the defaults (three epochs, no temperatures) in the same
-cells, "points" the mean difference of accuracy from them. Cells are tasks and seeds; recipes with other numbers of
-cells compare by these two columns alone. Five rows of 1,200 more or less decide a certificate, so that the speed-ups
-at a measured share of changed answers stand beside it. What is not listed was not measured yet; the command goes on
-where it stopped."""
+MiniLM, six layers; {tasks}; {seeds} seed(s). The early heads learn from 2,000 rows (RTE: 1,540) of a frozen model
+that was fine-tuned on them, of AG News and SST-2 on up to 22,000 rows, of the corpus as `fastkd demo` does. With a
+"trained backbone" all layers learn along, from what the last head said before. 500 dev rows choose the weights and
+fit temperatures, up to 1,500 test rows are scored. Temperatures: none; "soft" predict the last head's
+probabilities; "hard" its answers, as `fastkd distill` does. "Certified" is the speed-up of `fastkd calibrate` for
+at most 1 % of changed answers with 95 % confidence on the test rows, 1x where there is none, "its gain" the
+geometric mean over the defaults (three epochs, no temperatures) in the same cells, "points" the mean difference of
+accuracy from them. Cells are tasks and seeds; recipes with other numbers of cells compare by these two columns
+alone. Five rows of 1,200 more or less decide a certificate, so that the speed-ups at a measured share of changed
+answers stand beside it. What is not listed was not measured yet; the command goes on where it stopped."""
 LONG = Recipe(steps=600)
 RECIPES = {
     "defaults": Recipe(),
