@@ -278,3 +278,7 @@ def test_heads_are_distilled_anew_on_an_int8_encoder(tmp_path: Path, monkeypatch
     assert not torch.equal(model.early_heads[0].narrow.weight, before)
     with pytest.raises(ValueError, match=r"bf16: got True, but the model is quantised to int8"):
         fastkd.distill(model, texts, None, tmp_path / "other", replace(options, bf16=True), tokenizer)
+    along = replace(options, train_backbone=True, learned_exit=True)
+    with pytest.raises(ValueError, match="its layers are quantised to int8, which has no gradients"):
+        fastkd.distill(model, texts, None, tmp_path / "other", along, tokenizer)
+    assert model.learned_exit is None

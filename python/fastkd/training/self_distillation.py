@@ -134,11 +134,13 @@ def distill(
 ) -> TrainResult:
     """Train every head below the last to give the last one's probabilities; keep the weights of the lowest dev loss.
 
-    The model is trained in place and may leave early from then on (`config.exits_trained`). Neither `train` nor `dev`
-    needs labels; with labels in `dev` the accuracy after each layer is reported. Arguments and errors as in `finetune`.
+    With `train_backbone` all heads learn what the last one said before the training, and all layers with them. The
+    model is trained in place and may leave early from then on (`config.exits_trained`). Neither `train` nor `dev` needs
+    labels; with labels in `dev` the accuracy after each layer is reported. Arguments and errors as in `finetune`.
 
     Raises:
-        ValueError: also for a model whose only head is the last one, and for `bf16` with an int8 encoder.
+        ValueError: also for a model whose only head is the last one, and for `bf16` or `train_backbone` with an int8
+            encoder.
     """
     model, adapter = opened(model)
     if not model.early_heads:
@@ -149,13 +151,13 @@ def distill(
     train, dev = rows_for(model, train, dev, require_labels=False)
     check_part(model, dev, options, tokenizer)
     options = _in_its_dtype(_long_enough(options, len(train)), model)
-    parameters_to_train(model.early_heads, adapter, _KEEP_HEADS)
+    along = [model.backbone, model.last_head] if options.train_backbone else []
+    parameters_to_train([*model.early_heads, *along], adapter, _KEEP_HEADS)
     if adapter is not None and (options.learned_exit or model.learned_exit is not None):
         raise ValueError(f"learned_exit: an adapter does not keep it; {_MERGE}")
     if options.learned_exit:
         model.add_learned_exit()
     learned = [] if model.learned_exit is None else [model.learned_exit]
-    along = [model.backbone, model.last_head] if options.train_backbone else []
     scale = LabelScale(*model.config.label_scale or ())
     objective = _SelfDistillation(model, options, scale)
     training = PartTraining(
