@@ -97,6 +97,18 @@ static inline void store_bf16(char* to, Floats lanes) {
 #endif
 }
 
+// Else a product would be added to before it is rounded in one copy of a loop and after it in another, and an answer would
+// depend on which columns a thread has.
+static inline void keep_rounded(Floats& product) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(product));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(product));
+#else
+  (void)product;
+#endif
+}
+
 template <int COUNT>
 struct Count {
   static constexpr int value = COUNT;
@@ -140,6 +152,7 @@ static void finish_as(const Product& product, const Block& block, int64_t from, 
         Ints whole;
         __builtin_memcpy(&whole, sums + i * 4, sizeof whole);
         result = __builtin_convertvector(whole, Floats) * (load(scales + i) * row_scale);
+        keep_rounded(result);
       } else {
         result = load(reinterpret_cast<const float*>(sums) + i);
       }

@@ -39,10 +39,11 @@ def test_exits_are_those_of_the_model(family: str, options: dict[str, Any]) -> N
         with torch.no_grad():
             expected, expected_odds = model.all_exits(**batch)
             logits, odds = states.exits(model, torch.tensor(chosen))
-        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-6)
+        # batches of other shapes are multiplied by other kernels, which round otherwise
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
         assert (odds is None) == (expected_odds is None)
         if odds is not None and expected_odds is not None:
-            torch.testing.assert_close(odds[:, :-1], expected_odds[:, :-1], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(odds[:, :-1], expected_odds[:, :-1], rtol=1e-4, atol=1e-5)
     assert HiddenStates.size(model, tokens) == sum(kept.numel() * 4 for kept in states.states)
 
 

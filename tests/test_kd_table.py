@@ -428,11 +428,13 @@ def test_the_grid_of_the_published_table_is_right() -> None:
     assert larger.train_rows == 10 * grid.train_rows
     tuned = load_grid(Path(__file__).parents[1] / "bench" / "kd_table_tuned.yaml")
     assert (tuned.tasks, tuned.seeds, tuned.train_rows) == (larger.tasks, larger.seeds, larger.train_rows)
-    (block,) = tuned.blocks
-    assert {"none", "kd", "mhkd", "annealing", "universal-il", "universal-cg"} <= set(block.methods)
-    for trial in block.trials:
-        # equal budget: what one method is tried with, every other is too
-        assert set(trial.arguments) in (set(), set(block.methods) - {"none"})
+    for block, untuned in zip(tuned.blocks, larger.blocks, strict=True):
+        assert (block.title, block.student, block.train) == (untuned.title, untuned.student, untuned.train)
+        assert set(untuned.methods) <= set(block.methods)
+        assert len(block.trials) == 2
+        for trial in block.trials:
+            # equal budget: what one method is tried with, every other is too
+            assert set(trial.arguments) in (set(), set(block.methods) - {"none"})
 
 
 # Commands
