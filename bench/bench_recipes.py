@@ -671,8 +671,9 @@ def main(
             rows = rows_of(replace(task, folder=folder.name), folder.parent, seed, times)
             tuned = work / f"{task.folder}-{seed}-tuned"
             model, tokenizer = finetuned(task, rows, tuned, seed)
-            wanted = ["train", "dev", "test"]
-            if any(RECIPES[recipe].unlabelled > 1 and not RECIPES[recipe].backbone for recipe in missing):
+            frozen = [RECIPES[recipe] for recipe in missing if not RECIPES[recipe].backbone]
+            wanted = ["train", "dev", "test"] if frozen else []
+            if any(recipe.unlabelled > 1 for recipe in frozen):
                 wanted.append("unlabelled")
             states = {part: states_of(model, rows[part], tokenizer, task.max_length) for part in wanted}
             for group in _groups(missing):

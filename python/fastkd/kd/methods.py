@@ -17,7 +17,6 @@ no dev rows choose.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from fastkd import losses
 from fastkd.kd.catalogue import CATALOGUE
 from fastkd.kd.teacher import Signals
+from fastkd.training.checks import require
 
 # of the last logits, for every method whose paper searches it
 TEMPERATURE = 4.0
@@ -138,10 +138,8 @@ def _check_numbers(name: str, value: Any) -> None:
     if not (is_temperature or name.endswith("weight")):
         return
     for number in value if isinstance(value, Sequence) and not isinstance(value, str) else [value]:
-        is_number = isinstance(number, int | float) and math.isfinite(number)
-        if not is_number or (is_temperature and number <= 0):
-            wanted = "a finite number above 0" if is_temperature else "a finite number"
-            raise ValueError(f"{name}: got {number!r}, expected {wanted}")
+        is_right = isinstance(number, int | float) and (number > 0 or not is_temperature)
+        require(name, number, is_right, "a finite number above 0" if is_temperature else "a finite number")
 
 
 def method_of(name: str) -> Method:
