@@ -34,6 +34,8 @@ NAME := $(subst $(SPACE),-,$(subst /,-,$(ENVIRONMENT)))
 STAMP := build/setup$(NAME).stamp
 DEMO_STAMP := build/demo$(NAME).stamp
 COMPILING_STAMP := build/compiling$(NAME).stamp
+# who removed the environment wants it set up again
+$(if $(wildcard $(subst $(SPACE),\ ,$(PYTHON))),,$(shell rm -f $(STAMP) $(DEMO_STAMP) $(COMPILING_STAMP)))
 # names the torch that is installed, so that no other package replaces it
 CONSTRAINT := build/torch$(NAME).txt
 

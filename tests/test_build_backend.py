@@ -204,6 +204,18 @@ def test_a_leg_without_a_wheel_builds_one_before_it_fetches_packages(leg: str, t
 
 
 @needs_make
+def test_a_removed_environment_is_set_up_again(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "build").mkdir()
+    for stamp in ("compiling", "setup"):
+        (tmp_path / "build" / f"{stamp}.venv.stamp").touch()
+    command = ["make", "--dry-run", "setup", "ACTIVE="]
+    planned = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert 0 <= planned.index("-m venv") < planned.index("setuptools>=") < planned.index(".[dev]")
+
+
+@needs_make
 def test_release_wheels_without_a_container_say_so_in_a_sentence(tmp_path: Path) -> None:
     docker = tmp_path / "docker"
     docker.write_text("#!/bin/sh\necho 'no daemon is running' >&2\necho 'a second line' >&2\nexit 1\n")

@@ -56,6 +56,15 @@ def distill(
         typer.Option(min=0, help="Take at least this many steps if --epochs is not given."),
     ] = 600,
     max_steps: MaxSteps = None,
+    augmented_copies: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Copies of each row with some words replaced, as more text to learn from; default: up to 9 where rows "
+            "are few, 0 with --epochs.",
+        ),
+    ] = None,
+    augmentation_rate: Annotated[float, typer.Option(help="Share of the words of a copy that are replaced.")] = 0.15,
     batch_size: BatchSize = 32,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the heads.")] = 1e-3,
     temperature: Annotated[float, typer.Option(help="Soften the answers of both sides by this factor.")] = 1.0,
@@ -133,6 +142,7 @@ def distill(
         limit = set_length(model, tokenizer, max_length)
         chosen = {
             "epochs": epochs, "min_steps": min_steps, "max_steps": max_steps, "batch_size": batch_size,
+            "augmented_copies": augmented_copies, "augmentation_rate": augmentation_rate,
             "learning_rate": learning_rate, "temperature": temperature, "direction": direction,
             "train_backbone": train_backbone, "backbone_learning_rate": backbone_learning_rate,
             "learned_exit": learned_exit, "head_temperatures": head_temperatures, "states_gib": states_gib,

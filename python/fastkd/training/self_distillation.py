@@ -31,6 +31,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from fastkd.data.augmentation import with_altered_copies
 from fastkd.data.rows import RowSource
 from fastkd.encoders.label_scale import LabelScale
 from fastkd.encoders.untouched import is_plain_linear
@@ -51,6 +52,7 @@ _TRAIN, _DEV = "train_rows", "dev_rows"
 _OWN = "own_answers"
 """Column: the logits [C] of the full model before the training."""
 _EPOCHS = 3.0
+_MOST_COPIES = 9
 _MERGE = "merge the adapter first (model.merge_and_unload())"
 
 
@@ -61,6 +63,10 @@ class DistillOptions(TrainOptions):
     Attributes:
         epochs: passes over the training rows; None: three, or as many as make `min_steps` steps.
         min_steps: see there; small files need more passes.
+        augmented_copies: copies of each training row in which some tokens are replaced by others of the rows; the
+            model says what its heads learn of them. With them small files teach as larger ones do. An epoch passes over
+            them too. None: where the length is given in steps, as many as those steps see, at most nine; otherwise 0.
+        augmentation_rate: probability with which a token of a copy is replaced (`fastkd.data.augmentation`).
         learning_rate: its peak; higher than FastBERT's 2e-4, because small new heads learn faster with it.
         temperature: of both distributions.
         direction: "forward" is KL(last head || exit head), "reverse" KL(exit head || last head).
@@ -86,6 +92,8 @@ class DistillOptions(TrainOptions):
 
     epochs: float | None = None  # type: ignore[assignment]  # `distill` fills it in
     min_steps: int = 600
+    augmented_copies: int | None = None
+    augmentation_rate: float = 0.15
     learning_rate: float = 1e-3
     temperature: float = 1.0
     direction: Literal["forward", "reverse"] = "forward"
@@ -99,6 +107,7 @@ class DistillOptions(TrainOptions):
 
     _fastbert: ClassVar[Mapping[str, Any]] = {
         "epochs": 5,
+        "augmented_copies": 0,
         "head_temperatures": "none",
         "learning_rate": 2e-4,
         "frozen_dropout": True,
@@ -113,6 +122,9 @@ class DistillOptions(TrainOptions):
         require("temperature", self.temperature, self.temperature > 0, "a number above 0")
         require("min_steps", self.min_steps, self.min_steps >= 0, "0 or more")
         require("states_gib", self.states_gib, self.states_gib >= 0, "0 or more")
+        copies, rate = self.augmented_copies, self.augmentation_rate
+        require("augmented_copies", copies, copies is None or copies >= 0, "0 or more, or None")
+        require("augmentation_rate", rate, 0 < rate <= 1, "a share of the tokens in (0, 1]; without copies none is")
         require("direction", self.direction, self.direction in ("forward", "reverse"), "'forward' or 'reverse'")
         check_choice("head_temperatures", self.head_temperatures, HEAD_TEMPERATURES)
         rate = self.backbone_learning_rate
@@ -177,7 +189,7 @@ def distill(
         best_metric="loss",
         reads_labels=False,
         trains_exits=True,
-        prepared=objective.with_own_answers if options.train_backbone else objective.with_states,
+        prepared=objective.prepared,
         finished=objective.finished,
     )
     return train_part(training, train, dev, Path(output_dir), options, tokenizer, callbacks)
@@ -289,6 +301,22 @@ class _SelfDistillation(Objective):
         for head in self.model.early_heads:
             head.train(mode)
         return self
+
+    def prepared(self, stage: TrainingStage, arguments: TrainingArguments) -> TrainingStage:
+        """The stage with altered copies of its rows, and with what of them need not be computed in every epoch."""
+        stage = replace(stage, train=self._augmented(stage, arguments))
+        return (self.with_own_answers if self.options.train_backbone else self.with_states)(stage, arguments)
+
+    def _augmented(self, stage: TrainingStage, arguments: TrainingArguments) -> datasets.Dataset:
+        copies = self.options.augmented_copies
+        if copies is None:
+            copies = min(math.ceil(_passes(stage.train, arguments)) - 1, _MOST_COPIES) if arguments.max_steps > 0 else 0
+        if copies < 1:
+            return stage.train
+        tokenizer = cast(DataCollatorWithPadding, stage.collator).tokenizer
+        return with_altered_copies(
+            stage.train, tokenizer.all_special_ids, copies, self.options.augmentation_rate, self.options.seed
+        )
 
     def with_states(self, stage: TrainingStage, arguments: TrainingArguments) -> TrainingStage:
         """The stage with row numbers in the place of tokens, for the rows whose hidden states fit into memory."""
@@ -412,8 +440,8 @@ def _passes(tokens: datasets.Dataset, arguments: TrainingArguments) -> float:
     """How often a training sees each row."""
     if arguments.max_steps < 1:
         return arguments.num_train_epochs
-    rows = arguments.max_steps * arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps
-    return rows / len(tokens)
+    rows = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return arguments.max_steps * rows / len(tokens)
 
 
 def _row_numbers(tokens: datasets.Dataset, name: str) -> datasets.Dataset:
