@@ -35,12 +35,16 @@ from fastkd.data.batches import LengthGroupedSampler, tokenize
 from fastkd.data.corpus import write_corpus
 from fastkd.data.rows import DataFolder, Rows, load_rows
 from fastkd.encoders.heads import build_head
+from fastkd.encoders.label_scale import LabelScale
 from fastkd.encoders.layout import TokenLayout
 from fastkd.encoders.recording import EncoderInputs
 from fastkd.exits.calibration import SPEEDS, CalibrationError
 from fastkd.exits.flops import FlopsShape
 from fastkd.model.loading import load_model, load_plain
+from fastkd.training.harness import Objective, take_labels
 from fastkd.training.head_temperatures import agreement_temperatures, probability_temperatures
+from fastkd.training.metrics import head_scores
+from fastkd.training.model_parts import PartTraining, train_part
 from fastkd.training.self_distillation import self_distillation_loss
 
 BUDGETS = (3.0, 4.0, 5.0)
@@ -91,6 +95,8 @@ class Recipe:
         traffic: rows weigh as much as the heads before let them through at four times fewer operations.
         unlabelled: how many times as many rows are distilled as were labelled.
         copies: altered copies of every row, distilled along with it.
+        tuning: heads that learn the labels beforehand: "last"; "joint", all; or "alternating", all in every second step
+            (BERxiT, EACL 2021).
         backbone: learning rate of backbone and last head, which learn along what the last head said before; 0: frozen.
         ema: decay of a moving average of the weights, which is what is kept; 0: none.
     """
@@ -109,6 +115,7 @@ class Recipe:
     traffic: bool = False
     unlabelled: int = 1
     copies: int = 0
+    tuning: str = "last"
     backbone: float = 0.0
     ema: float = 0.0
     dropout: float = 0.1
@@ -121,8 +128,9 @@ INTRODUCTION = """# Recipes of self-distillation
 MiniLM, six layers; {tasks}; {seeds} seed(s). The early heads learn from 2,000 rows (RTE: 1,540) of a frozen model
 that was fine-tuned on them, of AG News and SST-2 on up to 22,000 rows, of the corpus as `fastkd demo` does. With a
 "trained backbone" all layers learn along, from what the last head said before. "Altered copies" are nine of each row,
-in which 15 % of the tokens are replaced by other tokens of the rows. 500 dev rows choose the weights and fit
-temperatures, up to 1,500 test rows are scored. Temperatures: none; "soft" predict the last head's
+in which 15 % of the tokens are replaced by other tokens of the rows. In "joint" and "alternating" fine-tuning all heads
+learn the labels beforehand, in every step or in every second one (BERxiT), and are then distilled. 500 dev rows choose
+the weights and fit temperatures, up to 1,500 test rows are scored. Temperatures: none; "soft" predict the last head's
 probabilities; "hard" its answers, as `fastkd distill` does. "Certified" is the speed-up of `fastkd calibrate` for
 at most 1 % of changed answers with 95 % confidence on the test rows, 1x where there is none, "its gain" the
 geometric mean over the defaults (three epochs, no temperatures) in the same cells, "points" the mean difference of
@@ -156,6 +164,8 @@ RECIPES = {
     "altered copies, average of weights": replace(LONG, copies=9, ema=0.99),
     "altered copies, lr 2e-3": replace(LONG, copies=9, learning_rate=2e-3),
     "altered copies, 1500 steps": replace(LONG, copies=9, steps=1500),
+    "joint fine-tuning": replace(LONG, tuning="joint"),
+    "alternating fine-tuning": replace(LONG, tuning="alternating"),
     "trained backbone": replace(LONG, backbone=5e-5),
     "trained backbone, 1.5e-4": replace(LONG, backbone=1.5e-4),
     "trained backbone, altered copies": replace(LONG, backbone=5e-5, copies=9),
@@ -561,7 +571,28 @@ def rows_of(task: Task, data: Path, seed: int, unlabelled: int) -> dict[str, Row
     return {name: load_rows(rows) for name, rows in parts.items()}
 
 
-def finetuned(task: Task, rows: dict[str, Rows], folder: Path, seed: int) -> tuple[Any, Any]:
+class AllHeads(Objective):
+    """Cross-entropy of all heads with the labels, summed; where it alternates, of the last head alone in odd steps."""
+
+    def __init__(self, model: fastkd.EarlyExitForSequenceClassification, alternates: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.alternates = alternates
+        self.steps = 0
+
+    @property
+    def core(self) -> fastkd.EarlyExitForSequenceClassification:
+        return self.model
+
+    def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:
+        heads = self.model.all_exits(**batch)[0].unbind(1)
+        self.steps += self.training
+        learns_last = not self.training or (self.alternates and self.steps % 2 == 1)
+        losses = [F.cross_entropy(logits.float(), labels) for logits in (heads[-1:] if learns_last else heads)]
+        return {"loss": torch.stack(losses).sum(), "logits": heads[-1]}
+
+
+def finetuned(task: Task, rows: dict[str, Rows], folder: Path, seed: int, tuning: str = "last") -> tuple[Any, Any]:
     if not folder.exists():
         parts = DataFolder(rows["train"], rows["dev"], None)
         model, tokenizer = load_plain("minilm", parts, "fastbert", None, seed)
@@ -570,8 +601,35 @@ def finetuned(task: Task, rows: dict[str, Rows], folder: Path, seed: int) -> tup
             max_length=task.max_length if task.tune_steps is None else 128,
         )  # fmt: skip
         train = rows["train"] if task.tune_steps is None else rows["tune"]
-        fastkd.finetune(model, train, rows["dev"], folder, options, tokenizer)
+        if tuning == "last":
+            fastkd.finetune(model, train, rows["dev"], folder, options, tokenizer)
+        else:
+            _finetune_all_heads(
+                AllHeads(model, tuning == "alternating"), train, rows["dev"], folder, options, tokenizer
+            )
     return load_model(str(folder), "cpu")
+
+
+def _finetune_all_heads(
+    objective: AllHeads, train: Rows, dev: Rows, folder: Path, options: fastkd.FinetuneOptions, tokenizer: Any
+) -> None:
+    model = objective.core
+    take_labels(model, train)
+    training = PartTraining(
+        name="finetune",
+        model=model,
+        objective=objective,
+        adapter=None,
+        trained=list(model.parameters()),
+        scale=LabelScale(),
+        scaled=[],
+        learning_rates={"model.heads.": options.learning_rate * options.head_learning_rate_factor},
+        metrics=lambda found: head_scores(numpy.asarray(found.predictions), numpy.asarray(found.label_ids)),
+        best_metric="accuracy",
+        reads_labels=True,
+        trains_exits=False,
+    )
+    train_part(training, train, dev, folder, options, tokenizer, [])
 
 
 _Cells = dict[tuple[str, int], dict[str, Any]]
@@ -583,7 +641,7 @@ def markdown(cells: Sequence[dict[str, Any]]) -> str:
     for line in cells:
         by_recipe.setdefault(line["recipe"], {})[line["task"], line["seed"]] = line["scores"]
     tasks = list(dict.fromkeys(line["task"] for line in cells))
-    columns = [f"accuracy at {budget:g}x" for budget in BUDGETS]
+    columns = ["full accuracy", *(f"accuracy at {budget:g}x" for budget in BUDGETS)]
     speeds = [f"speed-up at {allowed:.1%} changed" for allowed in CHANGED]
     base = by_recipe.get("defaults", {})
     parts = [INTRODUCTION.format(seeds=len({line["seed"] for line in cells}), tasks=", ".join(tasks))]
@@ -632,6 +690,13 @@ def _compared(found: _Cells, base: _Cells, key: str) -> tuple[str, str]:
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
     lines = [rows[0], ("---",) * len(rows[0]), *rows[1:]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _by_tuning(recipes: Sequence[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in recipes:
+        found.setdefault(RECIPES[name].tuning, []).append(name)
+    return found
 
 
 def _groups(recipes: Sequence[str]) -> Iterator[list[str]]:
@@ -695,31 +760,39 @@ def main(
                     write_corpus(folder, seed=seed)
             times = max(RECIPES[recipe].unlabelled for recipe in missing)
             rows = rows_of(replace(task, folder=folder.name), folder.parent, seed, times)
-            tuned = work / f"{task.folder}-{seed}-tuned"
-            model, tokenizer = finetuned(task, rows, tuned, seed)
-            frozen = [RECIPES[recipe] for recipe in missing if not RECIPES[recipe].backbone]
-            wanted = {part: 0 for part in ("dev", "test") if frozen} | {_rows_of(of): of.copies for of in frozen}
-            states = {
-                part: states_of(model, rows.get(part, rows["train"]), tokenizer, task.max_length, copies, seed)
-                for part, copies in wanted.items()
-            }
-            for group in _groups(missing):
-                alike = [RECIPES[recipe] for recipe in group]
-                if alike[0].backbone:
-                    found = cells_with_backbone(tuned, task, alike, rows, seed)
-                else:
-                    found = cells_of(model, task, alike, states, seed)
-                for recipe, (seconds, traces) in zip(group, found, strict=True):
-                    line = {"task": name, "seed": seed, "recipe": recipe, "seconds": round(seconds, 1), "scores": {}}
-                    for kept, parts in traces.items():
-                        for part, trace in parts.items():
-                            trace.save(work / "traces" / f"{name}, {seed}, {recipe}, {kept}, {part}.safetensors")
-                        for kind, of in scores_by_temperature(**parts).items():
-                            line["scores"][f"{kept}, {kind}"] = of
-                    cells.append(line)
-                    with file.open("a") as lines:
-                        lines.write(json.dumps(line) + "\n")
-                    typer.echo(f"{name}, seed {seed}, {recipe}: {seconds:.0f} s")
+            for tuning, names in _by_tuning(missing).items():
+                suffix = "tuned" if tuning == "last" else tuning
+                tuned = work / f"{task.folder}-{seed}-{suffix}"
+                model, tokenizer = finetuned(task, rows, tuned, seed, tuning)
+                frozen = [RECIPES[recipe] for recipe in names if not RECIPES[recipe].backbone]
+                wanted = {part: 0 for part in ("dev", "test") if frozen} | {_rows_of(of): of.copies for of in frozen}
+                states = {
+                    part: states_of(model, rows.get(part, rows["train"]), tokenizer, task.max_length, copies, seed)
+                    for part, copies in wanted.items()
+                }
+                for group in _groups(names):
+                    alike = [RECIPES[recipe] for recipe in group]
+                    if alike[0].backbone:
+                        found = cells_with_backbone(tuned, task, alike, rows, seed)
+                    else:
+                        found = cells_of(model, task, alike, states, seed)
+                    for recipe, (seconds, traces) in zip(group, found, strict=True):
+                        line = {
+                            "task": name,
+                            "seed": seed,
+                            "recipe": recipe,
+                            "seconds": round(seconds, 1),
+                            "scores": {},
+                        }
+                        for kept, parts in traces.items():
+                            for part, trace in parts.items():
+                                trace.save(work / "traces" / f"{name}, {seed}, {recipe}, {kept}, {part}.safetensors")
+                            for kind, of in scores_by_temperature(**parts).items():
+                                line["scores"][f"{kept}, {kind}"] = of
+                        cells.append(line)
+                        with file.open("a") as lines:
+                            lines.write(json.dumps(line) + "\n")
+                        typer.echo(f"{name}, seed {seed}, {recipe}: {seconds:.0f} s")
     output.with_suffix(".md").write_text(markdown(cells))
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-datasets = pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
+pytest.importorskip("datasets", reason="datasets is not installed: pip install datasets")
 
+import datasets
 from tiny_models import one_thread, tokenizer_of  # noqa: F401  # a fixture
 from training_worker import load, options_of, rows, save_plain, train
 
@@ -99,7 +100,17 @@ def _distilled(folder: Path, output: Path, **changes: Any) -> tuple[Any, set[tup
         ({"max_steps": 240, "augmentation_rate": 0.9}, 240, 9),
         ({"max_steps": 40, "train_backbone": True}, 40, 3),
     ],
-    ids=["few rows", "steps", "part of a pass", "one pass", "refused", "epochs", "asked for", "at most", "backbone"],
+    ids=[
+        "few rows",
+        "steps",
+        "part of a pass",
+        "one pass",
+        "none wanted",
+        "epochs",
+        "asked for",
+        "at most",
+        "backbone",
+    ],
 )
 def test_a_training_of_many_steps_on_few_rows_sees_copies(
     finetuned: Path, tmp_path: Path, changes: dict[str, Any], steps: int, copies: int
