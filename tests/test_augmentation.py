@@ -98,7 +98,8 @@ def _distilled(folder: Path, output: Path, **changes: Any) -> tuple[Any, set[tup
         ({"epochs": 4}, 40, 0),
         ({"epochs": 1, "augmented_copies": 2}, 30, 2),
         ({"max_steps": 240, "augmentation_rate": 0.9}, 240, 9),
-        ({"max_steps": 40, "train_backbone": True}, 40, 3),
+        ({"max_steps": 40, "train_backbone": True}, 40, 0),
+        ({"max_steps": 40, "train_backbone": True, "augmented_copies": 3}, 40, 3),
     ],
     ids=[
         "few rows",
@@ -110,6 +111,7 @@ def _distilled(folder: Path, output: Path, **changes: Any) -> tuple[Any, set[tup
         "asked for",
         "at most",
         "backbone",
+        "asked for with the backbone",
     ],
 )
 def test_a_training_of_many_steps_on_few_rows_sees_copies(

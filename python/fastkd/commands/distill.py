@@ -60,7 +60,8 @@ def distill(
         int | None,
         typer.Option(
             min=0,
-            help="Copies of each row with some words replaced; default: up to 9 where rows are few, 0 with --epochs.",
+            help="Copies of each row with some words replaced; default: up to 9 where rows are few; 0 with --epochs "
+            "or --train-backbone.",
         ),
     ] = None,
     augmentation_rate: Annotated[float, typer.Option(help="Share of the words of a copy that are replaced.")] = 0.15,

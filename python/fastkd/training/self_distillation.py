@@ -65,7 +65,8 @@ class DistillOptions(TrainOptions):
         min_steps: see there; small files need more passes.
         augmented_copies: copies of each training row in which some tokens are replaced by others of the rows; the
             model says what its heads learn of them. With them small files teach as larger ones do. An epoch passes over
-            them too. None: where the length is given in steps, as many as those steps see, at most nine; otherwise 0.
+            them too. None: where the length is given in steps, as many as those steps see, at most nine; 0 with
+            `epochs` or `train_backbone`, which learns less of the task from such text.
         augmentation_rate: probability with which a token of a copy is replaced (`fastkd.data.augmentation`).
         learning_rate: its peak; higher than FastBERT's 2e-4, because small new heads learn faster with it.
         temperature: of both distributions.
@@ -309,9 +310,9 @@ class _SelfDistillation(Objective):
 
     def _augmented(self, stage: TrainingStage, arguments: TrainingArguments) -> datasets.Dataset:
         copies = self.options.augmented_copies
-        if copies is None:
-            copies = min(math.ceil(_passes(stage.train, arguments)) - 1, _MOST_COPIES) if arguments.max_steps > 0 else 0
-        if copies < 1:
+        if copies is None and arguments.max_steps > 0 and not self.options.train_backbone:
+            copies = min(math.ceil(_passes(stage.train, arguments)) - 1, _MOST_COPIES)
+        if not copies:
             return stage.train
         tokenizer = cast(DataCollatorWithPadding, stage.collator).tokenizer
         return with_altered_copies(
