@@ -125,7 +125,8 @@ class DistillOptions(TrainOptions):
         require("states_gib", self.states_gib, self.states_gib >= 0, "0 or more")
         copies, rate = self.augmented_copies, self.augmentation_rate
         require("augmented_copies", copies, copies is None or copies >= 0, "0 or more, or None")
-        require("augmentation_rate", rate, 0 < rate <= 1, "a share of the tokens in (0, 1]; without copies none is")
+        expected = "a share of the tokens in (0, 1]; augmented_copies=0 replaces none"
+        require("augmentation_rate", rate, 0 < rate <= 1, expected)
         require("direction", self.direction, self.direction in ("forward", "reverse"), "'forward' or 'reverse'")
         check_choice("head_temperatures", self.head_temperatures, HEAD_TEMPERATURES)
         rate = self.backbone_learning_rate
