@@ -40,6 +40,7 @@ from fastkd.encoders.layout import TokenLayout
 from fastkd.encoders.recording import EncoderInputs
 from fastkd.exits.calibration import SPEEDS, CalibrationError
 from fastkd.exits.flops import FlopsShape
+from fastkd.losses import label_loss
 from fastkd.model.loading import load_model, load_plain
 from fastkd.training.harness import Objective, take_labels
 from fastkd.training.head_temperatures import agreement_temperatures, probability_temperatures
@@ -585,11 +586,10 @@ class AllHeads(Objective):
         return self.model
 
     def forward(self, labels: Tensor, **batch: Tensor) -> dict[str, Tensor]:
-        heads = self.model.all_exits(**batch)[0].unbind(1)
+        heads = self.model.all_exits(**batch)[0].transpose(0, 1)
         self.steps += self.training
         learns_last = not self.training or (self.alternates and self.steps % 2 == 1)
-        losses = [F.cross_entropy(logits.float(), labels) for logits in (heads[-1:] if learns_last else heads)]
-        return {"loss": torch.stack(losses).sum(), "logits": heads[-1]}
+        return {"loss": label_loss(heads[-1:] if learns_last else heads, labels), "logits": heads[-1]}
 
 
 def finetuned(task: Task, rows: dict[str, Rows], folder: Path, seed: int, tuning: str = "last") -> tuple[Any, Any]:
